@@ -1,0 +1,73 @@
+"""One error family. Every message says what went wrong, where, and what to do.
+
+``where`` renders the place: the node, its ATen target, the module that owns it and the user's source line,
+as far as the graph still knows them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch.fx import Node
+
+
+class Quant2eError(Exception):
+    """Base of every error quant2e raises on purpose."""
+
+
+class CaptureError(Quant2eError, ValueError):
+    """A model that cannot be captured, or a captured graph in the wrong state (training mode, say)."""
+
+
+class AnnotationError(Quant2eError, ValueError):
+    """A spec or an annotation that is wrong on its own: a bad range, an operand the op does not have."""
+
+
+class PlanError(Quant2eError, ValueError):
+    """Annotations that are well-formed one by one, and that no plan can satisfy together."""
+
+
+class CalibrationError(Quant2eError, RuntimeError):
+    """A tensor whose range is unknown (no data) or unusable (NaN, infinite)."""
+
+
+class PassError(Quant2eError, RuntimeError):
+    """A rewrite that failed, or that left an illegal graph."""
+
+
+class LoweringError(Quant2eError, RuntimeError):
+    """A target that cannot take the graph, or a lowered program that disagrees with it."""
+
+
+class FileFormatError(Quant2eError, ValueError):
+    """A file that is not what it should be: truncated, of another version, or not ours."""
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n\s*(?P<code>[^\n]*)')
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the innermost ``nn.Module`` the node came from; empty when it is not recorded."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values()]
+    return str(paths[-1]).removeprefix("L['self'].") if paths else ""
+
+
+def source_line(node: Node) -> str:
+    """The user's source line, as ``file:line `code` ``; empty when the graph does not record it."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    if not frames:
+        return ""
+    own = [f for f in frames if "/site-packages/torch/" not in f["file"]] or frames
+    last = own[-1]
+    return f"{last['file']}:{last['line']} `{last['code'].strip()}`"
+
+
+def where(node: Node) -> str:
+    """One line that finds the node: name, target, module, source line."""
+    parts = [f"'{node.name}' ({node.target})" if node.op == "call_function" else f"'{node.name}' ({node.op})"]
+    if path := module_path(node):
+        parts.append(f"in module '{path}'")
+    if line := source_line(node):
+        parts.append(f"at {line}")
+    return " ".join(parts)
