@@ -1,0 +1,66 @@
+# Needs Python 3.11 and make; everything else comes from the package index.
+#
+#   make demo    environment, install, and the main job: a real transformer and a real CNN become int8 programs
+#   make test    environment, install, lint, types and tests with coverage
+#
+# Both are idempotent. The environment is built once and again only when pyproject.toml changes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := $(shell grep -o 'torch==[0-9.*]*' pyproject.toml | head -n 1)
+
+# The tests run side by side, one thread each; what they compile, they compile in their own process.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+
+.PHONY: help install demo lint format test clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  let ruff mend what it can"
+	@echo "make clean   remove the environment and everything generated"
+
+install: $(INSTALLED)
+
+# torch first, and alone: the version pin then holds before any other package has a say in it.
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no python3.11 on PATH; install Python 3.11 or run make PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "==> environment in $(VENV) ($$("$(PYTHON)" --version))"
+	@"$(PYTHON)" -m venv $(VENV) || { echo "error: cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "==> installing $(TORCH)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@echo "==> installing quant2e with all extras (editable; a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[all]"
+	@touch $@
+
+demo: $(INSTALLED)
+	@echo "==> the main job: results go to demo_output/"
+	@$(BIN)/python -m benchmarks.demo --out demo_output
+
+lint: $(INSTALLED)
+	@echo "==> ruff check"
+	@$(BIN)/ruff check
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+# The tests run even when lint fails, so that one run says everything that is wrong.
+test: $(INSTALLED)
+	@lint=0; $(MAKE) --no-print-directory lint || lint=1; \
+	echo "==> pytest on $(WORKERS) workers"; \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(PYTEST_ARGS); \
+	tests=$$?; \
+	[ $$lint = 0 ] || echo "==> lint failed: see above the tests"; \
+	[ $$lint = 0 ] && [ $$tests = 0 ]
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
