@@ -1,0 +1,199 @@
+"""Puts one observer per group of the plan into the graph.
+
+    y = conv(x, w)        =>        y = conv(obs0(x), obs1(w)); obs2(y)
+
+After each tensor come the observer of its own output group, which all its users then read, and behind it one observer
+for each other group among its uses. Both edits of the graph, this one and `quant2e.qdq`, follow the same plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from quant2e.errors import AnnotationError
+from quant2e.observer import FixedQParamsObserver
+from quant2e.plan import DerivedFrom, Edge, Group, Output, Plan, Point
+from quant2e.specs import PER_CHANNEL_SCHEMES
+
+OBSERVER_PREFIX = "activation_post_process_"
+"""Submodules of this name are observers: the name that tools of the ecosystem look for."""
+
+PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn", "seq_nr")
+"""Metadata that says where a node came from; copied to the nodes created on its behalf."""
+
+
+class DerivedObserver(nn.Module):
+    """Parameters computed from those of other observers. Observes nothing itself."""
+
+    def __init__(self, spec: DerivedFrom, sources: Sequence[nn.Module]) -> None:
+        super().__init__()
+        # A plain list: the sources are already registered under their own names.
+        self.sources = list(sources)
+        self.derive = spec.derive
+        self.dtype = spec.dtype
+        self.quant_min, self.quant_max = spec.quant_min, spec.quant_max
+        self.qscheme, self.ch_axis = spec.qscheme, spec.ch_axis
+        self.is_dynamic = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """``(scale, zero_point)`` from the sources' observers, by the author's function."""
+        scale, zero_point = self.derive(self.sources)
+        return scale, zero_point
+
+
+def _constructor_arguments(spec: Any) -> dict[str, Any]:
+    """The fields of a plain spec, as PT2E hands them to an observer's constructor."""
+    if not is_dataclass(spec):
+        names = ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "is_dynamic")
+        found = {name: getattr(spec, name, None) for name in names}
+    else:
+        found = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "observer_or_fake_quant_ctr"}
+    # "ch_axis" is an argument of the per-channel observers alone, whatever library they come from.
+    if "PerChannel" not in _class_name(spec.observer_or_fake_quant_ctr) and found.get("qscheme") not in PER_CHANNEL_SCHEMES:
+        found.pop("ch_axis", None)
+    return found
+
+
+def _class_name(constructor: Any) -> str:
+    partial = getattr(constructor, "p", constructor)
+    return str(getattr(getattr(partial, "func", partial), "__name__", type(partial).__name__))
+
+
+def _make_plain(spec: Any, points: Sequence[Point]) -> nn.Module:
+    constructor = spec.observer_or_fake_quant_ctr
+    arguments = _constructor_arguments(spec)
+    try:
+        made = constructor.with_args(**arguments)() if hasattr(constructor, "with_args") else constructor(**arguments)
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise AnnotationError(
+            f"the spec of ({points[0]}) cannot make its observer: {_class_name(constructor)} refused "
+            f"{', '.join(f'{k}={v}' for k, v in arguments.items())}: {error}"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise AnnotationError(f"the spec of ({points[0]}) made a {type(made).__name__}; an observer is an nn.Module")
+    return made
+
+
+def make_observers(plan: Plan) -> list[nn.Module]:
+    """One observer per group of the plan, in its order. Sources of derived groups are made first."""
+    made: dict[int, nn.Module] = {}
+
+    def make(index: int) -> nn.Module:
+        if index not in made:
+            made[index] = _make(plan.groups[index])
+        return made[index]
+
+    def _make(group: Group) -> nn.Module:
+        spec = group.spec
+        if isinstance(spec, DerivedFrom):
+            sources = [plan.group_of(source) for source in spec.sources]
+            return DerivedObserver(spec, [make(source) for source in sources if source is not None])
+        if hasattr(spec, "observer_or_fake_quant_ctr"):
+            return _make_plain(spec, group.points)
+        return FixedQParamsObserver(
+            scale=spec.scale,
+            zero_point=spec.zero_point,
+            dtype=spec.dtype,
+            quant_min=spec.quant_min,
+            quant_max=spec.quant_max,
+            qscheme=spec.qscheme if spec.qscheme is not None else torch.per_tensor_affine,
+        )
+
+    return [make(i) for i in range(len(plan.groups))]
+
+
+def copy_provenance(node: Node, source: Node, *, value: Any = None) -> None:
+    """Give a new node the origin of ``source``, and ``value`` as its ``val``."""
+    for key in PROVENANCE:
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+    if value is not None:
+        node.meta["val"] = value
+
+
+class _Inserter:
+    """Inserts observer calls; names the submodules in the order of their first call."""
+
+    def __init__(self, gm: GraphModule, observers: Mapping[int, nn.Module]) -> None:
+        self._gm = gm
+        self._observers = observers
+        self._name: dict[int, str] = {}
+        self._first_op = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+
+    def insert(self, after: Node, group: int, origin: Node) -> Node:
+        graph = self._gm.graph
+        name = self._register(group)
+        if after.op == "placeholder" and self._first_op is not None:
+            place = graph.inserting_before(self._first_op)
+        else:
+            place = graph.inserting_after(after)
+        with place:
+            call = graph.call_module(name, (after,))
+        copy_provenance(call, origin, value=after.meta.get("val"))
+        return call
+
+    def _register(self, group: int) -> str:
+        if group not in self._name:
+            # The same instance may stand for several groups when a quantizer's callback merged them.
+            observer = self._observers[group]
+            number = len(self._name)
+            while hasattr(self._gm, f"{OBSERVER_PREFIX}{number}"):
+                number += 1
+            self._name[group] = f"{OBSERVER_PREFIX}{number}"
+            self._gm.add_submodule(self._name[group], observer)
+        return self._name[group]
+
+
+def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> None:
+    """Insert an observer call for every group at every tensor it is used on. Changes ``gm`` in place.
+
+    ``observers``: group index → observer; a group that is missing stays float.
+    """
+    nodes = list(gm.graph.nodes)
+    named = {node.name: node for node in nodes}
+    inserter = _Inserter(gm, observers)
+    head: dict[str, Node] = {name: node for name, node in named.items()}
+    on_edge: dict[tuple[str, int], Node] = {}
+    own = {
+        point.node: index for index, group in enumerate(plan.groups) if index in observers
+        for point in group.points if isinstance(point, Output)
+    }
+    edges: dict[str, list[tuple[Node, int]]] = defaultdict(list)
+    for index, group in enumerate(plan.groups):
+        for point in group.points:
+            if isinstance(point, Edge) and index in observers and own.get(point.src) != index:
+                edges[point.dst].append((named[point.src], index))
+    for node in nodes:
+        order = {src: i for i, src in enumerate(_sources(node))} if node.name in edges else {}
+        for src, index in sorted(edges[node.name], key=lambda pair: order.get(pair[0].name, 0)):
+            key = (src.name, index)
+            if key not in on_edge:
+                origin = node if src.op in ("get_attr", "placeholder") else src
+                on_edge[key] = inserter.insert(head[src.name], index, origin)
+            node.replace_input_with(head[src.name], on_edge[key])
+        if node.name in own:
+            users = list(node.users)
+            head[node.name] = inserter.insert(node, own[node.name], node)
+            for user in users:
+                user.replace_input_with(node, head[node.name])
+    gm.recompile()
+
+
+def _sources(node: Node) -> list[str]:
+    """Names of the operands, as they were before observers stood between."""
+    names = []
+    for operand in node.all_input_nodes:
+        while operand.op == "call_module" and str(operand.target).startswith(OBSERVER_PREFIX):
+            operand = operand.all_input_nodes[0]
+        names.append(operand.name)
+    return names

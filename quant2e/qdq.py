@@ -1,0 +1,129 @@
+"""The one edit that writes q/dq nodes.
+
+    obs(x)        =>        dq(q(x))        with one dq for each consumer
+
+Argument order is that of ``torch.ops.quantized_decomposed``, which partitioners and Inductor match on.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quant2e.dialect import qd
+from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, PerChannel, PerTensor
+from quant2e.observe import copy_provenance
+
+
+def register_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> str:
+    """Register a buffer under ``path``, or the first free name that starts with it; returns the name."""
+    *parents, leaf = path.split(".")
+    owner: nn.Module = gm
+    for part in parents:
+        child = getattr(owner, part, None)
+        if not isinstance(child, nn.Module):
+            child = nn.Module()
+            owner.add_module(part, child)
+        owner = child
+    name, number = leaf, 0
+    while hasattr(owner, name):
+        number += 1
+        name = f"{leaf}_{number}"
+    owner.register_buffer(name, value)
+    return ".".join([*parents, name])
+
+
+def _parameters(gm: GraphModule, encoding: PerTensor | PerChannel, prefix: str) -> tuple[Any, ...]:
+    """Arguments that q and dq share, after the tensor."""
+    tail = (encoding.quant_min, encoding.quant_max, encoding.dtype)
+    if isinstance(encoding, PerTensor):
+        return (encoding.scale, encoding.zero_point, *tail)
+    refs = []
+    for suffix, value in (("scale", encoding.scale), ("zero_point", encoding.zero_point)):
+        path = register_tensor(gm, f"{prefix}_{suffix}", value)
+        ref = gm.graph.get_attr(path)
+        ref.meta["val"] = value
+        refs.append(ref)
+    return (*refs, encoding.axis, *tail)
+
+
+def _meta_of(value: Any, dtype: torch.dtype) -> Any:
+    return torch.empty_like(value, dtype=dtype) if isinstance(value, torch.Tensor) else None
+
+
+def quantize_at(gm: GraphModule, observer_call: Node, encoding: Encoding, prefix: str) -> Node | None:
+    """Replace one observer call by what its encoding asks for; erases the call.
+
+    ``prefix`` names the buffers of per-channel parameters. Returns the quantize node; None for what has none.
+    """
+    if isinstance(encoding, Custom):
+        encoding.observer.convert(gm, observer_call)
+        return None
+    x = observer_call.args[0]
+    if not isinstance(x, Node):
+        raise TypeError(f"observer call {observer_call.name} has no tensor operand")
+    with gm.graph.inserting_before(observer_call):
+        if isinstance(encoding, HalfPrecision):
+            _half_precision(gm, observer_call, x)
+            return None
+        if isinstance(encoding, Dynamic):
+            ops, parameters = _dynamic_parameters(gm, observer_call, x, encoding)
+        else:
+            parameters = _parameters(gm, encoding, prefix)
+            ops = _OPS[type(encoding)]
+        q = gm.graph.call_function(ops[0], (x, *parameters))
+        copy_provenance(q, observer_call, value=_meta_of(x.meta.get("val"), encoding.dtype))
+    _dequantize_per_consumer(gm, observer_call, q, ops[1], parameters)
+    return q
+
+
+_OPS = {
+    PerTensor: (qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default),
+    PerChannel: (qd.quantize_per_channel.default, qd.dequantize_per_channel.default),
+}
+
+
+def _dynamic_parameters(gm: GraphModule, call: Node, x: Node, encoding: Dynamic) -> tuple[Any, tuple[Any, ...]]:
+    """``scale, zero_point = choose_qparams(x)``; the tensor overloads, so that tracing keeps them as data."""
+    choose = qd.choose_qparams_symmetric.tensor if encoding.symmetric else qd.choose_qparams.tensor
+    arguments = (x, encoding.quant_min, encoding.quant_max, encoding.eps, encoding.dtype)
+    chosen = gm.graph.call_function(choose, arguments)
+    value = x.meta.get("val")
+    values: tuple[Any, Any] | None = None
+    if isinstance(value, torch.Tensor):
+        values = (value.new_empty(1, dtype=torch.float64), value.new_empty(1, dtype=torch.int64))
+    copy_provenance(chosen, call, value=values)
+    parts = []
+    for i in range(2):
+        part = gm.graph.call_function(operator.getitem, (chosen, i))
+        copy_provenance(part, call, value=None if values is None else values[i])
+        parts.append(part)
+    ops = (qd.quantize_per_tensor.tensor, qd.dequantize_per_tensor.tensor)
+    return ops, (*parts, encoding.quant_min, encoding.quant_max, encoding.dtype)
+
+
+def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, parameters: tuple[Any, ...]) -> None:
+    value = call.meta.get("val")
+    # A tensor of another float type comes back as what it was; float32 is the op's default.
+    out = {"out_dtype": value.dtype} if isinstance(value, torch.Tensor) and value.dtype != torch.float32 else {}
+    for user in list(call.users):
+        with gm.graph.inserting_before(user):
+            dq = gm.graph.call_function(op, (q, *parameters), out)
+        copy_provenance(dq, user if user.op == "call_function" else call, value=value)
+        user.replace_input_with(call, dq)
+    gm.graph.erase_node(call)
+
+
+def _half_precision(gm: GraphModule, call: Node, x: Node) -> None:
+    cast = qd.convert_element_type.no_fuse
+    value = x.meta.get("val")
+    half = gm.graph.call_function(cast, (x, torch.float16))
+    copy_provenance(half, call, value=_meta_of(value, torch.float16))
+    back = gm.graph.call_function(cast, (half, torch.float32))
+    copy_provenance(back, call, value=_meta_of(value, torch.float32))
+    call.replace_all_uses_with(back)
+    gm.graph.erase_node(call)

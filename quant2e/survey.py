@@ -1,0 +1,95 @@
+"""What a captured graph computes, op by op, before anything is rewritten: the rows of the report.
+
+Only ops that produce a float tensor count. Multiply-accumulates follow from the shapes of convolutions and matrix products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from quant2e.errors import module_path, source_line
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class FloatOp:
+    """One op of the captured graph that produces a float tensor.
+
+    ``macs``: multiply-accumulates at the example shapes; 0 for ops that are not products.
+    """
+
+    name: str
+    target: str
+    module: str
+    source: str
+    macs: int
+
+
+def survey(gm: GraphModule) -> tuple[FloatOp, ...]:
+    """The float ops of a captured graph, in graph order."""
+    return tuple(
+        FloatOp(node.name, str(node.target), module_path(node), source_line(node), count_macs(node))
+        for node in gm.graph.nodes
+        if node.op == "call_function" and produces_float(node)
+    )
+
+
+def produces_float(node: Node) -> bool:
+    """Whether a node's result is, or holds, a floating-point tensor."""
+    value = node.meta.get("val")
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(item, Tensor) and item.is_floating_point() for item in items)
+
+
+def _shape(node: Any) -> list[int] | None:
+    """Sizes of a tensor operand, dynamic ones at their example value."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    sizes = []
+    for size in value.shape:
+        hint = getattr(getattr(size, "node", None), "hint", size)
+        sizes.append(int(hint) if isinstance(hint, int) else 1)
+    return sizes
+
+
+def count_macs(node: Node) -> int:
+    """Multiply-accumulates of a convolution or a matrix product; 0 for any other op."""
+    if node.op != "call_function":
+        return 0
+    family = _FAMILY.get(getattr(node.target, "overloadpacket", None))
+    out = _shape(node)
+    if family is None or out is None:
+        return 0
+    operands = [_shape(arg) for arg in node.args]
+    if family == "attention":
+        q, k = operands[0], operands[1]
+        return 0 if q is None or k is None else 2 * math.prod(q) * k[-2]
+    if family == "linear" or family == "addmm":
+        inner = operands[0] if family == "linear" else operands[1]
+        return 0 if not inner else math.prod(out) * inner[-1]
+    weight = operands[1] if len(operands) > 1 else None
+    if weight is None:
+        return 0
+    if family == "conv":
+        return math.prod(out) * math.prod(weight[1:])
+    # Transposed: every input element meets each of its group's weights once.
+    return 0 if operands[0] is None else math.prod(operands[0]) * math.prod(weight[1:])
+
+
+_FAMILY: dict[Any, str] = {
+    **dict.fromkeys((aten.linear, aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot), "linear"),
+    **dict.fromkeys((aten.addmm, aten.baddbmm), "addmm"),
+    **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution), "conv"),
+    **dict.fromkeys((aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), "transposed"),
+    aten.scaled_dot_product_attention: "attention",
+}
