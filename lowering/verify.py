@@ -1,0 +1,248 @@
+"""Does a lowered program compute what the Q/DQ graph says? Both run on the same data and are compared.
+
+A difference is counted in steps: one step is the scale of the quantize/dequantize pair that ends the graph, so
+"1 step" is one integer at the output. Where the graph ends in float, a step is 1/255 of the reference output's
+range in the batch at hand, the step that an 8-bit output would have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from quant2e.dialect import qd
+from quant2e.errors import LoweringError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of one call."""
+
+_ATEN = torch.ops.aten
+_MOVES = frozenset(
+    {
+        _ATEN.view.default,
+        _ATEN.reshape.default,
+        _ATEN.flatten.using_ints,
+        _ATEN.permute.default,
+        _ATEN.transpose.int,
+        _ATEN.t.default,
+        _ATEN.squeeze.default,
+        _ATEN.squeeze.dim,
+        _ATEN.squeeze.dims,
+        _ATEN.unsqueeze.default,
+        _ATEN.slice.Tensor,
+        _ATEN.select.int,
+        _ATEN.contiguous.default,
+        _ATEN.clone.default,
+        _ATEN.detach.default,
+        _ATEN.alias.default,
+        _ATEN.expand.default,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """What a lowered program must reach: at most ``steps`` anywhere, or at least ``sqnr_db`` over all the data.
+
+    Either is enough. One integer of difference is legitimate wherever the target rounds ties another way; in deep
+    graphs such differences travel, and the noise ratio says whether they stayed noise.
+    """
+
+    steps: float = 1.0
+    sqnr_db: float = 40.0
+
+    def __str__(self) -> str:
+        return f"at most {self.steps:g} step(s), or SQNR of at least {self.sqnr_db:g} dB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """How far a lowered program is from its Q/DQ graph.
+
+    ``max_steps``: largest difference, in steps of ``step_rule``. ``max_abs_diff``: the same in the output's unit.
+    ``sqnr_db``: 10·log10(Σ reference² / Σ difference²), over every float output and batch; ``inf`` when bit-equal.
+    ``mismatches``: share of differing elements among integer and boolean outputs (0 when there are none).
+    ``batches``: how many inputs were compared.
+    """
+
+    max_steps: float
+    max_abs_diff: float
+    sqnr_db: float
+    mismatches: float
+    batches: int
+    step_rule: str
+    bound: Bound
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bound holds."""
+        return self.max_steps <= self.bound.steps or self.sqnr_db >= self.bound.sqnr_db
+
+    def __str__(self) -> str:
+        verdict = "passed" if self.passed else "FAILED"
+        integers = f", {self.mismatches:.2%} of the integer outputs differ" if self.mismatches else ""
+        return (
+            f"{verdict}: {self.max_steps:.3g} step(s) at most ({self.step_rule}), max abs difference "
+            f"{self.max_abs_diff:.3g}, SQNR {self.sqnr_db:.1f} dB over {self.batches} batch(es){integers}; "
+            f"required: {self.bound}"
+        )
+
+    def check(self, what: str) -> None:
+        """Raise `LoweringError` unless the bound holds. ``what`` names the lowered program."""
+        if not self.passed:
+            raise LoweringError(
+                f"{what} does not compute what its Q/DQ graph says: {self}. Pass verify=False to get the program "
+                f"anyway, and report this with the model"
+            )
+
+
+def as_inputs(batch: Any) -> Inputs:
+    """One item of data as positional and keyword inputs: a tensor, a tuple or list of positionals, or a dict."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def graph_of(model: Any) -> Any:
+    """The graph of a QuantizedModel (its ``module``), or the module itself."""
+    if isinstance(model, torch.nn.Module):
+        return model
+    module = getattr(model, "module", None)
+    if isinstance(module, torch.nn.Module):
+        return module
+    raise LoweringError(
+        f"cannot lower or compare a {type(model).__name__}: pass what quantize or convert_pt2e returned, "
+        f"a captured GraphModule or an nn.Module"
+    )
+
+
+def output_scales(model: Any) -> list[float | None]:
+    """Scale of the quantize/dequantize pair that ends each output of a graph; None where an output ends in float."""
+    if not isinstance(model, GraphModule):
+        return []
+    outputs = [node for node in model.graph.nodes if node.op == "output"]
+    flat = pytree.tree_leaves(outputs[0].args[0]) if outputs else []
+    return [_scale_at(leaf) if isinstance(leaf, Node) else None for leaf in flat]
+
+
+def _scale_at(node: Node) -> float | None:
+    while node.op == "call_function" and node.target in _MOVES and isinstance(node.args[0], Node):
+        node = node.args[0]
+    if node.op != "call_function":
+        return None
+    if node.target in (qd.dequantize_per_tensor.default, qd.quantize_per_tensor.default):
+        scale = node.args[1]
+        return float(scale) if isinstance(scale, int | float) else None
+    return None
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Running sums of a comparison."""
+
+    steps: float = 0.0
+    abs_diff: float = 0.0
+    signal: float = 0.0
+    noise: float = 0.0
+    integers: int = 0
+    mismatches: int = 0
+
+    def add_float(self, got: Tensor, expected: Tensor, scale: float | None) -> None:
+        got, expected = got.double(), expected.double()
+        same = (got == expected) | (got.isnan() & expected.isnan())
+        diff = torch.where(same, 0.0, (got - expected).abs()).nan_to_num(nan=math.inf)
+        finite = torch.where(expected.isfinite(), expected, 0.0)
+        worst = float(diff.max()) if diff.numel() else 0.0
+        step = scale if scale is not None else float(finite.max() - finite.min()) / 255 if finite.numel() else 0.0
+        self.abs_diff = max(self.abs_diff, worst)
+        self.steps = max(self.steps, worst / step if step > 0 else (math.inf if worst else 0.0))
+        self.signal += float(finite.square().sum())
+        self.noise += float(diff.square().sum())
+
+    def add_integer(self, got: Tensor, expected: Tensor, quantized: bool) -> None:
+        diff = (got.to(torch.int64) - expected.to(torch.int64)).abs()
+        self.integers += diff.numel()
+        self.mismatches += int((diff != 0).sum())
+        if quantized and diff.numel():
+            self.steps = max(self.steps, float(diff.max()))
+            self.abs_diff = max(self.abs_diff, float(diff.max()))
+            self.signal += float(expected.double().square().sum())
+            self.noise += float(diff.double().square().sum())
+
+    def sqnr_db(self) -> float:
+        if self.noise == 0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+
+
+def verify(
+    lowered: Callable[..., Any], model: Any, data: Iterable[Any], *, bound: Bound | None = None
+) -> Verification:
+    """Run ``lowered`` and ``model`` on ``data`` and measure how far apart they are.
+
+    ``lowered``: what a lowering returned, or any callable. ``model``: the Q/DQ GraphModule it came from, or a
+    QuantizedModel. ``data``: what calibration takes: tensors, tuples of positional inputs, or dicts of keywords.
+    Raises `LoweringError` when ``data`` is empty or the outputs differ in number or shape. A difference in values
+    is returned, not raised: see `Verification.passed` and `Verification.check`.
+    """
+    reference = graph_of(model)
+    scales = output_scales(reference)
+    tally, batches = _Tally(), 0
+    with torch.no_grad():
+        for args, kwargs in map(as_inputs, data):
+            # the reference may write to its inputs; each side gets its own copy
+            expected = pytree.tree_leaves(reference(*_copied(args), **_copied(kwargs)))
+            got = pytree.tree_leaves(lowered(*_copied(args), **_copied(kwargs)))
+            for g, e, scale, place in _paired(got, expected, scales):
+                _compare(tally, g, e, scale, place)
+            batches += 1
+    if not batches:
+        raise LoweringError("nothing to verify on: the data has no batches")
+    found = any(scale is not None for scale in scales)
+    rule = "steps of the output's scale" if found else "steps of 1/255 of the output's range"
+    return Verification(
+        max_steps=tally.steps,
+        max_abs_diff=tally.abs_diff,
+        sqnr_db=tally.sqnr_db(),
+        mismatches=tally.mismatches / tally.integers if tally.integers else 0.0,
+        batches=batches,
+        step_rule=rule,
+        bound=bound or Bound(),
+    )
+
+
+def _copied(tree: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _paired(
+    got: list[Any], expected: list[Any], scales: list[float | None]
+) -> Iterator[tuple[Any, Any, float | None, int]]:
+    if len(got) != len(expected):
+        raise LoweringError(f"the lowered program returns {len(got)} value(s), its Q/DQ graph {len(expected)}")
+    for place, (g, e) in enumerate(zip(got, expected, strict=True)):
+        yield g, e, scales[place] if len(scales) == len(expected) else None, place
+
+
+def _compare(tally: _Tally, got: Any, expected: Any, scale: float | None, place: int) -> None:
+    if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
+        if isinstance(expected, Tensor) or isinstance(got, Tensor):
+            raise LoweringError(f"output {place}: {type(got).__name__} instead of {type(expected).__name__}")
+        return
+    if got.shape != expected.shape:
+        raise LoweringError(
+            f"output {place} of the lowered program has shape {tuple(got.shape)}, its Q/DQ graph's {tuple(expected.shape)}"
+        )
+    if expected.is_floating_point():
+        tally.add_float(got, expected, scale)
+    else:
+        tally.add_integer(got, expected, quantized=scale is not None)
