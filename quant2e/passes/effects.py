@@ -1,0 +1,161 @@
+"""What a node does besides returning a value: what it writes, what its result shares memory with, what it draws.
+
+Read from the op's schema (``Tensor(a!)`` is written, ``Tensor(a) -> Tensor(a)`` shares memory), plus the few ATen ops
+whose schema is silent about it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+_SILENT_ALIASES = frozenset(
+    {
+        aten._unsafe_view.default,
+        aten.alpha_dropout.default,
+        aten.atleast_1d.default,
+        aten.atleast_2d.default,
+        aten.atleast_3d.default,
+        aten.broadcast_tensors.default,
+        aten.dropout.default,
+        aten.feature_alpha_dropout.default,
+        aten.feature_dropout.default,
+        aten.meshgrid.default,
+        aten.meshgrid.indexing,
+        aten.sum_to_size.default,
+        aten.type_as.default,
+    }
+)
+"""Ops that may hand back their input (or a view of it) although their schema says they return a new tensor."""
+
+_UNINITIALISED = frozenset(
+    {
+        aten.empty.memory_format,
+        aten.empty_like.default,
+        aten.empty_permuted.default,
+        aten.empty_strided.default,
+        aten.new_empty.default,
+        aten.new_empty_strided.default,
+    }
+)
+
+_METADATA_WRITES = frozenset({aten.detach_.default})
+"""In-place ops that change no element: ``torch.tensor(...)`` in a forward is exported with one."""
+
+_SCALAR_FUNCTIONS = frozenset({operator.getitem, torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not})
+
+TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
+"""Names, in ATen schemas, of the flag that says whether the op behaves as in training."""
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """Value of the argument ``name`` of an ATen node: positional, keyword, or the schema's default."""
+    if not isinstance(node.target, OpOverload):
+        return default
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for position, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name:
+            if not declared.kwarg_only and position < len(node.args):
+                return node.args[position]
+            return declared.default_value if declared.has_default_value() else default
+    return default
+
+
+def training_argument(target: Any) -> str | None:
+    """Name of the training flag in the schema of ``target``; None when the op has none."""
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
+        return None
+    names = [declared.name for declared in target._schema.arguments]
+    return next((name for name in TRAINING_ARGUMENTS if name in names), None)
+
+
+def trains(node: Node) -> bool:
+    """Does the node drop values or use batch statistics, as in training?"""
+    name = training_argument(node.target)
+    return name is not None and bool(argument(node, name))
+
+
+def _tensor_arguments(node: Node, select: Callable[[Any], bool]) -> Iterator[Node]:
+    assert isinstance(node.target, OpOverload)
+    for declared in node.target._schema.arguments:
+        if select(declared):
+            value = argument(node, declared.name)
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, Node):
+                    yield item
+
+
+def subgraphs(node: Node) -> list[GraphModule]:
+    """Graphs that a higher-order op (``cond``, an autocast region) runs."""
+    root = node.graph.owning_module
+    found = []
+    for operand in node.all_input_nodes:
+        if operand.op == "get_attr" and root is not None:
+            module = _lookup(root, str(operand.target))
+            if isinstance(module, GraphModule):
+                found.append(module)
+    return found
+
+
+def _lookup(root: torch.nn.Module, path: str) -> Any:
+    value: Any = root
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def writes(node: Node) -> list[Node]:
+    """Nodes whose tensor the node changes in place (elements, not metadata)."""
+    if isinstance(node.target, HigherOrderOperator):
+        inner = any(writes(n) for body in subgraphs(node) for n in body.graph.nodes)
+        return list(node.all_input_nodes) if inner else []
+    if not isinstance(node.target, OpOverload) or node.target in _METADATA_WRITES:
+        return []
+    written = list(_tensor_arguments(node, lambda a: a.alias_info is not None and a.alias_info.is_write))
+    if trains(node):  # batch and instance norm update running statistics, unannotated in the schema
+        written += _tensor_arguments(node, lambda a: a.name in ("running_mean", "running_var"))
+    return written
+
+
+def aliases(node: Node) -> list[Node]:
+    """Nodes whose memory the node's result may share."""
+    if node.target is operator.getitem:
+        return list(node.all_input_nodes[:1])
+    if isinstance(node.target, HigherOrderOperator):
+        return list(node.all_input_nodes)
+    if not isinstance(node.target, OpOverload):
+        return []
+    if node.target in _SILENT_ALIASES:
+        return list(node.all_input_nodes)
+    shared = [a for r in node.target._schema.returns if r.alias_info for a in r.alias_info.before_set]
+    return list(
+        _tensor_arguments(node, lambda a: a.alias_info is not None and not a.alias_info.before_set.isdisjoint(shared))
+    )
+
+
+def is_random(node: Node) -> bool:
+    """Does the node draw random numbers? Dropout in eval mode does not."""
+    if isinstance(node.target, HigherOrderOperator):
+        return any(is_random(n) for body in subgraphs(node) for n in body.graph.nodes)
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    return training_argument(node.target) is None or trains(node)
+
+
+def is_deterministic(node: Node) -> bool:
+    """Is the node's value a function of its operands alone?"""
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, OpOverload):
+        return not (is_random(node) or writes(node) or node.target in _UNINITIALISED)
+    if isinstance(node.target, HigherOrderOperator):
+        return False
+    return node.target in _SCALAR_FUNCTIONS or getattr(node.target, "__module__", "") in ("_operator", "math")
