@@ -32,9 +32,9 @@ $(INSTALLED): pyproject.toml
 	@echo "==> environment in $(VENV) ($$("$(PYTHON)" --version))"
 	@"$(PYTHON)" -m venv $(VENV) || { echo "error: cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
 	@echo "==> installing $(TORCH)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
 	@echo "==> installing quant2e with all extras (editable; a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[all]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[all]"
 	@touch $@
 
 demo: $(INSTALLED)
