@@ -1,7 +1,6 @@
 """Which nodes are constant, and their value.
 
-    constant(n)  ⇔  n reads a parameter or buffer that nothing writes,
-                    or n is deterministic and all its operands are constant
+constant(n)  ⇔  n reads a parameter or buffer that nothing writes, or n is deterministic and its operands are constant
 """
 
 from __future__ import annotations

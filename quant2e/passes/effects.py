@@ -51,6 +51,17 @@ _METADATA_WRITES = frozenset({aten.detach_.default})
 
 _SCALAR_FUNCTIONS = frozenset({operator.getitem, torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not})
 
+_NORMS = frozenset(
+    {
+        aten._native_batch_norm_legit.default,
+        aten._native_batch_norm_legit.no_stats,
+        aten.batch_norm.default,
+        aten.cudnn_batch_norm.default,
+        aten.instance_norm.default,
+        aten.native_batch_norm.default,
+    }
+)
+
 TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
 """Names, in ATen schemas, of the flag that says whether the op behaves as in training."""
 
@@ -69,18 +80,24 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return default
 
 
-def training_argument(target: Any) -> str | None:
-    """Name of the training flag in the schema of ``target``; None when the op has none."""
+def flag_of(node: Node) -> str | None:
+    """Name of the argument that puts the node into training mode; None when it behaves the same in both modes."""
+    target = node.target
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return None
     names = [declared.name for declared in target._schema.arguments]
-    return next((name for name in TRAINING_ARGUMENTS if name in names), None)
+    flag = next((name for name in TRAINING_ARGUMENTS if name in names), None)
+    if flag is not None and target in _NORMS and argument(node, "running_mean") is None:
+        return None  # a norm without running statistics uses those of the batch in both modes
+    return flag
 
 
 def trains(node: Node) -> bool:
-    """Does the node drop values or use batch statistics, as in training?"""
-    name = training_argument(node.target)
-    return name is not None and bool(argument(node, name))
+    """Does the node drop values, or use and update batch statistics, as in training?"""
+    if node.target is aten.scaled_dot_product_attention.default:
+        return bool(argument(node, "dropout_p"))
+    flag = flag_of(node)
+    return flag is not None and bool(argument(node, flag))
 
 
 def _tensor_arguments(node: Node, select: Callable[[Any], bool]) -> Iterator[Node]:
@@ -147,7 +164,8 @@ def is_random(node: Node) -> bool:
         return any(is_random(n) for body in subgraphs(node) for n in body.graph.nodes)
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    return training_argument(node.target) is None or trains(node)
+    switches = flag_of(node) is not None or node.target is aten.scaled_dot_product_attention.default
+    return trains(node) if switches else True
 
 
 def is_deterministic(node: Node) -> bool:

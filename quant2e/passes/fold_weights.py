@@ -1,0 +1,45 @@
+"""Constants become integers in the file, not at run time.
+
+    q(w)        =>        w_quantized            where w depends on parameters only
+
+The float copy goes as soon as nothing else reads it.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from quant2e.dialect import QUANTIZE
+from quant2e.passes.constants import constant_nodes, evaluate
+from quant2e.qdq import register_tensor
+
+
+def attribute_path(node: Node) -> str:
+    """Path of the first parameter or buffer that a constant node is computed from; its name when there is none."""
+    pending, seen = [node], set()
+    while pending:
+        current = pending.pop(0)
+        if current.op == "get_attr":
+            return str(current.target)
+        if current not in seen:
+            seen.add(current)
+            pending.extend(current.all_input_nodes)
+    return node.name
+
+
+def fold_weights(gm: GraphModule) -> bool:
+    """Evaluate every quantize op on a constant and keep its integers as a buffer; True if there was any."""
+    constants = constant_nodes(gm.graph)
+    folded = False
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in QUANTIZE or node not in constants:
+            continue
+        value = evaluate(gm, node)
+        path = register_tensor(gm, f"{attribute_path(node)}_quantized", value)
+        with gm.graph.inserting_before(node):
+            integers = gm.graph.get_attr(path)
+        integers.meta = dict(node.meta) | {"val": value}
+        node.replace_all_uses_with(integers)
+        gm.graph.erase_node(node)
+        folded = True
+    return folded

@@ -1,0 +1,144 @@
+"""Training and evaluation mode of a captured graph, where the mode is written into literals.
+
+Going one way and back leaves the graph text as it was: the flag of each op changes, every other literal (epsilon,
+momentum, dropout probability) stays, and what one mode drops (the count of batches, the dropout of an attention)
+is remembered in the node's metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
+
+from quant2e.errors import CaptureError, where
+from quant2e.passes.effects import argument, aten, flag_of, trains
+
+_COUNT = "quant2e_batch_count"
+"""Key in a batch norm's metadata: name and metadata of the increment of ``num_batches_tracked`` removed in eval."""
+_ATTENTION_DROPOUT = "quant2e_attention_dropout"
+"""Key in an attention's metadata: its dropout probability in training."""
+
+
+def set_training(graph: Graph, mode: bool) -> bool:
+    """Rewrite the literals of ``graph`` for training (True) or evaluation. Says whether anything changed.
+
+    Batch norms that keep no statistics use those of the batch in both modes, as in eager. Linear in the graph.
+    """
+    changed = False
+    counts: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        if (path := _counted(node)) is not None:
+            counts[path] = node
+            continue
+        if _set_attention_dropout(node, mode):
+            changed = True
+        name = flag_of(node)
+        if name is None or bool(argument(node, name)) == mode:
+            continue
+        _set_argument(node, name, mode)
+        changed = True
+        if (path := _count_path(node)) is not None:
+            if mode:
+                _restore_count(node, path)
+            elif path in counts:
+                _drop_count(node, counts.pop(path))
+    return changed
+
+
+def training_nodes(gm: GraphModule) -> Iterator[Node]:
+    """Nodes that behave as in training: dropout, batch norm on batch statistics. Control-flow bodies included."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for node in module.graph.nodes:
+                if trains(node):
+                    yield node
+
+
+def is_training_graph(gm: GraphModule) -> bool:
+    """Was the graph captured, or switched, in training mode? False when no op depends on the mode."""
+    return next(training_nodes(gm), None) is not None
+
+
+def check_eval(gm: GraphModule) -> None:
+    """Raise `CaptureError` naming the nodes when the graph is in training mode."""
+    nodes = list(training_nodes(gm))
+    if not nodes:
+        return
+    listed = "\n".join(f"  {where(node)}" for node in nodes[:5])
+    more = f"\n  and {len(nodes) - 5} more" if len(nodes) > 5 else ""
+    raise CaptureError(
+        "the model is in training mode, and post-training quantization measures the model as it will be deployed: call "
+        f"model.eval() before capture, or captured.eval() now. In training mode:\n{listed}{more}"
+    )
+
+
+def _set_argument(node: Node, name: str, value: Any) -> None:
+    assert isinstance(node.target, OpOverload)
+    for position, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name:
+            if position < len(node.args) and not declared.kwarg_only:
+                node.update_arg(position, value)
+            elif declared.has_default_value() and declared.default_value == value:
+                node.kwargs = {key: kept for key, kept in node.kwargs.items() if key != name}
+            else:
+                node.update_kwarg(name, value)
+            return
+
+
+def _set_attention_dropout(node: Node, mode: bool) -> bool:
+    if node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    probability = argument(node, "dropout_p")
+    if mode and probability == 0 and _ATTENTION_DROPOUT in node.meta:
+        _set_argument(node, "dropout_p", node.meta.pop(_ATTENTION_DROPOUT))
+        return True
+    if not mode and probability != 0:
+        node.meta[_ATTENTION_DROPOUT] = probability
+        _set_argument(node, "dropout_p", 0.0)
+        return True
+    return False
+
+
+def _counted(node: Node) -> str | None:
+    """Path of the counter when ``node`` is ``num_batches_tracked.add_(1)``."""
+    if node.target is not aten.add_.Tensor or node.users or tuple(node.args[1:]) != (1,) or node.kwargs:
+        return None
+    counter = node.args[0]
+    if isinstance(counter, Node) and counter.op == "get_attr":
+        path = str(counter.target)
+        return path if path.rpartition(".")[2] == "num_batches_tracked" else None
+    return None
+
+
+def _count_path(node: Node) -> str | None:
+    """Path where the counter of a batch norm lies, next to its running mean."""
+    mean = argument(node, "running_mean")
+    if not isinstance(mean, Node) or mean.op != "get_attr":
+        return None
+    prefix, dot, last = str(mean.target).rpartition(".")
+    return f"{prefix}{dot}num_batches_tracked" if last == "running_mean" else None
+
+
+def _drop_count(norm: Node, increment: Node) -> None:
+    norm.meta[_COUNT] = (increment.name, dict(increment.meta))
+    norm.graph.erase_node(increment)
+
+
+def _restore_count(norm: Node, path: str) -> None:
+    graph = norm.graph
+    name, meta = norm.meta.pop(_COUNT, (None, None))
+    counter = next(iter(graph.find_nodes(op="get_attr", target=path)), None)
+    if counter is None:  # dead code elimination dropped it: nothing reads the count in this graph
+        return
+    with graph.inserting_before(norm):
+        increment = graph.call_function(aten.add_.Tensor, (counter, 1))
+    if name is not None:
+        increment.name = name
+    value = counter.meta.get("val")
+    increment.meta = meta or {key: norm.meta[key] for key in ("nn_module_stack", "stack_trace") if key in norm.meta}
+    if isinstance(value, Tensor):
+        increment.meta.setdefault("val", value)
