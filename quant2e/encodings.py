@@ -120,7 +120,9 @@ def encode(observer: Any) -> Encoding | None:
 
 def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> Dynamic:
     if dtype not in (torch.int8, torch.uint8):
-        raise CalibrationError(f"dynamic quantization to {dtype}: the ops that find scales at run time know int8 and uint8")
+        raise CalibrationError(
+            f"dynamic quantization to {dtype}: the ops that find scales at run time know int8 and uint8"
+        )
     qscheme = getattr(observer, "qscheme", None)
     if qscheme in PER_CHANNEL_SCHEMES:
         raise CalibrationError(f"dynamic quantization with {qscheme}: scales found at run time are per tensor")

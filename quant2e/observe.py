@@ -59,7 +59,10 @@ def _constructor_arguments(spec: Any) -> dict[str, Any]:
     else:
         found = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "observer_or_fake_quant_ctr"}
     # "ch_axis" is an argument of the per-channel observers alone, whatever library they come from.
-    if "PerChannel" not in _class_name(spec.observer_or_fake_quant_ctr) and found.get("qscheme") not in PER_CHANNEL_SCHEMES:
+    if (
+        "PerChannel" not in _class_name(spec.observer_or_fake_quant_ctr)
+        and found.get("qscheme") not in PER_CHANNEL_SCHEMES
+    ):
         found.pop("ch_axis", None)
     return found
 
@@ -127,7 +130,7 @@ class _Inserter:
     def __init__(self, gm: GraphModule, observers: Mapping[int, nn.Module]) -> None:
         self._gm = gm
         self._observers = observers
-        self._name: dict[int, str] = {}
+        self.names: dict[int, str] = {}
         self._first_op = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
 
     def insert(self, after: Node, group: int, origin: Node) -> Node:
@@ -143,21 +146,22 @@ class _Inserter:
         return call
 
     def _register(self, group: int) -> str:
-        if group not in self._name:
+        if group not in self.names:
             # The same instance may stand for several groups when a quantizer's callback merged them.
             observer = self._observers[group]
-            number = len(self._name)
+            number = len(self.names)
             while hasattr(self._gm, f"{OBSERVER_PREFIX}{number}"):
                 number += 1
-            self._name[group] = f"{OBSERVER_PREFIX}{number}"
-            self._gm.add_submodule(self._name[group], observer)
-        return self._name[group]
+            self.names[group] = f"{OBSERVER_PREFIX}{number}"
+            self._gm.add_submodule(self.names[group], observer)
+        return self.names[group]
 
 
-def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> None:
+def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> dict[int, str]:
     """Insert an observer call for every group at every tensor it is used on. Changes ``gm`` in place.
 
     ``observers``: group index → observer; a group that is missing stays float.
+    Returns the name under which each group's observer is registered.
     """
     nodes = list(gm.graph.nodes)
     named = {node.name: node for node in nodes}
@@ -165,8 +169,11 @@ def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> 
     head: dict[str, Node] = {name: node for name, node in named.items()}
     on_edge: dict[tuple[str, int], Node] = {}
     own = {
-        point.node: index for index, group in enumerate(plan.groups) if index in observers
-        for point in group.points if isinstance(point, Output)
+        point.node: index
+        for index, group in enumerate(plan.groups)
+        if index in observers
+        for point in group.points
+        if isinstance(point, Output)
     }
     edges: dict[str, list[tuple[Node, int]]] = defaultdict(list)
     for index, group in enumerate(plan.groups):
@@ -187,6 +194,7 @@ def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> 
             for user in users:
                 user.replace_input_with(node, head[node.name])
     gm.recompile()
+    return dict(inserter.names)
 
 
 def _sources(node: Node) -> list[str]:

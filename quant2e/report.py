@@ -181,10 +181,16 @@ def _judge_node(
         return Verdict(op, fused.kind, rule if rule != "annotated" else f"fused with {fused.op.name}")
     if any(operands.activations):
         return Verdict(op, STATIC, f"{rule}, some operands float")
-    reasons = {r for p, r in ignored.items() if p in (*(Edge(s.name, node.name) for s in node.all_input_nodes), Output(node.name))}
+    reasons = {
+        r
+        for p, r in ignored.items()
+        if p in (*(Edge(s.name, node.name) for s in node.all_input_nodes), Output(node.name))
+    }
     if Output(node.name) in plan and not operands.activations:
         return Verdict(op, STATIC, f"{rule}, output only")
-    return Verdict(op, FLOAT, f"{rule}, but no operand is quantized" + (f": {', '.join(sorted(reasons))}" if reasons else ""))
+    return Verdict(
+        op, FLOAT, f"{rule}, but no operand is quantized" + (f": {', '.join(sorted(reasons))}" if reasons else "")
+    )
 
 
 def _fused_into(node: Node, made: Mapping[str, Verdict]) -> Verdict | None:

@@ -83,7 +83,9 @@ def graph_text(graph: Graph) -> str:
         if node.op == "output":
             lines.append(f"return {_argument_text(node.args[0])}")
             continue
-        arguments = [_argument_text(a) for a in node.args] + [f"{k}={_argument_text(v)}" for k, v in node.kwargs.items()]
+        arguments = [_argument_text(a) for a in node.args] + [
+            f"{k}={_argument_text(v)}" for k, v in node.kwargs.items()
+        ]
         call = f"({', '.join(arguments)})" if node.op not in ("placeholder", "get_attr") else ""
         kind = f"{node.op} " if node.op in ("placeholder", "get_attr") else ""
         lines.append(f"%{node.name}{_value_text(node)} = {kind}{_target_text(node)}{call}")

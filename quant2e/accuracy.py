@@ -1,0 +1,50 @@
+"""How far one model's output is from another's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from quant2e.calibrate import IsolatedRandomness, call_with
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """Signal to quantization noise ratio in dB: ``10 log10(signal / noise)`` of two powers; inf without noise."""
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def output_sqnr(reference: Callable[..., Any], candidate: Callable[..., Any], batches: Iterable[Any]) -> float:
+    """SQNR in dB of ``candidate``'s float outputs against ``reference``'s, over all of ``batches``.
+
+    Elements where the reference is not finite (masked scores) count only when the candidate differs there: as noise
+    without bound, so the result is -inf.
+    """
+    signal = noise = 0.0
+    randomness = IsolatedRandomness()
+    for batch in batches:
+        with torch.no_grad(), randomness:
+            wanted = pytree.tree_leaves(call_with(reference, batch))
+        with torch.no_grad(), randomness:
+            got = pytree.tree_leaves(call_with(candidate, batch))
+        for a, b in zip(wanted, got, strict=True):
+            if isinstance(a, Tensor) and a.is_floating_point():
+                s, n = _powers(a, b)
+                signal, noise = signal + s, noise + n
+    return sqnr_db(signal, noise)
+
+
+def _powers(a: Tensor, b: Tensor) -> tuple[float, float]:
+    a64, b64 = a.detach().double(), b.detach().double()
+    finite = torch.isfinite(a64)
+    if not bool(finite.all()):
+        if not torch.equal(a64[~finite].nan_to_num(), b64[~finite].nan_to_num()):
+            return 0.0, math.inf
+        a64, b64 = a64[finite], b64[finite]
+    return float(a64.square().sum()), float((a64 - b64).square().sum())

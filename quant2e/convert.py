@@ -1,0 +1,112 @@
+"""Observed graph → Q/DQ graph.
+
+Every observer is asked for its encoding before the first node is written, so a failure changes nothing and names every
+tensor that is wrong, not only the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quant2e.capture import copy_graph
+from quant2e.encodings import Encoding, PerChannel, PerTensor, encode
+from quant2e.errors import CalibrationError, Quant2eError, where
+from quant2e.ledger import LEDGER, Ledger
+from quant2e.observe import OBSERVER_PREFIX
+from quant2e.passes import run
+from quant2e.passes.constants import constant_nodes
+from quant2e.passes.dead_code import remove_dead_code
+from quant2e.passes.fold_weights import attribute_path, fold_weights
+from quant2e.qdq import quantize_at
+from quant2e.report import tensor_bytes
+from quant2e.verify import check
+
+
+def convert_pt2e(prepared: GraphModule, fold_quantize: bool = True) -> GraphModule:
+    """Replace every observer by the quantize/dequantize pair its statistics ask for.
+
+    ``fold_quantize``: keep weights as integers; False leaves them float, in front of their quantize op.
+    ``prepared`` is not changed and can be converted again. Raises `CalibrationError` that names every op whose tensor
+    saw no data or has no usable range.
+    """
+    if not isinstance(prepared, GraphModule):
+        raise Quant2eError(f"convert_pt2e takes what prepare_pt2e returned, not a {type(prepared).__name__}")
+    gm = copy_graph(prepared)
+    calls = [n for n in gm.graph.nodes if n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX)]
+    ledger = prepared.meta.get(LEDGER)
+    if not calls and not isinstance(ledger, Ledger):
+        raise Quant2eError("this model has no observers: call prepare_pt2e on it, calibrate, and then convert")
+    encodings = _encode_all(gm, calls)
+    constants = constant_nodes(gm.graph)
+    notes = _notes(gm, calls, encodings)
+    for call in calls:
+        encoding = encodings[str(call.target)]
+        if encoding is None:
+            call.replace_all_uses_with(call.all_input_nodes[0])
+            gm.graph.erase_node(call)
+            continue
+        source = call.all_input_nodes[0]
+        prefix = attribute_path(source) if source in constants else source.name
+        quantize_at(gm, call, encoding, prefix)
+    run(gm, ((fold_weights, remove_dead_code) if fold_quantize else (remove_dead_code,)))
+    check(gm)
+    if isinstance(ledger, Ledger):
+        report = replace(ledger.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
+        found = tuple(encodings.get(name) for name in ledger.observers)
+        gm.meta[LEDGER] = replace(ledger, report=report, encodings=found)
+    return gm
+
+
+def _encode_all(gm: GraphModule, calls: list[Node]) -> dict[str, Encoding | None]:
+    encodings: dict[str, Encoding | None] = {}
+    failures: list[str] = []
+    for call in calls:
+        name = str(call.target)
+        if name in encodings:
+            continue
+        encodings[name] = None
+        try:
+            encodings[name] = encode(gm.get_submodule(name))
+        except CalibrationError as error:
+            failures.append(f"  {_place(call)}: {error}")
+    if failures:
+        raise CalibrationError(
+            f"{len(failures)} tensor{'s' if len(failures) > 1 else ''} cannot be quantized:\n" + "\n".join(failures)
+        )
+    return encodings
+
+
+def _place(call: Node) -> str:
+    """The observed tensor, and the ops on both sides of it."""
+    source = call.all_input_nodes[0]
+    while source.op == "call_module" and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    users = [user for user in call.users if user.op == "call_function"]
+    if source.op == "call_function" or not users:
+        return f"the output of {where(source)}"
+    return f"'{source.name}', read by {where(users[0])}"
+
+
+def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None]) -> list[str]:
+    """What a reader should know about the data: tensors that round to zero, values left out of the range."""
+    notes = []
+    for name in dict.fromkeys(str(call.target) for call in calls):
+        observer: Any = gm.get_submodule(name)
+        call = next(c for c in calls if c.target == name)
+        encoding = encodings[name]
+        if encoding is None:
+            continue
+        flushes = getattr(observer, "flushes_to_zero", None)
+        if callable(flushes) and isinstance(encoding, (PerTensor, PerChannel)) and flushes():
+            notes.append(f"{_place(call)}: every value rounds to 0 at the smallest scale its spec allows")
+        masked = getattr(observer, "masked_count", None)
+        if isinstance(masked, torch.Tensor):
+            masked = int(masked)
+        if isinstance(masked, int) and masked > 0:
+            notes.append(f"{_place(call)}: {masked} masked values (-inf or a mask's sentinel) left out of the range")
+    return notes

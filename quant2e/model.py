@@ -1,0 +1,148 @@
+"""One call: a model in, a quantized model with its report out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from quant2e.accuracy import output_sqnr
+from quant2e.calibrate import Call, Progress, batch_count, calibrate
+from quant2e.capture import capture
+from quant2e.convert import convert_pt2e
+from quant2e.errors import Quant2eError
+from quant2e.ledger import LEDGER, ledger_of
+from quant2e.prepare import prepare_pt2e
+from quant2e.recipe import Recipe, recipe_of
+from quant2e.report import Report
+
+_HOLD_OUT_EVERY = 8
+_HOLD_OUT_AT_MOST = 8
+
+
+@dataclass(slots=True, eq=False)
+class QuantizedModel:
+    """A Q/DQ graph with everything known about it.
+
+    ``module``: the graph. ``example_inputs``, ``example_kwargs``, ``dynamic_shapes``: what it was captured with, and
+    what saving and lowering need. Calling the object calls the graph.
+    """
+
+    module: GraphModule
+    report: Report
+    recipe: Recipe
+    example_inputs: tuple[Any, ...]
+    example_kwargs: dict[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def save(self, path: str | Path) -> None:
+        """Write an ExportedProgram with report and recipe to ``path`` (``.pt2``); see `quant2e.save`."""
+        from quant2e.storage import save
+
+        save(self, path)
+
+
+class _HoldOut:
+    """Hands on most of an iterable and keeps a few batches back: the second one, then every eighth, at most eight.
+
+    When there is only one batch it is handed on and kept.
+    """
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self._data = data
+        self.kept: list[Any] = []
+        self.separate = False
+
+    def __len__(self) -> int:
+        total = batch_count(self._data)
+        if total is None:
+            raise TypeError("the data does not say how many batches it holds")
+        return total - len([i for i in range(total) if self._keeps(i)])
+
+    @staticmethod
+    def _keeps(index: int) -> bool:
+        return index % _HOLD_OUT_EVERY == 1 and index // _HOLD_OUT_EVERY < _HOLD_OUT_AT_MOST
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, batch in enumerate(self._data):
+            if self._keeps(index):
+                if not self.separate:
+                    self.kept.clear()
+                    self.separate = True
+                self.kept.append(batch)
+                continue
+            if index == 0:
+                self.kept.append(batch)
+            yield batch
+
+
+def quantize(
+    model: nn.Module | ExportedProgram | GraphModule,
+    example_inputs: Any,
+    quantizer: Any,
+    calibration_data: Iterable[Any] | None = None,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    allow_unquantized: bool = False,
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Capture, prepare, calibrate, convert; then measure against float.
+
+    ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
+    ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
+    weight-only quantizers need none. A few of its batches are held out, never calibrated on, to measure the SQNR in
+    the report. ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the
+    number of batches done and the total, where it is known.
+
+    ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
+    quantized.
+    """
+    positional = _positional(example_inputs)
+    captured = capture(model, positional, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    prepared = prepare_pt2e(captured, quantizer)
+    report = ledger_of(prepared).report
+    if report.quantized_ops == 0 and not allow_unquantized:
+        raise Quant2eError(
+            f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
+            "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
+        )
+    held_out: list[Any] = [Call(positional, dict(kwargs or {}))]
+    measured_on = "the example inputs"
+    if calibration_data is not None:
+        if isinstance(calibration_data, (Tensor, str, Mapping)):
+            raise Quant2eError(
+                f"calibration_data is a {type(calibration_data).__name__}; give an iterable of batches, or wrap a "
+                "single batch in a list: [batch]"
+            )
+        stream = _HoldOut(calibration_data)
+        calibrate(prepared, stream, progress=progress)
+        held_out = stream.kept
+        kind = "held-out batch" if stream.separate else "calibration batch"
+        measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
+    converted = convert_pt2e(prepared)
+    ledger = ledger_of(converted)
+    sqnr = output_sqnr(captured, converted, held_out)
+    report = replace(ledger.report, sqnr_db=sqnr, sqnr_source=measured_on)
+    converted.meta[LEDGER] = replace(ledger, report=report)
+    return QuantizedModel(
+        module=converted,
+        report=report,
+        recipe=recipe_of(ledger, type(quantizer).__name__),
+        example_inputs=copy.copy(positional),
+        example_kwargs=dict(kwargs or {}),
+        dynamic_shapes=dynamic_shapes,
+    )
+
+
+def _positional(example_inputs: Any) -> tuple[Any, ...]:
+    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)

@@ -1,0 +1,148 @@
+"""Captured graph + quantizer → observed graph.
+
+The model that comes in is left untouched: the work is done on a copy of its graph that shares its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from quant2e.capture import as_graph_module, check_eval, copy_graph
+from quant2e.errors import AnnotationError, Quant2eError
+from quant2e.interop import read_plan
+from quant2e.ledger import LEDGER, Ledger
+from quant2e.observe import OBSERVER_PREFIX, make_observers, observe
+from quant2e.passes import run
+from quant2e.passes.constants import constant_nodes, evaluate
+from quant2e.passes.fold_batch_norm import fold_batch_norm
+from quant2e.plan import DerivedFrom, Group, Output, Plan
+from quant2e.report import Report, judge, tensor_bytes
+from quant2e.survey import survey
+
+
+def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphModule:
+    """Insert the observers that ``quantizer`` asks for.
+
+    ``model``: what `capture` or ``torch.export`` made, in eval mode; it is not changed. ``quantizer``: a `Quantizer`, or
+    any object with PT2E's methods. Batch norms are folded first; weights are observed here, activations by running
+    the result on calibration data.
+
+    Raises `CaptureError` for a graph in training mode, `AnnotationError` and `PlanError` for annotations that are
+    wrong alone or together.
+    """
+    original = as_graph_module(model)
+    if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in original.graph.nodes):
+        raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
+    check_eval(original)
+    ops = survey(original)
+    gm = copy_graph(original)
+    run(gm, (fold_batch_norm,))
+    gm = _annotate(gm, quantizer)
+    plan = read_plan(gm)
+    constants = constant_nodes(gm.graph)
+    report = Report(
+        verdicts=judge(ops, gm, plan, frozenset(constants), _explainer(quantizer)),
+        notes=(*_plan_notes(plan), *_quantizer_notes(quantizer)),
+        float_bytes=tensor_bytes(original),
+    )
+    plan, observers = _call_back(gm, quantizer, plan, make_observers(plan))
+    device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+    for observer in observers.values():
+        observer.to(device)
+    _observe_constants(gm, plan, observers, frozenset(constants))
+    names = observe(gm, plan, observers)
+    gm.meta[LEDGER] = Ledger(plan, tuple(names.get(i, "") for i in range(len(plan.groups))), report)
+    return gm
+
+
+def _annotate(gm: GraphModule, quantizer: Any) -> GraphModule:
+    for method in ("annotate", "validate"):
+        if not callable(getattr(quantizer, method, None)):
+            raise AnnotationError(
+                f"{type(quantizer).__name__} has no method '{method}': a quantizer has annotate(model) and "
+                "validate(model); derive it from quant2e.Quantizer"
+            )
+    if callable(getattr(quantizer, "transform_for_annotation", None)):
+        transformed = quantizer.transform_for_annotation(gm)
+        gm = transformed if isinstance(transformed, GraphModule) else gm
+    annotated = quantizer.annotate(gm)
+    gm = annotated if isinstance(annotated, GraphModule) else gm
+    quantizer.validate(gm)
+    return gm
+
+
+def _explainer(quantizer: Any) -> Callable[[Node], str]:
+    """Why a quantizer left a node float: its own words when it has some."""
+    own = getattr(quantizer, "explain", None)
+
+    def explain(node: Node) -> str:
+        words = str(own(node)) if callable(own) else ""
+        return words or f"{type(quantizer).__name__} did not annotate {node.target}"
+
+    return explain
+
+
+def _quantizer_notes(quantizer: Any) -> tuple[str, ...]:
+    return tuple(str(note) for note in getattr(quantizer, "notes", ()) or ())
+
+
+def _plan_notes(plan: Plan) -> list[str]:
+    notes = [f"annotation of ({item.point}) ignored: it is {item.reason}" for item in plan.ignored]
+    return notes
+
+
+def _call_back(
+    gm: GraphModule, quantizer: Any, plan: Plan, made: list[nn.Module]
+) -> tuple[Plan, Mapping[int, nn.Module]]:
+    """Let the quantizer look at, or exchange, the observer of each point; the plan follows what it did."""
+    callback = getattr(quantizer, "prepare_obs_or_fq_callback", None)
+    if not callable(callback):
+        return plan, dict(enumerate(made))
+    named = {node.name: node for node in gm.graph.nodes}
+    # Node names sort the map as PT2E does: inputs of a node, then its output, in graph order.
+    points = [(point, index) for index, group in enumerate(plan.groups) for point in group.points]
+    place = {
+        point: named[point.node] if isinstance(point, Output) else (named[point.src], named[point.dst])
+        for point, _ in points
+    }
+    shown: dict[Any, Any] = {place[point]: made[index] for point, index in points}
+    before = dict(shown)
+    callback(gm, shown)
+    if shown == before:
+        return plan, dict(enumerate(made))
+    groups: dict[int, Group] = {}
+    observers: dict[int, nn.Module] = {}
+    for point, index in points:
+        observer = shown.get(place[point])
+        if observer is None:
+            continue
+        known = groups.get(id(observer))
+        spec = plan.groups[index].spec if known is None else known.spec
+        groups[id(observer)] = Group(spec, (*(known.points if known else ()), point))
+        observers[id(observer)] = observer
+    return Plan(tuple(groups.values()), plan.ignored), dict(enumerate(observers[key] for key in groups))
+
+
+def _observe_constants(
+    gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module], constants: frozenset[Node]
+) -> None:
+    """Show every constant tensor to its observer, so that weights need no calibration data."""
+    fixed = {node.name: node for node in constants}
+    for index, observer in observers.items():
+        group = plan.groups[index]
+        tensors = dict.fromkeys(point.tensor for point in group.points)
+        if isinstance(group.spec, DerivedFrom) or getattr(group.spec, "is_dynamic", False):
+            continue
+        with torch.no_grad():
+            for name in tensors:
+                if name in fixed:
+                    observer(evaluate(gm, fixed[name]))
+        freeze = getattr(observer, "freeze", None)
+        if callable(freeze) and all(name in fixed for name in tensors):
+            freeze()

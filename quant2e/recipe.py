@@ -1,0 +1,102 @@
+"""How a model was quantized, as data: which points share parameters, with which numbers, and what calibration found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quant2e.atomic import atomic_file
+from quant2e.encodings import Custom, Dynamic, HalfPrecision, PerChannel, PerTensor
+from quant2e.errors import FileFormatError
+from quant2e.ledger import Ledger
+from quant2e.text import spec_text
+
+RECIPE_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecipe:
+    """One group of points that share parameters.
+
+    ``spec``: the numbers asked for, as text. ``encoding``: what they became: ``per_tensor``, ``per_channel``,
+    ``dynamic``, ``float16``, ``custom`` or ``float``. ``scale``/``zero_point``: one per tensor or per channel; empty
+    when they are found at run time.
+    """
+
+    points: tuple[str, ...]
+    spec: str
+    encoding: str
+    dtype: str = ""
+    quant_min: int = 0
+    quant_max: int = 0
+    axis: int | None = None
+    scale: tuple[float, ...] = ()
+    zero_point: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything about how a model was quantized. ``quantizer``: the name of what annotated it."""
+
+    quantizer: str
+    groups: tuple[GroupRecipe, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; `from_dict` is its inverse."""
+        return {"format": RECIPE_FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The recipe that `as_dict` described. Raises `FileFormatError` for another format."""
+        if data.get("format") != RECIPE_FORMAT:
+            raise FileFormatError(f"recipe format {data.get('format')!r}: this version reads format {RECIPE_FORMAT}")
+        lists = ("points", "scale", "zero_point")
+        groups = tuple(GroupRecipe(**{k: tuple(v) if k in lists else v for k, v in g.items()}) for g in data["groups"])
+        return cls(str(data["quantizer"]), groups)
+
+    def to_file(self, path: str | Path) -> None:
+        """Write as JSON; an existing file is replaced only once the new one is complete."""
+        with atomic_file(Path(path)) as part:
+            part.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        """Read what `to_file` wrote. Raises `FileFormatError` when it is not a recipe."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise FileFormatError(f"{path} is not a recipe: {error}") from error
+
+
+def recipe_of(ledger: Ledger, quantizer: str) -> Recipe:
+    """The recipe of a converted graph, from its ledger."""
+    groups = []
+    for group, encoding in zip(ledger.plan.groups, ledger.encodings, strict=True):
+        base = {"points": tuple(str(p) for p in group.points), "spec": spec_text(group.spec)}
+        groups.append(GroupRecipe(**base, **_numbers(encoding)))
+    return Recipe(quantizer, tuple(groups))
+
+
+def _numbers(encoding: Any) -> dict[str, Any]:
+    if encoding is None:
+        return {"encoding": "float"}
+    if isinstance(encoding, Custom):
+        return {"encoding": "custom"}
+    if isinstance(encoding, HalfPrecision):
+        return {"encoding": "float16"}
+    common = {
+        "dtype": str(encoding.dtype).removeprefix("torch."),
+        "quant_min": encoding.quant_min,
+        "quant_max": encoding.quant_max,
+    }
+    if isinstance(encoding, Dynamic):
+        return {"encoding": "dynamic", **common}
+    if isinstance(encoding, PerTensor):
+        return {"encoding": "per_tensor", **common, "scale": (encoding.scale,), "zero_point": (encoding.zero_point,)}
+    if isinstance(encoding, PerChannel):
+        scale, zero_point = tuple(encoding.scale.tolist()), tuple(encoding.zero_point.tolist())
+        return {"encoding": "per_channel", **common, "axis": encoding.axis, "scale": scale, "zero_point": zero_point}
+    raise TypeError(f"unknown encoding {type(encoding).__name__}")
