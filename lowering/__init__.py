@@ -2,3 +2,18 @@
 
 In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program file, checked against the graph it came from.
 """
+
+from lowering.delegation import Delegation, Leftover, Partition
+from lowering.executorch import ExecuTorchProgram, to_executorch
+from lowering.verify import Bound, Verification, verify
+
+__all__ = [
+    "Bound",
+    "Delegation",
+    "ExecuTorchProgram",
+    "Leftover",
+    "Partition",
+    "Verification",
+    "to_executorch",
+    "verify",
+]

@@ -184,9 +184,7 @@ class _Tally:
         return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
 
 
-def verify(
-    lowered: Callable[..., Any], model: Any, data: Iterable[Any], *, bound: Bound | None = None
-) -> Verification:
+def verify(lowered: Callable[..., Any], model: Any, data: Iterable[Any], *, bound: Bound | None = None) -> Verification:
     """Run ``lowered`` and ``model`` on ``data`` and measure how far apart they are.
 
     ``lowered``: what a lowering returned, or any callable. ``model``: the Q/DQ GraphModule it came from, or a
@@ -194,28 +192,33 @@ def verify(
     Raises `LoweringError` when ``data`` is empty or the outputs differ in number or shape. A difference in values
     is returned, not raised: see `Verification.passed` and `Verification.check`.
     """
-    reference = graph_of(model)
+    return compare(lowered, graph_of(model), map(as_inputs, data), bound=bound)
+
+
+def compare(
+    lowered: Callable[..., Any], reference: Any, batches: Iterable[Inputs], *, bound: Bound | None = None
+) -> Verification:
+    """`verify` on calls: each batch is a pair of positional and keyword inputs."""
     scales = output_scales(reference)
-    tally, batches = _Tally(), 0
+    tally, count = _Tally(), 0
     with torch.no_grad():
-        for args, kwargs in map(as_inputs, data):
+        for args, kwargs in batches:
             # the reference may write to its inputs; each side gets its own copy
             expected = pytree.tree_leaves(reference(*_copied(args), **_copied(kwargs)))
             got = pytree.tree_leaves(lowered(*_copied(args), **_copied(kwargs)))
             for g, e, scale, place in _paired(got, expected, scales):
                 _compare(tally, g, e, scale, place)
-            batches += 1
-    if not batches:
+            count += 1
+    if not count:
         raise LoweringError("nothing to verify on: the data has no batches")
     found = any(scale is not None for scale in scales)
-    rule = "steps of the output's scale" if found else "steps of 1/255 of the output's range"
     return Verification(
         max_steps=tally.steps,
         max_abs_diff=tally.abs_diff,
         sqnr_db=tally.sqnr_db(),
         mismatches=tally.mismatches / tally.integers if tally.integers else 0.0,
-        batches=batches,
-        step_rule=rule,
+        batches=count,
+        step_rule="steps of the output's scale" if found else "steps of 1/255 of the output's range",
         bound=bound or Bound(),
     )
 

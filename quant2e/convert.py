@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.capture import copy_graph
 from quant2e.encodings import Encoding, PerChannel, PerTensor, encode
 from quant2e.errors import CalibrationError, Quant2eError, where
+from quant2e.graph_module import copy_graph
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX
 from quant2e.passes import run

@@ -105,7 +105,10 @@ def encode(observer: Any) -> Encoding | None:
     """
     if callable(getattr(observer, "convert", None)):
         return Custom(observer=observer)
-    dtype = _STORAGE.get(getattr(observer, "dtype", None), getattr(observer, "dtype", None))
+    dtype = getattr(observer, "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        return None
+    dtype = _STORAGE.get(dtype, dtype)
     if dtype == torch.float16:
         return HalfPrecision()
     if dtype not in INTEGER_BOUNDS and dtype not in _FLOAT8:

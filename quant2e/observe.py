@@ -166,7 +166,7 @@ def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> 
     nodes = list(gm.graph.nodes)
     named = {node.name: node for node in nodes}
     inserter = _Inserter(gm, observers)
-    head: dict[str, Node] = {name: node for name, node in named.items()}
+    head = dict(named)
     on_edge: dict[tuple[str, int], Node] = {}
     own = {
         point.node: index

@@ -13,8 +13,9 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from quant2e.capture import as_graph_module, check_eval, copy_graph
+from quant2e.capture import as_graph_module
 from quant2e.errors import AnnotationError, Quant2eError
+from quant2e.graph_module import copy_graph
 from quant2e.interop import read_plan
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX, make_observers, observe
@@ -24,6 +25,7 @@ from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.plan import DerivedFrom, Group, Output, Plan
 from quant2e.report import Report, judge, tensor_bytes
 from quant2e.survey import survey
+from quant2e.train_eval import check_eval
 
 
 def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphModule:
@@ -41,7 +43,7 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
         raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
     check_eval(original)
     ops = survey(original)
-    gm = copy_graph(original)
+    gm: GraphModule = copy_graph(original)
     run(gm, (fold_batch_norm,))
     gm = _annotate(gm, quantizer)
     plan = read_plan(gm)
@@ -93,8 +95,7 @@ def _quantizer_notes(quantizer: Any) -> tuple[str, ...]:
 
 
 def _plan_notes(plan: Plan) -> list[str]:
-    notes = [f"annotation of ({item.point}) ignored: it is {item.reason}" for item in plan.ignored]
-    return notes
+    return [f"annotation of ({item.point}) ignored: it is {item.reason}" for item in plan.ignored]
 
 
 def _call_back(

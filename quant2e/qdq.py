@@ -109,7 +109,9 @@ def _dynamic_parameters(gm: GraphModule, call: Node, x: Node, encoding: Dynamic)
 def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, parameters: tuple[Any, ...]) -> None:
     value = call.meta.get("val")
     # A tensor of another float type comes back as what it was; float32 is the op's default.
-    out = {"out_dtype": value.dtype} if isinstance(value, torch.Tensor) and value.dtype != torch.float32 else {}
+    out: dict[str, Any] = (
+        {"out_dtype": value.dtype} if isinstance(value, torch.Tensor) and value.dtype != torch.float32 else {}
+    )
     for user in list(call.users):
         with gm.graph.inserting_before(user):
             dq = gm.graph.call_function(op, (q, *parameters), out)

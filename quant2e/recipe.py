@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from quant2e.atomic import atomic_file
-from quant2e.encodings import Custom, Dynamic, HalfPrecision, PerChannel, PerTensor
+from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, PerTensor
 from quant2e.errors import FileFormatError
 from quant2e.ledger import Ledger
+from quant2e.plan import Group
 from quant2e.text import spec_text
 
 RECIPE_FORMAT = 1
@@ -53,8 +54,20 @@ class Recipe:
         """The recipe that `as_dict` described. Raises `FileFormatError` for another format."""
         if data.get("format") != RECIPE_FORMAT:
             raise FileFormatError(f"recipe format {data.get('format')!r}: this version reads format {RECIPE_FORMAT}")
-        lists = ("points", "scale", "zero_point")
-        groups = tuple(GroupRecipe(**{k: tuple(v) if k in lists else v for k, v in g.items()}) for g in data["groups"])
+        groups = tuple(
+            GroupRecipe(
+                points=tuple(g["points"]),
+                spec=g["spec"],
+                encoding=g["encoding"],
+                dtype=g["dtype"],
+                quant_min=g["quant_min"],
+                quant_max=g["quant_max"],
+                axis=g["axis"],
+                scale=tuple(g["scale"]),
+                zero_point=tuple(g["zero_point"]),
+            )
+            for g in data["groups"]
+        )
         return cls(str(data["quantizer"]), groups)
 
     def to_file(self, path: str | Path) -> None:
@@ -73,30 +86,28 @@ class Recipe:
 
 def recipe_of(ledger: Ledger, quantizer: str) -> Recipe:
     """The recipe of a converted graph, from its ledger."""
-    groups = []
-    for group, encoding in zip(ledger.plan.groups, ledger.encodings, strict=True):
-        base = {"points": tuple(str(p) for p in group.points), "spec": spec_text(group.spec)}
-        groups.append(GroupRecipe(**base, **_numbers(encoding)))
-    return Recipe(quantizer, tuple(groups))
+    pairs = zip(ledger.plan.groups, ledger.encodings, strict=True)
+    return Recipe(quantizer, tuple(_group_recipe(group, encoding) for group, encoding in pairs))
 
 
-def _numbers(encoding: Any) -> dict[str, Any]:
+def _group_recipe(group: Group, encoding: Encoding | None) -> GroupRecipe:
+    points, spec = tuple(str(p) for p in group.points), spec_text(group.spec)
     if encoding is None:
-        return {"encoding": "float"}
+        return GroupRecipe(points, spec, "float")
     if isinstance(encoding, Custom):
-        return {"encoding": "custom"}
+        return GroupRecipe(points, spec, "custom")
     if isinstance(encoding, HalfPrecision):
-        return {"encoding": "float16"}
-    common = {
-        "dtype": str(encoding.dtype).removeprefix("torch."),
-        "quant_min": encoding.quant_min,
-        "quant_max": encoding.quant_max,
-    }
+        return GroupRecipe(points, spec, "float16")
+    dtype = str(encoding.dtype).removeprefix("torch.")
+    bare = GroupRecipe(points, spec, "dynamic", dtype, encoding.quant_min, encoding.quant_max)
     if isinstance(encoding, Dynamic):
-        return {"encoding": "dynamic", **common}
+        return bare
     if isinstance(encoding, PerTensor):
-        return {"encoding": "per_tensor", **common, "scale": (encoding.scale,), "zero_point": (encoding.zero_point,)}
-    if isinstance(encoding, PerChannel):
-        scale, zero_point = tuple(encoding.scale.tolist()), tuple(encoding.zero_point.tolist())
-        return {"encoding": "per_channel", **common, "axis": encoding.axis, "scale": scale, "zero_point": zero_point}
-    raise TypeError(f"unknown encoding {type(encoding).__name__}")
+        return replace(bare, encoding="per_tensor", scale=(encoding.scale,), zero_point=(encoding.zero_point,))
+    return replace(
+        bare,
+        encoding="per_channel",
+        axis=encoding.axis,
+        scale=tuple(encoding.scale.tolist()),
+        zero_point=tuple(encoding.zero_point.tolist()),
+    )

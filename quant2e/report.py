@@ -139,7 +139,9 @@ def judge(
 
 
 def _operands(node: Node, gm: GraphModule, plan: Plan, constants: frozenset[Node]) -> _Operands:
-    activations, fixed, dynamic = [], [], False
+    activations: list[bool] = []
+    fixed: list[bool] = []
+    dynamic = False
     for src in node.all_input_nodes:
         tensor = node_tensor(gm, src)
         if tensor is None or not tensor.is_floating_point():

@@ -71,9 +71,9 @@ def _parts(
             raise Quant2eError("save(module, path, example_inputs): a GraphModule does not remember its example inputs")
         module, args, kwargs, shapes = model, tuple(example_inputs), {}, dynamic_shapes
         ledger = module.meta.get(LEDGER)
-        known = isinstance(ledger, Ledger)
-        report = ledger.report if known else Report(verdicts=())
-        recipe = recipe_of(ledger, "") if known else Recipe("", ())
+        report, recipe = Report(verdicts=()), Recipe("", ())
+        if isinstance(ledger, Ledger):
+            report, recipe = ledger.report, recipe_of(ledger, "")
     record = {"format": RECORD_FORMAT, "report": report.as_dict(), "recipe": recipe.as_dict()}
     return module, args, kwargs, shapes, record
 
@@ -120,16 +120,16 @@ def _record(source: Path, text: str | bytes) -> tuple[Report, Recipe]:
 def _dynamic_shapes(program: ExportedProgram) -> Any:
     """Which dimensions of the inputs are dynamic, in the form ``torch.export`` takes; None when there are none."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    leaves = [
-        {i: Dim.AUTO for i, size in enumerate(value.shape) if not isinstance(size, int)} or None
-        if isinstance(value := values.get(name), Tensor)
-        else None
-        for name in program.graph_signature.user_inputs
-        if isinstance(name, str)
-    ]
+    leaves = [_dynamic_sizes(values.get(str(name))) for name in program.graph_signature.user_inputs]
     if not any(leaves):
         return None
     if len(leaves) != program.call_spec.in_spec.num_leaves:
         return None
     args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
     return (*args, *kwargs.values())
+
+
+def _dynamic_sizes(value: Any) -> dict[int, Any] | None:
+    if not isinstance(value, Tensor):
+        return None
+    return {i: Dim.AUTO for i, size in enumerate(value.shape) if type(size) is not int} or None

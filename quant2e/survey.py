@@ -74,7 +74,7 @@ def count_macs(node: Node) -> int:
     if family == "attention":
         q, k = operands[0], operands[1]
         return 0 if q is None or k is None else 2 * math.prod(q) * k[-2]
-    if family == "linear" or family == "addmm":
+    if family in ("linear", "addmm"):
         inner = operands[0] if family == "linear" else operands[1]
         return 0 if not inner else math.prod(out) * inner[-1]
     weight = operands[1] if len(operands) > 1 else None

@@ -27,7 +27,7 @@ _DTYPE_ARGUMENT: dict[Any, int] = {
 """Position of the storage dtype among the arguments; the two before it are the integer range."""
 
 
-def _no_observer_left(gm: GraphModule, node: Node) -> str | None:
+def _no_observer_left(_gm: GraphModule, node: Node) -> str | None:
     if node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX):
         return "an observer is left in the graph"
     return None
@@ -52,7 +52,7 @@ def _dequantizes_its_dtype(gm: GraphModule, node: Node) -> str | None:
     return None
 
 
-def _range_fits(gm: GraphModule, node: Node) -> str | None:
+def _range_fits(_gm: GraphModule, node: Node) -> str | None:
     position = _DTYPE_ARGUMENT.get(node.target)
     if position is None:
         return None
@@ -63,14 +63,14 @@ def _range_fits(gm: GraphModule, node: Node) -> str | None:
     return None if bounds[0] <= low <= high <= bounds[1] else f"the range [{low}, {high}] does not fit {dtype}"
 
 
-def _dq_undoes_q(gm: GraphModule, node: Node) -> str | None:
+def _dq_undoes_q(_gm: GraphModule, node: Node) -> str | None:
     source = node.args[0] if node.target in DEQUANTIZE else None
     if isinstance(source, Node) and source.target in QUANTIZE and source.args[1:] != node.args[1:]:
         return f"its parameters are not those of its quantize '{source.name}'"
     return None
 
 
-def _one_consumer(gm: GraphModule, node: Node) -> str | None:
+def _one_consumer(_gm: GraphModule, node: Node) -> str | None:
     if node.target in DEQUANTIZE and len(node.users) > 1:
         return f"it has {len(node.users)} consumers; every consumer has a dequantize of its own"
     return None
