@@ -1,0 +1,45 @@
+"""mean(x, [2, 3])  =  flatten(mean(x, [2, 3], keepdim=True)), and average pooling to 1×1 is that mean.
+
+XNNPACK has a kernel for the mean over height and width that keeps both dimensions, and for no other mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.canonical.edit import emit, shape_of
+
+_ATEN = torch.ops.aten
+
+
+def keep_mean_dims(module: GraphModule) -> int:
+    """Rewrite means over height and width of NCHW tensors; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not isinstance(node.args[0] if node.args else None, Node):
+            continue
+        mean = _kept(node)
+        if mean is not None:
+            node.replace_all_uses_with(mean)
+            module.graph.erase_node(node)
+            count += 1
+    return count
+
+
+def _kept(node: Node) -> Node | None:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    if node.target is _ATEN.adaptive_avg_pool2d.default:
+        size = node.args[1]
+        if isinstance(size, list | tuple) and all(s == 1 for s in size) and len(shape_of(x)) == 4:
+            return emit(node, _ATEN.mean.dim, x, [2, 3], True)
+        return None
+    if node.target is not _ATEN.mean.dim or len(shape_of(x)) != 4 or node.kwargs.get("dtype") is not None:
+        return None
+    dims = node.args[1]
+    kept = len(node.args) > 2 and bool(node.args[2])
+    if kept or not isinstance(dims, list | tuple) or sorted(d % 4 for d in dims if isinstance(d, int)) != [2, 3]:
+        return None
+    mean = emit(node, _ATEN.mean.dim, x, [2, 3], True)
+    return emit(node, _ATEN.squeeze.dims, mean, [2, 3])

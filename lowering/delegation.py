@@ -1,0 +1,138 @@
+"""What a partitioner took of a graph, and what it left to kernels and why."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from lowering.verify import Verification
+from quant2e.errors import where
+
+NO_RULE = "no partitioner has a rule for this op"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """One delegate: the backend that runs it and the ops in it, with how often each occurs."""
+
+    backend: str
+    ops: Mapping[str, int]
+
+    def __str__(self) -> str:
+        ops = ", ".join(f"{count} × {op}" if count > 1 else op for op, count in self.ops.items())
+        return f"{self.backend}: {ops}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leftover:
+    """An op that a kernel runs, outside of any delegate."""
+
+    op: str
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delegation:
+    """The report of a lowering.
+
+    ``partitions``: the delegates, in order. ``leftovers``: every other op, and why no delegate has it.
+    ``rewrites``: how often each rewrite applied before partitioning. ``notes``: what the target does differently
+    from the graph. ``size``: bytes of the program. ``verification``: the program against its Q/DQ graph; None when
+    that was not asked for. ``per_row``: the program against the graph with a scale per row, where activations are
+    quantized at run time.
+    """
+
+    partitions: tuple[Partition, ...]
+    leftovers: tuple[Leftover, ...]
+    rewrites: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+    size: int = 0
+    verification: Verification | None = None
+    per_row: Verification | None = None
+
+    @property
+    def delegated_ops(self) -> int:
+        """How many ops run inside delegates."""
+        return sum(sum(partition.ops.values()) for partition in self.partitions)
+
+    def replaced(self, **changes: Any) -> Delegation:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        delegated = f"{len(self.partitions)} delegate(s) with {self.delegated_ops} op(s)"
+        lines = [f"{delegated}, {len(self.leftovers)} op(s) left to kernels, {self.size / 1e6:.2f} MB"]
+        lines += [f"  delegate {i}: {partition}" for i, partition in enumerate(self.partitions)]
+        grouped = Counter((leftover.op, leftover.reason) for leftover in self.leftovers)
+        lines += [f"  left: {count} × {op}: {reason}" for (op, reason), count in grouped.most_common()]
+        lines += [f"  rewritten: {count} × {name}" for name, count in self.rewrites.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        if self.verification is not None:
+            lines.append(f"  against the Q/DQ graph: {self.verification}")
+        if self.per_row is not None:
+            lines.append(f"  against the graph with a scale per row: {self.per_row}")
+        return "\n".join(lines)
+
+
+class Rejections(logging.Handler):
+    """Collects the reasons that partitioners give, through their loggers, for not taking a node."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.reasons: dict[str, str] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the first reason per node; a partitioner asks each of its rules in turn."""
+        node, reason = getattr(record.msg, "node", None), getattr(record.msg, "reason", None)
+        if isinstance(node, Node) and isinstance(reason, str):
+            self.reasons.setdefault(node.name, reason)
+
+    @contextmanager
+    def listening(self, logger_name: str) -> Iterator[Rejections]:
+        """Listen to a logger and those below it; everything is as before on exit."""
+        logger = logging.getLogger(logger_name)
+        level, propagate = logger.level, logger.propagate
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+        logger.addHandler(self)
+        try:
+            yield self
+        finally:
+            logger.removeHandler(self)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
+def op_name(node: Node) -> str:
+    """``aten.mul.Tensor`` for an op of any dialect."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.removeprefix("aten.") if name.startswith("aten.aten.") else name
+
+
+def delegation_of(module: GraphModule, reasons: Mapping[str, str], rewrites: Mapping[str, int]) -> Delegation:
+    """Read the delegates and the leftover ops from a partitioned graph."""
+    partitions, leftovers = [], []
+    for node in module.graph.nodes:
+        if node.op != "call_function" or op_name(node) == "getitem":
+            continue
+        if op_name(node) == "executorch_call_delegate":
+            partitions.append(_partition(module, node))
+        else:
+            leftovers.append(Leftover(op=op_name(node), place=where(node), reason=reasons.get(node.name, NO_RULE)))
+    return Delegation(partitions=tuple(partitions), leftovers=tuple(leftovers), rewrites=dict(rewrites))
+
+
+def _partition(module: GraphModule, call: Node) -> Partition:
+    handle = call.args[0]
+    assert isinstance(handle, Node)
+    lowered = getattr(module, str(handle.target))
+    graph = lowered.original_module.graph_module.graph
+    ops = Counter(op_name(n) for n in graph.nodes if n.op == "call_function" and op_name(n) != "getitem")
+    return Partition(backend=str(lowered.backend_id), ops=dict(ops.most_common()))

@@ -1,0 +1,236 @@
+"""From the Q/DQ graph to a program file for the ExecuTorch runtime, with the XNNPACK delegate.
+
+In: a `QuantizedModel`, a converted GraphModule or a float module. Out: an `ExecuTorchProgram`, run on the host and
+compared with the graph it came from. Nothing of ExecuTorch is imported before `to_executorch` is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from lowering.canonical import DECLARED, EXACT, canonicalise
+from lowering.delegation import Delegation, Rejections, delegation_of
+from lowering.verify import Bound, Inputs, as_inputs, compare, graph_of
+from lowering.xnnpack_limits import check_limits
+from quant2e.errors import LoweringError
+
+STATIC_BOUND = Bound(steps=1.0, sqnr_db=40.0)
+"""What a lowered program must reach against the graph that was handed over."""
+
+DYNAMIC_BOUND = Bound(steps=1.0, sqnr_db=20.0)
+"""The same against a Q/DQ graph with dynamic activations: XNNPACK gives every row a scale, the graph every tensor."""
+
+
+class ExecuTorchProgram:
+    """A program for the ExecuTorch runtime.
+
+    ``buffer``: the bytes of the ``.pte`` file. ``report``: what was delegated, what was not and why, and how the
+    program compares with its Q/DQ graph. Calling it runs it in the ExecuTorch runtime of this process: it takes and
+    returns what the model takes and returns.
+    """
+
+    def __init__(self, buffer: bytes, report: Delegation, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> None:
+        self.buffer = buffer
+        self.report = report
+        self._in_spec = in_spec
+        self._out_spec = out_spec
+        self._loaded: tuple[Any, Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on positional and keyword inputs; keywords in any order. Raises `LoweringError` on other inputs."""
+        flat = self._flat_inputs(args, kwargs)
+        if self._loaded is None:
+            self._loaded = _load(self.buffer)
+        try:
+            flat_outputs = self._loaded[1].execute(flat)
+        except RuntimeError as error:
+            shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in flat]
+            raise LoweringError(f"the ExecuTorch runtime refused inputs {shapes}: {error}") from error
+        return pytree.tree_unflatten(list(flat_outputs), self._out_spec)
+
+    def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        keywords = self._in_spec.children()[1]
+        if set(kwargs) != set(keywords.context):
+            raise LoweringError(f"this program takes the keywords {list(keywords.context)}, not {list(kwargs)}")
+        ordered = {name: kwargs[name] for name in keywords.context}
+        flat, spec = pytree.tree_flatten((args, ordered))
+        if spec != self._in_spec:
+            raise LoweringError(f"inputs of another structure: this program takes {self._in_spec}, not {spec}")
+        # the runtime reads memory as it lies
+        return [x.detach().contiguous() if isinstance(x, torch.Tensor) else x for x in flat]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the ``.pte`` file. It appears whole or not at all: written under a temporary name, then moved."""
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.buffer)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def to_executorch(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    partitioners: Sequence[Any] | None = None,
+    verify: bool = True,
+    verify_inputs: Iterable[Any] = (),
+) -> ExecuTorchProgram:
+    """Lower a Q/DQ graph to an ExecuTorch program.
+
+    ``model``: a QuantizedModel (its example inputs and dynamic shapes are used unless given), a converted or captured
+    GraphModule, or an nn.Module in eval mode. ``example_inputs``: a tuple of positional inputs, or a dict of keyword
+    inputs. ``dynamic_shapes``: as for ``torch.export``; every dynamic size needs an upper bound.
+    ``partitioners``: ExecuTorch partitioners in order of preference; XNNPACK's when None.
+    ``verify``: run the program in the runtime on the example inputs and on ``verify_inputs``, and compare it with the
+    Q/DQ graph. Raises `LoweringError` when ExecuTorch is missing, when the graph holds what the target cannot run,
+    when an op has no kernel in the runtime, and when the program disagrees with its graph.
+    """
+    reference = graph_of(model)
+    inputs = _example_inputs(model, example_inputs)
+    shapes = dynamic_shapes if dynamic_shapes is not None else getattr(model, "dynamic_shapes", None)
+    with _undisturbed():
+        _require_executorch()
+        module = _export(reference, inputs, shapes).module(check_guards=False)
+        applied = canonicalise(module, EXACT)
+        notes = check_limits(module) if partitioners is None else ()
+        declared = canonicalise(module, DECLARED) if partitioners is None else {}
+        program = _lower(_export(module, inputs, shapes), partitioners, {**applied, **declared}, notes)
+    if verify:
+        batches = [inputs, *map(as_inputs, verify_inputs)]
+        program.report = _verified(program, reference, module if declared else None, batches)
+    return program
+
+
+def _verified(
+    program: ExecuTorchProgram, reference: Any, per_row: GraphModule | None, batches: list[Inputs]
+) -> Delegation:
+    """The report with the comparisons; raises `LoweringError` when one is beyond its bound."""
+    if per_row is None:
+        verification = compare(program, reference, batches, bound=STATIC_BOUND)
+        verification.check("the ExecuTorch program")
+        return program.report.replaced(verification=verification)
+    rows = compare(program, per_row, batches, bound=STATIC_BOUND)
+    rows.check("the ExecuTorch program (reference: the graph with a scale per row of each dynamic activation)")
+    verification = compare(program, reference, batches, bound=DYNAMIC_BOUND)
+    verification.check("the ExecuTorch program")
+    return program.report.replaced(verification=verification, per_row=rows)
+
+
+def _example_inputs(model: Any, given: Any) -> Inputs:
+    """Positional and keyword inputs to export with."""
+    example = given if given is not None else getattr(model, "example_inputs", None)
+    if example is None:
+        raise LoweringError("to_executorch needs example_inputs: a tuple of positional inputs, or a dict of keywords")
+    args, kwargs = as_inputs(example)
+    if given is None and isinstance(extra := getattr(model, "example_kwargs", None), dict):
+        kwargs = {**kwargs, **extra}
+    return args, kwargs
+
+
+def _require_executorch() -> None:
+    """Import ExecuTorch with its quantized kernels; raise `LoweringError` when it is not installed."""
+    try:
+        import executorch.exir
+        import executorch.kernels.quantized  # noqa: F401
+    except ImportError as error:
+        raise LoweringError(f"ExecuTorch is not installed ({error}): pip install quant2e[executorch]") from error
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Importing and running ExecuTorch leaves logging handlers, warning filters and the environment as they were."""
+    root = logging.getLogger()
+    handlers, level, environment = list(root.handlers), root.level, dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+            for name in set(os.environ) - set(environment):
+                del os.environ[name]
+
+
+def _export(module: Any, inputs: Inputs, shapes: Any) -> ExportedProgram:
+    args, kwargs = inputs
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise LoweringError(
+            f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}"
+        ) from error
+
+
+def _lower(
+    exported: ExportedProgram, partitioners: Sequence[Any] | None, applied: dict[str, int], notes: tuple[str, ...]
+) -> ExecuTorchProgram:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    chosen = list(partitioners) if partitioners is not None else [XnnpackPartitioner()]
+    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
+    assert in_spec is not None
+    assert out_spec is not None
+    try:
+        with Rejections().listening("executorch.backends") as rejections:
+            edge = to_edge_transform_and_lower(exported, partitioner=chosen)
+        report = delegation_of(edge.exported_program().graph_module, rejections.reasons, applied)
+        program = edge.to_executorch()
+    except Exception as error:
+        raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
+    _check_kernels(program.executorch_program)
+    buffer = bytes(program.buffer)
+    return ExecuTorchProgram(buffer, report.replaced(size=len(buffer), notes=notes), in_spec, out_spec)
+
+
+def _check_kernels(program: Any) -> None:
+    """Raise `LoweringError` for ops that the runtime of this process has no kernel for."""
+    from executorch.runtime import Runtime
+
+    available = Runtime.get().operator_registry.operator_names
+    wanted = {
+        f"{op.name}.{op.overload}" if op.overload else op.name
+        for plan in program.execution_plan
+        for op in plan.operators
+    }
+    missing = sorted(wanted - available)
+    if missing:
+        raise LoweringError(
+            f"the ExecuTorch runtime has no kernel for {', '.join(missing)}: leave the ops around them in float, or "
+            f"give the partitioner of a backend that takes them"
+        )
+
+
+def _load(buffer: bytes) -> tuple[Any, Any]:
+    """The loaded program, which owns the bytes, and its method; the file's structure is verified."""
+    with _undisturbed():
+        _require_executorch()
+        from executorch.runtime import Runtime, Verification
+
+        program = Runtime.get().load_program(buffer, verification=Verification.InternalConsistency)
+        try:
+            return program, program.load_method("forward")
+        except RuntimeError as error:
+            raise LoweringError(f"the ExecuTorch runtime cannot load this program: {error}") from error

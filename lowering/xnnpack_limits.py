@@ -1,0 +1,115 @@
+"""What XNNPACK can hold, checked before a graph is handed over, so that a program that converts also runs.
+
+Each limit is one that ExecuTorch 1.4's partitioner and serializer let through, to fail when the program is loaded
+or to compute something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.canonical.dynamic import chooser_of
+from lowering.canonical.edit import tensor_at
+from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.errors import LoweringError, where
+
+_ATEN = torch.ops.aten
+_PER_TENSOR = (qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default)
+_WEIGHTED = (
+    _ATEN.linear.default,
+    _ATEN.conv1d.default,
+    _ATEN.conv2d.default,
+    _ATEN.conv_transpose2d.input,
+)
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def check_limits(module: GraphModule) -> tuple[str, ...]:
+    """Raise `LoweringError` naming every node beyond XNNPACK's limits; return what it computes differently.
+
+    ``module``: the canonicalised Q/DQ graph.
+    """
+    problems = [
+        problem for node in module.graph.nodes if node.op == "call_function" for problem in _problems(module, node)
+    ]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise LoweringError(f"XNNPACK cannot run this graph:\n  {listed}")
+    return tuple(note for node in module.graph.nodes if node.op == "call_function" for note in _notes(node))
+
+
+def _problems(module: GraphModule, node: Node) -> Iterator[str]:
+    if node.target in QUANTIZE or node.target in DEQUANTIZE or node.target in CHOOSE_QPARAMS:
+        yield from _dtype_problems(node)
+    if node.target in _PER_TENSOR:
+        yield from _scale_problems(node, node.args[1])
+        yield from _zero_point_problems(node)
+    if node.target is qd.dequantize_per_channel.default:
+        scales = tensor_at(module, node.args[1])
+        if scales is not None:
+            bad = ~scales.isfinite() | (scales.abs() < _SMALLEST_NORMAL) | (scales < 0)
+            if bad.any():
+                worst = int(bad.nonzero()[0])
+                yield from _scale_problems(node, float(scales.flatten()[worst]), f" of channel {worst}")
+    if node.target in _WEIGHTED:
+        yield from _weight_problems(module, node)
+
+
+def _dtype_problems(node: Node) -> Iterator[str]:
+    dtypes = [arg for arg in node.args if isinstance(arg, torch.dtype)]
+    dtype = dtypes[0] if dtypes else torch.int8
+    if dtype is torch.int8 or (dtype is torch.int32 and node.target in DEQUANTIZE):
+        return
+    hint = "; XNNPACK takes int8: quantize for XNNPACK (XNNPACKQuantizer), or lower with to_inductor"
+    yield f"{where(node)} is {str(dtype).removeprefix('torch.')}{hint}"
+
+
+def _scale_problems(node: Node, scale: object, which: str = "") -> Iterator[str]:
+    if not isinstance(scale, int | float):
+        return
+    if not math.isfinite(scale) or scale < _SMALLEST_NORMAL:
+        yield (
+            f"{where(node)}: scale {scale:g}{which} is not a positive, finite, normal float32; "
+            f"calibrate with data that reaches this tensor, or leave the op in float"
+        )
+
+
+def _zero_point_problems(node: Node) -> Iterator[str]:
+    zero_point, low, high = node.args[2:5]
+    if isinstance(zero_point, int) and not low <= zero_point <= high:
+        yield f"{where(node)}: zero point {zero_point} is outside of [{low}, {high}]"
+
+
+def _weight_problems(module: GraphModule, node: Node) -> Iterator[str]:
+    weight = node.args[1]
+    if not isinstance(weight, Node) or weight.target not in DEQUANTIZE:
+        return
+    if weight.target is qd.dequantize_per_channel.default:
+        zeros = tensor_at(module, weight.args[2])
+        if zeros is not None and zeros.any():
+            channel = int(zeros.nonzero()[0])
+            yield (
+                f"{where(node)}: its weight has zero point {int(zeros[channel])} in channel {channel}, and XNNPACK "
+                f"drops the zero points of channels; use torch.per_channel_symmetric for weights"
+            )
+    elif weight.target is qd.dequantize_per_tensor.default and weight.args[2] != 0:
+        yield (
+            f"{where(node)}: its weight has zero point {weight.args[2]}; XNNPACK takes weights with zero point 0: "
+            f"use torch.per_tensor_symmetric for weights"
+        )
+
+
+def _notes(node: Node) -> Iterator[str]:
+    if node.target is qd.quantize_per_tensor.default:
+        low, high = node.args[3:5]
+        if low > -127 or high < 127:
+            yield (
+                f"{where(node)} is limited to [{low}, {high}] in the graph; XNNPACK limits it to [-128, 127], so values "
+                f"beyond the calibrated range are cut off later"
+            )
+    if node.target is _ATEN.conv2d.default and chooser_of(node.args[0]) is not None:
+        yield f"{where(node)}: XNNPACK quantizes the input of a dynamic convolution per image, the graph per tensor"
