@@ -1,0 +1,176 @@
+"""Q/DQ graph => a compiled callable, through Inductor's int8 kernels (oneDNN on x86).
+
+copy the graph ─▶ rewrite what the patterns miss ─▶ guard what they get wrong ─▶ compile ─▶ run against the graph
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from lowering.inductor_compile import FakeInputs, Flat, compile_flat
+from lowering.inductor_graph import private_copy
+from lowering.inductor_guard import keep_from_patterns
+from lowering.inductor_report import InductorReport, Kernel, build_report, int8_kernels
+from lowering.inductor_rewrites import REWRITES
+from lowering.inductor_signature import Signature
+from lowering.verify import Verification, as_inputs, graph_of
+from lowering.verify import verify as compare
+from quant2e.errors import LoweringError
+
+
+class InductorProgram:
+    """A compiled model. Call it like the model it came from: same inputs, same outputs, no gradients.
+
+    ``report``: which quantized ops became int8 kernels, and why the others did not. ``verification``: how far the
+    program is from its Q/DQ graph on the example inputs; None when that was not asked for.
+
+    Sizes are those the graph was captured with, except along dynamic dimensions. Where Inductor made an assumption
+    on a dynamic size that an input does not meet (a batch of one, say), the program is compiled again for exactly
+    that size, once, with the same flags.
+    """
+
+    report: InductorReport
+    verification: Verification | None
+
+    def __init__(self, model: GraphModule, signature: Signature) -> None:
+        original = private_copy(model)
+        self._graph = private_copy(model)
+        for rewrite in REWRITES:
+            rewrite(self._graph)
+        refused = keep_from_patterns(self._graph)
+        self._signature = signature
+        self._inputs = FakeInputs(signature.inputs, signature.symbols)
+        self._runs: dict[tuple[int, ...], Flat] = {}
+        self.verification = None
+        kernels: list[Kernel] = []
+        self._general = self._compile(self._inputs, lambda graph: kernels.extend(int8_kernels(graph)))
+        self.report = build_report(original, kernels, refused)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program. Raises `LoweringError` when the inputs are not what the graph was captured for."""
+        values = self._signature.flatten(args, kwargs)
+        sizes = self._signature.sizes(values)
+        run = self._runs.get(sizes)
+        if run is None:
+            run = self._runs[sizes] = self._program_for(sizes, values)
+        taken = [
+            value.contiguous(memory_format=spec.memory_format) if isinstance(value, Tensor) else value
+            for spec, value in zip(self._signature.inputs, values, strict=True)
+            if spec.taken
+        ]
+        with torch.no_grad():
+            return self._signature.unflatten(run(*taken))
+
+    def _program_for(self, sizes: tuple[int, ...], values: Sequence[Any]) -> Flat:
+        if self._inputs.accept(sizes):
+            return self._general
+        return self._compile(FakeInputs(self._signature.at(values), {}), lambda _: None)
+
+    def _compile(self, inputs: FakeInputs, inspect: Callable[[Graph], None]) -> Flat:
+        """Compile a copy of the rewritten graph, which Inductor may consume."""
+        graph = Graph()
+        outputs: Any = graph.graph_copy(self._graph.graph, {})
+        graph.output(tuple(leaf for leaf in outputs if isinstance(leaf, Node)))
+        places = [node for node in graph.nodes if node.op == "placeholder"]
+        for node, spec in zip(places, self._signature.inputs, strict=True):
+            if not spec.taken:
+                graph.erase_node(node)
+        for node in graph.nodes:
+            # values of the captured graph: other symbols, another shape environment
+            node.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        return compile_flat(GraphModule(self._graph, graph), inputs.values, inspect)
+
+
+def to_inductor(
+    model: Any, example_inputs: Any = None, *, dynamic_shapes: Any = None, verify: bool = True
+) -> InductorProgram:
+    """Compile a quantized model with Inductor.
+
+    ``model``: a QuantizedModel, or a captured GraphModule (Q/DQ or float). ``example_inputs``: a tensor, a tuple of
+    positional inputs or a dict of keyword inputs; those of the QuantizedModel by default. ``dynamic_shapes``: as in
+    ``torch.export``; needed only where the graph was captured without them. ``verify``: run the program and the
+    graph on the example inputs, and raise when they differ by more than `lowering.verify.Bound` allows.
+
+    The model is left as it is, and so is every setting of torch: Inductor's flags are set for the compilations alone.
+    Raises `LoweringError` when the graph cannot be compiled, or computes something else once it is.
+    """
+    graph = graph_of(model)
+    if not isinstance(graph, GraphModule):
+        raise LoweringError(
+            f"to_inductor takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "
+            f"capture returned"
+        )
+    example = _example(model, example_inputs)
+    if dynamic_shapes is not None:
+        graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
+    leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
+    program = InductorProgram(graph, Signature(graph, leaves))
+    if verify:
+        program.verification = _verified(program, graph, example)
+    return program
+
+
+def _example(model: Any, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if example_inputs is not None:
+        return as_inputs(example_inputs)
+    remembered = getattr(model, "example_inputs", None)
+    if remembered is None or isinstance(model, GraphModule):
+        return None
+    args, kwargs = as_inputs(remembered)
+    return args, {**kwargs, **(getattr(model, "example_kwargs", None) or {})}
+
+
+def _with_dynamic_shapes(
+    graph: GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]] | None, dynamic_shapes: Any
+) -> GraphModule:
+    """The graph itself when it was captured with dynamic sizes; otherwise captured again with them."""
+    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    if any(isinstance(size, torch.SymInt) for v in values if isinstance(v, Tensor) for size in v.shape):
+        return graph
+    if example is None:
+        raise LoweringError("dynamic_shapes needs example_inputs, to capture the graph again with sizes that vary")
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(graph, example[0], example[1], dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        raise LoweringError(
+            f"the graph cannot be captured with these dynamic_shapes, because it was captured with fixed sizes at first: "
+            f"pass dynamic_shapes to quant2e.quantize or capture instead. {type(error).__name__}: {error}"
+        ) from error
+    found = exported.module()
+    assert isinstance(found, GraphModule)
+    return found
+
+
+def _verified(
+    program: InductorProgram, graph: GraphModule, example: tuple[tuple[Any, ...], dict[str, Any]] | None
+) -> Verification:
+    if example is None:
+        raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
+    args, kwargs = example
+    if not kwargs:
+        found = compare(program, graph, [args])
+    elif not args:
+        found = compare(program, graph, [kwargs])
+    else:
+        found = compare(partial(program, **kwargs), _WithKeywords(graph, kwargs), [args])
+    found.check("the program that Inductor made")
+    return found
+
+
+class _WithKeywords(torch.nn.Module):
+    """A graph whose keyword inputs are given already."""
+
+    def __init__(self, graph: GraphModule, kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self._run = partial(graph, **kwargs)
+
+    def forward(self, *args: Any) -> Any:
+        return self._run(*args)

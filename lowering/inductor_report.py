@@ -1,0 +1,218 @@
+"""Which quantized ops became int8 kernels, read off the graph that Inductor generates code for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from lowering.inductor_graph import TAG, constant, operands
+from lowering.inductor_rewrites import CONVOLUTION, LINEAR, activation_of, weight_of
+from quant2e.dialect import DEQUANTIZE, qd
+from quant2e.errors import where
+
+aten = torch.ops.aten
+
+_POOL = frozenset({aten.max_pool2d.default})
+_LOOKUP = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx})
+_COMPUTE = CONVOLUTION | LINEAR | _POOL | _LOOKUP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweredOp:
+    """One op with a quantized operand. ``kernel``: what runs it, ``reason``: why not an int8 kernel, else empty."""
+
+    name: str
+    target: str
+    kernel: str
+    reason: str
+    place: str
+
+    @property
+    def int8(self) -> bool:
+        """Whether the op computes on integers."""
+        return not self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InductorReport:
+    """What Inductor made of each op that has a quantized operand, in graph order; ``notes`` concern the whole graph."""
+
+    ops: tuple[LoweredOp, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def int8(self) -> tuple[LoweredOp, ...]:
+        """Ops that compute on integers."""
+        return tuple(op for op in self.ops if op.int8)
+
+    @property
+    def leftovers(self) -> tuple[LoweredOp, ...]:
+        """Ops that dequantize and compute in float, each with its reason."""
+        return tuple(op for op in self.ops if not op.int8)
+
+    def of(self, name: str) -> LoweredOp:
+        """The entry of the op of that node name. Raises KeyError when there is none."""
+        for op in self.ops:
+            if op.name == name:
+                return op
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.int8)} of {len(self.ops)} ops with quantized operands run as int8 kernels"]
+        lines += [f"  int8   {op.name}: {op.kernel}" for op in self.int8]
+        lines += [f"  float  {op.name}: {op.reason}" for op in self.leftovers]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A node of the final graph that computes on integers. ``tag``: the op of our graph that it ended up as."""
+
+    name: str
+    tag: str
+
+
+def int8_kernels(graph: Graph) -> list[Kernel]:
+    """Integer kernels in the graph that Inductor generates code for: oneDNN's, integer pools."""
+    found = []
+    for node in graph.nodes:
+        name = _kernel_name(node)
+        if name:
+            found.append(Kernel(name, str((node.meta.get("custom") or {}).get(TAG, ""))))
+    return found
+
+
+def _kernel_name(node: Node) -> str:
+    if node.op != "call_function":
+        return ""
+    # Patterns with a lowering of their own leave a partial of a function named after what they matched.
+    made = getattr(getattr(node.target, "func", None), "__name__", "")
+    if made in ("qconv", "qconv_binary", "qlinear", "qlinear_binary"):
+        return f"onednn.{made}"
+    if made == "qmaxpool2d":
+        return "quantized.max_pool2d"
+    name = str(node.target)
+    return name if name.startswith(("onednn.qconv", "onednn.qlinear")) and "prepack" not in name else ""
+
+
+def _behind(node: Node | None, stop: frozenset[Any]) -> Node | None:
+    while isinstance(node, Node) and node.target not in stop and node.op == "call_function":
+        operand = node.args[0] if node.args else None
+        if isinstance(operand, list | tuple):
+            operand = operand[0] if operand else None
+        if len(node.all_input_nodes) != 1:
+            return node
+        node = operand if isinstance(operand, Node) else None
+    return node
+
+
+def _dequantized(node: Node | None) -> Node | None:
+    found = _behind(node, frozenset(DEQUANTIZE))
+    return found if found is not None and found.target in DEQUANTIZE else None
+
+
+def _upstream(node: Node) -> list[Node]:
+    """Compute ops that ``node`` may have been fused with: reached against the flow, up to a dequantize."""
+    found, queue, seen = [], [node], {node}
+    while queue:
+        value = queue.pop()
+        if value.target in _COMPUTE:
+            found.append(value)
+            continue
+        for operand in value.all_input_nodes:
+            if operand not in seen and operand.target not in DEQUANTIZE and operand.op == "call_function":
+                seen.add(operand)
+                queue.append(operand)
+    return found
+
+
+def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, str]:
+    """Kernel of each op by name. A fused kernel carries the tag of the last op it took in."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    fused: dict[str, str] = {}
+    later: list[tuple[Kernel, Node]] = []
+    for kernel in kernels:
+        node = nodes.get(kernel.tag)
+        if node is None:
+            continue
+        if node.target in _COMPUTE:
+            fused[node.name] = kernel.name
+        else:
+            later.append((kernel, node))
+    for kernel, node in later:
+        for candidate in _upstream(node):
+            if candidate.name not in fused:
+                fused[candidate.name] = kernel.name
+                break
+    return fused
+
+
+def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str]) -> str:
+    if node.name in refused:
+        return refused[node.name]
+    if node.target in _POOL:
+        return "pools in float: Inductor pools integers only where the result is quantized again with the same scale"
+    if node.target in _LOOKUP:
+        return "gathers integer rows, then dequantizes them: the result is float"
+    weight, activation = _dequantized(weight_of(node)), _dequantized(activation_of(node))
+    if weight is None:
+        return "the weight is float"
+    if activation is None:
+        return "weight-only: the activation is float, so the weight is dequantized at each call"
+    if weight.target is qd.dequantize_per_tensor.default and constant(gm, operands(weight)["input"]) is None:
+        return "both operands are activations: there is no int8 kernel for their product"
+    if weight.target is qd.dequantize_per_channel_group.default:
+        return "groups of weights with a scale each: there is no int8 kernel for them"
+    if activation.target is qd.dequantize_per_token.default:
+        return "one activation scale per token: Inductor's patterns know one scale per tensor"
+    if node.target in CONVOLUTION and activation.target is qd.dequantize_per_tensor.tensor:
+        return "dynamic parameters: Inductor has a dynamic int8 linear, and no dynamic int8 convolution"
+    if (
+        node.target in CONVOLUTION
+        and (value := constant(gm, operands(weight)["input"])) is not None
+        and value.dim() == 5
+    ):
+        return "three spatial dimensions: Inductor's patterns know one and two"
+    return "no int8 pattern of Inductor matched"
+
+
+def build_report(gm: GraphModule, kernels: Sequence[Kernel], refused: Mapping[str, str]) -> InductorReport:
+    """Report on ``gm``, the tagged copy before any rewrite, given what Inductor generated for it."""
+    fused = _assign(gm, kernels)
+    ops = []
+    for node in gm.graph.nodes:
+        if node.target not in _COMPUTE:
+            continue
+        operand_nodes = [weight_of(node), activation_of(node)] if node.target not in _LOOKUP | _POOL else [node.args[0]]
+        if not any(_dequantized(operand) for operand in operand_nodes):
+            continue
+        kernel = fused.get(node.name, "")
+        reason = "" if kernel else _reason(gm, node, refused)
+        ops.append(
+            LoweredOp(
+                name=node.name, target=str(node.target), kernel=kernel or "float", reason=reason, place=where(node)
+            )
+        )
+    return InductorReport(ops=tuple(ops), notes=_notes(gm, len(kernels), len(fused)))
+
+
+def _notes(gm: GraphModule, kernels: int, assigned: int) -> tuple[str, ...]:
+    notes = []
+    signed = any(
+        node.target is qd.dequantize_per_tensor.default
+        and operands(node)["dtype"] is torch.int8
+        and constant(gm, operands(node)["input"]) is None
+        for node in gm.graph.nodes
+    )
+    if signed:
+        notes.append(
+            "activations are signed (int8): oneDNN is 2 to 10 times slower on them than on unsigned ones; "
+            "quantize with X86InductorQuantizer for this target"
+        )
+    if kernels > assigned:
+        notes.append(f"{kernels - assigned} further int8 kernel(s) could not be traced back to one op")
+    return tuple(notes)
