@@ -1,0 +1,371 @@
+"""Observers that measure: thin modules over the estimators of `ranges` and `histogram`.
+
+Their buffers hold the statistics and nothing else, so ``state_dict``, ``deepcopy`` and ``.to(device)`` carry exactly
+what was measured. Names and arguments are those of PT2E; torch's quantized dtypes (``quint8``) are read as the plain
+dtype that stores them (``uint8``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Generic, Self, TypedDict, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from quant2e.errors import AnnotationError, CalibrationError
+from quant2e.histogram import Histogram, HistogramState
+from quant2e.observer_base import ObserverBase, ObserverFactory
+from quant2e.passive_observer import FixedQParamsObserver, NoopObserver, PlaceholderObserver, RecordingObserver
+from quant2e.qparams import FLOAT32_EPS, FLOAT_QPARAMS, Grid, plain_dtype
+from quant2e.range_search import check_method, search
+from quant2e.ranges import MinMax, MinMaxState, MovingAverage, Range
+from quant2e.specs import INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
+
+__all__ = [
+    "FixedQParamsObserver",
+    "HistogramObserver",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
+    "NoopObserver",
+    "ObserverBase",
+    "ObserverFactory",
+    "PerChannelMinMaxObserver",
+    "PlaceholderObserver",
+    "RecordingObserver",
+    "UniformQuantizationObserverBase",
+    "default_dynamic_quant_observer",
+    "default_histogram_observer",
+    "default_observer",
+    "default_per_channel_weight_observer",
+    "default_placeholder_observer",
+    "default_weight_observer",
+]
+
+S = TypeVar("S", bound="MinMaxState | HistogramState")
+
+_PER_TENSOR = (torch.per_tensor_affine, torch.per_tensor_symmetric)
+_PER_CHANNEL = (*PER_CHANNEL_SCHEMES, FLOAT_QPARAMS)
+_REDUCED = {torch.int8: (-64, 63), torch.uint8: (0, 127)}
+
+
+class ObserverOptions(TypedDict, total=False):
+    """Arguments that all measuring observers take; ``None`` stands for the default.
+
+    ``dtype``: integer dtype of the quantized tensor (uint8). ``qscheme``: symmetric or affine.
+    ``quant_min``, ``quant_max``: both or neither (all integers of the dtype). ``reduce_range``: one bit less.
+    ``eps``: smallest scale. ``is_dynamic``: parameters are found at run time. ``factory_kwargs``: ``device`` of the
+    statistics. ``ch_axis`` matters per channel only.
+    """
+
+    dtype: torch.dtype | None
+    qscheme: torch.qscheme | None
+    reduce_range: bool | None
+    quant_min: int | None
+    quant_max: int | None
+    factory_kwargs: Mapping[str, Any] | None
+    eps: float | None
+    is_dynamic: bool | None
+    ch_axis: int | None
+
+
+def _integer_range(dtype: torch.dtype, options: ObserverOptions) -> tuple[int, int, bool]:
+    """``quant_min, quant_max``, and whether the caller gave them."""
+    low, high = options.get("quant_min"), options.get("quant_max")
+    reduce = bool(options.get("reduce_range"))
+    if (low is None) != (high is None):
+        raise AnnotationError(f"quant_min={low} and quant_max={high}: give both, or neither for all of {dtype}")
+    if low is not None and high is not None:
+        return (low // 2, high // 2, True) if reduce else (low, high, True)
+    if dtype not in INTEGER_BOUNDS:
+        known = ", ".join(str(d) for d in INTEGER_BOUNDS)
+        raise AnnotationError(f"dtype={dtype}: an observed range becomes integers of one of {known}")
+    full = INTEGER_BOUNDS[dtype]
+    return (*(_REDUCED.get(dtype, full) if reduce else full), False)
+
+
+def _grid(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default: torch.qscheme) -> Grid:
+    requested = options.get("dtype") or torch.quint8
+    dtype, qscheme = plain_dtype(requested), options.get("qscheme") or default
+    if qscheme not in allowed:
+        raise AnnotationError(f"qscheme={qscheme}: this observer takes {' or '.join(str(s) for s in allowed)}")
+    if requested == torch.quint4x2 and options.get("quant_min") is None and options.get("quant_max") is None:
+        low, high, custom = 0, 15, False
+    else:
+        low, high, custom = _integer_range(dtype, options)
+    eps = options.get("eps")
+    grid = Grid(
+        dtype=dtype,
+        quant_min=low,
+        quant_max=high,
+        qscheme=qscheme,
+        eps=FLOAT32_EPS if eps is None else float(eps),
+        custom_range=custom,
+    )
+    if options.get("reduce_range") and grid.symmetric and dtype == torch.uint8 and not custom:
+        raise AnnotationError(
+            "symmetric uint8 has its zero point at 128, outside the reduced range [0, 127]; use int8, or affine uint8"
+        )
+    return grid
+
+
+class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
+    """Common part of the measuring observers: an estimator, its state in buffers, and the `Grid` it is measured for.
+
+    ``frozen``: statistics are final and ``forward`` only returns its input.
+    """
+
+    min_val: Tensor
+    max_val: Tensor
+    counts: Tensor
+    quant_min: int
+    quant_max: int
+    qscheme: torch.qscheme
+
+    def __init__(self, estimator: Range[S], state_type: Callable[..., S], grid: Grid, options: ObserverOptions) -> None:
+        super().__init__(grid.dtype, bool(options.get("is_dynamic")))
+        self.estimator: Range[S] = estimator
+        self.grid = grid
+        self.quant_min, self.quant_max, self.qscheme, self.eps = grid.quant_min, grid.quant_max, grid.qscheme, grid.eps
+        self.reduce_range = bool(options.get("reduce_range"))
+        self.frozen = False
+        self._state_type: Callable[..., S] = state_type
+        device = (options.get("factory_kwargs") or {}).get("device")
+        for name, value in self._named(estimator.init(torch.empty(0, device=device))):
+            self.register_buffer(name, value)
+
+    @staticmethod
+    def _named(state: S) -> list[tuple[str, Tensor]]:
+        return [(f.name, getattr(state, f.name)) for f in fields(state)]
+
+    def _live_state(self) -> S:
+        return self._state_type(**dict(self.named_buffers(recurse=False)))
+
+    def _store(self, state: S) -> None:
+        # In place: buffers made under inference mode could not be updated outside it.
+        for name, value in self._named(state):
+            buffer = self.get_buffer(name)
+            if buffer.shape != value.shape:
+                buffer.resize_(value.shape)
+            buffer.copy_(value)
+
+    @property
+    def state(self) -> S:
+        """The statistics as an immutable value (a copy), for the functions of `estimator`."""
+        return self._state_type(**{name: value.clone() for name, value in self._named(self._live_state())})
+
+    @property
+    def total(self) -> int:
+        """How many values were seen, of every kind."""
+        return int(self.counts[0])
+
+    @property
+    def nan_count(self) -> int:
+        return int(self.counts[1])
+
+    @property
+    def posinf_count(self) -> int:
+        return int(self.counts[2])
+
+    @property
+    def masked_count(self) -> int:
+        """How many values were mask sentinels: -inf, or huge (`ranges.SENTINEL`)."""
+        return int(self.counts[3])
+
+    @property
+    def observed(self) -> bool:
+        """At least one value entered the statistics."""
+        return self.total > self.nan_count + self.posinf_count + self.masked_count
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.frozen:
+            if x.device != self.counts.device:
+                self.to(x.device)
+            self._store(self.estimator.update(self._live_state(), x))
+        return x
+
+    def freeze(self) -> Self:
+        """Keep the statistics as they are from now on."""
+        self.frozen = True
+        return self
+
+    @torch.no_grad()
+    def merge_(self, other: UniformQuantizationObserverBase[S]) -> Self:
+        """Add what ``other``, an observer of the same kind, has seen. Raises `CalibrationError` for another kind."""
+        if self.estimator != other.estimator:
+            raise CalibrationError(f"statistics of {other.estimator} cannot be merged into {self.estimator}")
+        theirs = {name: value.to(self.counts.device) for name, value in self._named(other.state)}
+        self._store(self.estimator.merge(self._live_state(), self._state_type(**theirs)))
+        return self
+
+    @torch.no_grad()
+    def reset_min_max_vals(self) -> None:
+        """Forget all data."""
+        self._store(self.estimator.init(self.counts))
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The range ``(min, max)`` to represent: float32, a scalar or ``[channels]``.
+
+        Raises `CalibrationError` when no value was seen (in any channel), or NaN or +inf were.
+        """
+        if self.nan_count or self.posinf_count:
+            raise CalibrationError(
+                f"saw {self.nan_count} NaN and {self.posinf_count} +inf among {self.total} values: their range is "
+                "unknown; fix the calibration data or the model, or leave this op in floating point"
+            )
+        if not self.observed:
+            seen = f"all {self.total} values seen were masked" if self.total else "no data was seen"
+            raise CalibrationError(f"{seen}: run calibration data that reaches this tensor before converting")
+        if missing := int(torch.isinf(self.min_val).sum()):
+            raise CalibrationError(f"{missing} of {self.min_val.numel()} channels saw masked values only")
+        return self._range()
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        return self.min_val, self.max_val
+
+    @torch.no_grad()
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Float32 scales and int64 zero points, ``[1]`` or ``[channels]``. Raises as `range` does."""
+        return self.grid.qparams(*self.range())
+
+    @torch.no_grad()
+    def flushes_to_zero(self) -> bool:
+        """The data is not all zero, and yet every value would be rounded to zero. Raises as `range` does."""
+        scale, _ = self.calculate_qparams()
+        largest = torch.maximum(self.min_val.abs(), self.max_val.abs())
+        return bool((largest > 0).any() and (largest / scale <= 0.5).all())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Statistics follow their module to another device, but stay exact when the model becomes half precision.
+        for name, value in self.named_buffers(recurse=False):
+            moved = fn(value)
+            setattr(self, name, moved if moved.dtype == value.dtype else value.to(moved.device))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name in ("min_val", "max_val"):
+            saved, buffer = state_dict.get(prefix + name), self.get_buffer(name)
+            if saved is not None and saved.dim() == buffer.dim() == 1:
+                buffer.resize_(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        seen = f"min_val={self.min_val}, max_val={self.max_val}" if self.observed else "no data"
+        return f"{self.dtype}, [{self.quant_min}, {self.quant_max}], {self.qscheme}, {seen}"
+
+
+class MinMaxObserver(UniformQuantizationObserverBase[MinMaxState]):
+    """The smallest and largest value of all data, per tensor. For the arguments see `ObserverOptions`."""
+
+    def __init__(self, **options: Unpack[ObserverOptions]) -> None:
+        grid = _grid(options, _PER_TENSOR, torch.per_tensor_affine)
+        super().__init__(MinMax(), MinMaxState, grid, options)
+
+
+def _check_averaging(averaging_constant: float) -> None:
+    if not 0 < averaging_constant <= 1:
+        raise AnnotationError(f"averaging_constant={averaging_constant}: above 0, at most 1 (the last batch only)")
+
+
+class MovingAverageMinMaxObserver(UniformQuantizationObserverBase[MinMaxState]):
+    """The moving average of each batch's smallest and largest value, per tensor; see `ranges.MovingAverage`.
+
+    Dynamic quantization needs ``averaging_constant=1``: only the present batch counts.
+    """
+
+    def __init__(self, averaging_constant: float = 0.01, **options: Unpack[ObserverOptions]) -> None:
+        _check_averaging(averaging_constant)
+        if options.get("is_dynamic") and averaging_constant != 1:
+            raise AnnotationError(
+                f"is_dynamic with averaging_constant={averaging_constant}: dynamic quantization has no history; use 1"
+            )
+        grid = _grid(options, _PER_TENSOR, torch.per_tensor_affine)
+        super().__init__(MovingAverage(averaging_constant), MinMaxState, grid, options)
+        self.averaging_constant = averaging_constant
+
+
+def _channel_axis(options: ObserverOptions) -> int:
+    axis = options.get("ch_axis")
+    if axis is not None and axis < 0:
+        raise AnnotationError(f"ch_axis={axis}: count the channel axis from the front, starting at 0")
+    if options.get("is_dynamic"):
+        raise AnnotationError("per-channel dynamic quantization does not exist; use a per-tensor PlaceholderObserver")
+    return axis or 0
+
+
+class PerChannelMinMaxObserver(UniformQuantizationObserverBase[MinMaxState]):
+    """The smallest and largest value of each slice along ``ch_axis`` (0). For the arguments see `ObserverOptions`."""
+
+    ch_axis: int
+
+    def __init__(self, **options: Unpack[ObserverOptions]) -> None:
+        axis = _channel_axis(options)
+        grid = _grid(options, _PER_CHANNEL, torch.per_channel_affine)
+        super().__init__(MinMax(axis), MinMaxState, grid, options)
+        self.ch_axis = axis
+
+
+class MovingAveragePerChannelMinMaxObserver(UniformQuantizationObserverBase[MinMaxState]):
+    """The moving average of each batch's smallest and largest value, for each slice along ``ch_axis`` (0)."""
+
+    ch_axis: int
+
+    def __init__(self, averaging_constant: float = 0.01, **options: Unpack[ObserverOptions]) -> None:
+        _check_averaging(averaging_constant)
+        axis = _channel_axis(options)
+        grid = _grid(options, _PER_CHANNEL, torch.per_channel_affine)
+        super().__init__(MovingAverage(averaging_constant, axis), MinMaxState, grid, options)
+        self.ch_axis = axis
+        self.averaging_constant = averaging_constant
+
+
+class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
+    """A histogram of all data, per tensor, and the range that ``method`` derives from it (see `range_search`).
+
+    ``method``: "mse", "percentile" (of ``|x|``), "entropy" or "minmax". ``method`` and ``percentile`` are plain
+    attributes: change them after calibration to derive other parameters from the same data.
+    """
+
+    histogram: Tensor
+
+    def __init__(
+        self,
+        bins: int = 2048,
+        *,
+        method: str = "mse",
+        percentile: float = 99.99,
+        **options: Unpack[ObserverOptions],
+    ) -> None:
+        check_method(method, percentile)
+        if options.get("is_dynamic"):
+            raise AnnotationError(
+                "a histogram needs calibration data: use PlaceholderObserver for dynamic quantization"
+            )
+        grid = _grid(options, _PER_TENSOR, torch.per_tensor_affine)
+        super().__init__(Histogram(bins), HistogramState, grid, options)
+        self.bins = bins
+        self.method = method
+        self.percentile = percentile
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        return search(self._live_state(), self.grid, self.method, self.percentile)
+
+
+default_observer = MinMaxObserver.with_args(quant_min=0, quant_max=127)
+"""Activations in 7 bits, which no x86 kernel saturates on."""
+
+default_histogram_observer = HistogramObserver.with_args(quant_min=0, quant_max=127)
+"""As `default_observer`, with a histogram."""
+
+default_weight_observer = MinMaxObserver.with_args(dtype=torch.qint8, qscheme=torch.per_tensor_symmetric)
+default_per_channel_weight_observer = PerChannelMinMaxObserver.with_args(
+    dtype=torch.qint8, qscheme=torch.per_channel_symmetric
+)
+default_dynamic_quant_observer = PlaceholderObserver.with_args(
+    dtype=torch.quint8, quant_min=0, quant_max=255, is_dynamic=True
+)
+default_placeholder_observer = PlaceholderObserver

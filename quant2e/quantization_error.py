@@ -1,0 +1,98 @@
+"""The squared error that quantization would make on the data of a histogram."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant2e.histogram import HistogramState
+from quant2e.qparams import Grid
+
+_PEAK = 4
+"""A bin with more than this many times its neighbours' average is not assumed to be evenly filled."""
+
+_PROBES = 9
+"""Points of such a bin at which two grids are compared."""
+
+QParams = tuple[Tensor, Tensor]
+"""Scales (float32) and zero points (int64) of the candidates, ``[candidates]`` each."""
+
+
+def _bounds(grid: Grid, qparams: QParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Float64 ``[candidates, 1]``: scale, and the smallest and largest multiple of it that the grid represents."""
+    scale, zero_point = (v.to(torch.float64).unsqueeze(1) for v in qparams)
+    return scale, grid.quant_min - zero_point, grid.quant_max - zero_point
+
+
+def pointwise(x: Tensor, grid: Grid, qparams: QParams) -> Tensor:
+    """``(x - dequantize(quantize(x)))**2``, ``[candidates, points]``, for float64 points ``[points]``."""
+    scale, least, most = _bounds(grid, qparams)
+    t = x / scale
+    return ((t - torch.clamp(torch.round(t), least, most)) * scale) ** 2
+
+
+def mean_over(edges: Tensor, grid: Grid, qparams: QParams) -> Tensor:
+    """Mean of `pointwise` over each interval between float64 ``edges`` ``[n + 1]``: ``[candidates, n]``.
+
+    With ``t = x / scale`` and ``r`` the integer that ``t`` is rounded to, clamped to the grid, ``(t - r)**2`` has the
+    antiderivative ``(t - r)**3 / 3 + r / 12``, which is continuous across the rounding steps and the clamping.
+    An interval without width has the error of its one point.
+    """
+    scale, least, most = _bounds(grid, qparams)
+    t = edges / scale
+    r = torch.clamp(torch.round(t), least, most)
+    integral = (t - r) ** 3 / 3 + r / 12
+    width = t.diff(dim=1)
+    narrow = width < 1e-6
+    mean = integral.diff(dim=1) / torch.where(narrow, 1.0, width) * scale**2
+    return torch.where(narrow, ((t - r) * scale)[:, :-1] ** 2, mean)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """The bins from the first to the last that counted something.
+
+    ``edges``: float64 ``[n + 1]``, cut to the data. ``count``: float64 ``[n]``. ``peak``: bool ``[n]``, bins that
+    stand out from their neighbours, whose values may all be equal.
+    """
+
+    edges: Tensor
+    count: Tensor
+    peak: Tensor
+
+
+def filling(state: HistogramState) -> Filling:
+    """What the histogram says about the distribution inside its bins."""
+    used = torch.nonzero(state.histogram.cpu()).flatten()
+    first, last = int(used[0]), int(used[-1])
+    count = state.histogram.cpu()[first : last + 1].to(torch.float64)
+    edges = state.window.edges()[first : last + 2].clamp(float(state.min_val), float(state.max_val))
+    around = torch.nn.functional.pad(count, (1, 1))
+    return Filling(edges, count, count > _PEAK * (around[:-2] + around[2:]) / 2)
+
+
+def expected(state: HistogramState, grid: Grid, qparams: QParams) -> Tensor:
+    """Mean squared error of each candidate, float64 ``[candidates]``, values being spread evenly over their bin."""
+    bins = filling(state)
+    return mean_over(bins.edges, grid, qparams) @ bins.count / bins.count.sum()
+
+
+def advantage(state: HistogramState, grid: Grid, qparams: QParams, reference: QParams) -> Tensor:
+    """By how much each candidate's mean squared error is below that of ``reference``: float64 ``[candidates]``.
+
+    Evenly filled bins count with the means over the bin. In a bin that stands out from its neighbours the values may
+    all be equal (zeros after a relu, a constant, a few distinct values, everything beside one outlier), so it counts
+    with the point of the bin that favours the candidate least, and never with more than its mean. The advantage is
+    thus never larger than the difference of `expected`.
+    """
+    bins = filling(state)
+    gain = mean_over(bins.edges, grid, reference) - mean_over(bins.edges, grid, qparams)
+    if bool(bins.peak.any()):
+        along = torch.linspace(0, 1, _PROBES, dtype=torch.float64)
+        points = torch.lerp(bins.edges[:-1, None], bins.edges[1:, None], along)[bins.peak].flatten()
+        probed = pointwise(points, grid, reference) - pointwise(points, grid, qparams)
+        least = probed.unflatten(1, (-1, _PROBES)).amin(2)
+        gain[:, bins.peak] = torch.minimum(gain[:, bins.peak], least)
+    return gain @ bins.count / bins.count.sum()

@@ -1,0 +1,166 @@
+"""Which part of a histogram's range to represent: the methods that turn counts into a quantization range.
+
+Every method works for any number of bits and for symmetric and affine grids, on the same state, so that a range can
+be derived again with another method without running data again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant2e.errors import AnnotationError
+from quant2e.histogram import HistogramState
+from quant2e.qparams import Grid
+from quant2e.quantization_error import advantage
+
+_SWEEPS = (
+    tuple(i / 64 for i in range(1, 65)),
+    *(tuple(1 + i / 1024 for i in range(-16, 17)),) * 2,
+)
+"""Factors tried on the bounds by the squared-error search: over the whole range, then twice around the best."""
+
+
+def minmax(state: HistogramState) -> tuple[float, float]:
+    """The exact extremes."""
+    return float(state.min_val), float(state.max_val)
+
+
+def magnitudes(state: HistogramState) -> tuple[Tensor, float]:
+    """Counts of ``|x|``, int64, in at most as many bins of equal width, from zero to the largest one; and that width."""
+    win, width = state.window, state.window.width
+    used = torch.nonzero(state.histogram.cpu()).flatten()
+    number = (used + win.first).abs()
+    while int(number.max()) >= win.bins:  # the window begins far from zero
+        number, width = number >> 1, width * 2
+    folded = torch.zeros(int(number.max()) + 1, dtype=torch.int64)
+    return folded.index_add_(0, number, state.histogram.cpu()[used]), width
+
+
+def _clip(state: HistogramState, threshold: float) -> tuple[float, float]:
+    low, high = float(state.min_val), float(state.max_val)
+    return max(low, min(-threshold, high)), min(high, max(threshold, low))
+
+
+def percentile_range(state: HistogramState, percentile: float) -> tuple[float, float]:
+    """The smallest threshold ``T``, an edge of a bin, with at least ``percentile`` % of the values within ``[-T, T]``.
+
+    As the percentile calibrator of NVIDIA's pytorch-quantization (arXiv:2004.09602, section 4.1). The range is
+    ``[-T, T]`` cut to the data.
+    """
+    counts, width = magnitudes(state)
+    cumulative = torch.cumsum(counts, 0)
+    wanted = percentile / 100 * int(cumulative[-1])
+    index = int(torch.searchsorted(cumulative.to(torch.float64), wanted))
+    return _clip(state, (index + 1) * width)
+
+
+def _levels(state: HistogramState, grid: Grid) -> int:
+    """Integers available to the magnitudes of the data: all of an affine grid if one-sided, else half of them."""
+    levels = grid.quant_max - grid.quant_min + 1
+    one_sided = float(state.min_val) >= 0 or float(state.max_val) <= 0
+    return levels if one_sided and not grid.symmetric else levels // 2
+
+
+def divergences(counts: Tensor, levels: int) -> Tensor:
+    """Kullback-Leibler divergence KL(P || Q) in nats of clipping after bin ``i``, for ``i = levels .. len(counts)``.
+
+    ``counts``: int64 ``[bins]``. P is the histogram cut to ``i`` bins, the rest added to its last bin; Q is the cut
+    histogram merged into ``levels`` groups and spread again evenly over the non-empty bins of each group; both are
+    normalised. S. Migacz, "8-bit Inference with TensorRT", GTC 2017. Infinite where Q is 0 and P is not.
+    Bin ``j`` belongs to group ``j * levels // i``.
+    """
+    ends = torch.arange(levels, counts.numel() + 1)
+    zero = torch.zeros(1, dtype=torch.float64)
+    total = counts.sum().to(torch.float64)
+    mass = torch.cat([zero, torch.cumsum(counts, 0).to(torch.float64)])
+    filled = torch.cat([zero, torch.cumsum(counts > 0, 0).to(torch.float64)])
+    self_information = torch.cat([zero, torch.cumsum(torch.special.xlogy(counts.double(), counts.double()), 0)])
+    kept = mass[ends]
+    outliers = total - kept
+    last = counts[ends - 1].to(torch.float64)
+    last_p = last + outliers
+    # Group g starts at the first bin j with j * levels >= g * i.
+    starts = (torch.arange(levels + 1)[None, :] * ends[:, None] + levels - 1) // levels
+    group = mass[starts].diff(dim=1)
+    spread = group / filled[starts].diff(dim=1).clamp(min=1)
+    p_log_p = self_information[ends - 1] + torch.special.xlogy(last_p, last_p)
+    p_log_q = torch.special.xlogy(group, spread).sum(1) + torch.special.xlogy(outliers, spread[:, -1])
+    # KL of the normalised pair: P sums to the total, Q to what was kept.
+    divergence = (p_log_p - p_log_q) / total - torch.log(total) + torch.log(kept)
+    return torch.where((last == 0) & (outliers > 0), float("inf"), divergence)
+
+
+def entropy(state: HistogramState, grid: Grid) -> tuple[float, float]:
+    """The threshold on ``|x|`` that loses the least information, see `divergences`; the range is cut to the data.
+
+    As in NVIDIA's calibrator the bin of zero counts as much as the one after it: zero is exact on every grid, and a
+    relu's many zeros would hide the rest.
+    """
+    counts, width = magnitudes(state)
+    levels = _levels(state, grid)
+    if counts.numel() <= levels:
+        return minmax(state)
+    counts[0] = counts[1]
+    best = int(torch.argmin(divergences(counts, levels)))
+    return _clip(state, (levels + best) * width)
+
+
+def _candidates(best: tuple[float, float], factor: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Ranges like ``best``, its bounds multiplied by ``factor``, together and (unless symmetric) one at a time."""
+    low, high = best[0] * factor, best[1] * factor
+    if symmetric:
+        return low, high
+    same = torch.ones_like(factor)
+    return torch.cat([low, low, best[0] * same]), torch.cat([high, best[1] * same, high])
+
+
+def mse(state: HistogramState, grid: Grid) -> tuple[float, float]:
+    """The range whose quantization error, squared and averaged over the data, is smallest.
+
+    Candidates shrink both bounds together and one at a time, first over the whole range and then close to the best
+    one, each rounded to the scale and zero point it would really get. Where the counts leave open what a candidate
+    does to the data it counts against the candidate (see `quantization_error.advantage`), so the result is never
+    worse than `minmax` on the histogram.
+    """
+    start = minmax(state)
+    low, high = min(start[0], 0.0), max(start[1], 0.0)
+    reference = grid.qparams(torch.tensor([low]), torch.tensor([high]))
+    best, gain = start, 0.0
+    for factor in _SWEEPS:
+        lows, highs = _candidates(best, torch.tensor(factor, dtype=torch.float64), grid.symmetric)
+        lows, highs = lows.clamp(low, 0.0), highs.clamp(0.0, high)
+        gains = advantage(state, grid, grid.qparams(lows, highs), reference)
+        pick = int(torch.argmax(gains))
+        if float(gains[pick]) > gain:
+            best, gain = (float(lows[pick]), float(highs[pick])), float(gains[pick])
+    return best
+
+
+METHODS = ("minmax", "percentile", "mse", "entropy")
+
+
+def check_method(method: str, percentile: float) -> None:
+    """Raise `AnnotationError` unless ``method`` is one of `METHODS` and ``0 < percentile <= 100``."""
+    if method not in METHODS:
+        raise AnnotationError(f"method={method!r}: choose one of {', '.join(METHODS)}")
+    if not 0 < percentile <= 100:
+        raise AnnotationError(f"percentile={percentile}: a percentage above 0, at most 100")
+
+
+def search(state: HistogramState, grid: Grid, method: str = "mse", percentile: float = 99.99) -> tuple[Tensor, Tensor]:
+    """The range that ``method`` finds for the integers of ``grid``: float32 scalars ``(min, max)`` within the data.
+
+    ``percentile`` matters to that method only. Raises `AnnotationError` for an unknown method.
+    """
+    check_method(method, percentile)
+    if method == "percentile":
+        low, high = percentile_range(state, percentile)
+    elif method == "mse":
+        low, high = mse(state, grid)
+    elif method == "entropy":
+        low, high = entropy(state, grid)
+    else:
+        low, high = minmax(state)
+    device = state.min_val.device
+    return torch.tensor(low, dtype=torch.float32, device=device), torch.tensor(high, dtype=torch.float32, device=device)
