@@ -13,7 +13,14 @@ from torch.nn import Module
 from quant2e.inputs import Inputs
 from quant2e.train_eval import set_training
 
-_MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {"train", "eval", "range_constraints", "validate_inputs"}
+_MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
+    "_in_spec",
+    "_out_spec",
+    "eval",
+    "range_constraints",
+    "train",
+    "validate_inputs",
+}
 """Attributes that torch gives to every GraphModule, or to every result of export: rebuilt, never copied."""
 
 

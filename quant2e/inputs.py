@@ -168,7 +168,7 @@ def _conditions(node: Node, path: str) -> list[str]:
     if value is None:
         return [f"{path} is None"]
     if isinstance(value, Tensor):
-        fixed = [f"{path}.size()[{i}] == {size}" for i, size in enumerate(value.shape) if isinstance(size, int)]
+        fixed = [f"{path}.size()[{i}] == {size}" for i, size in enumerate(value.shape) if type(size) is int]
         return [f"{path}.dim() == {value.dim()}", *fixed]
     if isinstance(value, float) and not math.isfinite(value):
         return [f"math.isnan({path})" if math.isnan(value) else f"{path} == {'-' if value < 0 else ''}math.inf"]

@@ -1,0 +1,79 @@
+"""What nothing reads is removed.
+
+f(x) without readers  =  nothing, when f only returns a value;   a tensor no node reads leaves the module
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.nn import Module
+
+from quant2e.passes.effects import is_random, writes
+
+
+def has_effect(node: Node) -> bool:
+    """Does the node do more than return a value: write a tensor, draw a random number, assert, call a module?"""
+    if node.op not in ("call_function", "get_attr"):
+        return True
+    if isinstance(node.target, OpOverload) and not node.target._schema.returns:
+        return True  # assertions and constraints on sizes
+    return bool(writes(node)) or is_random(node) or node.is_impure()
+
+
+def remove_dead_code(gm: GraphModule) -> bool:
+    """Remove nodes that nothing reads and that have no effect, also in the bodies of control flow. Inputs stay."""
+    changed = False
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            before = len(module.graph.nodes)
+            for node in reversed(module.graph.nodes):
+                if not node.users and not has_effect(node):
+                    module.graph.erase_node(node)
+            if len(module.graph.nodes) != before:
+                changed = True
+                if module is not gm:
+                    module.recompile()
+    return changed
+
+
+def prune_unused_attributes(gm: GraphModule) -> bool:
+    """Drop parameters, buffers, constants and submodules of ``gm`` that its graph does not read.
+
+    A module that the graph calls, or whose graph it runs, stays whole. Other attributes of ``gm`` stay.
+    """
+    used = {str(node.target) for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
+    return _prune(gm, used)
+
+
+def _prune(module: Module, used: Iterable[str]) -> bool:
+    direct: set[str] = set()
+    below: dict[str, list[str]] = {}
+    for path in used:
+        name, _, rest = path.partition(".")
+        if rest:
+            below.setdefault(name, []).append(rest)
+        else:
+            direct.add(name)
+    changed = False
+    for table in (module._parameters, module._buffers):
+        for name in [name for name in table if name not in direct]:
+            del table[name]
+            module._non_persistent_buffers_set.discard(name)
+            changed = True
+    for name in [n for n, v in vars(module).items() if isinstance(v, (Tensor, torch.ScriptObject)) and n not in direct]:
+        delattr(module, name)
+        changed = True
+    for name, child in list(module._modules.items()):
+        if name in direct:
+            continue
+        if child is None or name not in below:
+            del module._modules[name]
+            changed = True
+        else:
+            changed |= _prune(child, below[name])
+    return changed

@@ -1,0 +1,325 @@
+"""Batch norm in evaluation mode is a scale and a shift per channel, which the op before it can do.
+
+batch_norm(mac(x, w, b), g, h, m, v, eps)  =  mac(x, w·s, (b - m)·s + h),   s = g / sqrt(v + eps)
+
+``mac`` is a convolution, a transposed convolution or a linear. Between it and the norm only moves of axes may stand.
+Formulas and their order of operations: ``torch.nn.utils.fusion``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from quant2e.passes.constants import attribute, constant_nodes, evaluate
+from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
+from quant2e.passes.effects import argument, aten, flag_of
+
+_CONV = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv1d.padding,
+        aten.conv2d.default,
+        aten.conv2d.padding,
+        aten.conv3d.default,
+        aten.conv3d.padding,
+    }
+)
+_TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
+_GENERAL = frozenset({aten.convolution.default})
+_LINEAR = frozenset({aten.linear.default})
+_MACS = _CONV | _TRANSPOSED | _GENERAL | _LINEAR
+
+_NORMS = frozenset(
+    {
+        aten._native_batch_norm_legit.default,
+        aten._native_batch_norm_legit_no_training.default,
+        aten.batch_norm.default,
+        aten.native_batch_norm.default,
+    }
+)
+
+_Claims = dict[int, set[Any]]
+"""Who reads a tensor, by the tensor's ``id``: the ``get_attr`` nodes, and their users; alike folds count once."""
+
+FOLDED = "folded"
+"""Key in the metadata of a convolution or linear: names of the batch norms that were folded into it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fold:
+    """One batch norm and the op that takes it over.
+
+    ``mac``, ``norm``: node names. ``weight``, ``bias``: attribute paths of the folded tensors.
+    ``old_weight``, ``old_bias``: names of the nodes that were the operands before; None where there was no bias.
+    """
+
+    mac: str
+    norm: str
+    weight: str
+    bias: str
+    old_weight: str
+    old_bias: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    mac: Node
+    norm: Node
+
+    def key(self) -> tuple[Any, ...]:
+        """What determines the folded tensors: two uses of one conv and one norm can share them."""
+        parts = [argument(self.norm, name) for name in ("weight", "bias", "running_mean", "running_var", "eps")]
+        return (argument(self.mac, "weight"), argument(self.mac, "bias"), *parts)
+
+
+def fold_batch_norm(gm: GraphModule) -> bool:
+    """`fold` as a pass, which also drops the parameters that nothing reads any more."""
+    if not fold(gm):
+        return False
+    remove_dead_code(gm)
+    prune_unused_attributes(gm)
+    return True
+
+
+def fold(gm: GraphModule) -> tuple[Fold, ...]:
+    """Fold batch norms of ``gm`` in place, where that is exact, and say what went where.
+
+    Folded: evaluation mode with running statistics, all parameters constant, no other reader of the op's result.
+    The new tensors take the place of the old ones; of a weight with other uses (tied weights, one conv under two norms)
+    a copy is folded, under a new name. Tensors of the caller's model are never written. The op keeps its name and
+    metadata, and the norm's name under ``meta["folded"]``. Linear in the graph.
+    """
+    matches = _find(gm)
+    placed: dict[tuple[Any, ...], tuple[Node, Node]] = {}
+    folds = []
+    claims = _claims(gm, matches)
+    for match in matches:
+        mac, norm, key = match.mac, match.norm, match.key()
+        old_weight, old_bias = argument(mac, "weight"), argument(mac, "bias")
+        if key not in placed:
+            weight, bias = _folded_tensors(gm, match)
+            placed[key] = (
+                _place(gm, match, "weight", old_weight, weight, claims),
+                _place(gm, match, "bias", old_bias, bias, claims),
+            )
+        for name, node in zip(("weight", "bias"), placed[key], strict=True):
+            _set_operand(mac, name, node)
+        _bypass(norm)
+        mac.meta[FOLDED] = [*mac.meta.get(FOLDED, ()), norm.name]
+        folds.append(
+            Fold(
+                mac=mac.name,
+                norm=norm.name,
+                weight=str(placed[key][0].target),
+                bias=str(placed[key][1].target),
+                old_weight=old_weight.name,
+                old_bias=None if old_bias is None else old_bias.name,
+            )
+        )
+    return tuple(folds)
+
+
+def _find(gm: GraphModule) -> list[_Match]:
+    constants = constant_nodes(gm.graph)
+    matches = []
+    for norm in gm.graph.nodes:
+        if norm.target not in _NORMS or not _is_affine(norm, constants):
+            continue
+        mac = _producer(norm)
+        if mac is None:
+            continue
+        weight, bias = argument(mac, "weight"), argument(mac, "bias")
+        if weight in constants and (bias is None or bias in constants):
+            matches.append(_Match(mac, norm))
+    return matches
+
+
+def _is_affine(norm: Node, constants: set[Node]) -> bool:
+    """Does the norm scale and shift by constants? Only its normalised result may be used."""
+    if norm.target is not aten._native_batch_norm_legit_no_training.default:
+        flag = flag_of(norm)
+        if flag is None or argument(norm, flag):
+            return False
+    statistics = [argument(norm, name) for name in ("running_mean", "running_var")]
+    affine = [argument(norm, name) for name in ("weight", "bias")]
+    if not all(value in constants for value in statistics):
+        return False
+    if not all(value is None or value in constants for value in affine):
+        return False
+    if norm.target is aten.batch_norm.default:
+        return True
+    return all(u.target is operator.getitem and (u.args[1] == 0 or not u.users) for u in norm.users)
+
+
+def _producer(norm: Node) -> Node | None:
+    """The op whose channels are the norm's, when the norm is all that reads it."""
+    axis, node = 1, argument(norm, "input")
+    while isinstance(node, Node) and len(node.users) == 1 and isinstance(node.meta.get("val"), Tensor):
+        rank = node.meta["val"].dim()
+        if node.target in _MACS:
+            spatial = 0 if node.target in _LINEAR else _weight_rank(node) - 2
+            channels = rank - 1 if node.target in _LINEAR else rank - spatial - 1
+            return node if rank >= 2 and channels == axis else None
+        source = _axis_before(node, axis, rank)
+        if source is None:
+            return None
+        axis, node = source, argument(node, "self")
+    return None
+
+
+def _weight_rank(mac: Node) -> int:
+    weight = argument(mac, "weight")
+    value = weight.meta.get("val") if isinstance(weight, Node) else None
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _axis_before(node: Node, axis: int, rank: int) -> int | None:
+    """Which axis of its input becomes ``axis`` of a node that only moves axes; None for other nodes."""
+    if node.target in (aten.contiguous.default, aten.clone.default):
+        return axis
+    if node.target is aten.permute.default:
+        dims = argument(node, "dims")
+        return int(dims[axis] % rank)
+    if node.target is aten.transpose.int:
+        first, second = argument(node, "dim0") % rank, argument(node, "dim1") % rank
+        return int({first: second, second: first}.get(axis, axis))
+    return None
+
+
+def _folded_tensors(gm: GraphModule, match: _Match) -> tuple[Tensor, Tensor]:
+    mac, norm = match.mac, match.norm
+    value: dict[str, Any] = {
+        name: None if node is None else evaluate(gm, node).detach()
+        for name, node in (
+            ("w", argument(mac, "weight")),
+            ("b", argument(mac, "bias")),
+            *((name, argument(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")),
+        )
+    }
+    w, b, mean, var, eps = value["w"], value["b"], value["running_mean"], value["running_var"], argument(norm, "eps")
+    gain = torch.ones_like(mean) if value["weight"] is None else value["weight"]
+    shift = torch.zeros_like(mean) if value["bias"] is None else value["bias"]
+    if mac.target in _LINEAR:
+        weight, bias = fuse_linear_bn_weights(w, b, mean, var, eps, gain, shift)
+        return weight.data, bias.data
+    transposed = mac.target in _TRANSPOSED or (mac.target in _GENERAL and argument(mac, "transposed"))
+    groups = argument(mac, "groups")
+    if not transposed or groups == 1:
+        weight, bias = fuse_conv_bn_weights(w, b, mean, var, eps, gain, shift, transpose=transposed)
+        return weight.data, bias.data
+    # A transposed weight is (in, out / groups, *kernel), group by group along axis 0: one call per group.
+    chunks = [(None,) * groups if t is None else t.chunk(groups) for t in (w, b, mean, var, gain, shift)]
+    parts = [
+        fuse_conv_bn_weights(wg, bg, mg, vg, eps, gg, hg, transpose=True)
+        for wg, bg, mg, vg, gg, hg in zip(*chunks, strict=True)
+    ]
+    return torch.cat([part.data for part, _ in parts]), torch.cat([part.data for _, part in parts])
+
+
+def _claims(gm: GraphModule, matches: list[_Match]) -> _Claims:
+    keys = {match.mac: match.key() for match in matches}
+    uses: dict[int, set[Any]] = defaultdict(set)
+    for node in gm.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = id(attribute(gm, str(node.target)))
+        uses[tensor].add(("reader", node))
+        for user in node.users:
+            roles = [name for name in ("weight", "bias") if user in keys and argument(user, name) is node]
+            reads = sum(operand is node for operand in (*user.args, *user.kwargs.values()))
+            uses[tensor].add((keys[user], roles[0]) if roles and reads == 1 else user)
+    return uses
+
+
+def _is_exclusive(uses: set[Any]) -> bool:
+    """One node reads the tensor, and one kind of fold reads that node: the tensor can be replaced where it lies."""
+    return len(uses) == 2
+
+
+def _place(gm: GraphModule, match: _Match, role: str, old: Node | None, tensor: Tensor, claims: _Claims) -> Node:
+    """Register ``tensor`` and give the node that reads it: the old one where nothing else reads the old tensor."""
+    weight = argument(match.mac, "weight")
+    requires_grad = _requires_grad(gm, old if old is not None else weight)
+    parameter = torch.nn.Parameter(tensor, requires_grad)
+    if old is not None and old.op == "get_attr":
+        if _is_exclusive(claims[id(attribute(gm, str(old.target)))]):
+            _assign(gm, str(old.target), parameter)
+            return old
+        base = f"{old.target}_{_label(match.norm)}"
+    elif weight.op == "get_attr":
+        base = str(weight.target).rpartition(".")[0] + f".{role}"
+    else:
+        base = f"{match.mac.name}_{role}"
+    path = _free(gm, base.removeprefix("."))
+    _assign(gm, path, parameter)
+    with gm.graph.inserting_after(old if old is not None else weight):
+        node = gm.graph.get_attr(path)
+    mode = getattr(match.mac.meta["val"], "fake_mode", None)
+    node.meta["val"] = parameter if mode is None else mode.from_tensor(parameter, static_shapes=True)
+    return node
+
+
+def _requires_grad(gm: GraphModule, node: Node) -> bool:
+    return node.op == "get_attr" and bool(attribute(gm, str(node.target)).requires_grad)
+
+
+def _label(norm: Node) -> str:
+    """Short name of a norm: its module's, or its node's."""
+    mean = argument(norm, "running_mean")
+    module = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else ""
+    return module.replace(".", "_") or norm.name
+
+
+def _free(gm: GraphModule, base: str) -> str:
+    """``base``, or ``base_1``, ... : an attribute path that is not taken. An attribute that is None is free."""
+    path, suffix = base, 0
+    while _taken(gm, path):
+        suffix += 1
+        path = f"{base}_{suffix}"
+    return path
+
+
+def _taken(gm: GraphModule, path: str) -> bool:
+    value: Any = gm
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value is not None
+
+
+def _assign(gm: GraphModule, path: str, parameter: torch.nn.Parameter) -> None:
+    """Put a parameter at ``path``, in place of a parameter, buffer or constant. Other owners of the old one keep it."""
+    prefix, _, name = path.rpartition(".")
+    owner = gm.get_submodule(prefix)
+    for table in (owner._buffers, vars(owner)):
+        table.pop(name, None)
+    owner.register_parameter(name, parameter)
+
+
+def _set_operand(mac: Node, name: str, value: Node) -> None:
+    assert isinstance(mac.target, OpOverload)
+    position = [declared.name for declared in mac.target._schema.arguments].index(name)
+    if name in mac.kwargs or position > len(mac.args):
+        mac.update_kwarg(name, value)
+    else:
+        mac.args = (*mac.args[:position], value, *mac.args[position + 1 :])
+
+
+def _bypass(norm: Node) -> None:
+    """Let the readers of the norm's result read its input, and remove the norm."""
+    source = argument(norm, "input")
+    if norm.target is aten.batch_norm.default:
+        norm.replace_all_uses_with(source)
+    else:
+        for item in list(norm.users):
+            item.replace_all_uses_with(source)
+            norm.graph.erase_node(item)
+    norm.graph.erase_node(norm)
