@@ -1,4 +1,116 @@
 """quant2e: a quantization compiler for exported PyTorch graphs.
 
 In: an ``nn.Module``, an ``ExportedProgram`` or a captured graph. Out: a Q/DQ graph that saves, loads and lowers.
+
+`quantize` does it in one call; `capture`, `prepare_pt2e`, `calibrate` and `convert_pt2e` are its steps.
 """
+
+from quant2e.calibrate import calibrate
+from quant2e.capture import capture
+from quant2e.convert import convert_pt2e
+from quant2e.errors import (
+    AnnotationError,
+    CalibrationError,
+    CaptureError,
+    FileFormatError,
+    LoweringError,
+    PassError,
+    PlanError,
+    Quant2eError,
+)
+from quant2e.graph_module import (
+    allow_exported_model_train_eval,
+    move_exported_model_to_eval,
+    move_exported_model_to_train,
+)
+from quant2e.model import QuantizedModel, quantize
+from quant2e.observer import (
+    FixedQParamsObserver,
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    NoopObserver,
+    ObserverBase,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+    RecordingObserver,
+    default_dynamic_quant_observer,
+    default_histogram_observer,
+    default_observer,
+    default_per_channel_weight_observer,
+    default_placeholder_observer,
+    default_weight_observer,
+)
+from quant2e.pattern import Arg, constant, op
+from quant2e.plan import Edge, Group, Output, Plan
+from quant2e.prepare import prepare_pt2e
+from quant2e.quantizer import Quantizer
+from quant2e.recipe import Recipe
+from quant2e.report import Report, Verdict
+from quant2e.specs import (
+    DerivedQuantizationSpec,
+    EdgeOrNode,
+    FixedQParamsQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    SharedQuantizationSpec,
+)
+from quant2e.storage import load, save
+
+__all__ = [
+    "AnnotationError",
+    "Arg",
+    "CalibrationError",
+    "CaptureError",
+    "DerivedQuantizationSpec",
+    "Edge",
+    "EdgeOrNode",
+    "FileFormatError",
+    "FixedQParamsObserver",
+    "FixedQParamsQuantizationSpec",
+    "Group",
+    "HistogramObserver",
+    "LoweringError",
+    "MinMaxObserver",
+    "MovingAverageMinMaxObserver",
+    "MovingAveragePerChannelMinMaxObserver",
+    "NoopObserver",
+    "ObserverBase",
+    "Output",
+    "PassError",
+    "PerChannelMinMaxObserver",
+    "PlaceholderObserver",
+    "Plan",
+    "PlanError",
+    "Quant2eError",
+    "QuantizationAnnotation",
+    "QuantizationSpec",
+    "QuantizationSpecBase",
+    "QuantizedModel",
+    "Quantizer",
+    "Recipe",
+    "RecordingObserver",
+    "Report",
+    "SharedQuantizationSpec",
+    "Verdict",
+    "allow_exported_model_train_eval",
+    "calibrate",
+    "capture",
+    "constant",
+    "convert_pt2e",
+    "default_dynamic_quant_observer",
+    "default_histogram_observer",
+    "default_observer",
+    "default_per_channel_weight_observer",
+    "default_placeholder_observer",
+    "default_weight_observer",
+    "load",
+    "move_exported_model_to_eval",
+    "move_exported_model_to_train",
+    "op",
+    "prepare_pt2e",
+    "quantize",
+    "save",
+]

@@ -53,6 +53,8 @@ def convert_pt2e(prepared: GraphModule, fold_quantize: bool = True) -> GraphModu
         source = call.all_input_nodes[0]
         prefix = attribute_path(source) if source in constants else source.name
         quantize_at(gm, call, encoding, prefix)
+    for name in encodings:
+        gm.delete_submodule(name)
     run(gm, ((fold_weights, remove_dead_code) if fold_quantize else (remove_dead_code,)))
     check(gm)
     if isinstance(ledger, Ledger):
