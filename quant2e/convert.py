@@ -20,7 +20,7 @@ from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX
 from quant2e.passes import run
 from quant2e.passes.constants import constant_nodes
-from quant2e.passes.dead_code import remove_dead_code
+from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import attribute_path, fold_weights
 from quant2e.qdq import quantize_at
 from quant2e.report import tensor_bytes
@@ -55,7 +55,8 @@ def convert_pt2e(prepared: GraphModule, fold_quantize: bool = True) -> GraphModu
         quantize_at(gm, call, encoding, prefix)
     for name in encodings:
         gm.delete_submodule(name)
-    run(gm, ((fold_weights, remove_dead_code) if fold_quantize else (remove_dead_code,)))
+    clean = (remove_dead_code, prune_unused_attributes)
+    run(gm, (fold_weights, *clean) if fold_quantize else clean)
     check(gm)
     if isinstance(ledger, Ledger):
         report = replace(ledger.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
