@@ -54,7 +54,7 @@ def _bin_number(x: float, exponent: int) -> int:
 def window(low: float, high: float, bins: int) -> Window:
     """The narrowest bins with which ``bins`` of them cover ``[low, high]``, bin numbers being exact."""
     largest = max(abs(low), abs(high))
-    exponent = max(_SMALLEST_EXPONENT, math.frexp(largest)[1] - _EXACT_BITS)
+    exponent = max(_SMALLEST_EXPONENT, math.frexp(largest)[1] - _EXACT_BITS) if largest else _SMALLEST_EXPONENT
     while _bin_number(high, exponent) - _bin_number(low, exponent) >= bins:
         exponent += 1
     return Window(exponent, _bin_number(low, exponent), bins)
@@ -82,7 +82,7 @@ class HistogramState:
 
 def _flat(x: Tensor) -> Tensor:
     """The values of ``x`` in any order, as a view when memory holds each of them once."""
-    order = sorted(range(x.dim()), key=lambda d: x.stride(d), reverse=True)
+    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
     return x.permute(order).reshape(-1)
 
 

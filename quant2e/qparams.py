@@ -172,8 +172,9 @@ def dequantize_per_channel(
     q: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """As `dequantize_per_tensor`, with one scale and zero point per channel; no zero points means all are 0."""
-    centred = q if zero_points is None else q - _along(zero_points, axis, q.dim())
-    return (centred * _along(scales, axis, q.dim())).to(out_dtype)
+    if zero_points is not None:
+        q = q.to(zero_points.dtype) - _along(zero_points, axis, q.dim())
+    return (q.to(scales.dtype) * _along(scales, axis, q.dim())).to(out_dtype)
 
 
 def fake_quantize_per_channel(
