@@ -8,8 +8,10 @@ only change the grad mode are inlined, the conditions on the inputs are checked 
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ from quant2e.passes.inline_regions import inline_regions
 from quant2e.train_eval import is_training_graph
 
 _DIALECTS = ("TRAINING", "ATEN")
+_NOISE = ("Caused by:", "For ", "If you suspect", "The error above occurred")
+"""Beginnings of lines in torch's messages that only say how to get more output."""
+_HERE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
 
 
 def capture(
@@ -47,7 +52,9 @@ def capture(
     args, keywords = _positional(example_inputs), dict(kwargs or {})
     if isinstance(model, ExportedProgram) or is_captured(model):
         if dynamic_shapes is not None:
-            raise CaptureError("dynamic_shapes has no effect on a model that is already captured: give it when exporting")
+            raise CaptureError(
+                "dynamic_shapes has no effect on a model that is already captured: give it when exporting"
+            )
         captured = as_graph_module(model)
         if (args or keywords) and captured.inputs is not None:
             captured.inputs.check(args, keywords)
@@ -90,7 +97,9 @@ def as_graph_module(model: Module | ExportedProgram) -> CapturedModule:
         )
     for node in model.graph.nodes:
         if (reason := _not_aten(model, node)) is not None:
-            raise CaptureError(f"this graph is not one of ATen ops: {where(node)} is {reason}. Use capture(), not symbolic_trace")
+            raise CaptureError(
+                f"this graph is not one of ATen ops: {where(node)} is {reason}. Use capture(), not symbolic_trace"
+            )
     return _own(model)
 
 
@@ -157,18 +166,19 @@ def _check_signature(model: Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _export_failure(model: Module, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else "no reason given"
-    if "dynamic" in str(error) or "Constraint" in str(error):
-        advice = "see torch's suggestion above for dynamic_shapes, or mark the size torch.export.Dim.AUTO"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.strip().startswith(_NOISE)]
+    reason = "\n  ".join(lines[:6]) or "no reason given"
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((_HERE, _TORCH, "<"))]
+    place = f" at {own[-1].filename}:{own[-1].lineno} `{own[-1].line}`" if own else ""
+    if "data-dependent" in str(error):
+        advice = "forward chooses its path, or a size, by the values of a tensor: use torch.cond or torch.where there"
+    elif "Constraints violated" in str(error) or "dynamic_shapes" in str(error):
+        advice = "change dynamic_shapes as torch suggests, or mark the size torch.export.Dim.AUTO"
     elif isinstance(error, (TypeError, AttributeError, IndexError, KeyError, AssertionError)):
         advice = "check that model(*example_inputs, **kwargs) runs"
     else:
-        advice = (
-            "check that model(*example_inputs, **kwargs) runs, and that forward does not choose its path by the values "
-            "of a tensor (use torch.cond or torch.where there)"
-        )
-    return f"torch.export could not capture {type(model).__name__}: {type(error).__name__}: {reason}. What to do: {advice}"
+        advice = "check that model(*example_inputs, **kwargs) runs; torch's own message is chained above"
+    return f"torch.export could not capture {type(model).__name__}{place}: {type(error).__name__}: {reason}\nWhat to do: {advice}"
 
 
 @contextmanager
@@ -177,16 +187,20 @@ def _untouched(model: Module) -> Iterator[None]:
 
     Tensors need no such care: export runs on fake ones.
     """
-    tables = ("_parameters", "_buffers", "_modules")
-    saved = [(m, dict(vars(m)), {name: dict(vars(m)[name]) for name in tables}) for m in model.modules()]
+    saved = [(vars(module), dict(vars(module)), _contents(module)) for module in model.modules()]
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
-            for module, attributes, entries in saved:
-                vars(module).clear()
-                vars(module).update(attributes)
-                for name in tables:
-                    vars(module)[name].clear()
-                    vars(module)[name].update(entries[name])
+            for live, attributes, contents in saved:
+                live.clear()
+                live.update(attributes)
+                for container, items in contents:
+                    container.clear()
+                    (container.extend if isinstance(container, list) else container.update)(items)
+
+
+def _contents(module: Module) -> list[tuple[Any, Any]]:
+    """Containers among a module's attributes (its tables of parameters, an LSTM's list of weights) with a copy each."""
+    return [(value, value.copy()) for value in vars(module).values() if isinstance(value, (list, dict, set))]

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
+from quant2e.graph_state import GraphState, graph_from_state, graph_state, plain_entries
 from quant2e.inputs import Inputs
 from quant2e.train_eval import set_training
 
@@ -24,11 +25,15 @@ _MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
 """Attributes that torch gives to every GraphModule, or to every result of export: rebuilt, never copied."""
 
 
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
 class CapturedModule(GraphModule):
     """A GraphModule of ATen ops that switches between training and evaluation and checks what it is called with.
 
     ``inputs`` says what a call must look like; None: anything goes. Copies (``copy.deepcopy``) are complete: they have
-    their own graph, keep parameters, non-persistent buffers, constants and their paths, and switch on their own.
+    their own graph, keep parameters, non-persistent buffers, constants and their paths, and switch on their own. It can be
+    pickled; see `quant2e.graph_state` for what a pickle keeps.
     """
 
     inputs: Inputs | None
@@ -55,6 +60,18 @@ class CapturedModule(GraphModule):
             return copy.deepcopy(value, memo)
 
         return _copy(self, leaf, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = {name: value for name, value in vars(self).items() if name not in _MACHINERY}
+        tables = {name: vars(self)[name] for name in (*_TABLES, "_non_persistent_buffers_set", "training")}
+        return _rebuild, (graph_state(self.graph), {**own, **tables, "meta": plain_entries(self.meta)})
+
+
+def _rebuild(graph: GraphState, attributes: dict[str, Any]) -> CapturedModule:
+    new = CapturedModule({}, Graph())
+    vars(new).update(attributes)
+    new.graph = graph_from_state(graph)
+    return new
 
 
 def copy_graph(gm: GraphModule) -> CapturedModule:

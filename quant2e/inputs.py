@@ -40,6 +40,10 @@ class Inputs:
     spec: pytree.TreeSpec | None
     conditions: tuple[str, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        spec = None if self.spec is None else pytree.treespec_dumps(self.spec)
+        return _rebuild, (self.names, spec, self.conditions)
+
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise `CaptureError`, saying which input and what was expected, when a call does not fit."""
         bound = self._bind(args, kwargs)
@@ -84,6 +88,10 @@ class Inputs:
         if not _nested_as(nested, self.spec):
             raise CaptureError(f"the inputs are not nested as at capture: got {_describe(bound)}, expected {self.spec}")
         return list(fx_pytree.tree_flatten_spec(nested, self.spec))
+
+
+def _rebuild(names: tuple[str, ...], spec: str | None, conditions: tuple[str, ...]) -> Inputs:
+    return Inputs(names, None if spec is None else pytree.treespec_loads(spec), conditions)
 
 
 def _nested_as(value: Any, spec: pytree.TreeSpec) -> bool:
@@ -196,5 +204,7 @@ def guard_calls(gm: GraphModule) -> list[Node]:
     return [
         node
         for node in gm.graph.nodes
-        if node.op == "call_module" and type(gm.get_submodule(str(node.target))).__name__ == "GuardsFn" and not node.users
+        if node.op == "call_module"
+        and type(gm.get_submodule(str(node.target))).__name__ == "GuardsFn"
+        and not node.users
     ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
@@ -18,7 +17,10 @@ from quant2e.errors import CaptureError, where
 from quant2e.passes.effects import argument, aten, flag_of, trains
 
 _COUNT = "quant2e_batch_count"
-"""Key in a batch norm's metadata: name and metadata of the increment of ``num_batches_tracked`` removed in eval."""
+"""Key in a batch norm's metadata: name and metadata of the increment of ``num_batches_tracked`` that evaluation drops;
+None when there was none."""
+_COUNTING = frozenset({aten.batch_norm.default, aten.native_batch_norm.default, aten._native_batch_norm_legit.default})
+
 _ATTENTION_DROPOUT = "quant2e_attention_dropout"
 """Key in an attention's metadata: its dropout probability in training."""
 
@@ -44,8 +46,8 @@ def set_training(graph: Graph, mode: bool) -> bool:
         if (path := _count_path(node)) is not None:
             if mode:
                 _restore_count(node, path)
-            elif path in counts:
-                _drop_count(node, counts.pop(path))
+            else:
+                _drop_count(node, counts.pop(path, None))
     return changed
 
 
@@ -116,29 +118,33 @@ def _counted(node: Node) -> str | None:
 
 def _count_path(node: Node) -> str | None:
     """Path where the counter of a batch norm lies, next to its running mean."""
-    mean = argument(node, "running_mean")
+    mean = argument(node, "running_mean") if node.target in _COUNTING else None
     if not isinstance(mean, Node) or mean.op != "get_attr":
         return None
     prefix, dot, last = str(mean.target).rpartition(".")
     return f"{prefix}{dot}num_batches_tracked" if last == "running_mean" else None
 
 
-def _drop_count(norm: Node, increment: Node) -> None:
+def _drop_count(norm: Node, increment: Node | None) -> None:
+    """Remove the increment and remember it; also remember that there was none."""
+    if increment is None:
+        norm.meta[_COUNT] = None
+        return
     norm.meta[_COUNT] = (increment.name, dict(increment.meta))
     norm.graph.erase_node(increment)
 
 
 def _restore_count(norm: Node, path: str) -> None:
     graph = norm.graph
-    name, meta = norm.meta.pop(_COUNT, (None, None))
+    saved = norm.meta.pop(_COUNT, ("", {}))
     counter = next(iter(graph.find_nodes(op="get_attr", target=path)), None)
-    if counter is None:  # dead code elimination dropped it: nothing reads the count in this graph
+    if saved is None or counter is None:  # never counted, or dead code elimination dropped the unread count
         return
+    name, meta = saved
     with graph.inserting_before(norm):
         increment = graph.call_function(aten.add_.Tensor, (counter, 1))
-    if name is not None:
+    if name:
         increment.name = name
-    value = counter.meta.get("val")
-    increment.meta = meta or {key: norm.meta[key] for key in ("nn_module_stack", "stack_trace") if key in norm.meta}
-    if isinstance(value, Tensor):
-        increment.meta.setdefault("val", value)
+    sources = {"nn_module_stack": norm, "stack_trace": norm, "val": counter}
+    inherited = {key: source.meta[key] for key, source in sources.items() if key in source.meta}
+    increment.meta = dict(meta) or inherited

@@ -49,7 +49,9 @@ _UNINITIALISED = frozenset(
 _METADATA_WRITES = frozenset({aten.detach_.default})
 """In-place ops that change no element: ``torch.tensor(...)`` in a forward is exported with one."""
 
-_SCALAR_FUNCTIONS = frozenset({operator.getitem, torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not})
+_SCALAR_FUNCTIONS = frozenset(
+    {operator.getitem, torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not}
+)
 
 _NORMS = frozenset(
     {
