@@ -104,8 +104,7 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
         encoding = encodings[name]
         if encoding is None:
             continue
-        flushes = getattr(observer, "flushes_to_zero", None)
-        if callable(flushes) and isinstance(encoding, (PerTensor, PerChannel)) and flushes():
+        if isinstance(encoding, (PerTensor, PerChannel)) and _flushes_to_zero(observer, encoding):
             notes.append(f"{_place(call)}: every value rounds to 0 at the smallest scale its spec allows")
         masked = getattr(observer, "masked_count", None)
         if isinstance(masked, torch.Tensor):
@@ -113,3 +112,12 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
         if isinstance(masked, int) and masked > 0:
             notes.append(f"{_place(call)}: {masked} masked values (-inf or a mask's sentinel) left out of the range")
     return notes
+
+
+def _flushes_to_zero(observer: Any, encoding: PerTensor | PerChannel) -> bool:
+    """Whether a tensor that is not all zero rounds to zero everywhere: its largest value is below half a step."""
+    low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+    if not isinstance(low, torch.Tensor) or not isinstance(high, torch.Tensor) or low.numel() == 0:
+        return False
+    peak = torch.maximum(low.abs(), high.abs()).flatten()
+    return bool((peak > 0).any()) and bool((peak < torch.as_tensor(encoding.scale) / 2).all())
