@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Generic, Self, TypedDict, TypeVar
+from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.histogram import Histogram, HistogramState
