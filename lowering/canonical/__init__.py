@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 from lowering.canonical.dynamic import per_row, spread_weight_scale
 from lowering.canonical.edit import drop_unused
 from lowering.canonical.embedding import gather_then_dequantize
-from lowering.canonical.movement import quantize_moves
-from lowering.canonical.pooling import keep_mean_dims
+from lowering.canonical.movement import one_grid, quantize_moves
+from lowering.canonical.pooling import explicit_pooling, keep_mean_dims
 from lowering.canonical.reshape import one_view
 
 Rewrite = Callable[[GraphModule], int]
@@ -22,9 +22,11 @@ Rewrite = Callable[[GraphModule], int]
 EXACT: tuple[Rewrite, ...] = (
     gather_then_dequantize,
     spread_weight_scale,
+    explicit_pooling,
     keep_mean_dims,
     one_view,
     quantize_moves,
+    one_grid,
 )
 """Rewrites that keep every result, bit for bit up to the order of float additions."""
 

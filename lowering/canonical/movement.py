@@ -131,3 +131,31 @@ def _computes_on_quantized(node: Node) -> bool:
     first = node.args[0]
     operands = first if isinstance(first, list | tuple) else [first]
     return all(_is(operand, _DEQUANTIZE) for operand in operands)
+
+
+def one_grid(module: GraphModule) -> int:
+    """Give movement and concatenation one scale on all sides, with a requantization of its own; returns how many.
+
+        dequantize(A) → move → quantize(B)  =  dequantize(A) → move → quantize(A) → dequantize(A) → quantize(B)
+        cat(dequantize(A), …) → quantize(B) =  cat(dequantize(A) → quantize(B) → dequantize(B), …) → quantize(B)
+
+    XNNPACK has no kernel that moves integers from one scale to another; such a program fails when it is loaded.
+    """
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or len(node.users) != 1 or not _is(quantize := next(iter(node.users)), _QUANTIZE):
+            continue
+        if node.target in MOVES and _is(node.args[0], _DEQUANTIZE) and _grid(node.args[0]) != _grid(quantize):
+            quantize.replace_input_with(node, _pair(quantize, node, _grid(node.args[0])))
+            count += 1
+        if node.target is _ATEN.cat.default and all(_is(operand, _DEQUANTIZE) for operand in node.args[0]):
+            foreign = {operand for operand in node.args[0] if _grid(operand) != _grid(quantize)}
+            for operand in sorted(foreign, key=lambda n: n.name):
+                node.replace_input_with(operand, _pair(node, operand, _grid(quantize)))
+            count += len(foreign)
+    return count
+
+
+def _grid(node: Node) -> tuple[object, ...]:
+    """Scale, zero point, bounds and dtype of a per-tensor quantize or dequantize."""
+    return tuple(node.args[1:])

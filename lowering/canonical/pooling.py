@@ -43,3 +43,23 @@ def _kept(node: Node) -> Node | None:
         return None
     mean = emit(node, _ATEN.mean.dim, x, [2, 3], True)
     return emit(node, _ATEN.squeeze.dims, mean, [2, 3])
+
+
+def explicit_pooling(module: GraphModule) -> int:
+    """Spell out what pooling leaves to defaults; returns how many changed.
+
+    A stride that is not given is the kernel size. Average pooling without padding has no padding to count.
+    """
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in (_ATEN.max_pool2d.default, _ATEN.avg_pool2d.default):
+            continue
+        x, kernel, *rest = node.args
+        stride, padding = rest[0] if rest else [], rest[1] if len(rest) > 1 else [0, 0]
+        args = [x, kernel, stride or kernel, padding, *rest[2:]]
+        if node.target is _ATEN.avg_pool2d.default and not any(padding) and args[4:5] in ([], [False]):
+            args = [*args[:4], False, False, *args[6:]]
+        if args != list(node.args):
+            node.args = tuple(args)
+            count += 1
+    return count
