@@ -163,10 +163,12 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
 
     @property
     def nan_count(self) -> int:
+        """How many values were NaN."""
         return int(self.counts[1])
 
     @property
     def posinf_count(self) -> int:
+        """How many values were +inf."""
         return int(self.counts[2])
 
     @property
