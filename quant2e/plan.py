@@ -197,30 +197,37 @@ def _anchors(specs: Mapping[Point, Any]) -> dict[Point, Point]:
 
 def _check_derived(specs: Mapping[Point, Any], anchor: Mapping[Point, Point]) -> None:
     """Sources of derived specs exist, are quantized, and do not derive from each other in a circle."""
-    state: dict[Point, int] = {}
-
-    def visit(point: Point, path: tuple[Point, ...]) -> None:
-        end = anchor[point]
-        if state.get(end) == 2:
-            return
-        if state.get(end) == 1:
-            raise PlanError(f"derived specs form a cycle: {_chain([*path, point])}")
-        state[end] = 1
-        spec = specs[end]
+    for point, spec in specs.items():
         for source in spec.sources if isinstance(spec, DerivedFrom) else ():
             if source not in specs:
                 raise PlanError(
-                    f"dangling derivation: {_chain([*path, point, source])}, but ({source}) has no spec. "
+                    f"dangling derivation: {_chain([point, source])}, but ({source}) has no spec. "
                     "Annotate it, or derive from a point that is annotated."
                 )
             if specs[anchor[source]] is None:
                 raise PlanError(f"({point}) derives its parameters from ({source}), which is annotated to stay float")
-            visit(source, (*path, point))
-        state[end] = 2
-
+    done: set[Point] = set()
     for point, spec in specs.items():
         if isinstance(spec, DerivedFrom):
-            visit(point, ())
+            _check_acyclic(point, specs, anchor, done)
+
+
+def _check_acyclic(start: Point, specs: Mapping[Point, Any], anchor: Mapping[Point, Point], done: set[Point]) -> None:
+    """Walk derivations depth first from ``start``; ``done`` holds derived points that lead into no circle."""
+    path: dict[Point, Iterator[Point]] = {start: iter(specs[start].sources)}
+    while path:
+        point, pending = next(reversed(path.items()))
+        source = next(pending, None)
+        if source is None:
+            path.popitem()
+            done.add(point)
+            continue
+        end = anchor[source]
+        if end in path:
+            points = list(path)
+            raise PlanError(f"derived specs form a cycle: {_chain([*points[points.index(end) :], source])}")
+        if end not in done and isinstance(specs[end], DerivedFrom):
+            path[end] = iter(specs[end].sources)
 
 
 def resolve(specs: Mapping[Point, Any], implicit: Collection[str], ignored: tuple[Ignored, ...] = ()) -> Plan:
@@ -263,6 +270,8 @@ def _share_implicitly(
     kinds: list[tuple[Any, list[Point]]] = []
     for point in points:
         spec = specs[anchor[point]]
+        if spec is None or isinstance(spec, DerivedFrom):
+            continue
         same = next((members for kind, members in kinds if same_numbers(kind, spec)), None)
         if same is None:
             kinds.append((spec, [point]))
