@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule
 
+from lowering.canonical.attention import plain_attention
+from lowering.canonical.constants import fold_constants
 from lowering.canonical.dynamic import per_row, spread_weight_scale
 from lowering.canonical.edit import drop_unused
 from lowering.canonical.embedding import gather_then_dequantize
+from lowering.canonical.layer_norm import open_layer_norm
 from lowering.canonical.movement import one_grid, quantize_moves
 from lowering.canonical.pooling import explicit_pooling, keep_mean_dims
 from lowering.canonical.reshape import one_view
@@ -20,7 +23,10 @@ from lowering.canonical.reshape import one_view
 Rewrite = Callable[[GraphModule], int]
 
 EXACT: tuple[Rewrite, ...] = (
+    plain_attention,
+    open_layer_norm,
     gather_then_dequantize,
+    fold_constants,
     spread_weight_scale,
     explicit_pooling,
     keep_mean_dims,
