@@ -70,8 +70,7 @@ def capture(
             raise
         except Exception as error:
             raise CaptureError(_export_failure(model, error)) from error
-    for module in captured.modules():
-        module.training = model.training
+    _set_flags(captured, model.training)
     return captured
 
 
@@ -86,11 +85,7 @@ def as_graph_module(model: Module | ExportedProgram) -> CapturedModule:
                 f"this ExportedProgram is in the {model.dialect} dialect: quantize first, on what torch.export.export "
                 "returns, and lower to a backend afterwards"
             )
-        captured = _own(model.module())
-        training = is_training_graph(captured)
-        for module in captured.modules():
-            module.training = training
-        return captured
+        return _own(model.module())
     if not isinstance(model, GraphModule):
         raise CaptureError(
             f"a captured model is needed and this is a {type(model).__name__}: call capture(model, example_inputs) first"
@@ -110,15 +105,21 @@ def is_captured(model: Any) -> bool:
 
 def _own(gm: GraphModule) -> CapturedModule:
     captured = copy_graph(gm)
-    if captured.inputs is None:
+    if not isinstance(gm, CapturedModule):
         captured.inputs = read_inputs(gm)
+        _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
     for node in list(captured.graph.nodes):
         if node.op == "call_module" and not node.users and not hasattr(captured, str(node.target)):
-            captured.graph.erase_node(node)
+            captured.graph.erase_node(node)  # the guards: `copy_graph` leaves their module behind
     inline_regions(captured)
     captured.graph.lint()
     captured.recompile()
     return captured
+
+
+def _set_flags(captured: CapturedModule, training: bool) -> None:
+    for module in captured.modules():
+        module.training = training
 
 
 def _not_aten(gm: GraphModule, node: Node) -> str | None:

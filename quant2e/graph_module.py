@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
-from quant2e.graph_state import GraphState, graph_from_state, graph_state, plain_entries
+from quant2e.graph_state import GraphState, graph_from_state, graph_state
 from quant2e.inputs import Inputs
 from quant2e.train_eval import set_training
 
@@ -64,7 +65,19 @@ class CapturedModule(GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         own = {name: value for name, value in vars(self).items() if name not in _MACHINERY}
         tables = {name: vars(self)[name] for name in (*_TABLES, "_non_persistent_buffers_set", "training")}
-        return _rebuild, (graph_state(self.graph), {**own, **tables, "meta": plain_entries(self.meta)})
+        return _rebuild, (graph_state(self.graph), {**own, **tables, "meta": _picklable(self.meta)})
+
+
+def _picklable(meta: dict[str, Any]) -> dict[str, Any]:
+    """The entries of ``gm.meta`` that can be pickled; what torch leaves there often cannot."""
+    kept = {}
+    for key, value in meta.items():
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError):
+            continue
+        kept[key] = value
+    return kept
 
 
 def _rebuild(graph: GraphState, attributes: dict[str, Any]) -> CapturedModule:

@@ -17,8 +17,8 @@ from quant2e.errors import CaptureError, where
 from quant2e.passes.effects import argument, aten, flag_of, trains
 
 _COUNT = "quant2e_batch_count"
-"""Key in a batch norm's metadata: name and metadata of the increment of ``num_batches_tracked`` that evaluation drops;
-None when there was none."""
+"""Key in a batch norm's metadata: what to restore of the increment of ``num_batches_tracked`` that evaluation drops; None
+when there was none."""
 _COUNTING = frozenset({aten.batch_norm.default, aten.native_batch_norm.default, aten._native_batch_norm_legit.default})
 
 _ATTENTION_DROPOUT = "quant2e_attention_dropout"
@@ -45,7 +45,8 @@ def set_training(graph: Graph, mode: bool) -> bool:
         changed = True
         if (path := _count_path(node)) is not None:
             if mode:
-                _restore_count(node, path)
+                if (increment := _restore_count(node, path, counts.get(path))) is not None:
+                    counts[path] = increment
             else:
                 _drop_count(node, counts.pop(path, None))
     return changed
@@ -106,10 +107,17 @@ def _set_attention_dropout(node: Node, mode: bool) -> bool:
 
 
 def _counted(node: Node) -> str | None:
-    """Path of the counter when ``node`` is ``num_batches_tracked.add_(1)``."""
-    if node.target is not aten.add_.Tensor or node.users or tuple(node.args[1:]) != (1,) or node.kwargs:
+    """Path of the counter when ``node`` is ``num_batches_tracked.add_(1)``.
+
+    A norm that is called twice increments the result of its first increment, which is the same tensor.
+    """
+    if node.target is not aten.add_.Tensor or tuple(node.args[1:]) != (1,) or node.kwargs:
+        return None
+    if any(user.target is not aten.add_.Tensor for user in node.users):
         return None
     counter = node.args[0]
+    while isinstance(counter, Node) and counter.target is aten.add_.Tensor:
+        counter = counter.args[0]
     if isinstance(counter, Node) and counter.op == "get_attr":
         path = str(counter.target)
         return path if path.rpartition(".")[2] == "num_batches_tracked" else None
@@ -130,21 +138,24 @@ def _drop_count(norm: Node, increment: Node | None) -> None:
     if increment is None:
         norm.meta[_COUNT] = None
         return
-    norm.meta[_COUNT] = (increment.name, dict(increment.meta))
+    norm.meta[_COUNT] = {"name": increment.name, "stack_trace": increment.meta.get("stack_trace")}
+    increment.replace_all_uses_with(increment.all_input_nodes[0])
     norm.graph.erase_node(increment)
 
 
-def _restore_count(norm: Node, path: str) -> None:
+def _restore_count(norm: Node, path: str, previous: Node | None) -> Node | None:
+    """Write the increment before ``norm``, on the result of the ``previous`` one of the same counter if there is any."""
     graph = norm.graph
-    saved = norm.meta.pop(_COUNT, ("", {}))
-    counter = next(iter(graph.find_nodes(op="get_attr", target=path)), None)
+    saved = norm.meta.pop(_COUNT, {"name": None, "stack_trace": norm.meta.get("stack_trace")})
+    counter = previous or next(iter(graph.find_nodes(op="get_attr", target=path)), None)
     if saved is None or counter is None:  # never counted, or dead code elimination dropped the unread count
-        return
-    name, meta = saved
+        return previous
     with graph.inserting_before(norm):
-        increment = graph.call_function(aten.add_.Tensor, (counter, 1))
-    if name:
-        increment.name = name
-    sources = {"nn_module_stack": norm, "stack_trace": norm, "val": counter}
-    inherited = {key: source.meta[key] for key, source in sources.items() if key in source.meta}
-    increment.meta = dict(meta) or inherited
+        increment = graph.create_node("call_function", aten.add_.Tensor, (counter, 1), name="add_")
+    if saved["name"] is not None:
+        increment.name = saved["name"]
+    sources = {"nn_module_stack": norm, "val": counter}
+    increment.meta = {key: source.meta[key] for key, source in sources.items() if key in source.meta}
+    if saved["stack_trace"] is not None:
+        increment.meta["stack_trace"] = saved["stack_trace"]
+    return increment

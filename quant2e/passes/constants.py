@@ -40,7 +40,7 @@ def _storage(tensor: Tensor) -> tuple[str, int]:
     return ("storage", pointer) if pointer else ("tensor", id(tensor))
 
 
-def _memory(graph: Graph) -> dict[Node, set[Memory]]:
+def memories(graph: Graph) -> dict[Node, set[Memory]]:
     """For each node, the memory its value may live in. Two parameters that are one tensor have one memory."""
     found: dict[Node, set[Memory]] = {}
     module = _owner(graph)
@@ -62,7 +62,7 @@ def constant_nodes(graph: Graph) -> set[Node]:
     Linear in the number of nodes. Raises `PassError` when the graph belongs to no module.
     """
     module = _owner(graph)
-    memory = _memory(graph)
+    memory = memories(graph)
     written = set().union(*(memory[operand] for node in graph.nodes for operand in writes(node)))
     constants: set[Node] = set()
     for node in graph.nodes:
