@@ -55,6 +55,8 @@ def window(low: float, high: float, bins: int) -> Window:
     """The narrowest bins with which ``bins`` of them cover ``[low, high]``, bin numbers being exact."""
     largest = max(abs(low), abs(high))
     exponent = max(_SMALLEST_EXPONENT, math.frexp(largest)[1] - _EXACT_BITS) if largest else _SMALLEST_EXPONENT
+    if high > low:  # narrower bins cannot do; from here the loop takes two or three turns
+        exponent = max(exponent, math.frexp((high - low) / (bins + 1))[1] - 2)
     while _bin_number(high, exponent) - _bin_number(low, exponent) >= bins:
         exponent += 1
     return Window(exponent, _bin_number(low, exponent), bins)

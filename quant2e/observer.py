@@ -133,20 +133,18 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         self.frozen = False
         self._state_type: Callable[..., S] = state_type
         device = (options.get("factory_kwargs") or {}).get("device")
-        for name, value in self._named(estimator.init(torch.empty(0, device=device))):
-            self.register_buffer(name, value)
-
-    @staticmethod
-    def _named(state: S) -> list[tuple[str, Tensor]]:
-        return [(f.name, getattr(state, f.name)) for f in fields(state)]
+        nothing = estimator.init(torch.empty(0, device=device))
+        self._names = tuple(f.name for f in fields(nothing))
+        for name in self._names:
+            self.register_buffer(name, getattr(nothing, name))
 
     def _live_state(self) -> S:
-        return self._state_type(**dict(self.named_buffers(recurse=False)))
+        return self._state_type(*(getattr(self, name) for name in self._names))
 
     def _store(self, state: S) -> None:
         # In place: buffers made under inference mode could not be updated outside it.
-        for name, value in self._named(state):
-            buffer = self.get_buffer(name)
+        for name in self._names:
+            buffer, value = getattr(self, name), getattr(state, name)
             if buffer.shape != value.shape:
                 buffer.resize_(value.shape)
             buffer.copy_(value)
@@ -154,7 +152,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
     @property
     def state(self) -> S:
         """The statistics as an immutable value (a copy), for the functions of `estimator`."""
-        return self._state_type(**{name: value.clone() for name, value in self._named(self._live_state())})
+        return self._state_type(*(getattr(self, name).clone() for name in self._names))
 
     @property
     def total(self) -> int:
@@ -199,8 +197,8 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         """Add what ``other``, an observer of the same kind, has seen. Raises `CalibrationError` for another kind."""
         if self.estimator != other.estimator:
             raise CalibrationError(f"statistics of {other.estimator} cannot be merged into {self.estimator}")
-        theirs = {name: value.to(self.counts.device) for name, value in self._named(other.state)}
-        self._store(self.estimator.merge(self._live_state(), self._state_type(**theirs)))
+        theirs = self._state_type(*(getattr(other, name).to(self.counts.device) for name in self._names))
+        self._store(self.estimator.merge(self._live_state(), theirs))
         return self
 
     @torch.no_grad()

@@ -95,9 +95,9 @@ def look(x: Tensor, axis: int | None) -> Batch:
     """Range and counts of a non-empty floating-point tensor, in one pass when all of it is ordinary data."""
     low, high = _extremes(x, axis)
     limit = sentinel_of(x.dtype)
-    counts = torch.zeros(len(TALLY), dtype=torch.int64, device=x.device)
-    counts[0] = x.numel()
-    if bool(((low > -limit) & (high < limit)).all()):
+    counts = torch.tensor([x.numel(), 0, 0, 0], dtype=torch.int64, device=x.device)
+    # NaN fails both comparisons. A scalar is compared in Python: this runs for every tensor of every batch.
+    if (-limit < float(low) and float(high) < limit) if axis is None else bool(((low > -limit) & (high < limit)).all()):
         return Batch(low, high, counts, None)
     nan, posinf = torch.isnan(x), torch.isposinf(x)
     masked = (x.abs() >= limit) & ~posinf
