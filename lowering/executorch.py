@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 import os
 import tempfile
 import warnings
@@ -17,11 +18,13 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
+from torch.fx.passes.infra.partitioner import Partition
 from torch.utils import _pytree as pytree
 
 from lowering.canonical import DECLARED, EXACT, canonicalise
 from lowering.delegation import Delegation, Rejections, delegation_of
+from lowering.stages import stages
 from lowering.verify import Bound, Inputs, as_inputs, compare, graph_of
 from lowering.xnnpack_limits import check_limits
 from quant2e.errors import LoweringError
@@ -186,10 +189,9 @@ def _export(module: Any, inputs: Inputs, shapes: Any) -> ExportedProgram:
 def _lower(
     exported: ExportedProgram, partitioners: Sequence[Any] | None, applied: dict[str, int], notes: tuple[str, ...]
 ) -> ExecuTorchProgram:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    chosen = list(partitioners) if partitioners is not None else [XnnpackPartitioner()]
+    chosen = list(partitioners) if partitioners is not None else [_xnnpack_partitioner()]
     in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
     assert in_spec is not None
     assert out_spec is not None
@@ -203,6 +205,35 @@ def _lower(
     _check_kernels(program.executorch_program)
     buffer = bytes(program.buffer)
     return ExecuTorchProgram(buffer, report.replaced(size=len(buffer), notes=notes), in_spec, out_spec)
+
+
+def _xnnpack_partitioner() -> Any:
+    """XNNPACK's partitioner, which says what it takes, with our rule for what goes together.
+
+    Its own rule tries to join each pair of partitions once, in the order of the graph, which leaves a model whose
+    blocks share a chain or a mask in pieces, and takes time that grows with the square of their number.
+    """
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    partitioner = XnnpackPartitioner()
+    by_pairs = partitioner.generate_partitions
+
+    def by_stages(exported: ExportedProgram) -> list[Partition]:
+        groups = [_with_results(group) for group in partitioner.get_matched_nodes_from_configs(exported)]
+        found = stages(exported.graph, groups)
+        if found is None:
+            joined: list[Partition] = by_pairs(exported)
+            return joined
+        return [Partition(id=index, nodes=nodes) for index, nodes in enumerate(found)]
+
+    partitioner.generate_partitions = by_stages
+    return partitioner
+
+
+def _with_results(group: list[Node]) -> list[Node]:
+    """A group with the nodes that pick the results of ops that return several."""
+    picks = [user for node in group for user in node.users if user.target is operator.getitem]
+    return list(dict.fromkeys([*group, *picks]))
 
 
 def _check_kernels(program: Any) -> None:
