@@ -7,15 +7,19 @@ plain. Nothing of the other library is imported, so the quantizers that backends
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import AnnotationError, PlanError, where
+from quant2e.in_place import written_in_sight
 from quant2e.plan import DerivedFrom, Edge, Ignored, Output, Plan, Point, SharedWith, resolve
 from quant2e.specs import ANNOTATION
+
+QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
+"""Dtypes that the quantize ops take."""
 
 
 def node_tensor(gm: GraphModule, node: Node) -> torch.Tensor | None:
@@ -44,6 +48,7 @@ def read_plan(gm: GraphModule) -> Plan:
     implicit: set[str] = set()
     ignored: list[Ignored] = []
     nodes = {node.name: node for node in gm.graph.nodes}
+    written = written_in_sight(gm.graph)
     for node in gm.graph.nodes:
         note = node.meta.get(ANNOTATION)
         if note is None:
@@ -52,7 +57,7 @@ def read_plan(gm: GraphModule) -> Plan:
             implicit.add(node.name)
         for point, spec in _annotated_points(node, note):
             value = _concrete(spec, point, nodes)
-            reason = None if value is None else _unquantizable(gm, nodes, point)
+            reason = None if value is None else _unquantizable(gm, nodes[point.tensor], written)
             if reason is not None:
                 ignored.append(Ignored(point, reason))
                 # Whatever shares with this point cannot be quantized either.
@@ -86,6 +91,8 @@ def _not_an_operand(node: Node, key: Any) -> str:
             f"{where(node)}: its annotation puts a spec on the constant {key!r}. Only operands that are nodes can be "
             f"quantized: {', '.join(operands) or 'this node has none'}. Lift the constant to a buffer first, or drop it."
         )
+    if key.name in operands:
+        return f"{where(node)}: its annotation puts a spec on a '{key.name}' that is a node of another graph"
     near = difflib.get_close_matches(key.name, operands, n=1)
     return (
         f"{where(node)}: its annotation puts a spec on '{key.name}', which is not an operand of this node "
@@ -96,6 +103,8 @@ def _not_an_operand(node: Node, key: Any) -> str:
 def _point(place: Any, by: Point, nodes: dict[str, Node]) -> Point:
     """A reference to an edge or a node, as a point."""
     parts = place if isinstance(place, tuple) else (place,)
+    if len(parts) not in (1, 2):
+        raise PlanError(f"the spec of ({by}) refers to {place!r}; a point is a node or an edge (producer, consumer)")
     for part in parts:
         if not isinstance(part, Node):
             raise PlanError(
@@ -129,33 +138,16 @@ def _concrete(spec: Any, point: Point, nodes: dict[str, Node]) -> Any:
     )
 
 
-def _unquantizable(gm: GraphModule, nodes: dict[str, Node], point: Point) -> str | None:
-    """Why a point cannot be quantized, whatever its spec says; None when it can."""
-    node = nodes[point.tensor]
+def _unquantizable(gm: GraphModule, node: Node, written: Mapping[Node, Node]) -> str | None:
+    """Why the tensor of ``node`` cannot be quantized, whatever its spec says; None when it can."""
+    if node in written:
+        return f"written in place by '{written[node].name}'"
     tensor = node_tensor(gm, node)
     if tensor is None:
         return None if "val" not in node.meta and node.op != "get_attr" else "not a single tensor"
+    dtype = str(tensor.dtype).removeprefix("torch.")
     if not tensor.is_floating_point():
-        return f"a {str(tensor.dtype).removeprefix('torch.')} tensor, not a float one"
-    if isinstance(point, Edge) and _writes_into(nodes[point.dst], node):
-        return "a buffer that the op writes into"
+        return f"a {dtype} tensor, not a float one"
+    if tensor.dtype not in QUANTIZABLE:
+        return f"a {dtype} tensor; float32, float16 and bfloat16 can be quantized"
     return None
-
-
-def _writes_into(consumer: Node, src: Node) -> bool:
-    """Whether ``consumer`` writes, in place, into ``src``, and ``src`` is a buffer or a view of one."""
-    schema = getattr(consumer.target, "_schema", None)
-    if schema is None or not consumer.args or consumer.args[0] is not src or not schema.arguments:
-        return False
-    alias = schema.arguments[0].alias_info
-    if alias is None or not alias.is_write:
-        return False
-    pending, seen = [src], set()
-    while pending:
-        node = pending.pop()
-        if node.op == "placeholder":
-            return False
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return True

@@ -122,7 +122,10 @@ ERRORS = {
     ),
     "dangling": ({XA: SharedWith(X), X: SharedWith(Y)}, "dangling share: (x -> a) => (x) => (y), but (y) has no spec"),
     "derived from nothing": ({XA: derived(YA)}, "dangling derivation: (x -> a) => (y -> a), but (y -> a) has no spec"),
-    "derived from float": ({XA: derived(Y), Y: None}, "(x -> a) derives its parameters from (y), which is annotated to"),
+    "derived from float": (
+        {XA: derived(Y), Y: None},
+        "(x -> a) derives its parameters from (y), which is annotated to",
+    ),
     "derived from itself": ({XA: derived(XA)}, "derived specs form a cycle: (x -> a) => (x -> a)"),
     "derived cycle": ({X: derived(Y), Y: derived(X)}, "derived specs form a cycle: (x) => (y) => (x)"),
     "derived cycle through a share": (
@@ -327,7 +330,9 @@ def as_torchao(operands, specs, willing):
         if isinstance(spec, SharedWith):
             return ao.SharedQuantizationSpec(place[spec.point])
         if isinstance(spec, FixedQParamsQuantizationSpec):
-            return ao.FixedQParamsQuantizationSpec(spec.dtype, spec.scale, spec.zero_point, spec.quant_min, spec.quant_max)
+            return ao.FixedQParamsQuantizationSpec(
+                spec.dtype, spec.scale, spec.zero_point, spec.quant_min, spec.quant_max
+            )
         return ao.QuantizationSpec(spec.dtype, Watch, spec.quant_min, spec.quant_max, spec.qscheme)
 
     for name, sources in operands.items():
