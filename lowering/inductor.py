@@ -18,7 +18,7 @@ from lowering.inductor_compile import FakeInputs, Flat, compile_flat
 from lowering.inductor_graph import private_copy
 from lowering.inductor_guard import keep_from_patterns
 from lowering.inductor_report import InductorReport, Kernel, build_report, int8_kernels
-from lowering.inductor_rewrites import REWRITES
+from lowering.inductor_rewrites import REWRITES, one_dequantize_per_user
 from lowering.inductor_signature import Signature
 from lowering.verify import Verification, as_inputs, graph_of
 from lowering.verify import verify as compare
@@ -45,6 +45,7 @@ class InductorProgram:
         for rewrite in REWRITES:
             rewrite(self._graph)
         refused = keep_from_patterns(self._graph)
+        one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
         self._signature = signature
         self._inputs = FakeInputs(signature.inputs, signature.symbols)
         self._runs: dict[tuple[int, ...], Flat] = {}

@@ -14,27 +14,15 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.inductor_graph import call, constant, operands
-from lowering.inductor_rewrites import CONVOLUTION, activation_of, weight_of
+from lowering.inductor_rewrites import MOVES
+from lowering.inductor_weights import activation_of, weight_of
 from quant2e.dialect import qd
 
 aten = torch.ops.aten
 
 _TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
 _ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
-_MOVES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.cat.default,
-        aten.max_pool2d.default,
-    }
-)
+_CARRY = MOVES | {aten.cat.default, aten.max_pool2d.default}
 
 
 def arithmetic(gm: GraphModule, user: Node, dequantized: Node) -> None:
@@ -62,7 +50,7 @@ def arithmetic(gm: GraphModule, user: Node, dequantized: Node) -> None:
 
 def _dequantize_behind(node: Node | None) -> Node | None:
     """The dequantize node that a weight or activation comes from, through a dtype conversion, transposes and views."""
-    passed = (aten.to.dtype, aten.permute.default, aten.t.default, aten.transpose.int, *_MOVES)
+    passed = (aten.to.dtype, *MOVES)
     while isinstance(node, Node) and node.target in passed and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
@@ -82,7 +70,7 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
         return "the weight is not a constant"
     if value.dtype is not torch.int8:
         return f"int8 kernels take int8 weights, not {value.dtype}"
-    if args["axis"] != 0 and node.target in (*CONVOLUTION, aten.linear.default):
+    if args["axis"] != 0:
         return (
             f"int8 kernels take one weight scale per output channel, and this weight has them along axis {args['axis']}"
         )
@@ -103,7 +91,7 @@ def _requantizes(node: Node) -> list[Node]:
         if not isinstance(value, Node) or value in seen:
             continue
         seen.add(value)
-        if value.target in _MOVES:
+        if value.target in _CARRY:
             moved = True
             operand = value.args[0]
             queue.extend(operand if isinstance(operand, list | tuple) else [operand])
@@ -139,6 +127,5 @@ def keep_from_patterns(gm: GraphModule) -> dict[str, str]:
 def _reaches(node: Node, goal: Node) -> bool:
     """Whether ``goal`` is ``node``, or reads it through conversions, transposes and moves."""
     return node is goal or (
-        node.target in (aten.to.dtype, aten.permute.default, aten.t.default, aten.transpose.int, *_MOVES)
-        and any(_reaches(user, goal) for user in node.users)
+        node.target in (aten.to.dtype, *_CARRY) and any(_reaches(user, goal) for user in node.users)
     )

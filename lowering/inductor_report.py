@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lowering.inductor_graph import TAG, constant, operands
-from lowering.inductor_rewrites import CONVOLUTION, LINEAR, activation_of, weight_of
+from lowering.inductor_weights import CONVOLUTION, LINEAR, activation_of, weight_of
 from quant2e.dialect import DEQUANTIZE, qd
 from quant2e.errors import where
 

@@ -7,33 +7,50 @@ patterns by `inductor_guard`, which runs after them.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.inductor_graph import add_constant, call, constant, operands, replace
-from quant2e.dialect import qd
+from lowering.inductor_graph import call, constant, operands, replace
+from lowering.inductor_weights import (
+    activation_of,
+    explicit_zero_points,
+    float_biases,
+    folded_weights,
+    gathered_rows,
+    per_channel_weights,
+    weight_of,
+    weights_by_output,
+)
+from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 
 aten = torch.ops.aten
 
-LINEAR = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default})
-CONVOLUTION = frozenset(
+
+MOVES = frozenset(
     {
-        aten.conv1d.default,
-        aten.conv1d.padding,
-        aten.conv2d.default,
-        aten.conv2d.padding,
-        aten.conv3d.default,
-        aten.conv3d.padding,
-        aten.convolution.default,
-        aten.conv_transpose1d.default,
-        aten.conv_transpose2d.input,
-        aten.conv_transpose3d.input,
+        aten.view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.unsqueeze.default,
+        aten.permute.default,
+        aten.transpose.int,
+        aten.t.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.contiguous.default,
     }
 )
+"""Ops that move numbers of one tensor, whatever they are."""
 
+_ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
 _TO_STATIC = {
     qd.quantize_per_tensor.tensor: qd.quantize_per_tensor.default,
     qd.quantize_per_tensor.tensor2: qd.quantize_per_tensor.default,
@@ -41,6 +58,15 @@ _TO_STATIC = {
     qd.dequantize_per_tensor.tensor2: qd.dequantize_per_tensor.default,
 }
 _QPARAM_NAMES = ("scale", "zero_point", "quant_min", "quant_max")
+
+
+def positional_arguments(gm: GraphModule) -> None:
+    """q/dq arguments given by keyword => by position, as the patterns expect them."""
+    for node in list(gm.graph.nodes):
+        if node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
+            keywords = {"out_dtype": node.kwargs["out_dtype"]} if node.kwargs.get("out_dtype") is not None else {}
+            node.args = tuple(value for name, value in operands(node).items() if name != "out_dtype")
+            node.kwargs = keywords
 
 
 def constant_parameters(gm: GraphModule) -> None:
@@ -71,127 +97,62 @@ def constant_parameters(gm: GraphModule) -> None:
         replace(gm, node, static)
 
 
-def explicit_zero_points(gm: GraphModule) -> None:
-    """``dequantize_per_channel(w, scales, None, …)`` => ``dequantize_per_channel(w, scales, zeros, …)``."""
-    for node in list(gm.graph.nodes):
-        if node.target is not qd.dequantize_per_channel.default or operands(node)["zero_points"] is not None:
-            continue
-        scales = constant(gm, operands(node)["scales"])
-        if scales is None:
-            continue
-        zeros = add_constant(gm, node, "_zero_points", torch.zeros(scales.shape, dtype=torch.int64))
-        node.args = (*node.args[:2], zeros, *node.args[3:])
+def unsigned_activations(gm: GraphModule) -> None:
+    """``dq(q(x, s, z, int8), s, z)`` => ``dq(q(x, s, z + 128, uint8), s, z + 128)``, also with dynamic parameters.
 
-
-def float_biases(gm: GraphModule) -> None:
-    """``dequantize(get_attr int32)`` => ``get_attr float``: int8 kernels take a float bias, and it is small."""
-    for node in list(gm.graph.nodes):
-        if node.target not in (qd.dequantize_per_tensor.default, qd.dequantize_per_channel.default):
-            continue
-        args = operands(node)
-        value = constant(gm, args["input"])
-        if value is None or value.dtype is not torch.int32:
-            continue
-        known = [constant(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
-        if any(arg is None and isinstance(node.args[i], Node) for i, arg in enumerate(known)):
-            continue
-        replace(gm, node, add_constant(gm, node, "_float_bias", node.target(*known, **node.kwargs)))
-
-
-def gathered_rows(gm: GraphModule) -> None:
-    """``embedding(dq(table), i)`` => ``dq(table[i])``: integer rows are gathered, never a float table."""
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.embedding.default or not isinstance(node.args[0], Node):
-            continue
-        table, index = node.args[0], node.args[1]
-        if table.target is qd.dequantize_per_tensor.default:
-            with gm.graph.inserting_before(node):
-                rows = call(gm, node, aten.embedding.default, table.args[0], index)
-                found = call(gm, node, table.target, rows, *table.args[1:], **table.kwargs)
-        elif table.target is qd.dequantize_per_channel.default and operands(table)["axis"] == 0:
-            with gm.graph.inserting_before(node):
-                found = _rows_of_channels(gm, node, operands(table), index)
-        else:
-            continue
-        found.meta.update(node.meta)
-        replace(gm, node, found)
-        if not table.users:
-            gm.graph.erase_node(table)
-
-
-def _rows_of_channels(gm: GraphModule, node: Node, table: dict[str, Any], index: Any) -> Node:
-    """(rows - zero_point[i]) * scale[i], the arithmetic of ``dequantize_per_channel`` on the rows asked for."""
-    rows = call(gm, node, aten.embedding.default, table["input"], index)
-    scales = call(gm, node, aten.unsqueeze.default, call(gm, node, aten.index.Tensor, table["scales"], [index]), -1)
-    if table["zero_points"] is not None:
-        points = call(gm, node, aten.index.Tensor, table["zero_points"], [index])
-        rows = call(gm, node, aten.sub.Tensor, rows, call(gm, node, aten.unsqueeze.default, points, -1))
-    found = call(gm, node, aten.mul.Tensor, rows, scales)
-    return call(gm, node, aten.to.dtype, found, table["out_dtype"] or torch.float32)
-
-
-def weight_of(node: Node) -> Node | None:
-    """The second operand of a convolution, linear or matrix product, where a weight sits; None for other ops."""
-    names = {"weight", "mat2", "other"}
-    if node.target in CONVOLUTION or node.target in LINEAR:
-        for name, value in operands(node).items():
-            if name in names and isinstance(value, Node):
-                return value
-    return None
-
-
-def activation_of(node: Node) -> Node | None:
-    """The operand that the weight of `weight_of` is applied to."""
-    names = {"input", "mat1", "self"} if node.target is not aten.addmm.default else {"mat1"}
-    for name, value in operands(node).items():
-        if name in names and isinstance(value, Node):
-            return value
-    return None
-
-
-def per_channel_weights(gm: GraphModule) -> None:
-    """``dequantize_per_tensor(w, s, z)`` => ``dequantize_per_channel(w, [s, …], [z, …], axis=0)`` for constant weights.
-
-    Exact: both subtract the same integer and multiply by the same float32.
+    The same numbers, moved by 128: oneDNN's int8 convolution takes unsigned activations only and writes wrong
+    integers where the output is signed, and its linear is several times faster on unsigned ones. Integers that the
+    graph takes, returns or computes on keep their sign: they are moved where they enter and leave.
     """
     for node in list(gm.graph.nodes):
-        weight = weight_of(node)
-        if weight is None or weight.target is not qd.dequantize_per_tensor.default:
-            continue
-        args = operands(weight)
-        value = constant(gm, args["input"])
-        if value is None or value.dim() < 2 or value.dtype is not torch.int8:
-            continue
-        channels = value.shape[0]
-        scales = add_constant(gm, node, "_scales", torch.full((channels,), args["scale"], dtype=torch.float32))
-        points = add_constant(gm, node, "_zero_points", torch.full((channels,), args["zero_point"], dtype=torch.int64))
-        tail = (0, args["quant_min"], args["quant_max"], args["dtype"])
-        with gm.graph.inserting_before(node):
-            wide = call(gm, weight, qd.dequantize_per_channel.default, args["input"], scales, points, *tail)
-        wide.kwargs = dict(weight.kwargs)
-        wide.meta.update(weight.meta)
-        node.replace_input_with(weight, wide)
-        if not weight.users:
-            gm.graph.erase_node(weight)
-
-
-def one_weight_per_user(gm: GraphModule) -> None:
-    """A dequantized weight with several users => one dequantize each, with scales of its own.
-
-    The patterns want a single user, and equal nodes would be merged again before they are tried.
-    """
+        if node.target is qd.quantize_per_tensor.default and node.args[5] is torch.int8:
+            _quantize_unsigned(gm, node)
+        elif node.target in CHOOSE_QPARAMS and node.args[4] is torch.int8:
+            quantizes = _parametrized(node)
+            if quantizes is not None:
+                node.args = (node.args[0], node.args[1] + 128, node.args[2] + 128, node.args[3], torch.uint8)
+                for each in quantizes:
+                    each.args = _shifted(each.args, 3)
     for node in list(gm.graph.nodes):
-        if node.target is not qd.dequantize_per_channel.default or len(node.users) < 2:
-            continue
-        scales = constant(gm, node.args[1])
-        if scales is None:
-            continue
-        for user in list(node.users)[1:]:
-            own = add_constant(gm, node, "_scales", scales.clone())
+        signed = node.target is qd.dequantize_per_tensor.default and node.args[5] is torch.int8
+        if signed and constant(gm, node.args[0]) is None:
             with gm.graph.inserting_before(node):
-                copy = call(gm, node, node.target, node.args[0], own, *node.args[2:], **node.kwargs)
-            copy.meta.update(node.meta)
-            user.replace_input_with(node, copy)
+                unsigned = _moved(gm, node, node.args[0], 128, torch.uint8)
+            node.args = _shifted((unsigned, *node.args[1:]), 2)
+
+
+def _quantize_unsigned(gm: GraphModule, node: Node) -> None:
+    twins = [user for user in node.users if user.target is qd.dequantize_per_tensor.default]
+    others = [user for user in node.users if user not in twins]
+    for each in (node, *twins):
+        each.args = _shifted(each.args, 2)
+    if others:
+        with gm.graph.inserting_before(node.next):
+            signed = _moved(gm, node, node, -128, torch.int8)
+        for user in others:
+            user.replace_input_with(node, signed)
+
+
+def _moved(gm: GraphModule, like: Node, integers: Node, by: int, dtype: torch.dtype) -> Node:
+    wide = call(gm, like, aten.to.dtype, integers, torch.int32)
+    return call(gm, like, aten.to.dtype, call(gm, like, aten.add.Tensor, wide, by), dtype)
+
+
+def _shifted(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
+    """q/dq arguments with the integers from place ``first`` up to the dtype moved by 128, and the dtype unsigned."""
+    return (*args[:first], *(arg + 128 for arg in args[first:5]), torch.uint8)
+
+
+def _parametrized(choose: Node) -> list[Node] | None:
+    """The q and dq nodes that use dynamic parameters; None unless they are all of that, and the integers stay inside."""
+    found: set[Node] = {user for part in choose.users for user in part.users}
+    for node in found:
+        if node.target is qd.quantize_per_tensor.tensor:
+            if not all(user in found and user.args[0] is node for user in node.users):
+                return None
+        elif node.target is not qd.dequantize_per_tensor.tensor or node.args[0] not in found:
+            return None
+    return sorted(found) if all(node.args[5] is torch.int8 for node in found) else None
 
 
 def convert_after_dequantize(gm: GraphModule) -> None:
@@ -261,36 +222,115 @@ def narrow_ranges(gm: GraphModule) -> None:
         if node.target not in (qd.quantize_per_tensor.default, qd.quantize_per_tensor.tensor):
             continue
         args = operands(node)
-        bounds = torch.iinfo(args["dtype"]) if not args["dtype"].is_floating_point else None
-        if bounds is None or (args["quant_min"], args["quant_max"]) == (bounds.min, bounds.max):
+        if args["dtype"] not in (torch.uint8, torch.int8):
             continue
+        bounds, found = torch.iinfo(args["dtype"]), node
         users = list(node.users)
-        with gm.graph.inserting_after(node):
-            clamped = call(gm, node, aten.clamp.default, node, args["quant_min"], args["quant_max"])
-        clamped.meta.update(node.meta)
+        place = node.next
+        # minimum and maximum, not clamp: Inductor would fuse that into the int8 kernel, as if it were a float clamp
+        for op, bound, widest in (
+            (aten.maximum.default, args["quant_min"], bounds.min),
+            (aten.minimum.default, args["quant_max"], bounds.max),
+        ):
+            if bound != widest:
+                with gm.graph.inserting_before(place):
+                    limit = call(gm, node, aten.full.default, [], bound, dtype=args["dtype"])
+                    found = call(gm, node, op, found, limit)
         for user in users:
-            user.replace_input_with(node, clamped)
+            if found is not node:
+                user.replace_input_with(node, found)
 
 
-def scaled_additions(gm: GraphModule) -> None:
-    """``add(x, y, alpha=k)`` => ``add(x, y * k)``: the patterns that fuse an addition do not look at ``alpha``."""
+def plain_additions(gm: GraphModule) -> None:
+    """``add(x, y, alpha=k)`` => ``add(x, y * k)`` and ``add(x, x)`` => ``x * 2``.
+
+    The patterns that fuse an addition into an int8 kernel do not look at ``alpha``, and fail on equal operands.
+    """
     for node in list(gm.graph.nodes):
-        if node.target is not aten.add.Tensor or operands(node)["alpha"] == 1 or not isinstance(node.args[1], Node):
+        if node.target not in (aten.add.Tensor, aten.add_.Tensor) or not isinstance(node.args[1], Node):
             continue
+        alpha = operands(node)["alpha"]
+        if node.args[0] is node.args[1]:
+            node.target, node.args, node.kwargs = aten.mul.Tensor, (node.args[0], 1 + alpha), {}
+        elif alpha != 1:
+            with gm.graph.inserting_before(node):
+                scaled = call(gm, node, aten.mul.Tensor, node.args[1], alpha)
+            node.args, node.kwargs = (node.args[0], scaled), {}
+
+
+def single_precision(gm: GraphModule) -> None:
+    """``quantize(float16 x)`` => ``quantize(x.float())``, which is what the eager kernel does first."""
+    for node in list(gm.graph.nodes):
+        if node.target not in QUANTIZE or not isinstance(node.args[0], Node):
+            continue
+        value = node.args[0].meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype is torch.float16:
+            with gm.graph.inserting_before(node):
+                wide = call(gm, node, aten.to.dtype, node.args[0], torch.float32)
+            node.replace_input_with(node.args[0], wide)
+
+
+def dequantize_last(gm: GraphModule) -> None:
+    """``linear(view(dq(x)), w)`` => ``linear(dq(view(x)), w)``: the patterns want the dequantize next to the op."""
+    for node in list(gm.graph.nodes):
+        if weight_of(node) is None:
+            continue
+        first = source = activation_of(node)
+        moves: list[Node] = []
+        while isinstance(source, Node) and source.target in MOVES:
+            moves.append(source)
+            source = source.args[0] if isinstance(source.args[0], Node) else None
+        if not moves or first is None or not isinstance(source, Node) or source.target not in _ACTIVATION_DQ:
+            continue
+        value: Any = source.args[0]
         with gm.graph.inserting_before(node):
-            scaled = call(gm, node, aten.mul.Tensor, node.args[1], operands(node)["alpha"])
-        node.args, node.kwargs = (node.args[0], scaled), {}
+            for move in reversed(moves):
+                value = call(gm, move, move.target, value, *move.args[1:], **move.kwargs)
+            last = call(gm, source, source.target, value, *source.args[1:], **source.kwargs)
+        last.meta.update(source.meta)
+        node.replace_input_with(first, last)
+    gm.graph.eliminate_dead_code()
+
+
+def one_dequantize_per_user(gm: GraphModule) -> None:
+    """``dq(x, …)`` with several users => one each, told apart by a ``quant_min`` that no kernel reads.
+
+    The patterns want a dequantize of their own for each operand. Equal nodes would be merged again before they are
+    tried, and the pass that splits them does not see those that end in a view and in something else.
+    """
+    copies: Counter[tuple[Any, ...]] = Counter()
+    for node in list(gm.graph.nodes):
+        place = {qd.dequantize_per_channel.default: 4}.get(node.target, 3 if node.target in _ACTIVATION_DQ else 0)
+        if not place or not node.args[place] < node.args[place + 1]:
+            continue
+        key = tuple(arg.target if isinstance(arg, Node) and arg.op == "get_attr" else arg for arg in node.args)
+        for user in list(node.users):
+            number = copies[key] % (node.args[place + 1] - node.args[place])
+            copies[key] += 1
+            if number:
+                with gm.graph.inserting_before(node):
+                    args = (*node.args[:place], node.args[place] + number, *node.args[place + 1 :])
+                    copy = call(gm, node, node.target, *args, **node.kwargs)
+                copy.meta.update(node.meta)
+                user.replace_input_with(node, copy)
+        if not node.users:
+            gm.graph.erase_node(node)
 
 
 REWRITES: tuple[Callable[[GraphModule], None], ...] = (
+    positional_arguments,
     constant_parameters,
+    folded_weights,
+    unsigned_activations,
     explicit_zero_points,
     float_biases,
     gathered_rows,
     per_channel_weights,
-    one_weight_per_user,
+    weights_by_output,
     convert_after_dequantize,
     dynamic_parameters,
     narrow_ranges,
-    scaled_additions,
+    plain_additions,
+    single_precision,
+    dequantize_last,
 )
