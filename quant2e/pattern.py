@@ -316,6 +316,14 @@ def roots(pattern: Pattern) -> frozenset[Callable[..., Any]]:
     return frozenset().union(*(choice.targets for choice in _choices(pattern)))
 
 
+def names(pattern: Arg | Pattern) -> frozenset[str]:
+    """The names of the operands of a pattern."""
+    if isinstance(pattern, Arg):
+        return frozenset({pattern.name})
+    parts = [part for choice in _choices(pattern) for part in (*choice.operands, *dict(choice.keywords).values())]
+    return frozenset().union(*map(names, parts))
+
+
 def find(pattern: Pattern, graph: Graph) -> Iterator[Match]:
     """Matches that share no node, in reverse graph order, so that the largest pattern claims its nodes first."""
     taken: set[Node] = set()

@@ -1,4 +1,44 @@
 """The kit to write a backend quantizer, and the backends.
 
 In: a captured ATen graph. Out: the same graph, annotated. Imports quant2e only.
+
+The kit: `Rule` (with `Same`, `Follow`, `Derived`), `RuleQuantizer`, and `ConfigurableQuantizer` for tables that are a
+function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86InductorQuantizer`, `EmbeddingQuantizer`;
+`ComposableQuantizer` puts several together.
 """
+
+from quantizers.composable import ComposableQuantizer
+from quantizers.config import OperatorConfig, QuantizationConfig
+from quantizers.configurable import ConfigurableQuantizer
+from quantizers.embedding import (
+    EmbeddingQuantizer,
+    get_embedding_operators_config,
+    get_embedding_quantization_config,
+)
+from quantizers.isa import InstructionSet
+from quantizers.rule import Derived, Follow, Rule, Same
+from quantizers.rule_quantizer import RuleQuantizer
+from quantizers.text import annotations_text
+from quantizers.x86_inductor import X86InductorQuantizer, get_default_x86_inductor_quantization_config
+from quantizers.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
+
+__all__ = [
+    "ComposableQuantizer",
+    "ConfigurableQuantizer",
+    "Derived",
+    "EmbeddingQuantizer",
+    "Follow",
+    "InstructionSet",
+    "OperatorConfig",
+    "QuantizationConfig",
+    "Rule",
+    "RuleQuantizer",
+    "Same",
+    "X86InductorQuantizer",
+    "XNNPACKQuantizer",
+    "annotations_text",
+    "get_default_x86_inductor_quantization_config",
+    "get_embedding_operators_config",
+    "get_embedding_quantization_config",
+    "get_symmetric_quantization_config",
+]

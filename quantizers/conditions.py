@@ -1,0 +1,67 @@
+"""Conditions that the rules of several backends put on nodes and matches. Each answers True, or the reason why not."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import Node
+
+from quant2e.dataflow import operand
+from quant2e.pattern import Match
+from quantizers.provenance import literal
+
+
+def value(node: Node) -> Tensor:
+    """The (fake) tensor of a node."""
+    tensor = node.meta.get("val")
+    assert isinstance(tensor, Tensor), f"'{node.name}' produces {tensor!r}"
+    return tensor
+
+
+def operand_value(node: Node, index: int) -> Tensor | None:
+    """The (fake) tensor of an operand; None where it is a literal or not recorded."""
+    source = operand(node, index)
+    tensor = source.meta.get("val") if isinstance(source, Node) else None
+    return tensor if isinstance(tensor, Tensor) else None
+
+
+def unscaled(node: Node) -> bool | str:
+    """An add or sub whose ``alpha`` is 1."""
+    alpha = operand(node, "alpha")
+    return True if alpha in (None, 1) else f"alpha is {alpha}, not 1"
+
+
+def in_eval_mode(node: Node) -> bool | str:
+    """A dropout that does nothing."""
+    return True if operand(node, "train") is False else "it drops values, in training mode"
+
+
+def same_dtype(node: Node) -> bool | str:
+    """A conversion that changes layout or device, not the dtype."""
+    before = operand_value(node, 0)
+    return True if before is not None and before.dtype == value(node).dtype else "it changes the dtype"
+
+
+def not_transposed(node: Node) -> bool | str:
+    """``aten.convolution`` without ``transposed``."""
+    return True if operand(node, "transposed") is False else "it is a transposed convolution"
+
+
+def spatial(node: Node) -> int:
+    """Spatial dimensions of a convolution: 2 for ``conv2d``."""
+    named = next((n for n in (1, 2, 3) if f"{n}d" in str(node.target)), None)
+    return named or len(literal(node, "padding") or ())
+
+
+def batched(node: Node) -> bool | str:
+    """A convolution over a batch of inputs; torch takes a single one as well."""
+    before = operand_value(node, 0)
+    if before is None or before.dim() == spatial(node) + 2:
+        return True
+    return "its input has no batch dimension"
+
+
+def same_shape(match: Match, left: Node, right: Node) -> bool | str:
+    """Two operands that are added without broadcasting."""
+    if value(left).shape == value(right).shape:
+        return True
+    return f"'{left.name}' and '{right.name}' have different shapes at '{match.root.name}'"

@@ -1,0 +1,236 @@
+"""A quantizer that is a table of rules.
+
+    class NpuQuantizer(RuleQuantizer):
+        rules = (Rule(clamp(mac) | mac, {"x": ACT, "w": WEIGHT}, ACT), Rule(moves(x), {"x": Follow(ACT)}, Same("x")))
+
+First, against the flow of data, the rules that bring their own numbers: of all matches that end in a node the largest
+wins, then the first in the table. Then, with the flow, the rules that `Follow`. What is left float gets a reason.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from quant2e.dataflow import Constants
+from quant2e.interop import node_tensor
+from quant2e.pattern import Match, explain, roots, short_name, solutions
+from quant2e.quantizer import Quantizer
+from quant2e.specs import ANNOTATION
+from quantizers.provenance import Provenance, Source, is_float
+from quantizers.rule import Follow, Rule
+from quantizers.scope import Choice
+
+_ACTIVE = object()
+
+_WHOLE_MATCH = 100
+"""Rank of a refusal that came after the whole pattern had matched."""
+
+
+class RuleQuantizer(Quantizer):
+    """Annotates what its ``rules`` match. Subclass it and set ``rules``, or override `table`.
+
+    Never annotated: integer and boolean tensors, numbers, shape arithmetic, masks and what holds masking values, dtypes
+    outside ``dtypes``, and nodes that another quantizer has annotated before.
+    """
+
+    rules: Sequence[Rule] = ()
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    """Tensors of other dtypes stay as they are."""
+    float_ops: ClassVar[Mapping[str, str]] = {}
+    """Op name → why the backend computes it in float; for reports."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        """What the user should know about the choices made, for the report."""
+        self._why: dict[str, str] = {}
+
+    # ------------------------------------------------------------ what subclasses may say
+
+    def choose(self, node: Node) -> Choice:
+        """Which configuration a node has. `table` turns it into rules; a config of None leaves the node float."""
+        return Choice(_ACTIVE, "every node")
+
+    def configs(self) -> Sequence[Any]:
+        """The configurations that `choose` may answer with."""
+        return (_ACTIVE,)
+
+    def table(self, config: Any) -> Sequence[Rule]:
+        """The rules for nodes of one configuration."""
+        return self.rules
+
+    # ------------------------------------------------------------ the quantizer's interface
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate all matches."""
+        self._why = _Pass(self, model).run()
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to check: what a table annotates is what it accepts."""
+
+    def explain(self, node: Node) -> str:
+        """Why a node is float, or which rule quantizes it. Call it after `annotate`."""
+        note = node.meta.get(ANNOTATION)
+        if note is not None:
+            return f"quantized by {getattr(note, 'rule', '') or 'another quantizer'}"
+        return self._why.get(node.name, "not a float op")
+
+    @classmethod
+    def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
+        """The rules by name, with the patterns they quantize."""
+        return {rule.name: tuple(map(str, getattr(rule.pattern, "choices", (rule.pattern,)))) for rule in cls.rules}
+
+
+@dataclass(slots=True)
+class _Pass:
+    """One run of a quantizer over one graph."""
+
+    quantizer: RuleQuantizer
+    gm: GraphModule
+    constants: Constants = field(default_factory=Constants)
+    provenance: Provenance = field(init=False)
+    choices: dict[Node, Choice] = field(init=False)
+    computed: set[Node] = field(default_factory=set)
+    refused: dict[Node, tuple[int, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.provenance = Provenance(self.gm)
+        calls = [node for node in self.gm.graph.nodes if node.op == "call_function"]
+        self.choices = {node: self.quantizer.choose(node) for node in calls}
+
+    def run(self) -> dict[str, str]:
+        """Annotate; answer why the other float ops are not."""
+        own, following = self._index()
+        calls = list(self.choices)
+        for node in reversed(calls):
+            found = max(self._matches(own, node), key=lambda pair: len(pair[1].nodes), default=None)
+            self._apply(found)
+        for node in calls:
+            self._apply(next(self._matches(following, node), None))
+        return {
+            node.name: self._reason(node) for node in calls if ANNOTATION not in node.meta and is_float(node, self.gm)
+        }
+
+    def _index(self) -> tuple[dict[Any, list[tuple[Any, Rule]]], dict[Any, list[tuple[Any, Rule]]]]:
+        """Root target → (config, rule), for the rules with their own numbers and for those that follow."""
+        own: dict[Any, list[tuple[Any, Rule]]] = defaultdict(list)
+        following: dict[Any, list[tuple[Any, Rule]]] = defaultdict(list)
+        for config in self.quantizer.configs():
+            for rule in self.quantizer.table(config):
+                for target in roots(rule.pattern):
+                    (following if rule.follows else own)[target].append((config, rule))
+        return own, following
+
+    def _matches(self, index: Mapping[Any, list[tuple[Any, Rule]]], node: Node) -> Iterator[tuple[Rule, Match]]:
+        """The acceptable match of each rule that ends in ``node``."""
+        if ANNOTATION in node.meta:
+            return
+        for config, rule in index.get(node.target, ()):
+            seen = False
+            for match in solutions(rule.pattern, node, self.constants):
+                seen = True
+                if self.choices[match.anchor].config != config:
+                    continue
+                objection = self._out_of_scope(rule, match) or self._objection(rule, match)
+                if objection is None:
+                    yield rule, match
+                    break
+                self._refuse(node, _WHOLE_MATCH + len(match.nodes), rule, objection)
+            if not seen and (nearest := explain(rule.pattern, node, self.constants)) is not None:
+                self._refuse(node, nearest.matched, rule, nearest.reason)
+
+    def _refuse(self, node: Node, rank: int, rule: Rule, reason: str) -> None:
+        if node not in self.refused or rank > self.refused[node][0]:
+            self.refused[node] = (rank, f"rule '{rule.name}': {reason}")
+
+    def _out_of_scope(self, rule: Rule, match: Match) -> str | None:
+        """The innermost op decides on the configuration; the others come along unless they are set to float."""
+        if rule.opt_in and not self.choices[match.anchor].explicit:
+            return "it is quantized only where the op or its module is set, not by a global configuration"
+        floats = [n for n in match.nodes if self.choices[n].config is None and self.choices[n].explicit]
+        return f"'{floats[0].name}' is set to float by {self.choices[floats[0]].setting}" if floats else None
+
+    def _objection(self, rule: Rule, match: Match) -> str | None:
+        """Why this match must not be annotated."""
+        for node in match.nodes:
+            if ANNOTATION in node.meta:
+                return f"'{node.name}' is already part of {self._owner(node)}"
+            if (reason := self._not_quantizable(node)) is not None:
+                return f"the output of '{node.name}' is {reason}"
+        source = self.provenance.source[match.root]
+        if source is not Source.DATA:
+            return self.provenance.objection(match.root) or "a constant, computed from parameters and buffers"
+        for name, spec in rule.operands.items():
+            for producer, _ in match.operands.get(name, ()) if spec is not None else ():
+                reason = self._not_quantizable(producer)
+                if reason is not None:
+                    return f"operand '{name}' is {reason}"
+                if (reason := self.provenance.objection(producer)) is not None:
+                    return f"operand '{name}' ('{producer.name}') is {reason}"
+        if rule.follows and not self._continues(rule, match):
+            return "its input is not quantized, so there is nothing to continue"
+        if (reason := rule.conflict(match)) is not None:
+            return reason
+        return rule.condition(match)
+
+    def _not_quantizable(self, node: Node) -> str | None:
+        tensor = node_tensor(self.gm, node)
+        if not isinstance(tensor, Tensor):
+            return "not a single tensor"
+        if tensor.dtype not in self.quantizer.dtypes:
+            return f"a {str(tensor.dtype).removeprefix('torch.')} tensor"
+        sizes: tuple[Any, ...] = tuple(tensor.shape)  # ints, and symbols for dynamic dimensions
+        return "an empty tensor" if any(isinstance(size, int) and size == 0 for size in sizes) else None
+
+    def _continues(self, rule: Rule, match: Match) -> bool:
+        """Whether the producers that the rule follows are quantized: one of them, or every one where the rule says so."""
+        following = {name: spec for name, spec in rule.operands.items() if isinstance(spec, Follow)}
+        quantized = {n: [self.is_quantized(p) for p, _ in match.operands.get(n, ())] for n in following}
+        every = all(all(quantized[name]) for name, spec in following.items() if spec.every)
+        return every and any(any(answers) for answers in quantized.values())
+
+    def is_quantized(self, node: Node) -> bool:
+        """Whether the output of a node is, or costs nothing to have, as integers."""
+        if node in self.computed:
+            return True
+        spec = getattr(node.meta.get(ANNOTATION), "output_qspec", None)
+        return spec is not None and not getattr(spec, "is_dynamic", False)
+
+    def _apply(self, found: tuple[Rule, Match] | None) -> None:
+        if found is None:
+            return
+        rule, match = found
+        for node, annotation in rule.annotations(match).items():
+            node.meta[ANNOTATION] = annotation
+        activations = [
+            producer
+            for name, spec in rule.operands.items()
+            for producer, _ in match.operands.get(name, ())
+            if spec is not None and self.constants.culprit(producer) is not None
+        ]
+        if activations and not rule.is_dynamic:
+            self.computed.add(match.root)
+
+    def _owner(self, node: Node) -> str:
+        rule = getattr(node.meta[ANNOTATION], "rule", "")
+        return f"rule '{rule}'" if rule else "what another quantizer annotated"
+
+    def _reason(self, node: Node) -> str:
+        """Why a float op is left float."""
+        choice = self.choices[node]
+        if choice.config is None:
+            return f"set to float by {choice.setting}" if choice.explicit else "no configuration covers it"
+        source = self.provenance.source[node]
+        if source is not Source.DATA:
+            return self.provenance.objection(node) or "a constant, computed from parameters and buffers"
+        rank, reason = self.refused.get(node, (0, f"no rule covers {node.target}"))
+        own = self.quantizer.float_ops.get(short_name(node.target).removesuffix("_"))
+        # What a whole match was refused for is more telling than why a pattern that could absorb the op did not match.
+        return reason if own is None or rank >= _WHOLE_MATCH else own

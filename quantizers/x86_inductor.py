@@ -1,0 +1,237 @@
+"""Inductor on x86 CPUs: oneDNN's int8 convolutions and linear layers.
+
+Activations are u8 (affine, per tensor), weights s8 (symmetric, per output channel). An op's output is quantized by its
+consumer: where nobody wants integers, the kernel answers in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, ClassVar, Self
+
+import torch
+from torch.fx import Node
+
+from quant2e.dataflow import operand
+from quant2e.errors import AnnotationError, Quant2eError
+from quant2e.observer import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
+from quant2e.pattern import Match, Op, Pattern, op, short_name
+from quant2e.specs import PER_CHANNEL_SCHEMES, QuantizationSpec
+from quantizers import families as f
+from quantizers.conditions import same_shape, spatial
+from quantizers.config import QuantizationConfig
+from quantizers.configurable import ConfigurableQuantizer
+from quantizers.isa import InstructionSet, detect
+from quantizers.rule import Follow, Rule, Same
+
+aten = torch.ops.aten
+
+EPS = 2**-12
+"""Smallest scale of an activation."""
+
+
+def get_default_x86_inductor_quantization_config(
+    is_qat: bool = False, is_dynamic: bool = False, reduce_range: bool | None = None
+) -> QuantizationConfig:
+    """u8 activations, s8 weights per output channel. Equal arguments give equal configs.
+
+    ``is_dynamic``: activations get their parameters at run time. ``reduce_range``: activations use 0..127, with which
+    no kernel saturates; None decides for this machine (see `quantizers.isa`).
+    Raises `Quant2eError` for ``is_qat``: there is no quantization-aware training yet.
+    """
+    if is_qat:
+        raise Quant2eError("is_qat=True: quantization-aware training is not available; use is_qat=False and calibrate")
+    return _config(is_dynamic, detect().saturates if reduce_range is None else reduce_range)
+
+
+@lru_cache
+def _config(is_dynamic: bool, reduce_range: bool) -> QuantizationConfig:
+    observer = PlaceholderObserver if is_dynamic else HistogramObserver
+    activation = QuantizationSpec(
+        dtype=torch.uint8,
+        observer_or_fake_quant_ctr=observer.with_args(eps=EPS),
+        quant_min=0,
+        quant_max=127 if reduce_range else 255,
+        qscheme=torch.per_tensor_affine,
+        is_dynamic=is_dynamic,
+    )
+    weight = QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(),
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+    )
+    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None)
+
+
+class X86InductorQuantizer(ConfigurableQuantizer):
+    """Annotates what Inductor lowers to oneDNN's int8 kernels on x86.
+
+    Static: conv1d, conv2d and linear with fused activations and additions; cat, pooling and reshapes between them;
+    matmul where it is asked for by name. Dynamic: linear. ``isa`` describes another machine than this one.
+    """
+
+    float_ops: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            [
+                "add",
+                "sub",
+                "mul",
+                "div",
+                "relu",
+                "gelu",
+                "silu",
+                "hardswish",
+                "hardtanh",
+                "sigmoid",
+                "tanh",
+                "softmax",
+                "layer_norm",
+                "rms_norm",
+                "batch_norm",
+                "group_norm",
+                "scaled_dot_product_attention",
+                "bmm",
+                "mean",
+                "permute",
+                "transpose",
+            ],
+            "Inductor computes it in float, fused with its neighbours",
+        ),
+        **dict.fromkeys(
+            ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d"),
+            "oneDNN's int8 path in Inductor does not have it",
+        ),
+        **dict.fromkeys(("embedding", "embedding_bag"), "a lookup; EmbeddingQuantizer stores tables as int8"),
+    }
+
+    def __init__(self, isa: InstructionSet | None = None) -> None:
+        super().__init__()
+        self._isa = isa
+
+    # PT2E's names for the setters of this backend.
+
+    def set_module_name_qconfig(self, module_name: str, quantization_config: Any) -> Self:
+        """`set_module_name`, under PT2E's name for this backend."""
+        return self.set_module_name(module_name, quantization_config)
+
+    def set_module_type_qconfig(self, module_type: type | str, quantization_config: Any) -> Self:
+        """`set_module_type`, under PT2E's name for this backend."""
+        return self.set_module_type(module_type, quantization_config)
+
+    def set_function_type_qconfig(self, function_type: Any, quantization_config: Any) -> Self:
+        """`set_operator_type`, under PT2E's name for this backend."""
+        return self.set_operator_type(function_type, quantization_config)
+
+    def accept(self, config: Any) -> Any:
+        """Refuses what the kernels cannot take."""
+        if config.is_qat:
+            raise Quant2eError("a config with is_qat=True: quantization-aware training is not available")
+        activation, weight = config.input_activation, config.weight
+        if activation is None:
+            raise AnnotationError(
+                "a config without input_activation is weight-only, which Inductor on x86 does not lower"
+            )
+        if activation.dtype is not torch.uint8:
+            raise AnnotationError(
+                f"input_activation has dtype {activation.dtype}; this backend computes on torch.uint8"
+            )
+        if weight is None or weight.dtype is not torch.int8 or weight.qscheme not in PER_CHANNEL_SCHEMES:
+            raise AnnotationError(
+                "the weight must be torch.int8 per channel: Inductor lowers no other kind to integers"
+            )
+        return config
+
+    def table(self, config: Any) -> Sequence[Rule]:
+        """The rules of the backend for one configuration."""
+        return _dynamic(config) if config.input_activation.is_dynamic else _static(config)
+
+    def notes_on_configs(self) -> Sequence[str]:
+        """Which range activations use, and why."""
+        isa = self._isa or detect()
+        notes = []
+        for config in self.configs():
+            top = config.input_activation.quant_max
+            if top is not None and top <= 127:
+                why = "would saturate" if isa.saturates else "would not saturate"
+                notes.append(f"activations use 0..{top}: on a full range the int8 kernels {why} on {isa.name}")
+            elif isa.saturates:
+                notes.append(
+                    f"WARNING: activations use 0..{top}, and the int8 kernels saturate on {isa.name}: results may be "
+                    "wrong there; reduce_range=True is exact"
+                )
+            else:
+                notes.append(f"activations use 0..{top}: {isa.name} multiplies full ranges exactly")
+        return notes
+
+    @classmethod
+    def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
+        """Rule → patterns, for a static and a dynamic configuration."""
+        rules = (*_static(_config(False, False)), *_dynamic(_config(True, False)))
+        return {rule.name: tuple(str(rule.pattern).split(" | ")) for rule in rules}
+
+
+def _no_more_than_2d(node: Node) -> bool | str:
+    if operand(node, "transposed"):
+        return "Inductor does not lower transposed convolutions to integers"
+    return True if spatial(node) <= 2 else "Inductor lowers convolutions in one and two dimensions only"
+
+
+_CONVOLUTION = op(aten.convolution.default, when=_no_more_than_2d)(f.x, f.w, f.b)
+_CONV = f.conv1d | f.conv2d | _CONVOLUTION
+_CONV_UNARY = op(
+    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default, aten.silu.default
+)
+_LINEAR_UNARY = op(aten.relu.default, aten.gelu.default)
+
+
+def _added(product: Pattern) -> Pattern:
+    total: Op = f.add([product, f.y])
+    return f.relu(total) | total
+
+
+def _static(config: Any) -> tuple[Rule, ...]:
+    act, product = config.input_activation, {"x": config.input_activation, "w": config.weight}
+    moved = {"x": Follow(act)}
+    pools = f.max_pool2d(f.x) | f.avg_pool2d(f.x) | f.adaptive_avg_pool2d(f.x)
+    reshapes = op(aten.flatten.using_ints, aten.view.default, aten.reshape.default)(f.x)
+    return (
+        Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
+        Rule(_CONV_UNARY(_CONV) | _CONV, product, name="conv"),
+        Rule(_added(f.linear), product, None, _equal_shapes, "linear + add"),
+        Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
+        Rule(op(aten.matmul.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
+        Rule(pools, moved, Same("x"), name="pool"),
+        Rule(f.cat(f.x), {"x": Follow(act, every=True)}, Same("x"), name="cat"),
+        Rule(reshapes, moved, Same("x"), _before_a_kernel, "reshape"),
+    )
+
+
+def _dynamic(config: Any) -> tuple[Rule, ...]:
+    return (Rule(f.linear, {"x": config.input_activation, "w": config.weight}, name="dynamic linear"),)
+
+
+def _equal_shapes(match: Match) -> bool | str:
+    other, add = match.edges["y"]
+    return same_shape(match, other, add)
+
+
+_KERNELS = frozenset({"conv1d", "conv2d", "convolution", "linear", "matmul"})
+_RESHAPES = frozenset({"flatten", "view", "reshape"})
+
+
+def _before_a_kernel(match: Match) -> bool | str:
+    """A reshape whose result, possibly reshaped again, goes into an int8 kernel."""
+    waiting, seen = [match.root], {match.root}
+    while waiting:
+        for user in waiting.pop().users:
+            name = short_name(user.target) if user.op == "call_function" else ""
+            if name in _KERNELS:
+                return True
+            if name in _RESHAPES and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return "no int8 kernel reads it"
