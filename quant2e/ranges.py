@@ -6,6 +6,7 @@ tensors, never changed in place. Values that must not widen a range are counted 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -183,6 +184,8 @@ class MovingAverage:
     def _towards(self, average: Tensor, new: Tensor) -> Tensor:
         """One step; an infinity on either side stands for "no data there"."""
         moved = average + self.averaging_constant * (new - average)
+        if moved.dim() == 0 and math.isfinite(moved):
+            return moved
         return torch.where(torch.isinf(average), new, torch.where(torch.isinf(new), average, moved))
 
     def merge(self, a: MinMaxState, b: MinMaxState) -> MinMaxState:
