@@ -58,7 +58,7 @@ def source_line(node: Node) -> str:
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     if not frames:
         return ""
-    own = [f for f in frames if "/site-packages/torch/" not in f["file"]] or frames
+    own = [f for f in frames if "/site-packages/torch/" not in f["file"] and not f["file"].startswith("<")] or frames
     last = own[-1]
     return f"{last['file']}:{last['line']} `{last['code'].strip()}`"
 

@@ -73,7 +73,7 @@ class GraphState:
     """A graph: its nodes in order, and how nested inputs and outputs are flattened (names, input spec, output spec)."""
 
     nodes: tuple[NodeState, ...]
-    convention: tuple[list[str], str, str | None] | None
+    convention: tuple[list[str], Any, Any] | None
 
 
 def graph_state(graph: Graph) -> GraphState:
@@ -81,8 +81,7 @@ def graph_state(graph: Graph) -> GraphState:
     convention = None
     if isinstance(graph._codegen, _PyTreeCodeGen):
         info = graph._codegen.pytree_info
-        out = None if info.out_spec is None else pytree.treespec_dumps(info.out_spec)
-        convention = (list(info.orig_args), pytree.treespec_dumps(info.in_spec), out)
+        convention = (list(info.orig_args), spec_state(info.in_spec), spec_state(info.out_spec))
     return GraphState(tuple(_node_state(node) for node in graph.nodes), convention)
 
 
@@ -109,9 +108,21 @@ def graph_from_state(state: GraphState) -> Graph:
         nodes[node.name] = node
     if state.convention is not None:
         names, in_spec, out_spec = state.convention
-        out = None if out_spec is None else pytree.treespec_loads(out_spec)
-        graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, pytree.treespec_loads(in_spec), out))
+        graph._codegen = _PyTreeCodeGen(_PyTreeInfo(names, spec_from_state(in_spec), spec_from_state(out_spec)))
     return graph
+
+
+def spec_state(spec: pytree.TreeSpec | None) -> str | pytree.TreeSpec | None:
+    """A nesting as text; as it is, where it holds a type that torch cannot name (an unregistered named tuple)."""
+    try:
+        return None if spec is None else str(pytree.treespec_dumps(spec))
+    except NotImplementedError:
+        return spec
+
+
+def spec_from_state(state: str | pytree.TreeSpec | None) -> Any:
+    """The nesting that `spec_state` wrote down."""
+    return pytree.treespec_loads(state) if isinstance(state, str) else state
 
 
 def plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen
 
 from quant2e.errors import CaptureError
+from quant2e.graph_state import spec_from_state, spec_state
 
 _GUARD_MESSAGE = "Guard failed: "
 _NAMESPACE = {**SYMPY_INTERP, "math": math, "inf": math.inf}
@@ -41,8 +43,7 @@ class Inputs:
     conditions: tuple[str, ...]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        spec = None if self.spec is None else pytree.treespec_dumps(self.spec)
-        return _rebuild, (self.names, spec, self.conditions)
+        return _rebuild, (self.names, spec_state(self.spec), self.conditions)
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise `CaptureError`, saying which input and what was expected, when a call does not fit."""
@@ -90,8 +91,8 @@ class Inputs:
         return list(fx_pytree.tree_flatten_spec(nested, self.spec))
 
 
-def _rebuild(names: tuple[str, ...], spec: str | None, conditions: tuple[str, ...]) -> Inputs:
-    return Inputs(names, None if spec is None else pytree.treespec_loads(spec), conditions)
+def _rebuild(names: tuple[str, ...], spec: str | pytree.TreeSpec | None, conditions: tuple[str, ...]) -> Inputs:
+    return Inputs(names, spec_from_state(spec), conditions)
 
 
 def _nested_as(value: Any, spec: pytree.TreeSpec) -> bool:
@@ -99,7 +100,7 @@ def _nested_as(value: Any, spec: pytree.TreeSpec) -> bool:
     if spec.is_leaf():
         return True
     children = spec.children()
-    if issubclass(spec.type, dict):
+    if spec.type in (dict, OrderedDict, defaultdict):
         return (
             isinstance(value, Mapping)
             and set(value) == set(_keys(spec))
@@ -116,7 +117,7 @@ def _nested_as(value: Any, spec: pytree.TreeSpec) -> bool:
 
 def _keys(spec: pytree.TreeSpec) -> list[Any]:
     """Keys of a dict spec; a defaultdict's context also carries its factory."""
-    return list(spec.context[1] if spec.type.__name__ == "defaultdict" else spec.context)
+    return list(spec.context[1] if spec.type is defaultdict else spec.context)
 
 
 @lru_cache(maxsize=4096)

@@ -98,6 +98,11 @@ def fold(gm: GraphModule) -> tuple[Fold, ...]:
     a copy is folded, under a new name. Tensors of the caller's model are never written. The op keeps its name and
     metadata, and the norm's name under ``meta["folded"]``. Linear in the graph.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        return _fold(gm)
+
+
+def _fold(gm: GraphModule) -> tuple[Fold, ...]:
     matches = _find(gm)
     placed: dict[tuple[Any, ...], tuple[Node, Node]] = {}
     folds = []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ class Attention(nn.Module):
         return self.lstm(self.attention(x, x, x, need_weights=False)[0])[0]
 
 
+class Pair(NamedTuple):
+    a: Tensor
+    b: Tensor
+
+
+class Pairs(nn.Module):
+    """Named tuples, ordered dicts and variable arguments."""
+
+    def forward(self, *pairs: Pair, **scales: dict[str, Tensor]) -> Pair:
+        return Pair(sum(p.a for p in pairs) * scales["by"]["k"], pairs[0].b)
+
+
 def conv_net() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.3))
 
@@ -109,7 +122,12 @@ CASES: dict[str, Case] = {
         ({"x": torch.randn(2, 3), "pair": [torch.ones(1), torch.zeros(2)]}, 3),
         {"extra": [torch.randn(3)]},
     ),
-    "keywords only": (nn.Bilinear, (), {"input1": torch.randn(2, 3), "input2": torch.randn(2, 4)}),
+    "keywords only": (lambda: nn.Bilinear(3, 4, 5), (), {"input1": torch.randn(2, 3), "input2": torch.randn(2, 4)}),
+    "pairs": (
+        Pairs,
+        (Pair(torch.ones(2), torch.ones(3)), Pair(torch.ones(2), torch.zeros(3))),
+        {"by": OrderedDict(k=torch.full((2,), 3.0))},
+    ),
     "no grad": (NoGrad, (torch.randn(2, 4),), {}),
     "buffers": (Counter, (torch.randn(2, 4),), {}),
     "tied": (Tied, (torch.tensor([[1, 2, 3]]),), {}),
@@ -117,7 +135,6 @@ CASES: dict[str, Case] = {
     "attention": (Attention, (torch.randn(2, 3, 8),), {}),
     "conv": (conv_net, (torch.randn(2, 3, 8, 8),), {}),
 }
-CASES["keywords only"] = (lambda: nn.Bilinear(3, 4, 5), *CASES["keywords only"][1:])
 
 
 def same(a: Any, b: Any) -> bool:
@@ -281,6 +298,32 @@ def test_nested_inputs_are_checked_by_name():
         captured({"x": args[0]["x"]}, 3, **kwargs)
     with pytest.raises(CaptureError, match=r"batch\['x'\].size\(\)\[1\] == 3"):
         captured({**args[0], "x": torch.randn(2, 1)}, 3, **kwargs)
+
+
+def test_what_was_not_given_at_capture_cannot_be_given_later():
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None = None, gain: float = 2.0) -> Tensor:
+            return x * gain if mask is None else x * mask * gain
+
+    x = torch.ones(2)
+    captured = capture(Masked(), (x, None))
+    assert torch.equal(captured(x, None), x * 2)
+    with pytest.raises(CaptureError, match=r"mask is None; got x=tensor\(2,\), mask=tensor\(2,\)"):
+        captured(x, x)
+    with pytest.raises(CaptureError, match="'gain' is not one of them: it was not given at capture"):
+        captured(x, None, gain=3.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_grad_mode_of_the_caller_does_not_matter(mode):
+    x, model = torch.randn(2, 4), NoGrad()
+    with mode():
+        captured = capture(model, x)
+    assert captured.code == capture(model, x).code
+    assert all(not p.is_inference() for p in captured.parameters())
+    trained = capture(conv_net(), torch.randn(2, 3, 8, 8))
+    trained(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert trained.get_parameter("0.weight").grad is not None
 
 
 def test_exported_programs_and_captured_graphs_are_taken_as_they_are():
