@@ -316,12 +316,12 @@ def roots(pattern: Pattern) -> frozenset[Callable[..., Any]]:
     return frozenset().union(*(choice.targets for choice in _choices(pattern)))
 
 
-def names(pattern: Arg | Pattern) -> frozenset[str]:
-    """The names of the operands of a pattern."""
+def arguments(pattern: Arg | Pattern) -> dict[str, Arg]:
+    """The operands of a pattern by name."""
     if isinstance(pattern, Arg):
-        return frozenset({pattern.name})
+        return {pattern.name: pattern}
     parts = [part for choice in _choices(pattern) for part in (*choice.operands, *dict(choice.keywords).values())]
-    return frozenset().union(*map(names, parts))
+    return {name: arg for part in parts for name, arg in arguments(part).items()}
 
 
 def find(pattern: Pattern, graph: Graph) -> Iterator[Match]:

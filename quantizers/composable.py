@@ -77,9 +77,10 @@ class ComposableQuantizer(Quantizer):
         for index, child in enumerate(self.quantizers):
             if callable(explain := getattr(child, "explain", None)) and (reason := str(explain(node))):
                 reasons.setdefault(reason, []).append(self._name(index))
-        specific = {r: who for r, who in reasons.items() if not r.startswith("no rule covers")} or reasons
-        if len(specific) == 1:
-            return next(iter(specific))
+        uncovered = ("no rule covers", "no dynamic rule covers")
+        specific = {reason: who for reason, who in reasons.items() if not reason.startswith(uncovered)}
+        if len(specific) <= 1:
+            return next(iter(specific or reversed(reasons)), "")
         return "; ".join(f"{' and '.join(who)}: {reason}" for reason, who in specific.items())
 
     def quantization_capabilities(self) -> Mapping[str, Mapping[str, Sequence[str]]]:

@@ -36,6 +36,11 @@ class ConfigurableQuantizer(RuleQuantizer):
         """The configuration as the backend can run it; raises for one that it cannot."""
         return config
 
+    def uncovered(self, node: Node, config: Any) -> str:
+        reason = super().uncovered(node, config)
+        is_dynamic = getattr(config.input_activation, "is_dynamic", False)
+        return reason.replace("no rule covers", "no dynamic rule covers") if is_dynamic else reason
+
     # ------------------------------------------------------------ what a user says
 
     def set_global(self, quantization_config: Any) -> Self:
@@ -82,9 +87,10 @@ class ConfigurableQuantizer(RuleQuantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate what the settings cover. Raises `AnnotationError` for settings that match nothing."""
-        self.notes = [*dict.fromkeys([*self._own_notes, *self.notes_on_configs()])]
-        if lines := self._settings.unmatched(model):
+        absent, lines = self._settings.unmatched(model)
+        if lines:
             raise AnnotationError(f"{type(self).__name__}: " + "; ".join(lines))
+        self.notes = [*dict.fromkeys([*self._own_notes, *self.notes_on_configs(), *absent])]
         return super().annotate(model)
 
     def notes_on_configs(self) -> Sequence[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.errors import AnnotationError
-from quant2e.pattern import Match, Pattern, names
+from quant2e.pattern import Match, Pattern, arguments
 from quant2e.specs import (
     ANNOTATION,
     DerivedQuantizationSpec,
@@ -88,7 +88,7 @@ class Rule:
     def __post_init__(self) -> None:
         object.__setattr__(self, "operands", MappingProxyType(dict(self.operands)))
         object.__setattr__(self, "name", self.name or str(self.pattern))
-        known = {*names(self.pattern), RESULT}
+        known = {*arguments(self.pattern), RESULT}
         for name in (*self.operands, *self._references()):
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
@@ -113,6 +113,13 @@ class Rule:
     def is_dynamic(self) -> bool:
         """Whether some operand gets its parameters at run time."""
         return any(getattr(spec, "is_dynamic", False) for spec in self.operands.values())
+
+    @property
+    def is_weight_only(self) -> bool:
+        """Whether the rule quantizes nothing but constants."""
+        args = arguments(self.pattern)
+        quantized = [args[name].constant for name, spec in self.operands.items() if spec is not None]
+        return all(quantized) and self.result is None
 
     def conflict(self, match: Match) -> str | None:
         """Why the annotation cannot be written: one tensor that would need two different sets of numbers."""

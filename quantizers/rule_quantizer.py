@@ -65,6 +65,12 @@ class RuleQuantizer(Quantizer):
         """The rules for nodes of one configuration."""
         return self.rules
 
+    def uncovered(self, node: Node, config: Any) -> str:
+        """Why an op that no rule is rooted at stays float; empty if a rule that did not match says it better."""
+        known = self.float_ops.get(short_name(node.target).removesuffix("_"), "")
+        rooted = any(node.target in roots(rule.pattern) for rule in self.table(config))
+        return known or ("" if rooted else f"no rule covers {node.target}")
+
     # ------------------------------------------------------------ the quantizer's interface
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -165,7 +171,7 @@ class _Pass:
             if (reason := self._not_quantizable(node)) is not None:
                 return f"the output of '{node.name}' is {reason}"
         source = self.provenance.source[match.root]
-        if source is not Source.DATA:
+        if source is not Source.DATA and not rule.is_weight_only:
             return self.provenance.objection(match.root) or "a constant, computed from parameters and buffers"
         for name, spec in rule.operands.items():
             for producer, _ in match.operands.get(name, ()) if spec is not None else ():
@@ -230,7 +236,6 @@ class _Pass:
         source = self.provenance.source[node]
         if source is not Source.DATA:
             return self.provenance.objection(node) or "a constant, computed from parameters and buffers"
-        rank, reason = self.refused.get(node, (0, f"no rule covers {node.target}"))
-        own = self.quantizer.float_ops.get(short_name(node.target).removesuffix("_"))
+        rank, reason = self.refused.get(node, (0, ""))
         # What a whole match was refused for is more telling than why a pattern that could absorb the op did not match.
-        return reason if own is None or rank >= _WHOLE_MATCH else own
+        return reason if rank >= _WHOLE_MATCH else self.quantizer.uncovered(node, choice.config) or reason

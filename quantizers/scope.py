@@ -140,28 +140,33 @@ class Settings:
         if self.everywhere is not None:
             yield Choice(self.everywhere, "the global configuration")
 
-    def unmatched(self, gm: GraphModule) -> list[str]:
-        """One sentence for each setting that no node of the graph is covered by, with near misses."""
+    def unmatched(self, gm: GraphModule) -> tuple[list[str], list[str]]:
+        """Settings that cover no op: of modules that exist and compute nothing (any more); of what does not exist.
+
+        One sentence each; the second kind is a mistake, and comes with near misses.
+        """
         nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-        paths = {path for node in nodes for path, _ in module_stack(node)}
-        kinds = {kind for node in nodes for _, kind in module_stack(node)}
+        stacks = [entry for node in nodes for entry in module_stack(node)]
+        paths, kinds = {path for path, _ in stacks}, {kind for _, kind in stacks}
         found = {node.target for node in nodes}
-        lines = [
-            f"no module named '{name}' computes anything in this graph" + _near(name, paths)
-            for name in self.names
-            if name not in paths
-        ]
-        lines += [
-            f"no module of type '{wanted}' computes anything in this graph" + _near(wanted, kinds)
-            for wanted in self.types
-            if not any(_is_type(kind, wanted) for kind in kinds)
-        ]
-        lines += [
-            f"no op in this graph is {spelled}" + _near(spelled, {short_name(t) for t in found})
-            for targets, (spelled, _) in self.operators.items()
-            if targets.isdisjoint(found)
-        ]
-        return lines
+        owners = {path for path, _ in gm.named_modules()} | {n.target for n in gm.graph.nodes if n.op == "call_module"}
+        absent: list[str] = []
+        wrong: list[str] = []
+        for name in self.names.keys() - paths:
+            (absent if name in owners else wrong).append(
+                f"no module named '{name}' computes anything in this graph" + _near(name, paths) * (name not in owners)
+            )
+        for wanted in self.types:
+            if not any(_is_type(kind, wanted) for kind in kinds):
+                folded = wanted.rpartition(".")[2].startswith("BatchNorm")
+                (absent if folded else wrong).append(
+                    f"no module of type '{wanted}' computes anything in this graph"
+                    + (": batch norms are folded into convolutions" if folded else _near(wanted, kinds))
+                )
+        for targets, (spelled, _) in self.operators.items():
+            if targets.isdisjoint(found):
+                wrong.append(f"no op in this graph is {spelled}" + _near(spelled, map(short_name, found)))
+        return absent, wrong
 
 
 def _is_type(qualified: str, wanted: str) -> bool:
