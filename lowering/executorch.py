@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.utils import _pytree as pytree
 
@@ -197,6 +197,7 @@ def _lower(
     assert out_spec is not None
     try:
         with Rejections().listening("executorch.backends") as rejections:
+            _forget_provenance(exported.graph)
             edge = to_edge_transform_and_lower(exported, partitioner=chosen)
         report = delegation_of(edge.exported_program().graph_module, rejections.reasons, applied)
         program = edge.to_executorch()
@@ -219,6 +220,7 @@ def _xnnpack_partitioner() -> Any:
     by_pairs = partitioner.generate_partitions
 
     def by_stages(exported: ExportedProgram) -> list[Partition]:
+        _forget_provenance(exported.graph)
         groups = [_with_results(group) for group in partitioner.get_matched_nodes_from_configs(exported)]
         found = stages(exported.graph, groups)
         if found is None:
@@ -228,6 +230,15 @@ def _xnnpack_partitioner() -> Any:
 
     partitioner.generate_partitions = by_stages
     return partitioner
+
+
+def _forget_provenance(graph: Graph) -> None:
+    """Drop each node's list of the nodes it was made from, one per pass so far.
+
+    Every pass that follows copies the list of every node, which is most of what lowering a large model costs.
+    """
+    for node in graph.nodes:
+        node.meta.pop("from_node", None)
 
 
 def _with_results(group: list[Node]) -> list[Node]:

@@ -181,7 +181,8 @@ class _Tally:
     def sqnr_db(self) -> float:
         if self.noise == 0:
             return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal > 0 else -math.inf
+        ratio = self.signal / self.noise
+        return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
 def verify(lowered: Callable[..., Any], model: Any, data: Iterable[Any], *, bound: Bound | None = None) -> Verification:

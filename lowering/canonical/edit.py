@@ -54,10 +54,9 @@ def tensor_at(module: GraphModule, node: object) -> Tensor | None:
     return owner if isinstance(owner, Tensor) else None
 
 
-def shape_of(node: Node) -> torch.Size:
+def shape_of(node: Node) -> tuple[int | torch.SymInt, ...]:
     """Shape of what a node produces, symbolic where the program is dynamic."""
-    shape = node.meta["val"].shape
-    return torch.Size(shape)
+    return tuple(node.meta["val"].shape)
 
 
 def drop_unused(module: GraphModule) -> None:

@@ -23,7 +23,7 @@ def open_layer_norm(module: GraphModule) -> int:
         x, shape = node.args[:2]
         if not isinstance(x, Node) or not isinstance(shape, list | tuple) or len(shape) != 1:
             continue
-        size = shape_of(x)[-1]
+        size: int | torch.SymInt = shape_of(x)[-1]
         if x.meta["val"].dtype is not torch.float32 or not isinstance(size, int) or len(shape_of(x)) < 2:
             continue
         node.replace_all_uses_with(_normalised(module, node, x, size))
