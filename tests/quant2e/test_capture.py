@@ -255,65 +255,6 @@ def test_regions_inside_control_flow_are_inlined():
     assert torch.equal(captured(-torch.ones(2, 4)), -torch.ones(2, 4) - 1)
 
 
-def test_dynamic_sizes_and_the_conditions_on_them():
-    class Even(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.reshape(-1, 2) if x.shape[0] % 2 == 0 else x
-
-    captured = capture(Even(), torch.randn(4), dynamic_shapes=({0: Dim.AUTO},))
-    assert captured(torch.arange(6.0)).shape == (3, 2)
-    assert copy.deepcopy(captured)(torch.arange(8.0)).shape == (4, 2)
-    for gm in (captured, copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
-        with pytest.raises(CaptureError, match=r"x.size\(\)\[0\] % 2 == 0; got x=tensor\(5,\)"):
-            gm(torch.randn(5))
-
-
-@pytest.mark.parametrize(
-    ("args", "kwargs", "message"),
-    [
-        ((torch.randn(2, 3, 9, 8),), {}, r"input.size\(\)\[2\] == 8; got input=tensor\(2, 3, 9, 8\)"),
-        ((torch.randn(3, 8, 8),), {}, r"input.dim\(\) == 4"),
-        ((torch.randn(1, 3, 8, 8),), {}, r"input.size\(\)\[0\] == 2.*dynamic_shapes="),
-        ((1,), {}, r"input.dim\(\) == 4; got input=1"),
-        (([torch.randn(2, 3, 8, 8)],), {}, r"input.dim\(\) == 4"),
-        ((), {}, r"takes \(input\), missing input"),
-        ((torch.randn(2, 3, 8, 8), 1), {}, "got 2 positional inputs"),
-        ((torch.randn(2, 3, 8, 8),), {"input": 1}, "'input' twice"),
-        ((), {"x": 1}, "'x' is not one of them"),
-    ],
-)
-def test_a_call_that_does_not_fit_says_what_was_expected(args, kwargs, message):
-    with pytest.raises(CaptureError, match=message):
-        capture(conv_net(), torch.randn(2, 3, 8, 8))(*args, **kwargs)
-
-
-def test_nested_inputs_are_checked_by_name():
-    _, args, kwargs = CASES["nested"]
-    captured = capture(Nested(), args, kwargs)
-    swapped = {"pair": args[0]["pair"], "x": args[0]["x"]}
-    assert same(captured(swapped, scale=3, **kwargs), captured(*args, **kwargs))
-    with pytest.raises(CaptureError, match="scale == 3"):
-        captured(args[0], 4, **kwargs)
-    with pytest.raises(CaptureError, match="not nested as at capture"):
-        captured({"x": args[0]["x"]}, 3, **kwargs)
-    with pytest.raises(CaptureError, match=r"batch\['x'\].size\(\)\[1\] == 3"):
-        captured({**args[0], "x": torch.randn(2, 1)}, 3, **kwargs)
-
-
-def test_what_was_not_given_at_capture_cannot_be_given_later():
-    class Masked(nn.Module):
-        def forward(self, x: Tensor, mask: Tensor | None = None, gain: float = 2.0) -> Tensor:
-            return x * gain if mask is None else x * mask * gain
-
-    x = torch.ones(2)
-    captured = capture(Masked(), (x, None))
-    assert torch.equal(captured(x, None), x * 2)
-    with pytest.raises(CaptureError, match=r"mask is None; got x=tensor\(2,\), mask=tensor\(2,\)"):
-        captured(x, x)
-    with pytest.raises(CaptureError, match="'gain' is not one of them: it was not given at capture"):
-        captured(x, None, gain=3.0)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_grad_mode_of_the_caller_does_not_matter(mode):
     x, model = torch.randn(2, 4), NoGrad()

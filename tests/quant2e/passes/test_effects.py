@@ -1,0 +1,80 @@
+"""What nodes do besides returning a value."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quant2e.capture import capture
+from quant2e.passes.effects import aliases, argument, is_deterministic, is_random, trains, writes
+
+
+class One(nn.Module):
+    """A model from one function of an input ``x`` and a buffer ``b``."""
+
+    def __init__(self, body) -> None:
+        super().__init__()
+        self.body = body
+        self.register_buffer("b", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(SimpleNamespace(x=x, b=self.b))
+
+
+TABLE = {
+    "add": (lambda t: t.x + t.b, [], [], False, True),
+    "in place": (lambda t: t.b.add_(t.x), ["b"], ["b"], False, False),
+    "copy": (lambda t: t.b.copy_(t.x), ["b"], ["b"], False, False),
+    "relu_": (lambda t: F.relu_(t.x), ["x"], ["x"], False, False),
+    "view": (lambda t: t.b.view(3, 1), [], ["b"], False, True),
+    "transpose": (lambda t: t.b.expand(3, 3), [], ["b"], False, True),
+    "dropout": (lambda t: F.dropout(t.x, 0.5, True), [], ["x"], True, False),
+    "dropout in eval": (lambda t: F.dropout(t.x, 0.5, False), [], ["x"], False, True),
+    "random": (lambda _: torch.rand(3), [], [], True, False),
+    "random like": (lambda t: torch.randn_like(t.x), [], [], True, False),
+    "uninitialised": (lambda _: torch.empty(3), [], [], False, False),
+    "arange": (lambda _: torch.arange(3), [], [], False, True),
+}
+TABLE["norm in training"] = (
+    lambda t: F.batch_norm(t.x, t.b, t.b, training=True),
+    ["b", "b"],
+    [],
+    False,
+    False,
+)
+
+
+@pytest.mark.parametrize(("body", "written", "shared", "random", "deterministic"), TABLE.values(), ids=TABLE)
+def test_effects(body, written, shared, random, deterministic):
+    x = torch.ones(2, 3) if body is TABLE["norm in training"][0] else torch.ones(3)
+    gm = capture(One(body), x)
+    node = next(n for n in gm.graph.nodes if n.op == "call_function")
+    assert [n.name for n in writes(node)] == written
+    assert [n.name for n in aliases(node)] == shared
+    assert is_random(node) is random
+    assert is_deterministic(node) is deterministic
+
+
+def test_arguments_by_name_wherever_they_are():
+    gm = capture(One(lambda t: F.layer_norm(t.x, [3], t.b)), torch.ones(2, 3))
+    node = next(n for n in gm.graph.nodes if n.op == "call_function")
+    assert argument(node, "normalized_shape") == [3]
+    assert argument(node, "weight").name == "b"
+    assert argument(node, "eps") == 1e-5
+    assert argument(node, "absent", "default") == "default"
+    node.args, node.kwargs = node.args[:2], {"weight": node.args[2]}
+    assert argument(node, "weight").name == "b"
+
+
+def test_attention_with_dropout_trains():
+    gm = capture(One(lambda t: F.scaled_dot_product_attention(t.x, t.x, t.x, dropout_p=0.1)), torch.ones(1, 2, 3, 4))
+    node = next(n for n in gm.graph.nodes if n.op == "call_function")
+    assert trains(node)
+    assert is_random(node)
+    node.args = node.args[:4]
+    assert not trains(node)
+    assert is_deterministic(node)
