@@ -160,5 +160,5 @@ class Histogram:
         return HistogramState(total.min_val, total.max_val, total.counts, histogram)
 
     def range(self, state: HistogramState) -> tuple[Tensor, Tensor]:
-        """The exact ``(min, max)``, float32 scalars. `range_search.search` derives other ranges from the state."""
+        """The exact extremes. `range_search.search` derives other ranges from the same state."""
         return state.min_val, state.max_val

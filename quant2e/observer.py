@@ -224,7 +224,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         return self._range()
 
     def _range(self) -> tuple[Tensor, Tensor]:
-        return self.min_val, self.max_val
+        return self.estimator.range(self._live_state())
 
     @torch.no_grad()
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,9 @@ class Range(Protocol[S]):
     def merge(self, a: S, b: S) -> S:
         """The state after seeing what ``a`` and ``b`` saw; raises `CalibrationError` when that cannot be known."""
 
+    def range(self, state: S) -> tuple[Tensor, Tensor]:
+        """``(min, max)``, float32, a scalar or ``[channels]``."""
+
 
 @dataclass(frozen=True)
 class MinMaxState:
@@ -152,7 +155,6 @@ class MinMax:
         return MinMaxState(low, high, a.counts + b.counts)
 
     def range(self, state: MinMaxState) -> tuple[Tensor, Tensor]:
-        """``(min, max)``, float32, shaped as the state."""
         return state.min_val, state.max_val
 
 
@@ -195,5 +197,4 @@ class MovingAverage:
         )
 
     def range(self, state: MinMaxState) -> tuple[Tensor, Tensor]:
-        """``(min, max)``, float32, shaped as the state."""
         return state.min_val, state.max_val

@@ -147,6 +147,11 @@ def test_reduced_range(dtype, low, high):
     assert (observer.quant_min, observer.quant_max) == (low, high)
 
 
+def test_four_bits_of_torch_are_stored_in_eight():
+    observer = MinMaxObserver(dtype=torch.quint4x2)
+    assert (observer.dtype, observer.quant_min, observer.quant_max) == (torch.uint8, 0, 15)
+
+
 @pytest.mark.parametrize("cls", ALL)
 def test_no_data_is_an_error(cls):
     observer = cls()
