@@ -108,9 +108,6 @@ def _own(gm: GraphModule) -> CapturedModule:
     if not isinstance(gm, CapturedModule):
         captured.inputs = read_inputs(gm)
         _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
-    for node in list(captured.graph.nodes):
-        if node.op == "call_module" and not node.users and not hasattr(captured, str(node.target)):
-            captured.graph.erase_node(node)  # the guards: `copy_graph` leaves their module behind
     inline_regions(captured)
     captured.graph.lint()
     captured.recompile()

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from quant2e.graph_state import GraphState, graph_from_state, graph_state
-from quant2e.inputs import Inputs
+from quant2e.inputs import Inputs, guard_calls, read_inputs
 from quant2e.train_eval import set_training
 
 _MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
@@ -56,6 +56,9 @@ class CapturedModule(GraphModule):
         super().train(mode)
         return self
 
+    def __copy__(self) -> CapturedModule:
+        return copy_graph(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         def leaf(value: Any) -> Any:
             return copy.deepcopy(value, memo)
@@ -91,7 +94,8 @@ def copy_graph(gm: GraphModule) -> CapturedModule:
     """A copy of ``gm`` with its own graph and modules, which shares every parameter, buffer and constant with it.
 
     Node names, metadata (dicts are copied), the calling convention, attribute paths, ``gm.meta`` and the bodies of
-    control flow are kept; submodules (observers, say) are new objects over the same tensors.
+    control flow are kept; submodules (observers, say) are new objects over the same tensors. Guards that torch put into
+    the graph become conditions on the ``inputs`` of the copy.
     """
     return _copy(gm, _shallow, {})
 
@@ -134,7 +138,10 @@ def _copy(gm: GraphModule, leaf: Callable[[Any], Any], memo: dict[int, Any]) -> 
             new.__dict__[name] = leaf(value) if name != "inputs" else value
     new.meta = leaf(gm.meta)
     new.training = gm.training
-    new.graph = _copy_nodes(gm.graph)
+    guards = guard_calls(gm)
+    if guards and new.inputs is None:
+        new.inputs = read_inputs(gm)
+    new.graph = _copy_nodes(gm.graph, frozenset(guards))
     return new
 
 
@@ -170,10 +177,12 @@ def _copy_child(child: Module, leaf: Callable[[Any], Any], memo: dict[int, Any])
     return clone
 
 
-def _copy_nodes(graph: Graph) -> Graph:
+def _copy_nodes(graph: Graph, without: frozenset[Node]) -> Graph:
     new: dict[Node, Node] = {}
     copied = Graph(tracer_cls=graph._tracer_cls)
     for node in graph.nodes:
+        if node in without:
+            continue
         new[node] = copied.node_copy(node, new.__getitem__)
         if new[node].name != node.name:  # a name that fx would not choose itself
             new[node].name = node.name
