@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from quant2e.errors import CalibrationError
+from quant2e.in_place import written_attributes
 
 Progress = Callable[[int, int | None], None]
 """Called after each batch with the number done and, where it is known, the total."""
@@ -78,15 +80,38 @@ def calibrate(
     DataLoader works. ``num_batches``: stop after so many. Nothing but statistics is kept, and the caller's random
     stream is as it was. Raises `CalibrationError` for data without a batch, and names the batch a model fails on.
     """
+    if not isinstance(prepared, GraphModule):
+        raise CalibrationError(f"calibrate takes what prepare_pt2e returned, not a {type(prepared).__name__}")
     if isinstance(data, (Tensor, str)):
         raise CalibrationError("calibration data is an iterable of batches; wrap a single batch in a list: [batch]")
     if num_batches is not None and num_batches < 1:
         raise CalibrationError(f"num_batches={num_batches}: calibrate on at least one batch, or leave it out for all")
     known = batch_count(data)
     total = known if num_batches is None else num_batches if known is None else min(known, num_batches)
+    with _restored(prepared):
+        done = _feed(prepared, islice(data, num_batches), total, progress)
+    if done == 0:
+        raise CalibrationError("the calibration data held no batch (an exhausted generator?); give it anew")
+    return prepared
+
+
+@contextmanager
+def _restored(gm: GraphModule) -> Iterator[None]:
+    """Put back what the model itself writes (a cache, a counter): calibration leaves observers changed, nothing else."""
+    saved = {path: value.detach().clone() for path, value in written_attributes(gm).items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for path, value in written_attributes(gm).items():
+                value.copy_(saved[path])
+
+
+def _feed(prepared: GraphModule, data: Iterable[Any], total: int | None, progress: Progress | None) -> int:
+    """Run every batch; returns how many there were."""
     randomness = IsolatedRandomness()
     done = 0
-    for batch in islice(data, num_batches):
+    for batch in data:
         try:
             with torch.no_grad(), randomness:
                 call_with(prepared, batch)
@@ -100,9 +125,7 @@ def calibrate(
         done += 1
         if progress is not None:
             progress(done, total)
-    if done == 0:
-        raise CalibrationError("the calibration data held no batch (an exhausted generator?); give it anew")
-    return prepared
+    return done
 
 
 def describe(batch: Any) -> str:

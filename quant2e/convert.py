@@ -16,12 +16,14 @@ from torch.fx import GraphModule, Node
 from quant2e.encodings import Encoding, PerChannel, PerTensor, encode
 from quant2e.errors import CalibrationError, Quant2eError, where
 from quant2e.graph_module import copy_graph
+from quant2e.in_place import own_written_tensors
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX
 from quant2e.passes import run
 from quant2e.passes.constants import constant_nodes
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import attribute_path, fold_weights
+from quant2e.passes.split_dequantize import split_dequantize
 from quant2e.qdq import quantize_at
 from quant2e.report import tensor_bytes
 from quant2e.verify import check
@@ -41,6 +43,7 @@ def convert_pt2e(prepared: GraphModule, fold_quantize: bool = True) -> GraphModu
     ledger = prepared.meta.get(LEDGER)
     if not calls and not isinstance(ledger, Ledger):
         raise Quant2eError("this model has no observers: call prepare_pt2e on it, calibrate, and then convert")
+    own_written_tensors(gm)
     encodings = _encode_all(gm, calls)
     constants = constant_nodes(gm.graph)
     notes = _notes(gm, calls, encodings)
@@ -55,8 +58,9 @@ def convert_pt2e(prepared: GraphModule, fold_quantize: bool = True) -> GraphModu
         quantize_at(gm, call, encoding, prefix)
     for name in encodings:
         gm.delete_submodule(name)
-    clean = (remove_dead_code, prune_unused_attributes)
+    clean = (split_dequantize, remove_dead_code, prune_unused_attributes)
     run(gm, (fold_weights, *clean) if fold_quantize else clean)
+    gm.recompile()
     check(gm)
     if isinstance(ledger, Ledger):
         report = replace(ledger.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))

@@ -32,7 +32,10 @@ class PerTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class PerChannel:
-    """One scale and zero point per index of ``axis``: 1-D tensors, scale in float, zero point in int64."""
+    """One scale and zero point per index of ``axis``: 1-D tensors, scale in float, zero point in int64.
+
+    The zero point is float too under ``per_channel_affine_float_qparams``.
+    """
 
     scale: Tensor
     zero_point: Tensor
@@ -153,7 +156,9 @@ def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -
     if getattr(observer, "qscheme", None) in PER_CHANNEL_SCHEMES:
         return PerChannel(
             scale=scale.flatten().clone(),
-            zero_point=zero_point.flatten().to(torch.int64, copy=True),
+            zero_point=zero_point.flatten().clone()
+            if observer.qscheme == torch.per_channel_affine_float_qparams
+            else zero_point.flatten().to(torch.int64, copy=True),
             axis=int(observer.ch_axis),
             quant_min=quant_min,
             quant_max=quant_max,

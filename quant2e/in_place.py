@@ -8,17 +8,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
 
-from torch.fx import Graph, Node
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 
-from quant2e.passes.constants import Memory, memories
+from quant2e.passes.constants import Memory, attribute, memories
 from quant2e.passes.effects import writes
 
 
-def written_in_sight(graph: Graph) -> dict[Node, Node]:
-    """Nodes whose tensor is written in place later on, where others see it; with the node that writes.
+@dataclass(frozen=True, slots=True)
+class WrittenInSight:
+    """A tensor that is written in place where others see it.
 
-    None of them may be quantized. A graph that writes nothing costs one look at each node.
+    ``consumers`` must get the tensor itself, not a copy: what writes it, what reads it afterwards, what makes a view.
+    """
+
+    writer: Node
+    consumers: frozenset[Node]
+
+
+def written_in_sight(graph: Graph) -> dict[Node, WrittenInSight]:
+    """For every node whose tensor is written in place later on, where others see it: who writes and who must see it.
+
+    A graph that writes nothing costs one look at each node.
     """
     writers = [(node, operand) for node in graph.nodes for operand in writes(node)]
     if not writers:
@@ -29,12 +43,15 @@ def written_in_sight(graph: Graph) -> dict[Node, Node]:
     for node in graph.nodes:
         for place in memory[node]:
             sharing[place].append(node)
-    found: dict[Node, Node] = {}
+    found: dict[Node, WrittenInSight] = {}
     for writer, operand in writers:
         earlier = {n for place in memory[operand] for n in sharing[place] if position[n] < position[writer]}
-        if not _private(earlier, operand, writer, position):
-            for node in earlier:
-                found.setdefault(node, writer)
+        if _private(earlier, operand, writer, position):
+            continue
+        for node in earlier:
+            known = found.get(node, WrittenInSight(writer, frozenset()))
+            seeing = (u for u in node.users if u in earlier or position[u] >= position[writer])
+            found[node] = WrittenInSight(known.writer, known.consumers.union(seeing))
     return found
 
 
@@ -49,3 +66,25 @@ def _private(sharing: AbstractSet[Node], operand: Node, writer: Node, position: 
         if any(position[user] > position[writer] for user in node.users if user not in sharing):
             return False
     return True
+
+
+def written_attributes(gm: GraphModule) -> dict[str, Tensor]:
+    """Parameters and buffers that the graph of ``gm`` writes, also through a view, by path."""
+    memory = memories(gm.graph)
+    written = set().union(*(memory[operand] for node in gm.graph.nodes for operand in writes(node)))
+    paths = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and not memory[n].isdisjoint(written)]
+    values = {path: attribute(gm, path) for path in paths}
+    return {path: value for path, value in values.items() if isinstance(value, Tensor)}
+
+
+def own_written_tensors(gm: GraphModule) -> None:
+    """Give ``gm`` its own copies of what its graph writes, so that running it changes nobody else's tensors."""
+    copies: dict[int, Tensor] = {}
+    for path, value in written_attributes(gm).items():
+        if id(value) not in copies:
+            copies[id(value)] = value.detach().clone()
+        parent, _, name = path.rpartition(".")
+        owner = gm.get_submodule(parent)
+        table: dict[str, Any] = next((t for t in (owner._parameters, owner._buffers) if name in t), owner.__dict__)
+        copy = copies[id(value)]
+        table[name] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy

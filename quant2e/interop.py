@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import AnnotationError, PlanError, where
-from quant2e.in_place import written_in_sight
+from quant2e.in_place import WrittenInSight, written_in_sight
 from quant2e.plan import DerivedFrom, Edge, Ignored, Output, Plan, Point, SharedWith, resolve
 from quant2e.specs import ANNOTATION
 
@@ -57,7 +57,7 @@ def read_plan(gm: GraphModule) -> Plan:
             implicit.add(node.name)
         for point, spec in _annotated_points(node, note):
             value = _concrete(spec, point, nodes)
-            reason = None if value is None else _unquantizable(gm, nodes[point.tensor], written)
+            reason = None if value is None else _unquantizable(gm, nodes, point, written)
             if reason is not None:
                 ignored.append(Ignored(point, reason))
                 # Whatever shares with this point cannot be quantized either.
@@ -138,10 +138,13 @@ def _concrete(spec: Any, point: Point, nodes: dict[str, Node]) -> Any:
     )
 
 
-def _unquantizable(gm: GraphModule, node: Node, written: Mapping[Node, Node]) -> str | None:
-    """Why the tensor of ``node`` cannot be quantized, whatever its spec says; None when it can."""
-    if node in written:
-        return f"written in place by '{written[node].name}'"
+def _unquantizable(
+    gm: GraphModule, nodes: Mapping[str, Node], point: Point, written: Mapping[Node, WrittenInSight]
+) -> str | None:
+    """Why a point cannot be quantized, whatever its spec says; None when it can."""
+    node = nodes[point.tensor]
+    if node in written and (isinstance(point, Output) or nodes[point.dst] in written[node].consumers):
+        return f"written in place by '{written[node].writer.name}'"
     tensor = node_tensor(gm, node)
     if tensor is None:
         return None if "val" not in node.meta and node.op != "get_attr" else "not a single tensor"

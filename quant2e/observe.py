@@ -90,29 +90,35 @@ def _make_plain(spec: Any, points: Sequence[Point]) -> nn.Module:
 def make_observers(plan: Plan) -> list[nn.Module]:
     """One observer per group of the plan, in its order. Sources of derived groups are made first."""
     made: dict[int, nn.Module] = {}
-
-    def make(index: int) -> nn.Module:
+    pending = list(reversed(range(len(plan.groups))))
+    while pending:
+        index = pending[-1]
+        group = plan.groups[index]
+        sources = [plan.group_of(p) for p in group.spec.sources] if isinstance(group.spec, DerivedFrom) else []
+        missing = [source for source in sources if source is not None and source not in made]
+        if missing:
+            pending.extend(missing)
+            continue
+        pending.pop()
         if index not in made:
-            made[index] = _make(plan.groups[index])
-        return made[index]
+            made[index] = _make(group, [made[source] for source in sources if source is not None])
+    return [made[i] for i in range(len(plan.groups))]
 
-    def _make(group: Group) -> nn.Module:
-        spec = group.spec
-        if isinstance(spec, DerivedFrom):
-            sources = [plan.group_of(source) for source in spec.sources]
-            return DerivedObserver(spec, [make(source) for source in sources if source is not None])
-        if hasattr(spec, "observer_or_fake_quant_ctr"):
-            return _make_plain(spec, group.points)
-        return FixedQParamsObserver(
-            scale=spec.scale,
-            zero_point=spec.zero_point,
-            dtype=spec.dtype,
-            quant_min=spec.quant_min,
-            quant_max=spec.quant_max,
-            qscheme=spec.qscheme if spec.qscheme is not None else torch.per_tensor_affine,
-        )
 
-    return [make(i) for i in range(len(plan.groups))]
+def _make(group: Group, sources: list[nn.Module]) -> nn.Module:
+    spec = group.spec
+    if isinstance(spec, DerivedFrom):
+        return DerivedObserver(spec, sources)
+    if hasattr(spec, "observer_or_fake_quant_ctr"):
+        return _make_plain(spec, group.points)
+    return FixedQParamsObserver(
+        scale=spec.scale,
+        zero_point=spec.zero_point,
+        dtype=spec.dtype,
+        quant_min=spec.quant_min,
+        quant_max=spec.quant_max,
+        qscheme=spec.qscheme if spec.qscheme is not None else torch.per_tensor_affine,
+    )
 
 
 def copy_provenance(node: Node, source: Node, *, value: Any = None) -> None:

@@ -249,10 +249,10 @@ def resolve(specs: Mapping[Point, Any], implicit: Collection[str], ignored: tupl
     for points in by_tensor.values():
         _share_implicitly(points, specs, anchor, implicit, forest)
     groups = []
-    for points in forest.sets():
-        spec = next((specs[p] for p in points if not isinstance(specs[p], SharedWith)), None)
+    for members in forest.sets():
+        spec = next((specs[p] for p in members if not isinstance(specs[p], SharedWith)), None)
         if spec is not None:
-            groups.append(Group(spec, points))
+            groups.append(Group(spec, members))
     return Plan(tuple(groups), ignored)
 
 

@@ -13,16 +13,18 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from quant2e.callback import call_back
 from quant2e.capture import as_graph_module
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.graph_module import copy_graph
+from quant2e.in_place import own_written_tensors
 from quant2e.interop import read_plan
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX, make_observers, observe
 from quant2e.passes import run
 from quant2e.passes.constants import constant_nodes, evaluate
 from quant2e.passes.fold_batch_norm import fold_batch_norm
-from quant2e.plan import DerivedFrom, Group, Output, Plan
+from quant2e.plan import DerivedFrom, Plan
 from quant2e.report import Report, judge, tensor_bytes
 from quant2e.survey import survey
 from quant2e.train_eval import check_eval
@@ -47,13 +49,14 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     run(gm, (fold_batch_norm,))
     gm = _annotate(gm, quantizer)
     plan = read_plan(gm)
+    own_written_tensors(gm)
     constants = constant_nodes(gm.graph)
+    plan, observers = call_back(gm, quantizer, plan, make_observers(plan))
     report = Report(
         verdicts=judge(ops, gm, plan, frozenset(constants), _explainer(quantizer)),
         notes=(*_plan_notes(plan), *_quantizer_notes(quantizer)),
         float_bytes=tensor_bytes(original),
     )
-    plan, observers = _call_back(gm, quantizer, plan, make_observers(plan))
     device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
     for observer in observers.values():
         observer.to(device)
@@ -96,38 +99,6 @@ def _quantizer_notes(quantizer: Any) -> tuple[str, ...]:
 
 def _plan_notes(plan: Plan) -> list[str]:
     return [f"annotation of ({item.point}) ignored: it is {item.reason}" for item in plan.ignored]
-
-
-def _call_back(
-    gm: GraphModule, quantizer: Any, plan: Plan, made: list[nn.Module]
-) -> tuple[Plan, Mapping[int, nn.Module]]:
-    """Let the quantizer look at, or exchange, the observer of each point; the plan follows what it did."""
-    callback = getattr(quantizer, "prepare_obs_or_fq_callback", None)
-    if not callable(callback):
-        return plan, dict(enumerate(made))
-    named = {node.name: node for node in gm.graph.nodes}
-    # Node names sort the map as PT2E does: inputs of a node, then its output, in graph order.
-    points = [(point, index) for index, group in enumerate(plan.groups) for point in group.points]
-    place = {
-        point: named[point.node] if isinstance(point, Output) else (named[point.src], named[point.dst])
-        for point, _ in points
-    }
-    shown: dict[Any, Any] = {place[point]: made[index] for point, index in points}
-    before = dict(shown)
-    callback(gm, shown)
-    if shown == before:
-        return plan, dict(enumerate(made))
-    groups: dict[int, Group] = {}
-    observers: dict[int, nn.Module] = {}
-    for point, index in points:
-        observer = shown.get(place[point])
-        if observer is None:
-            continue
-        known = groups.get(id(observer))
-        spec = plan.groups[index].spec if known is None else known.spec
-        groups[id(observer)] = Group(spec, (*(known.points if known else ()), point))
-        observers[id(observer)] = observer
-    return Plan(tuple(groups.values()), plan.ignored), dict(enumerate(observers[key] for key in groups))
 
 
 def _observe_constants(

@@ -18,6 +18,8 @@ from quant2e.dialect import qd
 from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, PerChannel, PerTensor
 from quant2e.observe import copy_provenance
 
+aten = torch.ops.aten
+
 
 def register_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> str:
     """Register a buffer under ``path``, or the first free name that starts with it; returns the name."""
@@ -106,6 +108,10 @@ def _dynamic_parameters(gm: GraphModule, call: Node, x: Node, encoding: Dynamic)
     return ops, (*parts, encoding.quant_min, encoding.quant_max, encoding.dtype)
 
 
+_SHAPE_OF = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default})
+"""Ops that read the shape of a tensor and none of its values."""
+
+
 def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, parameters: tuple[Any, ...]) -> None:
     value = call.meta.get("val")
     # A tensor of another float type comes back as what it was; float32 is the op's default.
@@ -113,6 +119,9 @@ def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, para
         {"out_dtype": value.dtype} if isinstance(value, torch.Tensor) and value.dtype != torch.float32 else {}
     )
     for user in list(call.users):
+        if user.target in _SHAPE_OF:
+            user.replace_input_with(call, q.all_input_nodes[0])
+            continue
         with gm.graph.inserting_before(user):
             dq = gm.graph.call_function(op, (q, *parameters), out)
         copy_provenance(dq, user if user.op == "call_function" else call, value=value)
@@ -123,9 +132,10 @@ def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, para
 def _half_precision(gm: GraphModule, call: Node, x: Node) -> None:
     cast = qd.convert_element_type.no_fuse
     value = x.meta.get("val")
+    own = value.dtype if isinstance(value, torch.Tensor) else torch.float32
     half = gm.graph.call_function(cast, (x, torch.float16))
     copy_provenance(half, call, value=_meta_of(value, torch.float16))
-    back = gm.graph.call_function(cast, (half, torch.float32))
-    copy_provenance(back, call, value=_meta_of(value, torch.float32))
+    back = gm.graph.call_function(cast, (half, own))
+    copy_provenance(back, call, value=_meta_of(value, own))
     call.replace_all_uses_with(back)
     gm.graph.erase_node(call)

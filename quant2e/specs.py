@@ -28,7 +28,12 @@ INTEGER_BOUNDS: Mapping[torch.dtype, tuple[int, int]] = {
 }
 """Storage dtypes of quantized tensors and the integers each can hold. Fewer bits are a narrower range."""
 
-PER_CHANNEL_SCHEMES = (torch.per_channel_affine, torch.per_channel_symmetric)
+PER_CHANNEL_SCHEMES = (
+    torch.per_channel_affine,
+    torch.per_channel_symmetric,
+    torch.per_channel_affine_float_qparams,
+)
+"""Schemes with a scale and zero point for each channel; the last one, of embedding tables, has float zero points."""
 
 
 def _check_range(dtype: torch.dtype, quant_min: int | None, quant_max: int | None) -> None:

@@ -16,6 +16,7 @@ from quant2e.dialect import DEQUANTIZE, QUANTIZE, qd
 from quant2e.errors import PassError, where
 from quant2e.interop import node_tensor
 from quant2e.observe import OBSERVER_PREFIX
+from quant2e.passes.split_dequantize import consumers
 from quant2e.specs import INTEGER_BOUNDS
 
 _PER_CHANNEL = (qd.quantize_per_channel.default, qd.dequantize_per_channel.default)
@@ -71,8 +72,8 @@ def _dq_undoes_q(_gm: GraphModule, node: Node) -> str | None:
 
 
 def _one_consumer(_gm: GraphModule, node: Node) -> str | None:
-    if node.target in DEQUANTIZE and len(node.users) > 1:
-        return f"it has {len(node.users)} consumers; every consumer has a dequantize of its own"
+    if node.target in DEQUANTIZE and len(consumers(node)) > 1:
+        return f"it has {len(consumers(node))} consumers; every consumer has a dequantize of its own"
     return None
 
 
