@@ -178,11 +178,15 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Why a pattern does not match: the attempt that got furthest. ``matched`` counts the ops it found before."""
+    """Why a pattern does not match: the attempt that got furthest.
+
+    ``matched`` counts the ops that were found before, ``missing`` those of the pattern that were not.
+    """
 
     node: Node
     reason: str
     matched: int
+    missing: int
 
     def __str__(self) -> str:
         return self.reason
@@ -208,13 +212,19 @@ class _Search:
 
     constants: Constants
     nearest: Mismatch | None = None
+    size: int = 0
+    """Ops in the alternative that is being tried."""
 
     def miss(self, node: Node, found: _Found, reason: str) -> None:
-        if self.nearest is None or len(found.nodes) > self.nearest.matched:
-            self.nearest = Mismatch(node, reason, len(found.nodes))
+        mismatch = Mismatch(node, reason, len(found.nodes), self.size - len(found.nodes))
+        best = self.nearest
+        if best is None or (mismatch.matched, -mismatch.missing) > (best.matched, -best.missing):
+            self.nearest = mismatch
 
     def call(self, pattern: Pattern, node: Node, found: _Found) -> Iterator[_Found]:
         for choice in _choices(pattern):
+            if not found.nodes:
+                self.size = _size(choice)
             if (reason := _head_mismatch(choice, node, inner=bool(found.nodes))) is not None:
                 self.miss(node, found, reason)
                 continue
@@ -264,6 +274,14 @@ class _Search:
 
 def _choices(pattern: Pattern) -> tuple[Op, ...]:
     return pattern.choices if isinstance(pattern, Either) else (pattern,)
+
+
+def _size(pattern: Arg | Pattern) -> int:
+    """The number of ops in a pattern, in its smallest form."""
+    if isinstance(pattern, Arg):
+        return 0
+    parts = ((*choice.operands, *dict(choice.keywords).values()) for choice in _choices(pattern))
+    return 1 + min(sum(map(_size, operands)) for operands in parts)
 
 
 def _depends(culprit: Node) -> str:

@@ -80,7 +80,7 @@ class ComposableQuantizer(Quantizer):
         uncovered = ("no rule covers", "no dynamic rule covers")
         specific = {reason: who for reason, who in reasons.items() if not reason.startswith(uncovered)}
         if len(specific) <= 1:
-            return next(iter(specific or reversed(reasons)), "")
+            return next(iter(specific or list(reasons)[-1:]), "")
         return "; ".join(f"{' and '.join(who)}: {reason}" for reason, who in specific.items())
 
     def quantization_capabilities(self) -> Mapping[str, Mapping[str, Sequence[str]]]:

@@ -150,7 +150,7 @@ class _Pass:
                     break
                 self._refuse(node, _WHOLE_MATCH + len(match.nodes), rule, objection)
             if not seen and (nearest := explain(rule.pattern, node, self.constants)) is not None:
-                self._refuse(node, nearest.matched, rule, nearest.reason)
+                self._refuse(node, -nearest.missing, rule, nearest.reason)
 
     def _refuse(self, node: Node, rank: int, rule: Rule, reason: str) -> None:
         if node not in self.refused or rank > self.refused[node][0]:

@@ -35,6 +35,16 @@ def module_stack(node: Node) -> list[tuple[str, str]]:
     return found
 
 
+def enclosing_paths(node: Node) -> list[str]:
+    """Paths of the modules around a node, innermost first, with containers (``ModuleList``), which are never called."""
+    paths: dict[str, None] = {}
+    for path, _ in reversed(module_stack(node)):
+        while path:
+            paths[path] = None
+            path = path.rpartition(".")[0]
+    return [*sorted(paths, key=lambda p: p.count("."), reverse=True), ""]
+
+
 @lru_cache(maxsize=4096)
 def _plain_path(path: str) -> str:
     """``blocks.0.linear`` for ``L['self'].blocks[0].linear`` and the other spellings of tracers."""
@@ -71,13 +81,19 @@ def targets_of(function: Any) -> frozenset[Any]:
         return op(function).targets
     name = str(getattr(function, "__name__", function)).strip("_").removeprefix("i" if function in _IN_PLACE else "")
     packet = getattr(torch.ops.aten, name, None)
-    if not callable(function) or not isinstance(packet, OpOverloadPacket):
+    if not callable(function) or not isinstance(packet, OpOverloadPacket) or not _computes(packet):
         near = difflib.get_close_matches(name, dir(torch.nn.functional), n=3)
         raise AnnotationError(
             f"{function!r} is not an op: give an overload (torch.ops.aten.linear.default), a packet, or a function such "
             "as torch.nn.functional.linear" + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     return op(packet).targets
+
+
+def _computes(packet: OpOverloadPacket) -> bool:
+    """Whether some overload answers with a tensor."""
+    schemas = (getattr(packet, name)._schema for name in packet.overloads())
+    return any("Tensor" in str(result.type) for schema in schemas for result in schema.returns)
 
 
 _IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.imatmul)
@@ -126,11 +142,10 @@ class Settings:
         return next(self._applicable(node), Choice(None))
 
     def _applicable(self, node: Node) -> Iterator[Choice]:
-        stack = module_stack(node)
-        for path, _ in reversed(stack):
+        for path in enclosing_paths(node) if self.names else ():
             if path in self.names:
                 yield Choice(self.names[path], f"module name '{path}'", explicit=True)
-        for _, qualified in reversed(stack):
+        for _, qualified in reversed(module_stack(node)) if self.types else ():
             for wanted, config in self.types.items():
                 if _is_type(qualified, wanted):
                     yield Choice(config, f"module type '{wanted}'", explicit=True)
@@ -146,8 +161,8 @@ class Settings:
         One sentence each; the second kind is a mistake, and comes with near misses.
         """
         nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-        stacks = [entry for node in nodes for entry in module_stack(node)]
-        paths, kinds = {path for path, _ in stacks}, {kind for _, kind in stacks}
+        paths = {path for node in nodes for path in enclosing_paths(node)}
+        kinds = {kind for node in nodes for _, kind in module_stack(node)}
         found = {node.target for node in nodes}
         owners = {path for path, _ in gm.named_modules()} | {n.target for n in gm.graph.nodes if n.op == "call_module"}
         absent: list[str] = []

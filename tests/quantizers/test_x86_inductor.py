@@ -1,0 +1,170 @@
+"""What X86InductorQuantizer annotates, the range it chooses for the machine, and what it refuses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from quant2e import AnnotationError, Quant2eError
+from quantizers import InstructionSet, QuantizationConfig, X86InductorQuantizer
+from quantizers import get_default_x86_inductor_quantization_config as config
+from tests.quantizers.models import IMAGE, ROWS, TOKENS, Attention, Of, Residual, annotated, annotations, reasons
+
+AVX2 = InstructionSet("AVX2", saturates=True)
+VNNI = InstructionSet("AVX512 VNNI", saturates=False)
+
+
+def static(**kwargs):
+    return X86InductorQuantizer().set_global(config(reduce_range=False, **kwargs))
+
+
+def lines(model, example, quantizer=None) -> list[str]:
+    """Annotations in short: ``a`` is an activation's spec, ``w`` a weight's."""
+    text = annotations(model, example, quantizer or static())
+    for spec, short in (("u8[0,255] dynamic", "d"), ("u8[0,255]", "a"), ("s8[-128,127] symmetric axis ", "w")):
+        text = text.replace(spec, short)
+    return text.splitlines()
+
+
+def test_a_small_cnn():
+    assert lines(Residual(), IMAGE) == [
+        "conv2d: x a, conv_weight w0  [conv]",
+        "relu_:  [conv]",
+        "conv2d_1: relu_ a, depthwise_weight w0  [conv]",
+        "relu6:  [conv]",
+        "conv2d_2: relu6 a, point_weight w0  [conv + add]",
+        "add_: relu_ a  [conv + add]",
+        "relu__1:  [conv + add]",
+        "max_pool2d: relu__1 a -> = relu__1>max_pool2d  [pool]",
+        "adaptive_avg_pool2d: max_pool2d = max_pool2d -> = max_pool2d>adaptive_avg_pool2d  [pool]",
+        "flatten: adaptive_avg_pool2d = adaptive_avg_pool2d -> = adaptive_avg_pool2d>flatten  [reshape]",
+        "linear: flatten a, head_weight w0  [linear]",
+    ]
+
+
+def test_attention_with_a_mask():
+    assert lines(Attention(), TOKENS) == [
+        "linear: x a, q_weight w0  [linear]",
+        "linear_1: x a, k_weight w0  [linear]",
+        "linear_2: x a, v_weight w0  [linear]",
+        "linear_3: reshape a, out_weight w0  [linear + add]",
+        "add_1:  [linear + add]",
+    ]
+    quantizer = static()
+    why = reasons(annotated(Attention(), TOKENS, quantizer), quantizer)
+    assert why["view"] == "rule 'reshape': no int8 kernel reads it"
+    assert why["softmax"] == "Inductor computes it in float, fused with its neighbours"
+    assert why["matmul"].endswith("only where the op or its module is set, not by a global configuration")
+
+
+def test_matmul_is_quantized_where_it_is_named():
+    quantizer = static().set_function_type_qconfig(torch.matmul, config(reduce_range=False))
+    assert lines(Attention(), TOKENS, quantizer)[3] == "matmul: transpose a, transpose_3 a  [matmul]"
+
+
+C1, C2 = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+FIRST = ["conv2d: inputs_0 a, c1_weight w0  [conv]"]
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "expected"),
+    [
+        (nn.Conv1d(3, 4, 3), (torch.randn(1, 3, 9),), ["conv1d: input_1 a, weight w0  [conv]"]),
+        (nn.Conv2d(3, 4, 3, padding="same"), IMAGE, ["conv2d: input_1 a, weight w0  [conv]"]),
+        (nn.Conv3d(3, 4, 3), (torch.randn(1, 3, 5, 5, 5),), []),
+        (nn.ConvTranspose2d(3, 4, 2), IMAGE, []),
+        *(
+            (nn.Sequential(nn.Conv2d(3, 4, 3), act), IMAGE, ["conv2d: input_1 a, _0_weight w0  [conv]", f"{name}:  [conv]"])
+            for act, name in ((nn.ReLU(), "relu"), (nn.ReLU(inplace=True), "relu_"), (nn.ReLU6(), "hardtanh"),
+                              (nn.Hardswish(), "hardswish"), (nn.SiLU(inplace=True), "silu_"))
+        ),
+        (nn.Sequential(nn.Linear(8, 4), nn.GELU()), ROWS, ["linear: input_1 a, _0_weight w0  [linear]", "gelu:  [linear]"]),
+        (nn.Sequential(nn.Linear(8, 4), nn.Sigmoid()), ROWS, ["linear: input_1 a, _0_weight w0  [linear]"]),
+        # one of two convolutions absorbs the sum; the other is its operand
+        (Of(lambda m, x: F.relu(m.c1(x) + m.c2(x)), c1=C1, c2=C2), IMAGE, [
+            "conv2d: inputs_0 a, c1_weight w0  [conv + add]",
+            "conv2d_1: inputs_0 a, c2_weight w0  [conv]",
+            "add: conv2d_1 a  [conv + add]",
+            "relu:  [conv + add]",
+        ]),
+        # broadcasting, a convolution that is used again, and its own sum: no fusion
+        (Of(lambda m, x: m.c1(x) + x.mean((2, 3), keepdim=True), c1=C1), IMAGE, FIRST),
+        (Of(lambda m, x: (lambda c: (c + x, c))(m.c1(x)), c1=C1), IMAGE, FIRST),
+        (Of(lambda m, x: (lambda c: c + c)(m.c1(x)), c1=C1), IMAGE, FIRST),
+        (Of(lambda m, x: m.c1(x) + 1, c1=C1), IMAGE, FIRST),
+        # cat, only of what is quantized
+        (Of(lambda m, x: torch.cat([m.c1(x), m.c2(x)]), c1=C1, c2=C2), IMAGE, [
+            "conv2d: inputs_0 a, c1_weight w0  [conv]",
+            "conv2d_1: inputs_0 a, c2_weight w0  [conv]",
+            "cat: conv2d a, conv2d_1 = conv2d>cat -> = conv2d>cat  [cat]",
+        ]),
+        (Of(lambda m, x: torch.cat([m.c1(x), x]), c1=C1), IMAGE, FIRST),
+        (Of(lambda m, x: F.avg_pool2d(m.c1(x), 2), c1=C1), IMAGE, [
+            *FIRST, "avg_pool2d: conv2d a -> = conv2d>avg_pool2d  [pool]",
+        ]),
+        (Of(lambda m, x: F.max_pool2d(x, 2)), IMAGE, []),
+        (Of(lambda m, x: x * x), ROWS, []),
+    ],
+)  # fmt: skip
+def test_ops(model, example, expected):
+    assert lines(model, example) == expected
+
+
+def test_dynamic_is_linear_only():
+    quantizer = X86InductorQuantizer().set_global(config(is_dynamic=True, reduce_range=False))
+    assert lines(Residual(), IMAGE, quantizer) == ["linear: flatten d, head_weight w0  [dynamic linear]"]
+    quantizer = X86InductorQuantizer().set_global(config(is_dynamic=True, reduce_range=False))
+    gm = annotated(Residual(), IMAGE, quantizer)
+    assert reasons(gm, quantizer)["conv2d"] == "no dynamic rule covers aten.conv2d.default"
+
+
+@pytest.mark.parametrize(
+    ("isa", "reduce_range", "note"),
+    [
+        (VNNI, False, "activations use 0..255: AVX512 VNNI multiplies full ranges exactly"),
+        (VNNI, True, "activations use 0..127: on a full range the int8 kernels would not saturate on AVX512 VNNI"),
+        (AVX2, True, "activations use 0..127: on a full range the int8 kernels would saturate on AVX2"),
+        (
+            AVX2,
+            False,
+            (
+                "WARNING: activations use 0..255, and the int8 kernels saturate on AVX2: results may be wrong there; "
+                "reduce_range=True is exact"
+            ),
+        ),
+    ],
+)
+def test_the_range_is_noted(isa, reduce_range, note):
+    quantizer = X86InductorQuantizer(isa=isa).set_global(config(reduce_range=reduce_range))
+    annotated(nn.Linear(8, 4), ROWS, quantizer)
+    assert quantizer.notes == [note]
+
+
+@pytest.mark.parametrize(("saturates", "top"), [(True, 127), (False, 255)])
+def test_the_default_range_is_exact_on_this_machine(monkeypatch, saturates, top):
+    monkeypatch.setattr("quantizers.x86_inductor.detect", lambda: InstructionSet("some", saturates))
+    assert config().input_activation.quant_max == top
+    assert config(is_dynamic=True).input_activation.quant_max == top
+    assert config(reduce_range=False).input_activation.quant_max == 255
+
+
+def test_configs_are_values():
+    assert config(reduce_range=True) is config(reduce_range=True)
+    assert config(reduce_range=True) != config(reduce_range=False)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: config(is_qat=True), "quantization-aware training is not available"),
+        (lambda: static().set_global(QuantizationConfig(None, None, config().weight, None)), "is weight-only"),
+        (lambda: static().set_global(QuantizationConfig(config().weight, None, config().weight, None)), "computes on torch.uint8"),
+        (
+            lambda: static().set_global(QuantizationConfig(config().input_activation, None, None, None)),
+            "the weight must be torch.int8 per channel",
+        ),
+    ],
+)  # fmt: skip
+def test_what_inductor_does_not_lower_is_refused(make, message):
+    with pytest.raises((Quant2eError, AnnotationError), match=message):
+        make()
