@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
@@ -178,4 +178,10 @@ def is_deterministic(node: Node) -> bool:
         return not (is_random(node) or writes(node) or node.target in _UNINITIALISED)
     if isinstance(node.target, HigherOrderOperator):
         return False
+    if isinstance(
+        node.target, OpOverloadPacket
+    ):  # an op without its overload, as observers of other libraries write it
+        overloads = [getattr(node.target, name) for name in node.target.overloads()]
+        seeded = torch.Tag.nondeterministic_seeded
+        return not any(o._schema.is_mutable or seeded in o.tags for o in overloads)
     return node.target in _SCALAR_FUNCTIONS or getattr(node.target, "__module__", "") in ("_operator", "math")

@@ -7,6 +7,7 @@ The float copy goes as soon as nothing else reads it.
 
 from __future__ import annotations
 
+from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from quant2e.dialect import QUANTIZE
@@ -27,12 +28,24 @@ def attribute_path(node: Node) -> str:
     return node.name
 
 
+def is_quantize(node: Node) -> bool:
+    """Whether a node turns floats into integers: one of our quantize ops, or another library's.
+
+    Casts to float16 are not folded: Inductor finds its float16 kernels by the cast in front of the weight.
+    """
+    target = getattr(node.target, "overloadpacket", node.target)
+    if not isinstance(target, OpOverloadPacket):
+        return False
+    namespace, _, name = target._qualified_op_name.partition("::")
+    return node.target in QUANTIZE or (namespace != "aten" and name.startswith("quantize_"))
+
+
 def fold_weights(gm: GraphModule) -> bool:
     """Evaluate every quantize op on a constant and keep its integers as a buffer; True if there was any."""
     constants = constant_nodes(gm.graph)
     folded = False
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or node.target not in QUANTIZE or node not in constants:
+        if node not in constants or not is_quantize(node):
             continue
         value = evaluate(gm, node)
         path = register_tensor(gm, f"{attribute_path(node)}_quantized", value)
