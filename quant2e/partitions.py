@@ -8,21 +8,19 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
-from torch.fx.passes.utils.source_matcher_utils import (
-    SourcePartition,
-    check_subgraphs_connected,
-    get_source_partitions,
-)
 
 from quant2e.errors import Quant2eError
 from quant2e.passes.effects import subgraphs
+
+if TYPE_CHECKING:
+    from torch.fx.passes.utils.source_matcher_utils import SourcePartition
 
 _equivalent: list[set[Any]] = [
     {nn.Conv1d, F.conv1d},
@@ -63,6 +61,9 @@ def find_sequential_partitions(
     A type also matches its equivalents unless ``include_functional_equivalent`` is False. Raises ValueError when two
     of the types mean the same op.
     """
+    # Importing this part of torch.fx registers a logger; importing quant2e changes nothing global.
+    from torch.fx.passes.utils.source_matcher_utils import check_subgraphs_connected, get_source_partitions
+
     spellings = [_spellings(kind) if include_functional_equivalent else [kind] for kind in partition_types]
     flat = [kind for kinds in spellings for kind in kinds]
     if len(set(flat)) != len(flat):

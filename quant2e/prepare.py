@@ -15,8 +15,8 @@ from torch.fx import GraphModule, Node
 
 from quant2e.callback import call_back
 from quant2e.capture import as_graph_module
-from quant2e.errors import AnnotationError, Quant2eError
-from quant2e.graph_module import copy_graph
+from quant2e.errors import AnnotationError, Quant2eError, where
+from quant2e.graph_module import CapturedModule, copy_graph
 from quant2e.in_place import own_written_tensors
 from quant2e.interop import read_plan
 from quant2e.ledger import LEDGER, Ledger
@@ -24,6 +24,7 @@ from quant2e.observe import OBSERVER_PREFIX, make_observers, observe
 from quant2e.passes import run
 from quant2e.passes.constants import constant_nodes, evaluate
 from quant2e.passes.fold_batch_norm import fold_batch_norm
+from quant2e.passes.inline_regions import opaque_regions
 from quant2e.plan import DerivedFrom, Plan
 from quant2e.report import Report, judge, tensor_bytes
 from quant2e.survey import survey
@@ -48,13 +49,16 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     gm: GraphModule = copy_graph(original)
     run(gm, (fold_batch_norm,))
     gm = _annotate(gm, quantizer)
+    if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one
+        gm = copy_graph(gm)
+        gm.inputs = original.inputs
     plan = read_plan(gm)
     own_written_tensors(gm)
     constants = constant_nodes(gm.graph)
     plan, observers = call_back(gm, quantizer, plan, make_observers(plan))
     report = Report(
         verdicts=judge(ops, gm, plan, frozenset(constants), _explainer(quantizer)),
-        notes=(*_plan_notes(plan), *_quantizer_notes(quantizer)),
+        notes=(*_plan_notes(plan), *_region_notes(gm), *_quantizer_notes(quantizer)),
         float_bytes=tensor_bytes(original),
     )
     device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
@@ -95,6 +99,10 @@ def _explainer(quantizer: Any) -> Callable[[Node], str]:
 
 def _quantizer_notes(quantizer: Any) -> tuple[str, ...]:
     return tuple(str(note) for note in getattr(quantizer, "notes", ()) or ())
+
+
+def _region_notes(gm: GraphModule) -> list[str]:
+    return [f"{where(node)}: the ops inside its body stay float" for node in opaque_regions(gm)]
 
 
 def _plan_notes(plan: Plan) -> list[str]:
