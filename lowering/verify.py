@@ -164,7 +164,9 @@ class _Tally:
         worst = float(diff.max()) if diff.numel() else 0.0
         step = scale if scale is not None else float(finite.max() - finite.min()) / 255 if finite.numel() else 0.0
         self.abs_diff = max(self.abs_diff, worst)
-        self.steps = max(self.steps, worst / step if step > 0 else (math.inf if worst else 0.0))
+        # float32 carries a difference of outputs to about 1e-5 of a step, and no further
+        steps = worst / step if step > 0 else (math.inf if worst else 0.0)
+        self.steps = max(self.steps, round(steps, 4) if math.isfinite(steps) else steps)
         self.signal += float(finite.square().sum())
         self.noise += float(diff.square().sum())
 

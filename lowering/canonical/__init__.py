@@ -19,6 +19,7 @@ from lowering.canonical.layer_norm import open_layer_norm
 from lowering.canonical.movement import one_grid, quantize_moves
 from lowering.canonical.pooling import explicit_pooling, keep_mean_dims
 from lowering.canonical.reshape import one_view
+from lowering.canonical.select import slice_selects
 
 Rewrite = Callable[[GraphModule], int]
 
@@ -30,6 +31,7 @@ EXACT: tuple[Rewrite, ...] = (
     spread_weight_scale,
     explicit_pooling,
     keep_mean_dims,
+    slice_selects,
     one_view,
     quantize_moves,
     one_grid,

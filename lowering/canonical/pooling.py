@@ -1,6 +1,7 @@
-"""mean(x, [2, 3])  =  flatten(mean(x, [2, 3], keepdim=True)), and average pooling to 1×1 is that mean.
+"""mean(x, [2, 3])  =  squeeze(mean(x, [2, 3], keepdim=True)), and average pooling to 1×1 is that mean.
 
-XNNPACK has a kernel for the mean over height and width that keeps both dimensions, and for no other mean.
+XNNPACK has a kernel for the mean over height and width that keeps both dimensions, and for no other mean. Adaptive
+pooling to a size that divides the input's is pooling with one window.
 """
 
 from __future__ import annotations
@@ -31,10 +32,7 @@ def _kept(node: Node) -> Node | None:
     x = node.args[0]
     assert isinstance(x, Node)
     if node.target is _ATEN.adaptive_avg_pool2d.default:
-        size = node.args[1]
-        if isinstance(size, list | tuple) and all(s == 1 for s in size) and len(shape_of(x)) == 4:
-            return emit(node, _ATEN.mean.dim, x, [2, 3], True)
-        return None
+        return _pooled(node, x)
     if node.target is not _ATEN.mean.dim or len(shape_of(x)) != 4 or node.kwargs.get("dtype") is not None:
         return None
     dims = node.args[1]
@@ -43,6 +41,20 @@ def _kept(node: Node) -> Node | None:
         return None
     mean = emit(node, _ATEN.mean.dim, x, [2, 3], True)
     return emit(node, _ATEN.squeeze.dims, mean, [2, 3])
+
+
+def _pooled(node: Node, x: Node) -> Node | None:
+    """Adaptive pooling to 1×1, or to sizes that divide the input's: then every window is the same."""
+    size, shape = node.args[1], shape_of(x)
+    if not isinstance(size, list | tuple) or len(shape) != 4:
+        return None
+    if all(s == 1 for s in size):
+        return emit(node, _ATEN.mean.dim, x, [2, 3], True)
+    pairs = list(zip(shape[2:], size, strict=True))
+    if not all(isinstance(i, int) and isinstance(o, int) and o > 0 and i % o == 0 for i, o in pairs):
+        return None
+    window = [int(i) // int(o) for i, o in pairs]
+    return emit(node, _ATEN.avg_pool2d.default, x, window, window, [0, 0], False, False)
 
 
 def explicit_pooling(module: GraphModule) -> int:
