@@ -5,15 +5,21 @@ In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program 
 
 from lowering.delegation import Delegation, Leftover, Partition
 from lowering.executorch import ExecuTorchProgram, to_executorch
+from lowering.inductor import InductorProgram, to_inductor
+from lowering.inductor_report import InductorReport, LoweredOp
 from lowering.verify import Bound, Verification, verify
 
 __all__ = [
     "Bound",
     "Delegation",
     "ExecuTorchProgram",
+    "InductorProgram",
+    "InductorReport",
     "Leftover",
+    "LoweredOp",
     "Partition",
     "Verification",
     "to_executorch",
+    "to_inductor",
     "verify",
 ]

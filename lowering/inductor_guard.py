@@ -4,7 +4,7 @@
 
 The patterns look at the shape of the graph and not at everything that must hold. They rewrite a transposed
 convolution into a plain one, ignore the axis and zero points of a weight, and pool integers of one scale into
-integers of another. Inductor fuses the arithmetic into its neighbours, so an op that is guarded costs what a float
+integers of another. On CPUs without VNNI the kernels themselves may saturate. Inductor fuses the arithmetic into its neighbours, so an op that is guarded costs what a float
 op costs.
 """
 
@@ -14,14 +14,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.inductor_graph import call, constant, operands
-from lowering.inductor_rewrites import MOVES
-from lowering.inductor_weights import activation_of, weight_of
+from lowering.inductor_rewrites import ACTIVATION_DQ, MOVES
+from lowering.inductor_saturation import adds_in_16_bits, may_overflow
+from lowering.inductor_weights import CONVOLUTION, activation_of, weight_of
 from quant2e.dialect import qd
 
 aten = torch.ops.aten
 
 _TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
-_ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
 _CARRY = MOVES | {aten.cat.default, aten.max_pool2d.default}
 
 
@@ -61,7 +61,7 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
     weight, activation = _dequantize_behind(weight_of(node)), _dequantize_behind(activation_of(node))
     if weight is None or activation is None or weight.target is not qd.dequantize_per_channel.default:
         return None
-    if activation.target not in _ACTIVATION_DQ:
+    if activation.target not in ACTIVATION_DQ:
         return None
     args, value, points = operands(weight), constant(gm, weight.args[0]), constant(gm, weight.args[2])
     if node.target in _TRANSPOSED or (node.target is aten.convolution.default and operands(node)["transposed"]):
@@ -78,6 +78,12 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
         return "int8 kernels take symmetric weights, and this one has zero points other than 0"
     if operands(activation)["dtype"] not in (torch.uint8, torch.int8):
         return f"int8 kernels take 8-bit activations, not {operands(activation)['dtype']}"
+    depthwise = node.target in CONVOLUTION and value.shape[1] == 1  # its kernels add in 32 bits
+    if adds_in_16_bits() and not depthwise and may_overflow(value, operands(activation)["quant_max"]):
+        return (
+            "int8 kernels may saturate on this CPU, which has no VNNI, with activations and weights this large: "
+            "quantize with reduce_range=True"
+        )
     return None
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lowering.inductor_graph import TAG, constant, operands
+from lowering.inductor_rewrites import ACTIVATION_DQ
 from lowering.inductor_weights import CONVOLUTION, LINEAR, activation_of, weight_of
 from quant2e.dialect import DEQUANTIZE, qd
 from quant2e.errors import where
@@ -202,17 +203,16 @@ def build_report(gm: GraphModule, kernels: Sequence[Kernel], refused: Mapping[st
 
 def _notes(gm: GraphModule, kernels: int, assigned: int) -> tuple[str, ...]:
     notes = []
-    signed = any(
-        node.target is qd.dequantize_per_tensor.default
-        and operands(node)["dtype"] is torch.int8
-        and constant(gm, operands(node)["input"]) is None
-        for node in gm.graph.nodes
-    )
-    if signed:
+    if any(node.target in ACTIVATION_DQ and _signed_activation(gm, node) for node in gm.graph.nodes):
         notes.append(
-            "activations are signed (int8): oneDNN is 2 to 10 times slower on them than on unsigned ones; "
-            "quantize with X86InductorQuantizer for this target"
+            "activations are signed (int8), and oneDNN is made for unsigned ones: they are computed as uint8, moved "
+            "by 128, with the same numbers"
         )
     if kernels > assigned:
         notes.append(f"{kernels - assigned} further int8 kernel(s) could not be traced back to one op")
     return tuple(notes)
+
+
+def _signed_activation(gm: GraphModule, node: Node) -> bool:
+    args = operands(node)
+    return args["dtype"] is torch.int8 and constant(gm, args["input"]) is None

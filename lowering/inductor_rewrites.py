@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.inductor_additions import plain_additions, separate_additions
 from lowering.inductor_graph import call, constant, operands, replace
 from lowering.inductor_weights import (
     activation_of,
@@ -50,7 +51,7 @@ MOVES = frozenset(
 )
 """Ops that move numbers of one tensor, whatever they are."""
 
-_ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
+ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
 _TO_STATIC = {
     qd.quantize_per_tensor.tensor: qd.quantize_per_tensor.default,
     qd.quantize_per_tensor.tensor2: qd.quantize_per_tensor.default,
@@ -241,23 +242,6 @@ def narrow_ranges(gm: GraphModule) -> None:
                 user.replace_input_with(node, found)
 
 
-def plain_additions(gm: GraphModule) -> None:
-    """``add(x, y, alpha=k)`` => ``add(x, y * k)`` and ``add(x, x)`` => ``x * 2``.
-
-    The patterns that fuse an addition into an int8 kernel do not look at ``alpha``, and fail on equal operands.
-    """
-    for node in list(gm.graph.nodes):
-        if node.target not in (aten.add.Tensor, aten.add_.Tensor) or not isinstance(node.args[1], Node):
-            continue
-        alpha = operands(node)["alpha"]
-        if node.args[0] is node.args[1]:
-            node.target, node.args, node.kwargs = aten.mul.Tensor, (node.args[0], 1 + alpha), {}
-        elif alpha != 1:
-            with gm.graph.inserting_before(node):
-                scaled = call(gm, node, aten.mul.Tensor, node.args[1], alpha)
-            node.args, node.kwargs = (node.args[0], scaled), {}
-
-
 def single_precision(gm: GraphModule) -> None:
     """``quantize(float16 x)`` => ``quantize(x.float())``, which is what the eager kernel does first."""
     for node in list(gm.graph.nodes):
@@ -280,7 +264,7 @@ def dequantize_last(gm: GraphModule) -> None:
         while isinstance(source, Node) and source.target in MOVES:
             moves.append(source)
             source = source.args[0] if isinstance(source.args[0], Node) else None
-        if not moves or first is None or not isinstance(source, Node) or source.target not in _ACTIVATION_DQ:
+        if not moves or first is None or not isinstance(source, Node) or source.target not in ACTIVATION_DQ:
             continue
         value: Any = source.args[0]
         with gm.graph.inserting_before(node):
@@ -300,10 +284,11 @@ def one_dequantize_per_user(gm: GraphModule) -> None:
     """
     copies: Counter[tuple[Any, ...]] = Counter()
     for node in list(gm.graph.nodes):
-        place = {qd.dequantize_per_channel.default: 4}.get(node.target, 3 if node.target in _ACTIVATION_DQ else 0)
+        place = {qd.dequantize_per_channel.default: 4}.get(node.target, 3 if node.target in ACTIVATION_DQ else 0)
         if not place or not node.args[place] < node.args[place + 1]:
             continue
-        key = tuple(arg.target if isinstance(arg, Node) and arg.op == "get_attr" else arg for arg in node.args)
+        # The input is no part of the key: two quantize nodes that are equal will be one node by then.
+        key = (node.target, *(None if isinstance(arg, Node) else arg for arg in node.args[1:]))
         for user in list(node.users):
             number = copies[key] % (node.args[place + 1] - node.args[place])
             copies[key] += 1
@@ -333,4 +318,5 @@ REWRITES: tuple[Callable[[GraphModule], None], ...] = (
     plain_additions,
     single_precision,
     dequantize_last,
+    separate_additions,
 )
