@@ -49,10 +49,13 @@ def inductor_passes() -> dict[str, object]:
     return counts
 
 
+LOGGERS = ("", *sorted(name for name in logging.root.manager.loggerDict if name.startswith("torch")))
+"""The root logger and those torch has made so far; one that a further module of torch makes for itself is no change."""
+
+
 def loggers() -> dict[str, list[int]]:
-    """Level and number of handlers, for the root logger and torch's."""
-    names = ["", *sorted(name for name in logging.root.manager.loggerDict if name.startswith("torch"))]
-    return {name: [logging.getLogger(name).level, len(logging.getLogger(name).handlers)] for name in names}
+    """Level and number of handlers of each."""
+    return {name: [logging.getLogger(name).level, len(logging.getLogger(name).handlers)] for name in LOGGERS}
 
 
 def methods(owner: type) -> dict[str, str]:
