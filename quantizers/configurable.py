@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import AnnotationError
+from quantizers.products import products_as_linear
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.scope import Choice, Settings, targets_of, type_name
@@ -27,6 +28,9 @@ class ConfigurableQuantizer(RuleQuantizer):
         self._own_notes: list[str] = []
 
     # ------------------------------------------------------------ what a backend says
+
+    has_linear: ClassVar[bool] = False
+    """Whether the rules quantize linear, so that other spellings of it are worth rewriting."""
 
     @abstractmethod
     def table(self, config: Any) -> Sequence[Rule]:
@@ -78,6 +82,12 @@ class ConfigurableQuantizer(RuleQuantizer):
         return self
 
     # ------------------------------------------------------------ the quantizer's interface
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Spell products with a constant weight as linear, where a configuration covers them."""
+        if self.has_linear:
+            products_as_linear(model, lambda node: self.choose(node).config is not None)
+        return model
 
     def choose(self, node: Node) -> Choice:
         return self._settings.choose(node)

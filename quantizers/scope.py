@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.errors import AnnotationError
 from quant2e.pattern import op, short_name
+from quantizers.products import ORIGINAL_TARGET
 
 _GETATTR = re.compile(r"getattr\((?P<owner>[^()]*), '(?P<name>[^']*)'\)")
 _INDEX = re.compile(r"(?:\._modules)?\[['\"]?(?P<name>[^\]'\"]+)['\"]?\]")
@@ -150,7 +151,7 @@ class Settings:
                 if _is_type(qualified, wanted):
                     yield Choice(config, f"module type '{wanted}'", explicit=True)
         for targets, (spelled, config) in self.operators.items():
-            if node.target in targets:
+            if not targets.isdisjoint(_targets(node)):
                 yield Choice(config, f"operator '{spelled}'", explicit=True)
         if self.everywhere is not None:
             yield Choice(self.everywhere, "the global configuration")
@@ -163,7 +164,7 @@ class Settings:
         nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
         paths = {path for node in nodes for path in enclosing_paths(node)}
         kinds = {kind for node in nodes for _, kind in module_stack(node)}
-        found = {node.target for node in nodes}
+        found = {target for node in nodes for target in _targets(node)}
         owners = {path for path, _ in gm.named_modules()} | {n.target for n in gm.graph.nodes if n.op == "call_module"}
         absent: list[str] = []
         wrong: list[str] = []
@@ -182,6 +183,11 @@ class Settings:
             if targets.isdisjoint(found):
                 wrong.append(f"no op in this graph is {spelled}" + _near(spelled, map(short_name, found)))
         return absent, wrong
+
+
+def _targets(node: Node) -> set[Any]:
+    """What a node calls, and what it called before it was rewritten."""
+    return {node.target, node.meta.get(ORIGINAL_TARGET, node.target)}
 
 
 def _is_type(qualified: str, wanted: str) -> bool:

@@ -27,9 +27,6 @@ from quantizers.rule import Follow, Rule, Same
 
 aten = torch.ops.aten
 
-EPS = 2**-12
-"""Smallest scale of an activation."""
-
 
 def get_default_x86_inductor_quantization_config(
     is_qat: bool = False, is_dynamic: bool = False, reduce_range: bool | None = None
@@ -50,7 +47,7 @@ def _config(is_dynamic: bool, reduce_range: bool) -> QuantizationConfig:
     observer = PlaceholderObserver if is_dynamic else HistogramObserver
     activation = QuantizationSpec(
         dtype=torch.uint8,
-        observer_or_fake_quant_ctr=observer.with_args(eps=EPS),
+        observer_or_fake_quant_ctr=observer.with_args(),
         quant_min=0,
         quant_max=127 if reduce_range else 255,
         qscheme=torch.per_tensor_affine,
@@ -74,6 +71,7 @@ class X86InductorQuantizer(ConfigurableQuantizer):
     matmul where it is asked for by name. Dynamic: linear. ``isa`` describes another machine than this one.
     """
 
+    has_linear: ClassVar[bool] = True
     float_ops: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             [
@@ -181,7 +179,7 @@ def _no_more_than_2d(node: Node) -> bool | str:
 
 
 _CONVOLUTION = op(aten.convolution.default, when=_no_more_than_2d)(f.x, f.w, f.b)
-_CONV = f.conv1d | f.conv2d | _CONVOLUTION
+_CONV_2D = f.conv2d | _CONVOLUTION
 _CONV_UNARY = op(
     aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default, aten.silu.default
 )
@@ -200,7 +198,8 @@ def _static(config: Any) -> tuple[Rule, ...]:
     reshapes = op(aten.flatten.using_ints, aten.view.default, aten.reshape.default)(f.x)
     return (
         Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
-        Rule(_CONV_UNARY(_CONV) | _CONV, product, name="conv"),
+        # int8 conv1d has no fused activation but relu.
+        Rule(_CONV_UNARY(_CONV_2D) | f.relu(f.conv1d) | _CONV_2D | f.conv1d, product, name="conv"),
         Rule(_added(f.linear), product, None, _equal_shapes, "linear + add"),
         Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
         Rule(op(aten.matmul.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),

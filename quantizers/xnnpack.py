@@ -28,7 +28,10 @@ from quantizers.rule import Follow, Rule, Same
 aten = torch.ops.aten
 
 ACTIVATION_EPS = 2**-12
-"""Smallest scale of an activation."""
+"""Smallest scale of a static activation: the delegate bounds the ratios of scales."""
+
+DYNAMIC_EPS = torch.finfo(torch.float32).eps
+"""Smallest scale of a dynamic activation."""
 
 WEIGHT_EPS = 2**-16
 """Smallest scale of a weight. The delegate stores a bias as int32 with scale s_x·s_w ≥ 2⁻²⁸, so |bias| < 8 always fits."""
@@ -54,7 +57,7 @@ def get_symmetric_quantization_config(
     observer = PlaceholderObserver if is_dynamic else HistogramObserver
     activation = QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=observer.with_args(eps=ACTIVATION_EPS),
+        observer_or_fake_quant_ctr=observer.with_args(eps=DYNAMIC_EPS if is_dynamic else ACTIVATION_EPS),
         quant_min=act_qmin,
         quant_max=act_qmax,
         qscheme=torch.per_tensor_affine,
@@ -160,6 +163,7 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
     two-dimensional convolutions. Weight-only configurations are refused: the delegate has no such kernels.
     """
 
+    has_linear: ClassVar[bool] = True
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     float_ops: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
