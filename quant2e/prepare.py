@@ -71,6 +71,10 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
 
 
 def _annotate(gm: GraphModule, quantizer: Any) -> GraphModule:
+    if isinstance(quantizer, type):
+        raise AnnotationError(
+            f"{quantizer.__name__} is a class; a quantizer has annotate(model): pass an object, {quantizer.__name__}()"
+        )
     for method in ("annotate", "validate"):
         if not callable(getattr(quantizer, method, None)):
             raise AnnotationError(
