@@ -42,12 +42,17 @@ def mean_over(edges: Tensor, grid: Grid, qparams: QParams) -> Tensor:
     """
     scale, least, most = _bounds(grid, qparams)
     t = edges / scale
-    r = torch.clamp(torch.round(t), least, most)
-    integral = (t - r) ** 3 / 3 + r / 12
+    r = torch.round(t).clamp_(least, most)
     width = t.diff(dim=1)
+    d = t.sub_(r)
+    integral = d * d
+    integral.mul_(d).div_(3).add_(r.div_(12))
     narrow = width < 1e-6
-    mean = integral.diff(dim=1) / torch.where(narrow, 1.0, width) * scale**2
-    return torch.where(narrow, ((t - r) * scale)[:, :-1] ** 2, mean)
+    mean = integral.diff(dim=1)
+    if not bool(narrow.any()):
+        return mean.div_(width).mul_(scale**2)
+    mean.div_(torch.where(narrow, 1.0, width)).mul_(scale**2)
+    return torch.where(narrow, (d * scale)[:, :-1] ** 2, mean)
 
 
 @dataclass(frozen=True)
@@ -73,33 +78,48 @@ def filling(state: HistogramState) -> Filling:
     return Filling(edges, count, count > _PEAK * (around[:-2] + around[2:]) / 2)
 
 
-def expected(state: HistogramState, grid: Grid, qparams: QParams) -> Tensor:
+def expected(bins: Filling, grid: Grid, qparams: QParams) -> Tensor:
     """Mean squared error of each candidate, float64 ``[candidates]``, values being spread evenly over their bin."""
-    bins = filling(state)
     return mean_over(bins.edges, grid, qparams) @ bins.count / bins.count.sum()
 
 
-def advantage(state: HistogramState, grid: Grid, qparams: QParams, reference: QParams) -> Tensor:
-    """By how much each candidate's mean squared error is below that of ``reference``: float64 ``[candidates]``.
+@dataclass(frozen=True)
+class Reference:
+    """The grid that candidates have to beat, and its error on the bins of one histogram."""
 
-    It is a cautious number, never larger than the difference of `expected`:
+    bins: Filling
+    grid: Grid
+    qparams: QParams
+    present: Tensor
+    points: Tensor
+    probed: Tensor
 
-    - Evenly filled bins count with the means over the bin, less three standard deviations of what the actual values
-      in them may do (`_noise`).
-    - In a bin that stands out from its neighbours the values may all be equal (zeros after a relu, a constant, a few
-      distinct values, everything beside one outlier): it counts with the point of the bin that favours the candidate
-      least, and never with more than its mean.
-    """
-    bins = filling(state)
-    present = mean_over(bins.edges, grid, reference)
-    gain = present - mean_over(bins.edges, grid, qparams)
-    if bool(bins.peak.any()):
-        along = torch.linspace(0, 1, _PROBES, dtype=torch.float64)
-        points = torch.lerp(bins.edges[:-1, None], bins.edges[1:, None], along)[bins.peak].flatten()
-        probed = pointwise(points, grid, reference) - pointwise(points, grid, qparams)
-        least = probed.unflatten(1, (-1, _PROBES)).amin(2)
-        gain[:, bins.peak] = torch.minimum(gain[:, bins.peak], least)
-    return (gain @ bins.count - 3 * _noise(present, bins)) / bins.count.sum()
+    def advantage(self, qparams: QParams) -> Tensor:
+        """By how much each candidate's mean squared error is below the reference's: float64 ``[candidates]``.
+
+        It is a cautious number, never larger than the difference of `expected`:
+
+        - Evenly filled bins count with the means over the bin, less three standard deviations of what the actual
+          values in them may do (`_noise`).
+        - In a bin that stands out from its neighbours the values may all be equal (zeros after a relu, a constant, a
+          few distinct values, everything beside one outlier): it counts with the point of the bin that favours the
+          candidate least, and never with more than its mean.
+        """
+        bins = self.bins
+        gain = self.present - mean_over(bins.edges, self.grid, qparams)
+        if self.points.numel():
+            probed = self.probed - pointwise(self.points, self.grid, qparams)
+            least = probed.unflatten(1, (-1, _PROBES)).amin(2)
+            gain[:, bins.peak] = torch.minimum(gain[:, bins.peak], least)
+        return (gain @ bins.count - 3 * _noise(self.present, bins)) / bins.count.sum()
+
+
+def reference(bins: Filling, grid: Grid, qparams: QParams) -> Reference:
+    """The error of one grid, ``qparams`` of one candidate, as the mark for others."""
+    along = torch.linspace(0, 1, _PROBES, dtype=torch.float64)
+    points = torch.lerp(bins.edges[:-1, None], bins.edges[1:, None], along)[bins.peak].flatten()
+    present = mean_over(bins.edges, grid, qparams)
+    return Reference(bins, grid, qparams, present, points, pointwise(points, grid, qparams))
 
 
 def _noise(error: Tensor, bins: Filling) -> Tensor:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant2e.clipping import products, promising
 from quant2e.errors import AnnotationError
 from quant2e.histogram import HistogramState
 from quant2e.qparams import Grid
-from quant2e.quantization_error import advantage
+from quant2e.quantization_error import filling, reference
 
-_SWEEPS = (
-    tuple(i / 64 for i in range(1, 65)),
-    *(tuple(1 + i / 1024 for i in range(-16, 17)),) * 2,
-)
-"""Factors tried on the bounds by the squared-error search: over the whole range, then twice around the best."""
+_EVERYWHERE = tuple(i / 12 for i in range(1, 13))
+_CLOSE = tuple(1 + i / 32 for i in range(-2, 3))
+_CLOSER = tuple(1 + i / 96 for i in range(-1, 2))
+"""Factors tried on the bounds: both together over the whole range, each around the promising one, and then the best."""
 
 
 def minmax(state: HistogramState) -> tuple[float, float]:
@@ -106,35 +106,35 @@ def entropy(state: HistogramState, grid: Grid) -> tuple[float, float]:
     return _clip(state, (levels + best) * width)
 
 
-def _candidates(best: tuple[float, float], factor: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Ranges like ``best``, its bounds multiplied by ``factor``, together and (unless symmetric) one at a time."""
-    low, high = best[0] * factor, best[1] * factor
-    if symmetric:
-        return low, high
-    same = torch.ones_like(factor)
-    return torch.cat([low, low, best[0] * same]), torch.cat([high, best[1] * same, high])
-
-
 def mse(state: HistogramState, grid: Grid) -> tuple[float, float]:
     """The range whose quantization error, squared and averaged over the data, is smallest.
 
-    Candidates shrink both bounds together and one at a time, first over the whole range and then close to the best
-    one, each rounded to the scale and zero point it would really get. Where the counts leave open what a candidate
-    does to the data it counts against the candidate (see `quantization_error.advantage`), so the result is never
-    worse than `minmax` on the histogram.
+    A cheap estimate (`clipping`) says where to look; candidates around that, each rounded to the scale and zero point
+    it would really get, are compared on every bin. Where the counts leave open what a candidate does to the data it
+    counts against the candidate (see `quantization_error.Reference`), so the result is never worse than `minmax` on
+    the histogram.
     """
     start = minmax(state)
     low, high = min(start[0], 0.0), max(start[1], 0.0)
-    reference = grid.qparams(torch.tensor([low]), torch.tensor([high]))
+    bins = filling(state)
+    mark = reference(bins, grid, grid.qparams(torch.tensor([low]), torch.tensor([high])))
+    lows, highs = _products(promising(bins, grid, low, high), _CLOSE, grid)
+    together = torch.tensor(_EVERYWHERE, dtype=torch.float64)
+    lows, highs = torch.cat([lows, low * together]), torch.cat([highs, high * together])
     best, gain = start, 0.0
-    for factor in _SWEEPS:
-        lows, highs = _candidates(best, torch.tensor(factor, dtype=torch.float64), grid.symmetric)
+    for _ in range(2):
         lows, highs = lows.clamp(low, 0.0), highs.clamp(0.0, high)
-        gains = advantage(state, grid, grid.qparams(lows, highs), reference)
+        gains = mark.advantage(grid.qparams(lows, highs))
         pick = int(torch.argmax(gains))
+        around = float(lows[pick]), float(highs[pick])
         if float(gains[pick]) > gain:
-            best, gain = (float(lows[pick]), float(highs[pick])), float(gains[pick])
+            best, gain = around, float(gains[pick])
+        lows, highs = _products(around, _CLOSER, grid)
     return best
+
+
+def _products(around: tuple[float, float], factors: tuple[float, ...], grid: Grid) -> tuple[Tensor, Tensor]:
+    return products(*around, torch.tensor(factors, dtype=torch.float64), grid.symmetric)
 
 
 METHODS = ("minmax", "percentile", "mse", "entropy")

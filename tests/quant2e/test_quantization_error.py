@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from quant2e.histogram import Histogram
 from quant2e.qparams import Grid
-from quant2e.quantization_error import advantage, expected, filling, mean_over, pointwise
+from quant2e.quantization_error import expected, filling, mean_over, pointwise, reference
 
 GRID = Grid(dtype=torch.int8, quant_min=-4, quant_max=3, qscheme=torch.per_tensor_affine)
 
@@ -58,7 +58,7 @@ def test_expected_error_is_close_to_the_datas():
     scale, zero_point = 0.4, 0
     dequantized = np.clip(np.round(x.double().numpy() / np.float32(scale)), -4, 3) * np.float32(scale)
     exact = np.mean((dequantized - x.double().numpy()) ** 2)
-    assert expected(state, GRID, parameters((scale, zero_point))).item() == pytest.approx(exact, rel=1e-3)
+    assert expected(filling(state), GRID, parameters((scale, zero_point))).item() == pytest.approx(exact, rel=1e-3)
 
 
 @settings(max_examples=50, deadline=None)
@@ -68,6 +68,6 @@ def test_expected_error_is_close_to_the_datas():
 )
 def test_the_advantage_is_never_overstated(data, factor):
     state = Histogram(32).update(Histogram(32).init(), torch.tensor(data))
-    reference, candidate = parameters((2.5, 0)), parameters((2.5 * factor, 0))
-    claimed = advantage(state, GRID, candidate, reference)
-    assert claimed <= expected(state, GRID, reference) - expected(state, GRID, candidate) + 1e-9
+    present, candidate = parameters((2.5, 0)), parameters((2.5 * factor, 0))
+    claimed = reference(filling(state), GRID, present).advantage(candidate)
+    assert claimed <= expected(filling(state), GRID, present) - expected(filling(state), GRID, candidate) + 1e-9
