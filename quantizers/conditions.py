@@ -41,6 +41,13 @@ def same_dtype(node: Node) -> bool | str:
     return True if before is not None and before.dtype == value(node).dtype else "it changes the dtype"
 
 
+def zero_padding(node: Node) -> bool | str:
+    """A padding with zeros, which every affine range holds exactly."""
+    if operand(node, "mode") not in (None, "constant"):
+        return "it does not pad with a constant"
+    return True if operand(node, "value") in (None, 0, 0.0) else "it pads with something else than zero"
+
+
 def not_transposed(node: Node) -> bool | str:
     """``aten.convolution`` without ``transposed``."""
     return True if operand(node, "transposed") is False else "it is a transposed convolution"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quant2e.pattern import Arg, constant, op
-from quantizers.conditions import batched, in_eval_mode, not_transposed, same_dtype, unscaled
+from quantizers.conditions import batched, in_eval_mode, not_transposed, same_dtype, unscaled, zero_padding
 
 aten = torch.ops.aten
 
@@ -43,7 +43,8 @@ moves = (
         aten.detach.default, aten.channel_shuffle.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
         aten.flip.default, aten.roll.default, aten.repeat.default,
     )(x)
+    | op(aten.pad.default, aten.constant_pad_nd.default, when=zero_padding)(x)
     | op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)(x)
     | op(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, when=same_dtype)(x)
 )  # fmt: skip
-"""Ops that move values without changing any: every value of the result is one of the operand's."""
+"""Ops that move values without changing any: every value of the result is one of the operand's, or zero."""

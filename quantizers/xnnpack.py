@@ -19,7 +19,7 @@ from quant2e.observer import HistogramObserver, MinMaxObserver, PerChannelMinMax
 from quant2e.pattern import Either, Match, Op, op
 from quant2e.specs import PER_CHANNEL_SCHEMES, QuantizationSpec
 from quantizers import families as f
-from quantizers.conditions import operand_value, spatial, value
+from quantizers.conditions import operand_value, spatial, value, zero_padding
 from quantizers.config import QuantizationConfig
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.provenance import literal
@@ -142,6 +142,18 @@ def _of_several(match: Match) -> bool | str:
     return True if len(producers) > 1 else "XNNPACK concatenates at least two different tensors"
 
 
+def _pads_image(node: Node) -> bool | str:
+    """A padding that the delegate computes with the convolution behind it: zeros, around the spatial dimensions."""
+    if (answer := zero_padding(node)) is not True:
+        return answer
+    sizes, image = literal(node, "pad"), operand_value(node, 0)
+    if sizes is None or image is None or any(not isinstance(size, int) or size < 0 for size in sizes):
+        return "its sizes are not fixed, or it crops"
+    spatial_only = not any(sizes[2 * (image.dim() - 2) :])
+    return True if spatial_only and any(sizes) else "it does not pad the spatial dimensions"
+
+
+_PADDED = op(aten.pad.default, aten.constant_pad_nd.default, when=_pads_image)(f.x)
 _CONVOLUTION = op(aten.convolution.default, when=_up_to_two_dimensions)(f.x, f.w, f.b)
 _DECONVOLUTION = op(aten.convolution.default, when=_deconvolution_2d)(f.x, f.w, f.b)
 _MAX_POOL = op(aten.max_pool2d.default, when=_stride_within_kernel)
@@ -253,7 +265,9 @@ def _static(config: Any) -> tuple[Rule, ...]:
     per_channel = weight is not None and weight.qscheme in PER_CHANNEL_SCHEMES
     deconv = {"x": act, "w": replace(weight, ch_axis=1) if per_channel else weight}
     limit = _ungrouped if per_channel else None
+    padded = _clamped(f.conv1d(_PADDED, f.w, f.b)) | _clamped(f.conv2d(_PADDED, f.w, f.b))
     return (
+        Rule(padded, product, out, name="pad + conv"),
         Rule(_clamped(f.conv1d) | _clamped(f.conv2d) | _clamped(_CONVOLUTION), product, out, name="conv"),
         Rule(_clamped(f.conv_transpose2d) | _clamped(_DECONVOLUTION), deconv, out, limit, "conv_transpose2d"),
         Rule(_clamped(f.linear), product, out, name="linear"),

@@ -117,6 +117,17 @@ CONV = nn.Conv2d(3, 4, 3)
             "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
             "mean: conv2d = conv2d -> = conv2d>mean  [mean]",
         ]),
+        # zeros around an image are the convolution's; other paddings with zero move values
+        (Of(lambda m, x: m.c(F.pad(x, (0, 1, 0, 1))), c=CONV), IMAGE, [
+            "pad: inputs_0 a  [pad + conv]",
+            "conv2d: c_weight w0 -> a  [pad + conv]",
+        ]),
+        (Of(lambda m, x: F.pad(m.c(x), (0, 0, 0, 0)), c=CONV), IMAGE, [
+            "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
+            "pad: conv2d = conv2d -> = conv2d>pad  [moves]",
+        ]),
+        (Of(lambda m, x: F.pad(m.c(x), (0, 1), value=1.0), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
+        (Of(lambda m, x: F.pad(m.c(x), (1, 1, 1, 1), mode="reflect"), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: m.c(x).mean([2, 3]), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.avg_pool2d(m.c(x), 2), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.max_pool2d(m.c(x), 2, stride=3), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
@@ -252,7 +263,7 @@ def _unsigned():
 def test_capabilities():
     able = XNNPACKQuantizer.quantization_capabilities()
     assert set(able) == {
-        "conv", "conv_transpose2d", "linear", "add", "sub", "mul", "cat", "max_pool2d", "mean", "clamp", "moves",
+        "pad + conv", "conv", "conv_transpose2d", "linear", "add", "sub", "mul", "cat", "max_pool2d", "mean", "clamp", "moves",
         "dynamic linear", "dynamic conv2d",
     }  # fmt: skip
     assert able["linear"] == ("hardtanh|relu|relu6(linear(x, w, b?))", "linear(x, w, b?)")
