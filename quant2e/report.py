@@ -176,9 +176,11 @@ def _judge_node(
     if operands.activations and all(operands.activations):
         partly = "" if all(operands.constants[:1]) or not operands.constants else ", weight float"
         return Verdict(op, STATIC, rule + partly)
-    if not any(operands.activations) and any(operands.constants):
-        return Verdict(op, WEIGHT_ONLY, rule)
     fused = _fused_into(node, made)
+    # A pattern may begin with an op that only moves its input: pad and convolution.
+    begun = fused is not None and fused.kind == STATIC and fused.reason == rule
+    if not any(operands.activations) and any(operands.constants) and not begun:
+        return Verdict(op, WEIGHT_ONLY, rule)
     if fused is not None:
         return Verdict(op, fused.kind, rule if rule != "annotated" else f"fused with {fused.op.name}")
     if any(operands.activations):
