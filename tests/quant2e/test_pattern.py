@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from quant2e.errors import AnnotationError
@@ -244,3 +246,28 @@ def test_time_is_linear_in_the_length_of_a_chain():
     assert len(found(relu(add(x)), graph)) == 300
     deep = graph_of(lambda m, i: F.linear(i, chain(m, m.table)), ROW)
     assert found(linear, deep) == ["linear: x=i>linear, w=relu_299>linear"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7), st.integers(0, 7)), min_size=1, max_size=12))
+def test_matches_are_disjoint_and_closed(steps):
+    """On any graph: no node is in two matches, inner nodes feed their match only, and matches find themselves again."""
+
+    def build(m, i):
+        values = [i]
+        for kind, a, c in steps:
+            left, right = values[a % len(values)], values[c % len(values)]
+            values.append([F.relu(left), left + right, m.conv(left), left * 2][kind])
+        return tuple(values[1:])
+
+    graph = graph_of(build, IMAGE)
+    whole = relu(add([conv, y])) | add([conv, y]) | relu(conv) | conv | add(x, y) | relu(x)
+    matches = list(find(whole, graph))
+    nodes = [n for m in matches for n in m.nodes]
+    assert len(nodes) == len(set(nodes))
+    for m in matches:
+        assert all(set(n.users) <= set(m.nodes) for n in m.nodes[:-1])
+        assert all(producer not in m.nodes for edges in m.operands.values() for producer, _ in edges)
+        assert any(again.nodes == m.nodes for again in solutions(whole, m.root))
+    targets = {aten.relu.default, aten.add.Tensor, aten.conv2d.default}
+    assert set(nodes) == {n for n in graph.nodes if n.target in targets}
