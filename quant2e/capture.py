@@ -23,7 +23,7 @@ from torch.nn import Module
 
 from quant2e.errors import CaptureError, where
 from quant2e.graph_module import CapturedModule, copy_graph
-from quant2e.inputs import read_inputs
+from quant2e.inputs import distinct, read_inputs
 from quant2e.passes.inline_regions import inline_regions
 from quant2e.train_eval import is_training_graph
 
@@ -64,6 +64,7 @@ def capture(
     _check_signature(model, args, keywords)
     with _untouched(model):
         try:
+            args, keywords = distinct(args, keywords)
             program = torch.export.export(model, args, keywords, dynamic_shapes=dynamic_shapes)
             captured = as_graph_module(program)
         except CaptureError:

@@ -30,6 +30,19 @@ _GUARD_MESSAGE = "Guard failed: "
 _NAMESPACE = {**SYMPY_INTERP, "math": math, "inf": math.inf}
 
 
+def distinct(*example: Any) -> Any:
+    """The same inputs with no tensor twice: torch.export takes two inputs that are one object for one input."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) in seen:
+            return tensor.detach().requires_grad_(tensor.requires_grad)
+        seen.add(id(tensor))
+        return tensor
+
+    return pytree.tree_map_only(Tensor, own, example)
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """Calling convention of a captured graph.

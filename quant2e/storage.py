@@ -21,6 +21,7 @@ from quant2e.archive_check import check_archive
 from quant2e.atomic import atomic_file
 from quant2e.capture import as_graph_module
 from quant2e.errors import FileFormatError, Quant2eError
+from quant2e.inputs import distinct
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.model import QuantizedModel
 from quant2e.recipe import Recipe, recipe_of
@@ -50,6 +51,7 @@ def save(
         raise Quant2eError(f"'{target.name}': the suffix of an exported program is .pt2")
     module, args, kwargs, shapes, record = _parts(model, example_inputs, dynamic_shapes)
     try:
+        args, kwargs = distinct(args, kwargs)
         program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise Quant2eError(f"the quantized graph cannot be exported with these inputs: {error}") from error

@@ -326,3 +326,14 @@ def test_a_captured_model_exports_again_and_compiles():
     program = torch.export.export(captured, (x,), dynamic_shapes=({0: Dim("batch")},))
     assert torch.equal(program.module()(torch.ones(5, 3, 8, 8)), model(torch.ones(5, 3, 8, 8)))
     assert torch.equal(torch.compile(captured, backend="eager")(x), model(x))
+
+
+def test_one_tensor_given_for_two_inputs_is_two_inputs():
+    class Difference(nn.Module):
+        def forward(self, x, y, *, z):
+            return x * 4 - y * 2 - z
+
+    one = torch.randn(2)
+    captured = capture(Difference().eval(), (one, one), {"z": one})
+    x, y, z = torch.randn(3, 2).unbind()
+    assert torch.equal(captured(x, y, z=z), x * 4 - y * 2 - z)
