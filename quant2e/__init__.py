@@ -23,6 +23,7 @@ from quant2e.graph_module import (
     move_exported_model_to_eval,
     move_exported_model_to_train,
 )
+from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
 from quant2e.model import QuantizedModel, quantize
 from quant2e.observer import (
     FixedQParamsObserver,
@@ -72,6 +73,8 @@ __all__ = [
     "FixedQParamsQuantizationSpec",
     "Group",
     "HistogramObserver",
+    "IntegerReport",
+    "IntegerVerdict",
     "LoweringError",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
@@ -93,6 +96,7 @@ __all__ = [
     "Recipe",
     "RecordingObserver",
     "Report",
+    "Requantization",
     "SharedQuantizationSpec",
     "Verdict",
     "allow_exported_model_train_eval",
@@ -106,6 +110,7 @@ __all__ = [
     "default_per_channel_weight_observer",
     "default_placeholder_observer",
     "default_weight_observer",
+    "integer_report",
     "load",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
@@ -113,4 +118,5 @@ __all__ = [
     "prepare_pt2e",
     "quantize",
     "save",
+    "to_integer",
 ]

@@ -29,9 +29,13 @@ from quant2e.report import tensor_bytes
 from quant2e.verify import check
 
 
-def convert_pt2e(prepared: GraphModule, fold_quantize: bool = True) -> GraphModule:
+def convert_pt2e(
+    prepared: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
+) -> GraphModule:
     """Replace every observer by the quantize/dequantize pair its statistics ask for.
 
+    ``use_reference_representation``: the graph computes in integers, as `quant2e.to_integer` writes it, in place of
+    float ops between dequantize and quantize.
     ``fold_quantize``: keep weights as integers; False leaves them float, in front of their quantize op.
     ``prepared`` is not changed and can be converted again. Raises `CalibrationError` that names every op whose tensor
     saw no data or has no usable range.
@@ -66,6 +70,10 @@ def convert_pt2e(prepared: GraphModule, fold_quantize: bool = True) -> GraphModu
         report = replace(ledger.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
         found = tuple(encodings.get(name) for name in ledger.observers)
         gm.meta[LEDGER] = replace(ledger, report=report, encodings=found)
+    if use_reference_representation:
+        from quant2e.integer import to_integer
+
+        return to_integer(gm)
     return gm
 
 

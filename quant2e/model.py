@@ -95,6 +95,7 @@ def quantize(
     *,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    use_reference_representation: bool = False,
     allow_unquantized: bool = False,
     progress: Progress | None = None,
 ) -> QuantizedModel:
@@ -103,7 +104,8 @@ def quantize(
     ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
     ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
     weight-only quantizers need none. A few of its batches are held out, never calibrated on, to measure the SQNR in
-    the report. ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the
+    the report. ``use_reference_representation``: the module computes in integers, see `quant2e.to_integer`.
+    ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the
     number of batches done and the total, where it is known.
 
     ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
@@ -131,7 +133,7 @@ def quantize(
         held_out = stream.kept
         kind = "held-out batch" if stream.separate else "calibration batch"
         measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
-    converted = convert_pt2e(prepared)
+    converted = convert_pt2e(prepared, use_reference_representation)
     ledger = ledger_of(converted)
     sqnr = output_sqnr(_bystander(captured), _bystander(converted), held_out)
     report = replace(ledger.report, sqnr_db=sqnr, sqnr_source=measured_on)

@@ -1,0 +1,108 @@
+"""The entry: Q/DQ graph in, integer graph out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
+from quant2e.errors import Quant2eError
+from quant2e.graph_module import copy_graph
+from quant2e.integer.build import Builder, Record
+from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
+from quant2e.integer.requantization import Requantization
+from quant2e.integer.rewrite import rewrite
+from quant2e.integer.values import Context
+from quant2e.ledger import LEDGER, Ledger
+from quant2e.passes import run
+from quant2e.passes.constants import constant_nodes
+from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
+from quant2e.passes.fold_weights import fold_weights
+from quant2e.report import tensor_bytes
+
+
+def to_integer(
+    converted: GraphModule, *, requantization: Requantization = "float32", strict: bool = False
+) -> GraphModule:
+    """The integer form of a Q/DQ graph, in ATen ops only; ``converted`` is not changed.
+
+    ``requantization``: from accumulators to outputs. ``"float32"``: multiply in float, round half to even (XNNPACK);
+    ``"fixed_point"``: int32 multiplier and shift, rounding twice (gemmlowp, TFLite); ``"fixed_point_single_rounding"``:
+    the same, rounding once (TOSA); ``"power_of_two"``: shifts, for scales that are powers of two apart.
+
+    What has no integer form stays between dequantize and quantize and is listed in the report (`integer_report`).
+    ``strict``: raise `Quant2eError` that lists such ops instead, where the quantizer had asked for them.
+    """
+    if not isinstance(converted, GraphModule):
+        raise Quant2eError(f"to_integer takes what convert_pt2e returned, not a {type(converted).__name__}")
+    if requantization not in get_args(Requantization):
+        raise Quant2eError(f"requantization={requantization!r}: choose one of {', '.join(get_args(Requantization))}")
+    if INTEGER in converted.meta:
+        raise Quant2eError("this graph computes in integers already")
+    gm = copy_graph(converted)
+    if not any(n.target in QUANTIZE | DEQUANTIZE for n in gm.graph.nodes if n.op == "call_function"):
+        raise Quant2eError("this graph has no quantize or dequantize ops: convert a prepared model first")
+    run(gm, (fold_weights,))
+    float_ops = [node.name for node in gm.graph.nodes if _computes_float(node)]
+    targets = {node.name: str(node.target) for node in gm.graph.nodes}
+    asked = _asked(gm)
+    ctx = Context(gm, Builder(gm, requantization), constant_nodes(gm.graph))
+    constants = {node.name for node in ctx.constants}
+    rewrite(ctx)
+    run(gm, (remove_dead_code, prune_unused_attributes))
+    gm.graph.lint()
+    gm.recompile()
+    verdicts = tuple(
+        IntegerVerdict(name, targets[name], name in ctx.integer, _reason(ctx, name), name in asked)
+        for name in float_ops
+        if name not in constants
+    )
+    report = IntegerReport(requantization, verdicts, tuple(dict.fromkeys(ctx.b.notes)), _alive(gm, ctx.b))
+    if strict and report.left:
+        lines = "\n".join(f"  '{v.name}' ({v.op}): {v.reason}" for v in report.left)
+        raise Quant2eError(f"{len(report.left)} quantized ops have no integer form ({requantization}):\n{lines}")
+    _file(gm, report)
+    return gm
+
+
+def _computes_float(node: Node) -> bool:
+    if node.op != "call_function" or node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
+        return False
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point() and "getitem" not in str(node.target)
+
+
+def _asked(gm: GraphModule) -> set[str]:
+    """Ops that the quantizer annotated; without a record of it, those between a dequantize and a quantize op."""
+    ledger = gm.meta.get(LEDGER)
+    if isinstance(ledger, Ledger) and ledger.report.verdicts:
+        return {v.op.name for v in ledger.report.verdicts if v.quantized}
+    return {
+        node.name
+        for node in gm.graph.nodes
+        if any(n.target in DEQUANTIZE for n in node.all_input_nodes) and any(u.target in QUANTIZE for u in node.users)
+    }
+
+
+def _reason(ctx: Context, name: str) -> str:
+    return ctx.integer.get(name) or ctx.left.get(name) or "nothing reads it in integers"
+
+
+def _alive(gm: GraphModule, b: Builder) -> tuple[Record, ...]:
+    names = {node.name for node in gm.graph.nodes}
+    return tuple(r for r in b.records if {r.output, *r.inputs.values()} <= names)
+
+
+def _file(gm: GraphModule, report: IntegerReport) -> None:
+    """Put the report into ``gm.meta``, and what stays float into the notes of the general report."""
+    gm.meta[INTEGER] = report
+    ledger = gm.meta.get(LEDGER)
+    if isinstance(ledger, Ledger):
+        integer = sum(v.integer for v in report.verdicts)
+        head = f"integer representation ({report.requantization}): {integer} ops compute in integers"
+        left = [f"'{v.name}' stays between dequantize and quantize: {v.reason}" for v in report.left]
+        general = replace(ledger.report.with_notes([head, *left, *report.notes]), quantized_bytes=tensor_bytes(gm))
+        gm.meta[LEDGER] = replace(ledger, report=general)

@@ -1,0 +1,252 @@
+"""Pooling.
+
+max:   the maximum of the integers               mean, average:   acc = Σ (x - zero_point),  ratio = scale_x / scale_out / n
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quant2e.dataflow import operand
+from quant2e.integer.build import NoIntegerFormError, Record
+from quant2e.integer.grid import Grid
+from quant2e.integer.values import Context, Part, Value, Wide, grid_attributes, rank
+
+aten = torch.ops.aten
+
+
+class Maximum(Value):
+    """The largest value of each window or line: it is one of the values, so it stays on their grid."""
+
+    def __init__(self, node: Node, source: Value) -> None:
+        super().__init__(node)
+        self.source = source
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.source.grid
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        x = self.source.quantized(ctx, grid)
+        ctx.integer[self.node.name] = "maximum of integers"
+        if self.node.target is aten.max_pool1d.default:
+            sizes = [_pair(operand(self.node, i), first) for i, first in ((1, 1), (2, 1), (3, 0), (4, 1))]
+            wide = ctx.b.call(aten.unsqueeze.default, x, -2)
+            pooled = ctx.b.call(aten.max_pool2d.default, wide, *sizes, operand(self.node, 5))
+            out = ctx.b.call(aten.squeeze.dim, pooled, -2)
+        else:
+            out = ctx.b.call(self.node.target, x, *self.node.args[1:], **self.node.kwargs)
+        attributes = {"op": str(self.node.target), "args": [_plain(a) for a in self.node.args[1:]]}
+        ctx.b.record(
+            Record(
+                name=self.node.name,
+                kind="maximum",
+                inputs={"x": x.name},
+                output=out.name,
+                constants={},
+                attributes=attributes | grid_attributes(grid),
+            )
+        )
+        return out
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _pair(size: Sequence[int] | int, first: int) -> list[int]:
+    """Sizes of a window along one dimension as sizes along two; an empty stride stays empty."""
+    sizes = [size] if isinstance(size, int) else list(size)
+    return [first, sizes[0]] if sizes else []
+
+
+def _maximum(ctx: Context, node: Node) -> Value:
+    return Maximum(node, ctx.value(node.args[0], node))
+
+
+def _source(ctx: Context, node: Node) -> tuple[Node, Grid, Sequence[Any]]:
+    """The integers that are averaged, their grid and their shape."""
+    value = ctx.value(node.args[0], node)
+    if value.grid is None:
+        raise NoIntegerFormError(node, f"its operand '{value.node.name}' is not quantized by itself")
+    shape = value.node.meta["val"].shape
+    return value.quantized(ctx, value.grid), value.grid, shape
+
+
+def _static(node: Node, sizes: Sequence[Any]) -> list[int]:
+    if not all(type(size) is int for size in sizes):
+        raise NoIntegerFormError(node, "how many values it averages depends on the input's shape")
+    return [int(size) for size in sizes]
+
+
+def _average(
+    node: Node,
+    x: Node,
+    grid: Grid,
+    acc: Node,
+    count: float | Tensor,
+    most: int,
+    attributes: dict[str, Any],
+) -> Value:
+    """What is known of a sum ``acc`` of ``count`` values, ``most`` at the most."""
+    part = Part(acc, (grid.scale,), most * grid.span, count=count)
+    known = attributes | {"zero_point": grid.zero_point}
+    counts = {"count": torch.as_tensor(count)}
+    return Wide(node, [part], kind="average", inputs={"x": x.name}, constants=counts, attributes=known)
+
+
+def _mean(ctx: Context, node: Node) -> Value:
+    x, grid, shape = _source(ctx, node)
+    if operand(node, "dtype") is not None:
+        raise NoIntegerFormError(node, "it changes the dtype")
+    named = operand(node, "dim")
+    dims = [d % len(shape) for d in ([named] if isinstance(named, int) else named or range(len(shape)))]
+    return _total(ctx, node, x, grid, shape, dims, keepdim=bool(operand(node, "keepdim")), mean=True)
+
+
+def _total(
+    ctx: Context, node: Node, x: Node, grid: Grid, shape: Sequence[Any], dims: list[int], *, keepdim: bool, mean: bool
+) -> Value:
+    count = math.prod(_static(node, [shape[d] for d in dims]))
+    dtype = torch.int32 if count * grid.span < 2**31 else torch.int64
+    with ctx.b.at(node):
+        acc = ctx.b.call(aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype)
+        if grid.zero_point:
+            acc = ctx.b.call(aten.sub.Tensor, acc, count * grid.zero_point)
+    attributes = {"pool": "sum", "dims": dims, "keepdim": keepdim}
+    return _average(node, x, grid, acc, count if mean else 1, count, attributes)
+
+
+def _total_of(ctx: Context, node: Node) -> Value:
+    x, grid, shape = _source(ctx, node)
+    if operand(node, "dtype") not in (None, torch.float32):
+        raise NoIntegerFormError(node, "it changes the dtype")
+    dims = [d % len(shape) for d in operand(node, "dim") or range(len(shape))]
+    return _total(ctx, node, x, grid, shape, dims, keepdim=bool(operand(node, "keepdim")), mean=False)
+
+
+def _sizes(value: Any, spatial: int) -> list[int]:
+    sizes = [value] if isinstance(value, int) else list(value or [])
+    return sizes * spatial if len(sizes) == 1 else sizes
+
+
+_AVERAGES: Mapping[Any, int] = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
+_ADAPTIVE: Mapping[Any, int] = {
+    aten.adaptive_avg_pool1d.default: 1,
+    aten.adaptive_avg_pool2d.default: 2,
+    aten._adaptive_avg_pool2d.default: 2,
+    aten.adaptive_avg_pool3d.default: 3,
+}
+
+
+def _average_pool(ctx: Context, node: Node) -> Value:
+    x, grid, shape = _source(ctx, node)
+    spatial = _AVERAGES[node.target]
+    kernel = _sizes(operand(node, "kernel_size"), spatial)
+    stride = _sizes(operand(node, "stride"), spatial) or kernel
+    padding = _sizes(operand(node, "padding"), spatial)
+    ceil = bool(operand(node, "ceil_mode"))
+    override = operand(node, "divisor_override") if spatial > 1 else None
+    counted = bool(operand(node, "count_include_pad"))
+    count: float | Tensor = override or math.prod(kernel)
+    if not override and (ceil or (any(padding) and not counted)):
+        ones = torch.ones([1, 1, *_static(node, shape[-spatial:])], dtype=torch.float64)
+        present = _windows(ones, kernel, stride, padding, ceil, counted, 1)
+        count = torch.round(present / _windows(ones, kernel, stride, padding, ceil, counted, None))
+        count = count.reshape([1] * (len(shape) - spatial) + list(count.shape[2:]))
+        count = float(count.flatten()[0]) if bool((count == count.flatten()[0]).all()) else count
+    acc = _window_sums(ctx, node, x, grid, (kernel, stride, padding), ceil)
+    attributes = {"pool": "window", "kernel": kernel, "stride": stride, "padding": padding, "ceil_mode": ceil}
+    return _average(node, x, grid, acc, count, math.prod(kernel), attributes)
+
+
+def _windows(
+    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil: bool, counted: bool, divisor: int | None
+) -> Tensor:
+    """Average pooling of [1, 1, *spatial] in one to three dimensions, in float64."""
+    missing = 3 - len(kernel)
+    x = x.reshape([1, 1, *[1] * missing, *x.shape[2:]])
+    ones, zeros = [1] * missing, [0] * missing
+    y: Tensor = aten.avg_pool3d.default(x, ones + kernel, ones + stride, zeros + padding, ceil, counted, divisor)
+    pooled: Tensor = y.reshape([1, 1, *y.shape[2 + missing :]])
+    return pooled
+
+
+def _window_sums(
+    ctx: Context, node: Node, x: Node, grid: Grid, window: tuple[list[int], list[int], list[int]], ceil: bool
+) -> Node:
+    """Sums over windows: average pooling with a divisor of 1, for which torch has an int64 kernel only."""
+    kernel, stride, padding = window
+    with ctx.b.at(node):
+        wide = ctx.b.shifted(x, grid.zero_point, torch.int64)
+        if len(kernel) == 1:
+            wide = ctx.b.call(aten.unsqueeze.default, wide, -2)
+            kernel, stride, padding = [1, *kernel], [1, *stride], [0, *padding]
+        target = aten.avg_pool3d.default if len(kernel) == 3 else aten.avg_pool2d.default
+        acc = ctx.b.call(target, wide, kernel, stride, padding, ceil, True, 1)
+        if len(window[0]) == 1:
+            acc = ctx.b.call(aten.squeeze.dim, acc, -2)
+        return ctx.b.cast(acc, torch.int32) if math.prod(kernel) * grid.span < 2**31 else acc
+
+
+def _adaptive_pool(ctx: Context, node: Node) -> Value:
+    x, grid, shape = _source(ctx, node)
+    spatial = _ADAPTIVE[node.target]
+    outputs = _sizes(operand(node, "output_size"), spatial)
+    first = len(shape) - spatial
+    if all(size == 1 for size in outputs):
+        return _total(ctx, node, x, grid, shape, list(range(first, len(shape))), keepdim=True, mean=True)
+    inputs = _static(node, shape[first:])
+    windows = [_lines(n, out) for n, out in zip(inputs, outputs, strict=True)]
+    count = torch.ones([], dtype=torch.float64)
+    most = 1
+    with ctx.b.at(node):
+        acc = ctx.b.shifted(x, grid.zero_point, torch.int32 if math.prod(inputs) * grid.span < 2**31 else torch.int64)
+        for i, lines in enumerate(windows):
+            per_line = lines.sum(1).to(torch.float64)
+            most *= int(per_line.max())
+            count = count.unsqueeze(-1) * per_line
+            last = first + i == len(shape) - 1
+            acc = acc if last else ctx.b.call(aten.transpose.int, acc, first + i, -1)
+            ones = ctx.b.cast(
+                ctx.b.constant(lines.t().contiguous().to(torch.int8), f"{node.name}_windows"), _dtype(acc)
+            )
+            acc = ctx.b.call(aten.matmul.default, acc, ones)
+            acc = acc if last else ctx.b.call(aten.transpose.int, acc, first + i, -1)
+    count = count.reshape([1] * first + list(count.shape))
+    known = {"pool": "adaptive", "output_size": outputs}
+    same = bool((count == count.flatten()[0]).all())
+    return _average(node, x, grid, acc, float(count.flatten()[0]) if same else count, most, known)
+
+
+def _dtype(node: Node) -> torch.dtype:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, Tensor) else torch.int32
+
+
+def _lines(inputs: int, outputs: int) -> Tensor:
+    """[outputs, inputs]: 1 where an input belongs to the window ``floor(i·n/o) .. ceil((i+1)·n/o)`` of an output."""
+    rows = torch.zeros([outputs, inputs], dtype=torch.int64)
+    for i in range(outputs):
+        rows[i, i * inputs // outputs : -(-(i + 1) * inputs // outputs)] = 1
+    return rows
+
+
+FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+    **dict.fromkeys(
+        (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.amax.default), _maximum
+    ),
+    **dict.fromkeys((aten.mean.dim, aten.mean.default), _mean),
+    aten.sum.dim_IntList: _total_of,
+    **dict.fromkeys(_AVERAGES, _average_pool),
+    **dict.fromkeys(_ADAPTIVE, _adaptive_pool),
+}
+"""Target → form."""
+
+__all__ = ["FORMS", "rank"]

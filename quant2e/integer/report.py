@@ -1,0 +1,73 @@
+"""Which ops compute in integers, which stay in float, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import GraphModule
+
+from quant2e.errors import Quant2eError
+from quant2e.integer.build import Record
+from quant2e.integer.requantization import Requantization
+
+INTEGER = "quant2e_integer"
+"""Key in ``gm.meta`` under which an integer graph keeps its `IntegerReport`."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerVerdict:
+    """One float op of the Q/DQ graph. ``integer``: it computes in integers; ``reason``: how, or why not.
+
+    ``annotated``: the quantizer asked for it; an op that it left float has no integers to work on.
+    """
+
+    name: str
+    op: str
+    integer: bool
+    reason: str
+    annotated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerReport:
+    """Verdicts in the order of the graph; ``notes``: accumulators that need 64 bits. ``records``: what was written."""
+
+    requantization: Requantization
+    verdicts: tuple[IntegerVerdict, ...]
+    notes: tuple[str, ...] = ()
+    records: tuple[Record, ...] = field(default=(), repr=False)
+
+    @property
+    def left(self) -> tuple[IntegerVerdict, ...]:
+        """Annotated ops that stay between dequantize and quantize."""
+        return tuple(v for v in self.verdicts if v.annotated and not v.integer)
+
+    def of(self, name: str) -> IntegerVerdict:
+        """The verdict of the op of that name. Raises KeyError when the graph had no such float op."""
+        for verdict in self.verdicts:
+            if verdict.name == name:
+                return verdict
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        integer = sum(v.integer for v in self.verdicts)
+        lines = [
+            f"{integer} of {len(self.verdicts)} float ops compute in integers, requantization {self.requantization}"
+        ]
+        width = max((len(v.name) for v in self.verdicts), default=0)
+        for v in self.verdicts:
+            kind = "integer" if v.integer else "LEFT" if v.annotated else "float"
+            lines.append(f"  {v.name:<{width}}  {kind:<7}  {v.reason}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def integer_report(gm: GraphModule) -> IntegerReport:
+    """The report of an integer graph. Raises `Quant2eError` when ``gm`` is none."""
+    report = gm.meta.get(INTEGER)
+    if not isinstance(report, IntegerReport):
+        raise Quant2eError(
+            "this graph has no integer report: make it with convert_pt2e(prepared, use_reference_representation=True) "
+            "or to_integer(converted)"
+        )
+    return report

@@ -1,0 +1,169 @@
+"""The Q/DQ graph becomes a graph of integers, by data flow: one walk, in the order of the graph.
+
+Every dequantize op gives a float tensor that integers stand for. An op with an integer form passes such knowledge on; a
+quantize op asks for the integers of its operand; any other reader gets floats, and its op is on the list of what stays.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from quant2e.dataflow import operand
+from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.integer import boundary, elementwise, embedding, moves, pooling, products, softmax, tables
+from quant2e.integer.build import NoIntegerFormError
+from quant2e.integer.dynamic import DynamicStored, choose_parameters, quantize_dynamic
+from quant2e.integer.grid import DEQUANTIZE_STATIC, QUANTIZE_STATIC, Grid, grid_of
+from quant2e.integer.values import Context, Stored, Value
+
+aten = torch.ops.aten
+
+Form = Callable[[Context, Node], Value]
+
+FORMS: Mapping[Any, Form] = {
+    **moves.FORMS,
+    **tables.FORMS,
+    **elementwise.FORMS,
+    **pooling.FORMS,
+    **softmax.FORMS,
+    **embedding.FORMS,
+    **products.FORMS,
+}
+"""ATen op → its integer form."""
+
+_SHAPE_READERS = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int})
+
+
+def rewrite(ctx: Context) -> None:
+    """Write the integer form of everything in ``ctx.gm``, in place. Dead float nodes are left for the caller."""
+    readers: list[Node] = []
+    for node in list(ctx.gm.graph.nodes):
+        if node.op == "output":
+            _materialise(ctx, node)
+        elif node.op == "call_function":
+            if node.target in _SHAPE_READERS:
+                readers.append(node)
+            else:
+                _one(ctx, node)
+    for reader in readers:
+        _read_shape(ctx, reader)
+
+
+def _one(ctx: Context, node: Node) -> None:
+    if node.target in QUANTIZE:
+        _quantize(ctx, node)
+    elif node.target in DEQUANTIZE:
+        _dequantize(ctx, node)
+    elif node.target in CHOOSE_QPARAMS:
+        _choose(ctx, node)
+    elif node not in ctx.constants:
+        _float_op(ctx, node)
+
+
+def _float_op(ctx: Context, node: Node) -> None:
+    known = [operand for operand in node.all_input_nodes if operand in ctx.values]
+    form = FORMS.get(node.target)
+    try:
+        if form is not None:
+            ctx.values[node] = form(ctx, node)
+            return
+        reason = "it has no integer form" if known else "its operands are not quantized"
+    except NoIntegerFormError as error:
+        reason = str(error)
+    if node.target is operator.getitem:
+        return
+    if known:
+        ctx.keep(node, reason)
+    elif _is_float(node):
+        ctx.left.setdefault(node.name, reason)
+
+
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _quantize(ctx: Context, node: Node) -> None:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    grid = grid_of(node) if node.target is QUANTIZE_STATIC else None
+    value = ctx.values.get(x)
+    if grid is not None and value is not None:
+        try:
+            integers = value.quantized(ctx, grid)
+            if value.grid is not None and isinstance(value, Stored):
+                ctx.integer.setdefault(value.node.name, "requantization")
+        except NoIntegerFormError as error:
+            ctx.left[error.node.name] = str(error)
+        else:
+            node.replace_all_uses_with(integers)
+            return
+    if value is not None:
+        real = value.real(ctx)
+        node.replace_input_with(x, real)
+        x = real
+    with ctx.b.at(node):
+        if grid is not None:
+            node.replace_all_uses_with(boundary.quantize(ctx.b, x, grid))
+        elif node.target is qd.quantize_per_tensor.tensor:
+            scale, zero_point = operand(node, 1), operand(node, 2)
+            node.replace_all_uses_with(quantize_dynamic(ctx.b, node, x, scale, zero_point))
+        elif (written := boundary.quantize_other(ctx.b, node, x)) is not None:
+            node.replace_all_uses_with(written)
+
+
+def _dequantize(ctx: Context, node: Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    if node.target is DEQUANTIZE_STATIC and (grid := grid_of(node)) is not None:
+        ctx.values[node] = Stored(node, source, grid)
+    elif node.target is qd.dequantize_per_tensor.tensor:
+        scale, zero_point, low, high = (operand(node, i) for i in range(1, 5))
+        ctx.values[node] = DynamicStored(node, source, scale, zero_point, low, high)
+    elif node.target in (qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default):
+        ctx.values[node] = boundary.PerChannelStored(node)
+
+
+def _choose(ctx: Context, node: Node) -> None:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    if (value := ctx.values.get(x)) is not None:
+        node.replace_input_with(x, value.real(ctx))
+    if node.target not in (qd.choose_qparams.tensor, qd.choose_qparams_symmetric.tensor):
+        return
+    with ctx.b.at(node):
+        parts = choose_parameters(ctx.b, node, symmetric=node.target is qd.choose_qparams_symmetric.tensor)
+    for user in list(node.users):
+        if user.target is operator.getitem:
+            user.replace_all_uses_with(parts[operand(user, 1)])
+
+
+def _materialise(ctx: Context, node: Node) -> None:
+    for x in list(node.all_input_nodes):
+        if (value := ctx.values.get(x)) is not None and (real := value.real(ctx)) is not x:
+            node.replace_input_with(x, real)
+
+
+def _read_shape(ctx: Context, reader: Node) -> None:
+    """A size is read from integers where a float tensor is not computed any more."""
+    x = reader.args[0]
+    assert isinstance(x, Node)
+    value = ctx.values.get(x)
+    if value is None:
+        return
+    with_shape = next(iter(value.forms.values()), None)
+    if with_shape is None and isinstance(value, Stored):
+        with_shape = value.integers
+    if with_shape is None or reader.target is aten.sym_stride.int:
+        with_shape = value.real(ctx)
+    if with_shape is not x:
+        reader.replace_input_with(x, with_shape)
+
+
+__all__ = ["FORMS", "Grid", "rewrite"]
