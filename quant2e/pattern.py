@@ -170,11 +170,6 @@ class Match:
         """For each name ``(producer, consumer)``; the first, where a name stands for several."""
         return {name: edges[0] for name, edges in self.operands.items()}
 
-    @property
-    def anchor(self) -> Node:
-        """The innermost op, which computes first: the convolution of conv + add + relu."""
-        return self.nodes[0]
-
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
@@ -211,6 +206,7 @@ class _Search:
     """One search: the constants of the graph, and the failure that got furthest."""
 
     constants: Constants
+    explaining: bool
     nearest: Mismatch | None = None
     size: int = 0
     """Ops in the alternative that is being tried."""
@@ -223,8 +219,10 @@ class _Search:
 
     def call(self, pattern: Pattern, node: Node, found: _Found) -> Iterator[_Found]:
         for choice in _choices(pattern):
-            if not found.nodes:
+            if self.explaining and not found.nodes:
                 self.size = _size(choice)
+            if not self.explaining and node.target not in choice.targets:
+                continue
             if (reason := _head_mismatch(choice, node, inner=bool(found.nodes))) is not None:
                 self.miss(node, found, reason)
                 continue
@@ -312,7 +310,7 @@ def _name_of(condition: Callable[..., Any]) -> str:
 
 def solutions(pattern: Pattern, node: Node, constants: Constants | None = None) -> Iterator[Match]:
     """Every way in which ``pattern`` matches with its root at ``node``, in the order the pattern is written."""
-    search = _Search(constants or Constants())
+    search = _Search(constants or Constants(), explaining=False)
     return (found.match() for found in search.call(pattern, node, _Found()))
 
 
@@ -323,7 +321,7 @@ def match(pattern: Pattern, node: Node) -> Match | None:
 
 def explain(pattern: Pattern, node: Node, constants: Constants | None = None) -> Mismatch | None:
     """Why ``pattern`` does not match with its root at ``node``: the attempt that got furthest. None if it matches."""
-    search = _Search(constants or Constants())
+    search = _Search(constants or Constants(), explaining=True)
     if next(search.call(pattern, node, _Found()), None) is not None:
         return None
     return search.nearest

@@ -121,6 +121,11 @@ class Rule:
         quantized = [args[name].constant for name, spec in self.operands.items() if spec is not None]
         return all(quantized) and self.result is None
 
+    def anchor(self, match: Match) -> Node:
+        """The op of a match that computes, and so decides on the configuration: the one with a weight, or the innermost."""
+        weighted = (name for name, arg in arguments(self.pattern).items() if arg.constant and name in match.operands)
+        return next((match.edges[name][1] for name in weighted), match.nodes[0])
+
     def conflict(self, match: Match) -> str | None:
         """Why the annotation cannot be written: one tensor that would need two different sets of numbers."""
         wanted: dict[tuple[Node, Node], tuple[str, Any]] = {}

@@ -142,7 +142,7 @@ class _Pass:
             seen = False
             for match in solutions(rule.pattern, node, self.constants):
                 seen = True
-                if self.choices[match.anchor].config != config:
+                if self.choices[rule.anchor(match)].config != config:
                     continue
                 objection = self._out_of_scope(rule, match) or self._objection(rule, match)
                 if objection is None:
@@ -158,7 +158,7 @@ class _Pass:
 
     def _out_of_scope(self, rule: Rule, match: Match) -> str | None:
         """The innermost op decides on the configuration; the others come along unless they are set to float."""
-        if rule.opt_in and not self.choices[match.anchor].explicit:
+        if rule.opt_in and not self.choices[rule.anchor(match)].explicit:
             return "it is quantized only where the op or its module is set, not by a global configuration"
         floats = [n for n in match.nodes if self.choices[n].config is None and self.choices[n].explicit]
         return f"'{floats[0].name}' is set to float by {self.choices[floats[0]].setting}" if floats else None

@@ -123,12 +123,12 @@ def _to_one_pixel(node: Node) -> bool | str:
 
 
 def _ungrouped(match: Match) -> bool | str:
-    groups = operand(match.anchor, "groups")
+    groups = operand(match.edges["w"][1], "groups")
     return True if groups == 1 else f"with groups={groups} XNNPACK takes per-tensor weights only"
 
 
 def _dense_2d(match: Match) -> bool | str:
-    node = match.anchor
+    _, node = match.edges["w"]
     if spatial(node) != 2:
         return "XNNPACK has dynamic convolutions in two dimensions only"
     groups = operand(node, "groups")

@@ -10,7 +10,7 @@ from torch import nn
 from quant2e import AnnotationError
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from quantizers.scope import _plain_path, targets_of, type_name
-from tests.quantizers.models import IMAGE, ROWS, Residual, annotated, reasons
+from tests.quantizers.models import IMAGE, ROWS, Of, Residual, annotated, reasons
 
 aten = torch.ops.aten
 FULL = get_symmetric_quantization_config(is_per_channel=True)
@@ -104,6 +104,14 @@ def test_a_fused_op_takes_the_configuration_of_the_op_that_computes():
     named = {n.name: n for n in gm.graph.nodes}
     assert q.explain(named["relu"]) == "quantized by linear"
     assert q.explain(named["linear_1"]) == "no configuration covers it"
+
+
+def test_the_op_with_the_weight_decides_and_not_the_padding_before_it():
+    model = Of(lambda m, x: m.conv(F.pad(x, (0, 1, 0, 1))), conv=nn.Conv2d(3, 4, 3))
+    q = XNNPACKQuantizer().set_global(FULL).set_module_type(nn.Conv2d, LOW)
+    gm = annotated(model, IMAGE, q)
+    (pad,) = (n for n in gm.graph.nodes if n.name == "pad")
+    assert pad.meta["quantization_annotation"].input_qspec_map[pad.args[0]] == LOW.input_activation
 
 
 def test_unless_it_is_set_to_float():
