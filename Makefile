@@ -14,6 +14,7 @@ TORCH := $(shell grep -o 'torch==[0-9.*]*' pyproject.toml | head -n 1)
 # The tests run side by side, one thread each; what they compile, they compile in their own process.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
+COVERAGE := 85
 
 .PHONY: help install demo lint format test clean
 
@@ -41,23 +42,24 @@ demo: $(INSTALLED)
 	@echo "==> the main job: results go to demo_output/"
 	@$(BIN)/python -m benchmarks.demo --out demo_output
 
+# All three run, so that one run says everything that is wrong.
 lint: $(INSTALLED)
-	@echo "==> ruff check"
-	@$(BIN)/ruff check
-	@echo "==> ruff format --check"
-	@$(BIN)/ruff format --check
-	@echo "==> mypy"
-	@$(BIN)/mypy
+	@status=0; \
+	echo "==> ruff check"; $(BIN)/ruff check || status=1; \
+	echo "==> ruff format --check"; $(BIN)/ruff format --check || status=1; \
+	echo "==> mypy"; $(BIN)/mypy || status=1; \
+	exit $$status
 
 format: $(INSTALLED)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-# The tests run even when lint fails, so that one run says everything that is wrong.
+# For the same reason the tests run even when lint fails. Coverage has a floor when all of them run.
 test: $(INSTALLED)
 	@lint=0; $(MAKE) --no-print-directory lint || lint=1; \
 	echo "==> pytest on $(WORKERS) workers"; \
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term $(PYTEST_ARGS); \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term \
+		$(or $(PYTEST_ARGS),--cov-fail-under=$(COVERAGE)); \
 	tests=$$?; \
 	[ $$lint = 0 ] || echo "==> lint failed: see above the tests"; \
 	[ $$lint = 0 ] && [ $$tests = 0 ]
