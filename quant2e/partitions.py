@@ -67,7 +67,9 @@ def find_sequential_partitions(
     spellings = [_spellings(kind) if include_functional_equivalent else [kind] for kind in partition_types]
     flat = [kind for kinds in spellings for kind in kinds]
     if len(set(flat)) != len(flat):
-        raise ValueError(f"each type of a sequence must be a different op, but two of {list(partition_types)} are the same")
+        raise ValueError(
+            f"each type of a sequence must be a different op, but two of {list(partition_types)} are the same"
+        )
     found = [
         list(itertools.chain.from_iterable(get_source_partitions(gm.graph, kinds, filter_fn).values()))
         for kinds in spellings

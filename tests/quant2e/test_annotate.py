@@ -88,7 +88,9 @@ def test_every_node_of_every_body_is_visited():
             return torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
 
     visited = []
-    bfs_trace_with_node_process(torch.export.export(Branch(), (torch.ones(2),)), lambda n: visited.append(str(n.target)))
+    bfs_trace_with_node_process(
+        torch.export.export(Branch(), (torch.ones(2),)), lambda n: visited.append(str(n.target))
+    )
     assert {"aten.sin.default", "aten.cos.default", "cond"} <= set(visited)
 
 

@@ -141,11 +141,15 @@ def test_foreign_classes_mean_what_ours_mean(pair):
     theirs = plan_of(ao, AOMinMaxObserver)
     assert theirs == plan_of(Ours, MinMaxObserver)
     assert theirs == [
-        "s8[-128, 127], per tensor affine, MinMaxObserver: x -> add\n"
-        "s8[-128, 127], per tensor affine, MinMaxObserver: y -> add\n"
-        "s32[-2147483648, 2147483647], derived from (x -> add) and (y -> add): add",
-        "s8[-128, 127], per tensor affine, MinMaxObserver: x -> add; add\n"
-        "u8[0, 255], scale 0.00390625 zero point 0: y -> add",
+        (
+            "s8[-128, 127], per tensor affine, MinMaxObserver: x -> add\n"
+            "s8[-128, 127], per tensor affine, MinMaxObserver: y -> add\n"
+            "s32[-2147483648, 2147483647], derived from (x -> add) and (y -> add): add"
+        ),
+        (
+            "s8[-128, 127], per tensor affine, MinMaxObserver: x -> add; add\n"
+            "u8[0, 255], scale 0.00390625 zero point 0: y -> add"
+        ),
         "s8[-128, 127], per tensor affine, MinMaxObserver: x -> add\nu8[0, 255], scale 0.00390625 zero point 0: add",
     ]
 

@@ -82,7 +82,9 @@ def test_strip_after_observe_is_the_identity(data):
     assert graph_text(gm.graph) == before
     assert set(names) == set(range(len(plan.groups)))
     x = (torch.randn(2, 4), torch.randn(2, 4))
-    for ours, theirs in zip(torch.utils._pytree.tree_leaves(copy(*x)), torch.utils._pytree.tree_leaves(gm(*x)), strict=True):
+    for ours, theirs in zip(
+        torch.utils._pytree.tree_leaves(copy(*x)), torch.utils._pytree.tree_leaves(gm(*x)), strict=True
+    ):
         assert torch.equal(ours, theirs)
     assert graph_text(strip(copy).graph) == before
 
@@ -146,7 +148,9 @@ def test_new_nodes_know_where_they_come_from():
 
 def test_an_observer_that_cannot_be_made():
     refused = QuantizationSpec(torch.int8, MinMaxObserver, -128, 127, torch.per_channel_symmetric, ch_axis=0)
-    with pytest.raises(AnnotationError, match=r"spec of \(x -> a\) cannot make its observer: MinMaxObserver refused dtype"):
+    with pytest.raises(
+        AnnotationError, match=r"spec of \(x -> a\) cannot make its observer: MinMaxObserver refused dtype"
+    ):
         make_observers(Plan((Group(refused, (Edge("x", "a"),)),)))
     no_module = QuantizationSpec(torch.int8, lambda **_: 3)
     with pytest.raises(AnnotationError, match=r"spec of \(y\) made a int; an observer is an nn.Module"):

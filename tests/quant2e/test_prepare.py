@@ -73,7 +73,9 @@ class Snapshot:
     def look(self):
         facts = [torch.get_rng_state().tolist(), torch.is_grad_enabled()]
         for module in self.modules:
-            facts.append({name: (id(t), t.tolist(), t._version) for name, t in module.state_dict(keep_vars=True).items()})
+            facts.append(
+                {name: (id(t), t.tolist(), t._version) for name, t in module.state_dict(keep_vars=True).items()}
+            )
             facts.append({name: (type(m).__name__, m.training, sorted(vars(m))) for name, m in module.named_modules()})
             if hasattr(module, "graph"):
                 metas = [{k: id(v) for k, v in n.meta.items()} for n in module.graph.nodes]
@@ -284,9 +286,7 @@ def test_weights_are_observed_at_prepare(weight):
     model = nn.Linear(4, 3).eval()
     prepared = prepare_pt2e(capture(model, torch.randn(2, 4)), products(act=None, weight=weight, output=None))
     observer = prepared.get_submodule(f"{OBSERVER_PREFIX}0")
-    wanted = weight.observer_or_fake_quant_ctr(
-        dtype=torch.int8, quant_min=-127, quant_max=127, qscheme=weight.qscheme
-    )
+    wanted = weight.observer_or_fake_quant_ctr(dtype=torch.int8, quant_min=-127, quant_max=127, qscheme=weight.qscheme)
     wanted(model.weight)
     for ours, theirs in zip(observer.calculate_qparams(), wanted.calculate_qparams(), strict=True):
         assert torch.equal(ours, theirs)
