@@ -75,8 +75,10 @@ def capture(
     return captured
 
 
-def as_graph_module(model: Module | ExportedProgram) -> CapturedModule:
+def as_graph_module(model: Module | ExportedProgram, *, compiled: bool = True) -> CapturedModule:
     """A captured graph from an `ExportedProgram` or a captured GraphModule: a copy that shares its tensors.
+
+    ``compiled``: as in `copy_graph`.
 
     Raises `CaptureError` for anything else, and for a graph that is not one of ATen ops.
     """
@@ -86,7 +88,7 @@ def as_graph_module(model: Module | ExportedProgram) -> CapturedModule:
                 f"this ExportedProgram is in the {model.dialect} dialect: quantize first, on what torch.export.export "
                 "returns, and lower to a backend afterwards"
             )
-        return _own(model.module())
+        return _own(model.module(), compiled)
     if not isinstance(model, GraphModule):
         raise CaptureError(
             f"a captured model is needed and this is a {type(model).__name__}: call capture(model, example_inputs) first"
@@ -96,7 +98,7 @@ def as_graph_module(model: Module | ExportedProgram) -> CapturedModule:
             raise CaptureError(
                 f"this graph is not one of ATen ops: {where(node)} is {reason}. Use capture(), not symbolic_trace"
             )
-    return _own(model)
+    return _own(model, compiled)
 
 
 def is_captured(model: Any) -> bool:
@@ -104,14 +106,15 @@ def is_captured(model: Any) -> bool:
     return isinstance(model, GraphModule) and all(_not_aten(model, node) is None for node in model.graph.nodes)
 
 
-def _own(gm: GraphModule) -> CapturedModule:
-    captured = copy_graph(gm)
+def _own(gm: GraphModule, compiled: bool = True) -> CapturedModule:
+    captured = copy_graph(gm, compiled=False)
     if not isinstance(gm, CapturedModule):
         captured.inputs = read_inputs(gm)
         _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
     inline_regions(captured)
     captured.graph.lint()
-    captured.recompile()
+    if compiled:
+        captured.recompile()
     return captured
 
 

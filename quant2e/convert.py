@@ -24,7 +24,7 @@ from quant2e.passes.constants import constant_nodes
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import attribute_path, fold_weights
 from quant2e.passes.split_dequantize import split_dequantize
-from quant2e.qdq import quantize_at
+from quant2e.qdq import Alike, quantize_at
 from quant2e.report import tensor_bytes
 from quant2e.verify import check
 
@@ -42,7 +42,7 @@ def convert_pt2e(
     """
     if not isinstance(prepared, GraphModule):
         raise Quant2eError(f"convert_pt2e takes what prepare_pt2e returned, not a {type(prepared).__name__}")
-    gm = copy_graph(prepared)
+    gm = copy_graph(prepared, compiled=False)
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX)]
     ledger = prepared.meta.get(LEDGER)
     if not calls and not isinstance(ledger, Ledger):
@@ -51,6 +51,7 @@ def convert_pt2e(
     encodings = _encode_all(gm, calls)
     constants = constant_nodes(gm.graph)
     notes = _notes(gm, calls, encodings)
+    alike = Alike()
     for call in calls:
         encoding = encodings[str(call.target)]
         if encoding is None:
@@ -59,11 +60,11 @@ def convert_pt2e(
             continue
         source = call.all_input_nodes[0]
         prefix = attribute_path(source) if source in constants else source.name
-        quantize_at(gm, call, encoding, prefix)
+        quantize_at(gm, call, encoding, prefix, alike)
     for name in encodings:
         gm.delete_submodule(name)
     clean = (split_dequantize, remove_dead_code, prune_unused_attributes)
-    run(gm, (fold_weights, *clean) if fold_quantize else clean)
+    run(gm, (fold_weights, *clean) if fold_quantize else clean, compiled=False)
     gm.recompile()
     check(gm)
     if isinstance(ledger, Ledger):
@@ -110,9 +111,11 @@ def _place(call: Node) -> str:
 def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None]) -> list[str]:
     """What a reader should know about the data: tensors that round to zero, values left out of the range."""
     notes = []
-    for name in dict.fromkeys(str(call.target) for call in calls):
+    first: dict[str, Node] = {}
+    for call in calls:
+        first.setdefault(str(call.target), call)
+    for name, call in first.items():
         observer: Any = gm.get_submodule(name)
-        call = next(c for c in calls if c.target == name)
         encoding = encodings[name]
         if encoding is None:
             continue

@@ -49,6 +49,18 @@ class CapturedModule(GraphModule):
             self.inputs.check(args, kwargs)
         return super().__call__(*args, **kwargs)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile the graph on the first call, when `copy_graph` left that open."""
+        self.recompile()
+        return self.forward(*args, **kwargs)
+
+    @property
+    def code(self) -> str:
+        """Python source of the graph."""
+        if "_code" not in vars(self):
+            self.recompile()
+        return str(self._code)
+
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch to training (or evaluation) mode, in place: the flag, and the literals of the graph."""
         if set_training(self.graph, mode):
@@ -90,14 +102,15 @@ def _rebuild(graph: GraphState, attributes: dict[str, Any]) -> CapturedModule:
     return new
 
 
-def copy_graph(gm: GraphModule) -> CapturedModule:
+def copy_graph(gm: GraphModule, *, compiled: bool = True) -> CapturedModule:
     """A copy of ``gm`` with its own graph and modules, which shares every parameter, buffer and constant with it.
 
     Node names, metadata (dicts are copied), the calling convention, attribute paths, ``gm.meta`` and the bodies of
     control flow are kept; submodules (observers, say) are new objects over the same tensors. Guards that torch put into
-    the graph become conditions on the ``inputs`` of the copy.
+    the graph become conditions on the ``inputs`` of the copy. ``compiled=False``: the Python code of the graph is made
+    on the first call, or by ``recompile``; for a copy that is going to be edited.
     """
-    return _copy(gm, _shallow, {})
+    return _copy(gm, _shallow, {}, compiled=compiled)
 
 
 def allow_train_eval(gm: GraphModule) -> GraphModule:
@@ -128,9 +141,11 @@ allow_exported_model_train_eval = allow_train_eval
 """PT2E's name for `allow_train_eval`."""
 
 
-def _copy(gm: GraphModule, leaf: Callable[[Any], Any], memo: dict[int, Any]) -> CapturedModule:
+def _copy(
+    gm: GraphModule, leaf: Callable[[Any], Any], memo: dict[int, Any], *, compiled: bool = True
+) -> CapturedModule:
     """Copy ``gm``; ``leaf`` copies (or shares) everything that is not a graph."""
-    new = CapturedModule({}, Graph())
+    new = CapturedModule({}, Graph()) if compiled else _uncompiled()
     memo[id(gm)] = new
     _fill(gm, new, leaf, memo)
     for name, value in vars(gm).items():
@@ -141,7 +156,26 @@ def _copy(gm: GraphModule, leaf: Callable[[Any], Any], memo: dict[int, Any]) -> 
     guards = guard_calls(gm)
     if guards and new.inputs is None:
         new.inputs = read_inputs(gm)
-    new.graph = _copy_nodes(gm.graph, frozenset(guards))
+    graph = _copy_nodes(gm.graph, frozenset(guards))
+    if compiled:
+        new.graph = graph
+    else:
+        new._graph = graph
+        graph.owning_module = new
+        vars(new).pop("_code", None)
+    return new
+
+
+class _Postponed(CapturedModule):
+    """Made without compiling the empty graph it begins with."""
+
+    def recompile(self) -> Any:
+        """Nothing, during construction."""
+
+
+def _uncompiled() -> CapturedModule:
+    new = _Postponed({}, Graph())
+    new.__class__ = type("GraphModuleImpl", (CapturedModule,), {})
     return new
 
 

@@ -41,17 +41,16 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     Raises `CaptureError` for a graph in training mode, `AnnotationError` and `PlanError` for annotations that are
     wrong alone or together.
     """
-    original = as_graph_module(model)
-    if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in original.graph.nodes):
+    gm: GraphModule = as_graph_module(model, compiled=False)
+    if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in gm.graph.nodes):
         raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
-    check_eval(original)
-    ops = survey(original)
-    gm: GraphModule = copy_graph(original)
-    run(gm, (fold_batch_norm,))
+    check_eval(gm)
+    ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), gm.inputs
+    run(gm, (fold_batch_norm,), compiled=False)
     gm = _annotate(gm, quantizer)
     if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one
-        gm = copy_graph(gm)
-        gm.inputs = original.inputs
+        gm = copy_graph(gm, compiled=False)
+        gm.inputs = inputs
     plan = read_plan(gm)
     own_written_tensors(gm)
     constants = constant_nodes(gm.graph)
@@ -59,7 +58,7 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     report = Report(
         verdicts=judge(ops, gm, plan, frozenset(constants), _explainer(quantizer)),
         notes=(*_plan_notes(plan), *_region_notes(gm), *_quantizer_notes(quantizer)),
-        float_bytes=tensor_bytes(original),
+        float_bytes=float_bytes,
     )
     device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
     for observer in observers.values():

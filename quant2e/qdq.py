@@ -54,13 +54,35 @@ def _parameters(gm: GraphModule, encoding: PerTensor | PerChannel, prefix: str) 
 
 
 def _meta_of(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor like ``value`` of another dtype. One dispatch of a fake tensor: `Alike` makes each kind once."""
     return torch.empty_like(value, dtype=dtype) if isinstance(value, torch.Tensor) else None
 
 
-def quantize_at(gm: GraphModule, observer_call: Node, encoding: Encoding, prefix: str) -> Node | None:
+class Alike:
+    """Values for ``meta["val"]``: of equal shape, strides and dtype only one is made, which nodes share."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def __call__(self, value: Any, dtype: torch.dtype) -> Any:
+        """What a tensor like ``value`` of that dtype looks like; None when ``value`` is no tensor."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        if not all(type(size) is int for size in value.shape):
+            return _meta_of(value, dtype)  # symbolic sizes are compared by guards
+        key = (type(value), value.device, dtype, tuple(value.shape), value.stride())
+        if key not in self._made:
+            self._made[key] = _meta_of(value, dtype)
+        return self._made[key]
+
+
+def quantize_at(
+    gm: GraphModule, observer_call: Node, encoding: Encoding, prefix: str, alike: Alike | None = None
+) -> Node | None:
     """Replace one observer call by what its encoding asks for; erases the call.
 
     ``prefix`` names the buffers of per-channel parameters. Returns the quantize node; None for what has none.
+    ``alike`` keeps what it makes between calls.
     """
     if isinstance(encoding, Custom):
         encoding.observer.convert(gm, observer_call)
@@ -78,7 +100,7 @@ def quantize_at(gm: GraphModule, observer_call: Node, encoding: Encoding, prefix
             parameters = _parameters(gm, encoding, prefix)
             ops = _OPS[type(encoding)]
         q = gm.graph.call_function(ops[0], (x, *parameters))
-        copy_provenance(q, observer_call, value=_meta_of(x.meta.get("val"), encoding.dtype))
+        copy_provenance(q, observer_call, value=(alike or Alike())(x.meta.get("val"), encoding.dtype))
     _dequantize_per_consumer(gm, observer_call, q, ops[1], parameters)
     return q
 

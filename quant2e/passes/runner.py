@@ -17,8 +17,16 @@ def pass_name(rewrite: Pass) -> str:
     return getattr(rewrite, "__name__", None) or repr(rewrite)
 
 
-def run(gm: GraphModule, passes: Iterable[Pass], *, verify: Callable[[GraphModule], None] | None = None) -> bool:
+def run(
+    gm: GraphModule,
+    passes: Iterable[Pass],
+    *,
+    verify: Callable[[GraphModule], None] | None = None,
+    compiled: bool = True,
+) -> bool:
     """Run ``passes`` on ``gm`` in place, and compile the graph once at the end. Says whether anything changed.
+
+    ``compiled=False``: the caller edits on, and compiles itself.
 
     After each pass that changed the graph it is linted, and given to ``verify``, which raises when it is not legal.
     Raises `PassError`, naming the pass, when the pass, the lint or ``verify`` fails. The graph may then be half
@@ -37,6 +45,6 @@ def run(gm: GraphModule, passes: Iterable[Pass], *, verify: Callable[[GraphModul
                 verify(gm)
         except Exception as error:
             raise PassError(f"pass '{pass_name(rewrite)}' {stage}: {error}") from error
-    if changed:
+    if changed and compiled:
         gm.recompile()
     return changed
