@@ -33,7 +33,8 @@ class Int8:
     """An int8 model as one runtime sees it, next to the Q/DQ graph that it was lowered from.
 
     ``scheme``: static or dynamic. ``qdq`` and ``lowered``: measures by name, the same names as the float model's.
-    ``max_steps``: largest difference between the two, in ``step_rule``. ``pt2_bytes``: the saved Q/DQ graph;
+    ``max_steps``, ``sqnr_db``: largest difference between the two on held-out data, in ``step_rule``, and their signal
+    to noise ratio. ``pt2_bytes``: the saved Q/DQ graph;
     ``program_bytes``: the file the runtime loads, None where it compiles in memory.
     """
 
@@ -42,6 +43,7 @@ class Int8:
     qdq: Mapping[str, float]
     lowered: Mapping[str, float]
     max_steps: float
+    sqnr_db: float
     step_rule: str
     int8_mac_share: float
     pt2_bytes: int

@@ -119,9 +119,6 @@ def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8
         lowered = case.measure(program, advance)
     with phases.phase(f"{case.name}: compare {target.runtime} with the Q/DQ graph"):
         check = lowering.verify(program, best.result, case.held_out)
-    # XNNPACK gives every row its own scale where the portable graph gives one to the whole tensor; the lowering
-    # measures the program against the graph with a scale per row as well, and that is the comparison of like with like
-    check = getattr(program.report, "per_row", None) or check
     report = f"{case.name} on {target.runtime}, {best.scheme}\n\n{best.result.report}\n\n{program.report}\n\n{check}\n"
     (folder / f"{stem}_int8.report.txt").write_text(report)
     latencies = []
@@ -134,6 +131,7 @@ def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8
         qdq=best.measures,
         lowered=lowered,
         max_steps=check.max_steps,
+        sqnr_db=check.sqnr_db,
         step_rule=check.step_rule,
         int8_mac_share=best.result.report.int8_mac_share,
         pt2_bytes=pt2_bytes,

@@ -63,7 +63,7 @@ def rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
         for scheme in dict.fromkeys(scheme for column in int8 for scheme in column.rejected):
             yield row(f"  {scheme} instead", "", _measured(name, form, scheme))
     yield row("multiply-accumulates on int8", "–", lambda c: (f"{c.int8_mac_share:.1%}", ""))
-    yield row("difference from the Q/DQ graph", "", lambda c: ("", f"{c.max_steps:.3g} steps"))
+    yield row("difference from the Q/DQ graph", "", lambda c: ("", f"{c.max_steps:.3g} steps, {c.sqnr_db:.1f} dB"))
     yield row(
         "file",
         _megabytes(outcome.float_bytes, None),

@@ -199,6 +199,7 @@ COLUMN = Int8(
     qdq={"top1": 0.99},
     lowered={"top1": 0.98},
     max_steps=0.5,
+    sqnr_db=50.0,
     step_rule="steps of the output's scale",
     int8_mac_share=0.9,
     pt2_bytes=250_000,
@@ -258,7 +259,7 @@ def test_the_table_shows_every_number():
         "98.00%",
         "50.00%",
         "90.0%",
-        "0.5 steps",
+        "0.5 steps, 50.0 dB",
         "0.25 MB (0.250 ×)",
         "2.00 → 1.00 ms (2.00 ×)",
     ):
