@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ aten = torch.ops.aten
 
 _POOL = frozenset({aten.max_pool2d.default})
 _LOOKUP = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx})
+_POOL_KERNEL = "quantized.max_pool2d"
 _COMPUTE = CONVOLUTION | LINEAR | _POOL | _LOOKUP
 
 
@@ -95,7 +97,7 @@ def _kernel_name(node: Node) -> str:
     if made in ("qconv", "qconv_binary", "qlinear", "qlinear_binary"):
         return f"onednn.{made}"
     if made == "qmaxpool2d":
-        return "quantized.max_pool2d"
+        return _POOL_KERNEL
     name = str(node.target)
     return name if name.startswith(("onednn.qconv", "onednn.qlinear")) and "prepack" not in name else ""
 
@@ -116,19 +118,18 @@ def _dequantized(node: Node | None) -> Node | None:
     return found if found is not None and found.target in DEQUANTIZE else None
 
 
-def _upstream(node: Node) -> list[Node]:
-    """Compute ops that ``node`` may have been fused with: reached against the flow, up to a dequantize."""
-    found, queue, seen = [], [node], {node}
+def _upstream(node: Node, wanted: frozenset[Any]) -> Iterator[Node]:
+    """Ops of ``wanted`` that ``node`` may have been fused with, nearest first: against the flow, up to a dequantize."""
+    queue, seen = deque([node]), {node}
     while queue:
-        value = queue.pop()
-        if value.target in _COMPUTE:
-            found.append(value)
+        value = queue.popleft()
+        if value.target in wanted:
+            yield value
             continue
         for operand in value.all_input_nodes:
             if operand not in seen and operand.target not in DEQUANTIZE and operand.op == "call_function":
                 seen.add(operand)
                 queue.append(operand)
-    return found
 
 
 def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, str]:
@@ -145,10 +146,10 @@ def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, str]:
         else:
             later.append((kernel, node))
     for kernel, node in later:
-        for candidate in _upstream(node):
-            if candidate.name not in fused:
-                fused[candidate.name] = kernel.name
-                break
+        wanted = _POOL if kernel.name == _POOL_KERNEL else CONVOLUTION if "qconv" in kernel.name else LINEAR
+        candidate = next((found for found in _upstream(node, wanted) if found.name not in fused), None)
+        if candidate is not None:
+            fused[candidate.name] = kernel.name
     return fused
 
 
