@@ -6,8 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
@@ -62,10 +61,6 @@ class Delegation:
         """How many ops run inside delegates."""
         return sum(sum(partition.ops.values()) for partition in self.partitions)
 
-    def replaced(self, **changes: Any) -> Delegation:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
-
     def __str__(self) -> str:
         delegated = f"{len(self.partitions)} delegate(s) with {self.delegated_ops} op(s)"
         lines = [f"{delegated}, {len(self.leftovers)} op(s) left to kernels, {self.size / 1e6:.2f} MB"]
@@ -89,10 +84,10 @@ class Rejections(logging.Handler):
         self.reasons: dict[str, str] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep the first reason per node; a partitioner asks each of its rules in turn."""
+        """Keep the last reason per node: names are given anew when the graph is decomposed, before partitioning."""
         node, reason = getattr(record.msg, "node", None), getattr(record.msg, "reason", None)
         if isinstance(node, Node) and isinstance(reason, str):
-            self.reasons.setdefault(node.name, reason)
+            self.reasons[node.name] = reason
 
     @contextmanager
     def listening(self, logger_name: str) -> Iterator[Rejections]:

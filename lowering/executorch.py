@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lowering.canonical import DECLARED, EXACT, canonicalise
 from lowering.delegation import Delegation, Rejections, delegation_of
+from lowering.signature import Signature, signature_of
 from lowering.stages import stages
 from lowering.verify import LEEWAY_DB, Bound, Inputs, as_inputs, compare, compare_within_noise, graph_of
 from lowering.xnnpack_limits import check_limits
@@ -38,16 +40,15 @@ class ExecuTorchProgram:
     returns what the model takes and returns.
     """
 
-    def __init__(self, buffer: bytes, report: Delegation, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> None:
+    def __init__(self, buffer: bytes, report: Delegation, signature: Signature) -> None:
         self.buffer = buffer
         self.report = report
-        self._in_spec = in_spec
-        self._out_spec = out_spec
+        self._signature = signature
         self._loaded: tuple[Any, Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on positional and keyword inputs; keywords in any order. Raises `LoweringError` on other inputs."""
-        flat = self._flat_inputs(args, kwargs)
+        flat = self._signature.flatten(args, kwargs)
         if self._loaded is None:
             self._loaded = _load(self.buffer)
         try:
@@ -55,18 +56,7 @@ class ExecuTorchProgram:
         except RuntimeError as error:
             shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else x for x in flat]
             raise LoweringError(f"the ExecuTorch runtime refused inputs {shapes}: {error}") from error
-        return pytree.tree_unflatten(list(flat_outputs), self._out_spec)
-
-    def _flat_inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        keywords = self._in_spec.children()[1]
-        if set(kwargs) != set(keywords.context):
-            raise LoweringError(f"this program takes the keywords {list(keywords.context)}, not {list(kwargs)}")
-        ordered = {name: kwargs[name] for name in keywords.context}
-        flat, spec = pytree.tree_flatten((args, ordered))
-        if spec != self._in_spec:
-            raise LoweringError(f"inputs of another structure: this program takes {self._in_spec}, not {spec}")
-        # the runtime reads memory as it lies
-        return [x.detach().contiguous() if isinstance(x, torch.Tensor) else x for x in flat]
+        return pytree.tree_unflatten(list(flat_outputs), self._signature.out_spec)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ``.pte`` file. It appears whole or not at all: written under a temporary name, then moved."""
@@ -125,7 +115,7 @@ def _verified(
     if per_row is None:
         verification = compare_within_noise(program, reference, batches)
         verification.check("the ExecuTorch program")
-        return program.report.replaced(verification=verification)
+        return replace(program.report, verification=verification)
     rows = compare_within_noise(program, per_row, batches)
     rows.check("the ExecuTorch program (reference: the graph with a scale per row of each dynamic activation)")
     # the step from a scale per tensor to one per row is the target's; the program may add no more than its noise
@@ -133,7 +123,7 @@ def _verified(
     bound = Bound(sqnr_db=min(rows.bound.sqnr_db, declared) - LEEWAY_DB)
     verification = compare(program, reference, batches, bound=bound)
     verification.check("the ExecuTorch program")
-    return program.report.replaced(verification=verification, per_row=rows)
+    return replace(program.report, verification=verification, per_row=rows)
 
 
 def _example_inputs(model: Any, given: Any) -> Inputs:
@@ -189,9 +179,6 @@ def _lower(
     from executorch.exir import to_edge_transform_and_lower
 
     chosen = list(partitioners) if partitioners is not None else [_xnnpack_partitioner()]
-    in_spec, out_spec = exported.call_spec.in_spec, exported.call_spec.out_spec
-    assert in_spec is not None
-    assert out_spec is not None
     try:
         with Rejections().listening("executorch.backends") as rejections:
             _forget_provenance(exported.graph)
@@ -202,7 +189,7 @@ def _lower(
         raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
     _check_kernels(program.executorch_program)
     buffer = bytes(program.buffer)
-    return ExecuTorchProgram(buffer, report.replaced(size=len(buffer), notes=notes), in_spec, out_spec)
+    return ExecuTorchProgram(buffer, replace(report, size=len(buffer), notes=notes), signature_of(exported))
 
 
 def _xnnpack_partitioner() -> Any:

@@ -74,16 +74,24 @@ def _matmul(like: Node, a: Node, b: Node) -> Node:
     """Batched product over the last two dimensions, through three dimensions: what XNNPACK has a kernel for."""
     if len(shape_of(a)) == 3:
         return emit(like, _ATEN.bmm.default, a, b)
-    batch, heads, rows, inner = shape_of(a)
-    columns = shape_of(b)[-1]
-    left = emit(like, _ATEN.reshape.default, a, [_merged(batch, heads), rows, inner])
-    right = emit(like, _ATEN.reshape.default, b, [_merged(batch, heads), inner, columns])
+    left = _reshaped(like, a, [(a, 0, 1), (a, 2), (a, 3)])
+    right = _reshaped(like, b, [(b, 0, 1), (b, 2), (b, 3)])
     product = emit(like, _ATEN.bmm.default, left, right)
-    return emit(like, _ATEN.reshape.default, product, [batch if isinstance(batch, int) else -1, heads, rows, columns])
+    return _reshaped(like, product, [(a, 0), (a, 1), (a, 2), (b, 3)])
 
 
-def _merged(batch: int | torch.SymInt, heads: int | torch.SymInt) -> int:
-    return batch * heads if isinstance(batch, int) and isinstance(heads, int) else -1
+def _reshaped(like: Node, x: Node, sizes: list[tuple[Node, *tuple[int, ...]]]) -> Node:
+    """``x`` with each size the product of some sizes of a tensor; the first unknown one is -1."""
+    arguments: list[int | Node] = []
+    for source, *dims in sizes:
+        known = [shape_of(source)[dim] for dim in dims]
+        if all(isinstance(size, int) for size in known):
+            arguments.append(math.prod(int(size) for size in known))
+        elif -1 not in arguments:
+            arguments.append(-1)
+        else:
+            arguments.append(emit(like, _ATEN.sym_size.int, source, dims[0]))
+    return emit(like, _ATEN.reshape.default, x, arguments)
 
 
 def _finite(mask: Node, like: Node, *, causal: bool) -> tuple[Node, Node]:

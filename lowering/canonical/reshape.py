@@ -34,12 +34,18 @@ def one_view(module: GraphModule) -> int:
         sizes = _sizes(node)
         if sizes is None or (node.target is _ATEN.view.default and list(node.args[1]) == sizes):
             continue
-        # reshape copies where a view is impossible; what it copies is contiguous, and contiguous tensors have views
-        view = emit(node, _ATEN.reshape.default, node.args[0], sizes)
+        view = _viewed(node, node.args[0], sizes)
         node.replace_all_uses_with(view)
         module.graph.erase_node(node)
         count += 1
     return count
+
+
+def _viewed(node: Node, x: Node, sizes: list[int]) -> Node:
+    if -1 not in sizes:
+        return emit(node, _ATEN.reshape.default, x, sizes)
+    # where reshape has to copy it writes the unknown size out, as an expression; a view keeps the -1
+    return emit(node, _ATEN.view.default, emit(node, _ATEN.contiguous.default, x), sizes)
 
 
 def _sizes(node: Node) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""select(x, d, i)  =  reshape(slice(x, d, i, i + 1)), and unbind is one select per part.
+"""select(x, d, i)  =  squeeze(slice(x, d, i, i + 1), d), and unbind is one select per part.
 
 XNNPACK slices and views; it does not drop a dimension.
 """
@@ -41,7 +41,7 @@ def _sliced(node: Node, x: object, dim: object, index: object) -> int:
         return 0
     index %= size
     part = emit(node, _ATEN.slice.Tensor, x, dim, index, index + 1)
-    sizes = [s if isinstance(s, int) else -1 for s in rest]
-    node.replace_all_uses_with(emit(node, _ATEN.reshape.default, part, sizes))
+    # one_view spells the unknown size out as -1
+    node.replace_all_uses_with(emit(node, _ATEN.squeeze.dims, part, [dim]))
     node.graph.erase_node(node)
     return 1
