@@ -57,9 +57,8 @@ class Builder:
         self.notes: list[str] = []
         self._place: Node | None = None
         self._constants: dict[tuple[str, int], Node] = {}
-        self._fake = next(
-            (v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode")), FakeTensorMode()
-        )
+        values = (node.meta.get("val") for node in gm.graph.nodes)
+        self._fake: FakeTensorMode | None = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
 
     @contextlib.contextmanager
     def at(self, place: Node) -> Iterator[None]:
@@ -84,13 +83,13 @@ class Builder:
             if known is None:
                 raise LookupError(operand.name)
             if isinstance(known, Tensor) and not hasattr(known, "fake_mode"):
-                return self._fake.from_tensor(known, static_shapes=True)
+                return known.to("meta") if self._fake is None else self._fake.from_tensor(known, static_shapes=True)
             return known
 
         assert callable(node.target)
         try:
             args, kwargs = map_arg((node.args, node.kwargs), value)
-            with self._fake:
+            with self._fake or contextlib.nullcontext():
                 return node.target(*args, **kwargs)
         except Exception:  # noqa: BLE001 — metadata is a convenience; exporting the graph works it out again
             return None

@@ -56,7 +56,7 @@ def to_integer(
     gm.graph.lint()
     gm.recompile()
     verdicts = tuple(
-        IntegerVerdict(name, targets[name], name in ctx.integer, _reason(ctx, name), name in asked)
+        IntegerVerdict(name, targets[name], name in ctx.integer and name not in ctx.failed, _reason(ctx, name), name in asked)
         for name in float_ops
         if name not in constants
     )
@@ -88,7 +88,7 @@ def _asked(gm: GraphModule) -> set[str]:
 
 
 def _reason(ctx: Context, name: str) -> str:
-    return ctx.integer.get(name) or ctx.left.get(name) or "nothing reads it in integers"
+    return ctx.failed.get(name) or ctx.integer.get(name) or ctx.left.get(name) or "nothing reads it in integers"
 
 
 def _alive(gm: GraphModule, b: Builder) -> tuple[Record, ...]:

@@ -100,7 +100,7 @@ def _quantize(ctx: Context, node: Node) -> None:
             if value.grid is not None and isinstance(value, Stored):
                 ctx.integer.setdefault(value.node.name, "requantization")
         except NoIntegerFormError as error:
-            ctx.left[error.node.name] = str(error)
+            ctx.failed[error.node.name] = str(error)
         else:
             node.replace_all_uses_with(integers)
             return

@@ -29,7 +29,8 @@ class Context:
     """The graph being rewritten, and what is known so far.
 
     ``values``: float node → its integers. ``constants``: nodes that depend on parameters only. ``integer``: float ops
-    whose integer form was written. ``left``: float ops that stay, and why.
+    whose integer form was written. ``left``: float ops that stay, and why. ``failed``: ops whose result cannot be
+    requantized in integers, and why.
     """
 
     gm: GraphModule
@@ -38,6 +39,7 @@ class Context:
     values: dict[Node, Value] = field(default_factory=dict)
     integer: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def value(self, operand: Any, of: Node) -> Value:
         """The integers of an operand; raises `NoIntegerFormError` when it has none."""

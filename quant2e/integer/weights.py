@@ -28,7 +28,7 @@ _PER_GROUP = qd.dequantize_per_channel_group.default
 class Weight:
     """An integer constant.
 
-    ``scale``, ``zero_point``: numbers; 1-D along ``axis``; or 2-D [rows, groups] when ``group_size`` is not 0.
+    ``scale``, ``zero_point``: numbers; 1-D along ``axis``, or [1] and the same along every axis (None); or 2-D [rows, groups] when ``group_size`` is not 0.
     ``source``: the node that reads ``integers``, when they are kept as they are.
     """
 
@@ -75,6 +75,8 @@ class Weight:
             raise NoIntegerFormError(
                 node, "its weight has a scale for each group of inputs, which this op does not take"
             )
+        if isinstance(self.scale, Tensor) and self.axis is None:
+            return self.scale.expand(self.integers.shape[axis]).contiguous()
         if isinstance(self.scale, Tensor) and self.axis != axis:
             raise NoIntegerFormError(node, f"its weight has scales along dimension {self.axis}, over which the op sums")
         return self.scale
@@ -140,6 +142,8 @@ def _moved(weight: Weight, chain: list[Node]) -> Weight | None:
     integers = integers.contiguous()
     if not isinstance(weight.scale, Tensor):
         return Weight(integers, weight.scale, weight.zero_point, None)
+    if bool((scale == scale.flatten()[0]).all()) and bool((zero == zero.flatten()[0]).all()):
+        return Weight(integers, scale.flatten()[:1].contiguous(), zero.flatten()[:1].contiguous(), None)
     for axis in range(integers.dim()):
         first = (slice(None) if i == axis else 0 for i in range(integers.dim()))
         line = tuple(first)
