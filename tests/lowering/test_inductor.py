@@ -265,6 +265,28 @@ def test_every_setting_is_as_before_also_after_a_failure(monkeypatch):
     assert state() == before
 
 
+def test_sizes_may_be_made_dynamic_afterwards_where_the_graph_does_not_spell_them_out():
+    x, shapes = torch.randn(4, 8), ({0: torch.export.Dim("b")},)
+    w = weight(8, 8)
+
+    class Free(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = w
+
+        def forward(self, x):
+            return dequantized_linear(self, x)
+
+    model = capture(Free(), x)
+    program = to_inductor(model, (x,), dynamic_shapes=shapes)
+    assert program(torch.randn(7, 8)).shape == (7, 8)
+    with pytest.raises(LoweringError, match="dimension 0 of input 'x' is 7, and the program was compiled for 4"):
+        to_inductor(model, (x,))(torch.randn(7, 8))
+    spelled = capture(Fn(lambda m, x: x.view(4, 2, 4)), x)
+    with pytest.raises(LoweringError, match="captured with fixed sizes at first"):
+        to_inductor(spelled, (x,), dynamic_shapes=((shapes),))
+
+
 def test_others_resetting_dynamo_do_not_reach_the_program():
     x = torch.randn(4, 8)
     program = to_inductor(capture(Fn(dequantized_linear, w=weight(8, 8)), x), x)
