@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -79,7 +80,8 @@ def _scale_problems(node: Node, scale: object, which: str = "") -> Iterator[str]
 
 
 def _zero_point_problems(node: Node) -> Iterator[str]:
-    zero_point, low, high = node.args[2:5]
+    arguments: tuple[Any, ...] = node.args
+    zero_point, low, high = arguments[2:5]
     if isinstance(zero_point, int) and not low <= zero_point <= high:
         yield f"{where(node)}: zero point {zero_point} is outside of [{low}, {high}]"
 
@@ -105,7 +107,8 @@ def _weight_problems(module: GraphModule, node: Node) -> Iterator[str]:
 
 def _notes(node: Node) -> Iterator[str]:
     if node.target is qd.quantize_per_tensor.default:
-        low, high = node.args[3:5]
+        arguments: tuple[Any, ...] = node.args
+        low, high = arguments[3:5]
         if low > -127 or high < 127:
             yield (
                 f"{where(node)} is limited to [{low}, {high}] in the graph; XNNPACK limits it to [-128, 127], so values "

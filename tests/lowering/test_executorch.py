@@ -412,6 +412,17 @@ def test_the_report_says_what_is_left_and_why():
     assert "rewritten: 1 × keep_mean_dims" in text
 
 
+def test_a_narrower_range_is_noted():
+    def function(x):
+        q = qd.quantize_per_tensor.default(x, 0.1, 0, 0, 127, torch.int8)
+        return qd.dequantize_per_tensor.default(q, 0.1, 0, 0, 127, torch.int8)
+
+    program = to_executorch(capture(Fn(function), torch.rand(3)), (torch.rand(3),))
+    (note,) = program.report.notes
+    assert "is limited to [0, 127] in the graph; XNNPACK limits it to [-128, 127]" in note
+    assert note in str(program.report)
+
+
 def test_partitioners_may_be_none_at_all():
     x = torch.randn(2, 4)
     weight = Weight(torch.randn(3, 4))
