@@ -7,7 +7,8 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, UnionType
+from typing import get_origin
 
 import pytest
 
@@ -77,6 +78,8 @@ def describe(name: str, target: object, public: frozenset[type]) -> Iterator[str
         yield f"{name}{signature(target)}"
     elif isinstance(target, ModuleType):
         yield f"module {name}"
+    elif isinstance(target, UnionType) or get_origin(target):
+        yield f"{name} = {target}"
     else:
         yield f"{name}: {type(target).__name__}"
 
@@ -90,7 +93,7 @@ def undocumented(name: str, target: object) -> Iterator[str]:
         for member_name, _ in own_members(target, frozenset()):
             if not inspect.getdoc(getattr(target, member_name)):
                 yield f"{name}.{member_name}"
-    elif (callable(target) or isinstance(target, ModuleType)) and not inspect.getdoc(target):
+    elif (inspect.isroutine(inspect.unwrap(target)) or isinstance(target, ModuleType)) and not inspect.getdoc(target):
         yield name
 
 
