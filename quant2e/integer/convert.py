@@ -8,10 +8,12 @@ from typing import get_args
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from quant2e.dataflow import operand
 from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.errors import Quant2eError
 from quant2e.graph_module import copy_graph
 from quant2e.integer.build import Builder, Record
+from quant2e.integer.moves import UNLESS_TRAINING
 from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
 from quant2e.integer.requantization import Requantization
 from quant2e.integer.rewrite import rewrite
@@ -52,11 +54,13 @@ def to_integer(
     ctx = Context(gm, Builder(gm, requantization), constant_nodes(gm.graph))
     constants = {node.name for node in ctx.constants}
     rewrite(ctx)
-    run(gm, (remove_dead_code, prune_unused_attributes))
+    run(gm, (remove_dead_code, _remove_idle_dropout, remove_dead_code, prune_unused_attributes))
     gm.graph.lint()
     gm.recompile()
     verdicts = tuple(
-        IntegerVerdict(name, targets[name], name in ctx.integer and name not in ctx.failed, _reason(ctx, name), name in asked)
+        IntegerVerdict(
+            name, targets[name], name in ctx.integer and name not in ctx.failed, _reason(ctx, name), name in asked
+        )
         for name in float_ops
         if name not in constants
     )
@@ -66,6 +70,14 @@ def to_integer(
         raise Quant2eError(f"{len(report.left)} quantized ops have no integer form ({requantization}):\n{lines}")
     _file(gm, report)
     return gm
+
+
+def _remove_idle_dropout(gm: GraphModule) -> bool:
+    """Dropout in evaluation mode that nothing reads; `remove_dead_code` takes every dropout for a random number."""
+    idle = [n for n in gm.graph.nodes if n.target in UNLESS_TRAINING and not n.users and operand(n, "train") is False]
+    for node in idle:
+        gm.graph.erase_node(node)
+    return bool(idle)
 
 
 def _computes_float(node: Node) -> bool:

@@ -37,7 +37,8 @@ MOVES = frozenset(
 )  # fmt: skip
 """Every value of the result is one of the first operand's."""
 
-_UNLESS_TRAINING = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+UNLESS_TRAINING = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+"""Give their operand back in evaluation mode."""
 _CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default})
 
 
@@ -175,7 +176,7 @@ def _joined(ctx: Context, node: Node) -> Value:
 
 FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
     **dict.fromkeys(MOVES, _moved),
-    **dict.fromkeys(_UNLESS_TRAINING, _dropout),
+    **dict.fromkeys(UNLESS_TRAINING, _dropout),
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys((aten.relu.default, aten.relu_.default), clamp(0, math.inf)),
     **dict.fromkeys((aten.relu6.default, aten.relu6_.default), clamp(0, 6)),

@@ -156,26 +156,30 @@ def _average_pool(ctx: Context, node: Node) -> Value:
     counted = bool(operand(node, "count_include_pad"))
     count: float | Tensor = override or math.prod(kernel)
     if not override and (ceil or (any(padding) and not counted)):
-        ones = torch.ones([1, 1, *_static(node, shape[-spatial:])], dtype=torch.float64)
-        present = _windows(ones, kernel, stride, padding, ceil, counted, 1)
-        count = torch.round(present / _windows(ones, kernel, stride, padding, ceil, counted, None))
-        count = count.reshape([1] * (len(shape) - spatial) + list(count.shape[2:]))
-        count = float(count.flatten()[0]) if bool((count == count.flatten()[0]).all()) else count
+        inputs = _static(node, shape[-spatial:])
+        outputs = _static(node, node.meta["val"].shape[-spatial:])
+        count = torch.ones([], dtype=torch.float64)
+        for line in zip(inputs, outputs, kernel, stride, padding, strict=True):
+            count = count.unsqueeze(-1) * _counts(*line, counted=counted)
+        count = _one_if_same(count.reshape([1] * (len(shape) - spatial) + list(count.shape)))
     acc = _window_sums(ctx, node, x, grid, (kernel, stride, padding), ceil)
     attributes = {"pool": "window", "kernel": kernel, "stride": stride, "padding": padding, "ceil_mode": ceil}
     return _average(node, x, grid, acc, count, math.prod(kernel), attributes)
 
 
-def _windows(
-    x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil: bool, counted: bool, divisor: int | None
-) -> Tensor:
-    """Average pooling of [1, 1, *spatial] in one to three dimensions, in float64."""
-    missing = 3 - len(kernel)
-    x = x.reshape([1, 1, *[1] * missing, *x.shape[2:]])
-    ones, zeros = [1] * missing, [0] * missing
-    y: Tensor = aten.avg_pool3d.default(x, ones + kernel, ones + stride, zeros + padding, ceil, counted, divisor)
-    pooled: Tensor = y.reshape([1, 1, *y.shape[2 + missing :]])
-    return pooled
+def _counts(inputs: int, outputs: int, kernel: int, stride: int, padding: int, *, counted: bool) -> Tensor:
+    """How many values each window along one dimension averages; ``counted``: padding is among them."""
+    starts = [i * stride - padding for i in range(outputs)]
+    ends = [min(start + kernel, inputs + padding) for start in starts]
+    if not counted:
+        starts, ends = [max(start, 0) for start in starts], [min(end, inputs) for end in ends]
+    return torch.tensor([end - start for start, end in zip(starts, ends, strict=True)], dtype=torch.float64)
+
+
+def _one_if_same(count: Tensor) -> float | Tensor:
+    """A number when every output averages as many values."""
+    first = float(count.flatten()[0])
+    return first if bool((count == first).all()) else count
 
 
 def _window_sums(
@@ -221,8 +225,7 @@ def _adaptive_pool(ctx: Context, node: Node) -> Value:
             acc = acc if last else ctx.b.call(aten.transpose.int, acc, first + i, -1)
     count = count.reshape([1] * first + list(count.shape))
     known = {"pool": "adaptive", "output_size": outputs}
-    same = bool((count == count.flatten()[0]).all())
-    return _average(node, x, grid, acc, float(count.flatten()[0]) if same else count, most, known)
+    return _average(node, x, grid, acc, _one_if_same(count), most, known)
 
 
 def _dtype(node: Node) -> torch.dtype:

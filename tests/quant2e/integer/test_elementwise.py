@@ -1,0 +1,262 @@
+"""Sums, products, clamps, joins, tables and lookups against the slow model: no difference, in any arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from quant2e import integer_report, to_integer
+from tests.quant2e.integer import reference
+from tests.quant2e.integer.graphs import CASES, Draw, Tally, Writer, aten, run_integer
+
+
+def shapes(draw):
+    full = [draw.int(1, 3), draw.int(1, 3), draw.int(1, 5)]
+    return full, draw.pick(full, full[1:], [1, *full[1:]], [1])
+
+
+def centred(x, grid):
+    return x.numpy().astype(np.int64) - grid.zero_point
+
+
+@pytest.mark.parametrize("form", ["add", "sub", "add on s16", "conv + add"])
+def test_sum(form):
+    tally = Tally()
+    for seed in range(CASES):
+        draw = Draw(seed, (torch.int16,) if "s16" in form else (torch.int8, torch.uint8))
+        a, b, grid = draw.grid(), draw.grid(), draw.grid()
+        left, right = shapes(draw)
+        x, y = draw.integers(left, a), draw.integers(right, b)
+        writer = Writer()
+        dx, dy = writer.input(x, a), writer.input(y, b)
+        spans = [max(g.high - g.zero_point, g.zero_point - g.low) for g in (a, b)]
+        scales = [a.scale, b.scale]
+        steps = centred(x, a)
+        if form == "conv + add":  # an accumulator is one of the terms
+            w_scale = draw.scale(2**-8, 2**-6)
+            w = draw.weight([left[-1], left[-1]])
+            dx = writer.op(aten.linear.default, dx, writer.weight(w, w_scale, None))
+            steps = steps @ w.numpy().astype(np.int64).T
+            spans[0] *= int(w.to(torch.int64).abs().sum(1).max())
+            scales[0] = a.scale * w_scale
+        sign = -1 if form == "sub" else 1
+        node = writer.op(aten.sub.Tensor if form == "sub" else aten.add.Tensor, dx, dy)
+        relu = draw.flag()
+        found = run_integer(writer, [writer.q(writer.op(aten.relu.default, node) if relu else node, grid)], draw.mode)
+        narrow = form in ("add", "sub")
+        u, v = np.broadcast_arrays(steps, centred(y, b))
+        expected = np.array(
+            [
+                reference.add([int(i), int(j)], scales, [1, sign], spans, grid, draw.mode, narrow=narrow)
+                for i, j in zip(u.flatten(), v.flatten(), strict=True)
+            ]
+        ).reshape(u.shape)
+        expected = np.maximum(expected, grid.quantize(0.0)) if relu else expected
+        np.testing.assert_array_equal(found[0], expected, err_msg=f"seed {seed}")
+        tally.add(writer, found, draw.mode)
+    tally.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16])
+def test_mul(dtype):
+    tally = Tally()
+    for seed in range(CASES):
+        draw = Draw(seed, (torch.int8, torch.uint8) if dtype is torch.int8 else (dtype,))
+        a, b = draw.grid(), draw.grid()
+        grid = draw.grid(None if dtype is torch.int8 else draw.scale(2**-3, 2**3))
+        left, right = shapes(draw)
+        x, y = draw.integers(left, a), draw.integers(right, b)
+        writer = Writer()
+        node = writer.op(aten.mul.Tensor, writer.input(x, a), writer.input(y, b))
+        found = run_integer(writer, [writer.q(node, grid)], draw.mode)
+        acc = centred(x, a) * centred(y, b)
+        expected = reference.each(acc, lambda v: reference.requantize(v, (a.scale, b.scale), grid, draw.mode))
+        np.testing.assert_array_equal(found[0], expected, err_msg=f"seed {seed}")
+        tally.add(writer, found, draw.mode)
+    tally.check()
+
+
+def test_cat_brings_every_operand_to_the_scale_of_the_result():
+    tally = Tally()
+    for seed in range(CASES):
+        draw = Draw(seed)
+        grid, dim = draw.grid(), draw.int(-1, 1)
+        grids = [draw.pick(grid, draw.grid()) for _ in range(draw.int(2, 3))]
+        for g in grids:
+            g.dtype, g.low, g.high = grid.dtype, grid.low, grid.high
+            g.zero_point = min(max(g.zero_point, g.low), g.high)
+        shape = [2, 3]
+        xs = []
+        for g in grids:
+            shape[dim] = draw.int(1, 4)
+            xs.append(draw.integers(shape, g))
+        writer = Writer()
+        node = writer.op(aten.cat.default, [writer.input(x, g) for x, g in zip(xs, grids, strict=True)], dim)
+        found = run_integer(writer, [writer.q(node, grid)], draw.mode)
+        parts = [
+            x.numpy().astype(np.int64)
+            if g is grid
+            else reference.each(centred(x, g), lambda v, g=g: reference.requantize(v, (g.scale,), grid, draw.mode))
+            for x, g in zip(xs, grids, strict=True)
+        ]
+        np.testing.assert_array_equal(found[0], np.concatenate(parts, dim), err_msg=f"seed {seed}")
+        tally.add(writer, found, draw.mode)
+    tally.check()
+
+
+MOVES = {
+    "view": lambda w, x: w.op(aten.view.default, x, [4, 6]),
+    "reshape": lambda w, x: w.op(aten.reshape.default, x, [-1]),
+    "flatten": lambda w, x: w.op(aten.flatten.using_ints, x, 1),
+    "permute": lambda w, x: w.op(aten.permute.default, x, [2, 0, 1]),
+    "transpose": lambda w, x: w.op(aten.transpose.int, x, 0, 2),
+    "slice": lambda w, x: w.op(aten.slice.Tensor, x, 1, 1, 3),
+    "select": lambda w, x: w.op(aten.select.int, x, 2, 1),
+    "squeeze": lambda w, x: w.op(aten.squeeze.dim, x, 0),
+    "unsqueeze": lambda w, x: w.op(aten.unsqueeze.default, x, 1),
+    "expand": lambda w, x: w.op(aten.expand.default, w.op(aten.unsqueeze.default, x, 0), [2, 2, 3, 4]),
+    "flip": lambda w, x: w.op(aten.flip.default, x, [1]),
+    "roll": lambda w, x: w.op(aten.roll.default, x, [1], [2]),
+    "repeat": lambda w, x: w.op(aten.repeat.default, x, [1, 2, 1]),
+    "dropout": lambda w, x: w.op(aten.dropout.default, x, 0.5, False),
+    "contiguous": lambda w, x: w.op(aten.contiguous.default, x),
+    "clone": lambda w, x: w.op(aten.clone.default, x),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_moves_are_made_by_integers(move):
+    for seed in range(max(CASES // 20, 8)):
+        draw = Draw(seed)
+        a = draw.grid()
+        grid = draw.pick(a, draw.grid(dtype=a.dtype))
+        x = draw.integers([2, 3, 4], a)
+        writer = Writer()
+        found = run_integer(writer, [writer.q(MOVES[move](writer, writer.input(x, a)), grid)], draw.mode)
+        same = (
+            x
+            if grid is a
+            else torch.from_numpy(
+                reference.each(centred(x, a), lambda v: reference.requantize(v, (a.scale,), grid, draw.mode))
+            )
+        )
+        moved = Writer()
+        np.testing.assert_array_equal(found[0], MOVES[move](moved, moved.plain(same)).meta["val"].numpy())
+
+
+FUNCTIONS = {
+    "sigmoid": (aten.sigmoid.default, ()),
+    "tanh": (aten.tanh.default, ()),
+    "hardswish": (aten.hardswish.default, ()),
+    "hardsigmoid": (aten.hardsigmoid.default, ()),
+    "gelu": (aten.gelu.default, ()),
+    "silu": (aten.silu.default, ()),
+    "exp": (aten.exp.default, ()),
+    "elu": (aten.elu.default, ()),
+    "leaky_relu": (aten.leaky_relu.default, (0.1,)),
+    "add a number": (aten.add.Tensor, (1.5,)),
+    "mul by a number": (aten.mul.Tensor, (-0.7,)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_tables(name):
+    target, more = FUNCTIONS[name]
+    for seed in range(CASES):
+        draw = Draw(seed, (torch.int8, torch.uint8, torch.int8, torch.uint8, torch.int16))
+        a = draw.grid(draw.scale(2**-6, 2**-4) if draw.dtype is not torch.int16 else 2.0**-12)
+        grid = draw.grid()
+        x = draw.integers([3, 5], a)
+        writer = Writer()
+        found = run_integer(writer, [writer.q(writer.op(target, writer.input(x, a), *more), grid)], draw.mode)
+        real = (x.to(torch.float32) - a.zero_point) * a.scale
+        values = torch.stack([target(v.reshape(1), *more) for v in real.flatten()]).reshape(real.shape)
+        np.testing.assert_array_equal(found[0], reference_quantize(values, grid), err_msg=f"seed {seed}")
+
+
+def reference_quantize(values, grid):
+    flat = [grid.quantize(v) for v in values.flatten().tolist()]
+    return np.array(flat).reshape(values.shape)
+
+
+def test_a_chain_of_functions_is_one_table():
+    draw = Draw(0)
+    a, grid = draw.grid(0.05), draw.grid(0.01)
+    writer = Writer()
+    x = writer.input(draw.integers([8], a), a)
+    y = writer.op(aten.tanh.default, writer.op(aten.mul.Tensor, writer.op(aten.sigmoid.default, x), 3.0))
+    gm = to_integer(writer.finish(writer.q(y, grid)), strict=True)
+    assert [str(n.target) for n in gm.graph.nodes if n.op == "call_function"] == [
+        "aten._to_copy.default",
+        "aten.sub.Tensor",
+        "aten.index.Tensor",
+    ]
+    assert integer_report(gm).of("sigmoid_default").reason == "table of 256 entries"
+
+
+def test_a_function_of_an_accumulator_stays_in_float_and_is_listed():
+    draw = Draw(0)
+    a, grid = draw.grid(0.05), draw.grid(0.01)
+    writer = Writer()
+    x = writer.input(draw.integers([2, 3], a), a)
+    y = writer.op(aten.gelu.default, writer.op(aten.linear.default, x, writer.weight(draw.weight([4, 3]), 0.01, None)))
+    gm = to_integer(writer.finish(writer.q(y, grid)))
+    found = {v.name: (v.integer, v.reason) for v in integer_report(gm).verdicts}
+    assert found == {
+        "linear_default": (True, "linear, read in float"),
+        "gelu_default": (
+            False,
+            "its operand 'linear_default' is not quantized by itself, so no table can be read",
+        ),
+    }
+    gap = (gm(*writer.inputs)[0].int() - writer.gm(*writer.inputs)[0].int()).abs().max()
+    assert gap <= 1
+
+
+def test_softmax_is_a_table_and_an_integer_division():
+    tally = Tally()
+    for seed in range(CASES):
+        draw = Draw(seed)
+        a = draw.grid(draw.scale(2**-6, 2**-3))
+        grid = draw.grid(draw.pick(2.0**-8, draw.scale(2**-9, 2**-7)))
+        x = draw.integers([3, draw.int(1, 12)], a)
+        dim = draw.pick(-1, 1, 0)
+        writer = Writer()
+        found = run_integer(writer, [writer.q(writer.op(aten.softmax.int, writer.input(x, a), dim), grid)], draw.mode)
+        expected = np.apply_along_axis(lambda row: softmax_row(row, a, grid), dim, x.numpy().astype(np.int64))
+        np.testing.assert_array_equal(found[0], expected, err_msg=f"seed {seed}")
+        tally.add(writer, found, draw.mode)
+    tally.check()
+
+
+def softmax_row(row, a, grid):
+    exponent = int(np.frexp(1 / grid.scale)[1])
+    shift = 24 - exponent
+    multiplier = round(2.0**shift / grid.scale)
+    terms = [round(float(np.exp(-np.float64(row.max() - v) * a.scale)) * 2**23) for v in row]
+    total = sum(terms) << shift
+    return np.array([grid.saturate((2 * t * multiplier + total) // (2 * total)) for t in terms])
+
+
+@pytest.mark.parametrize("scheme", ["per tensor", "per row"])
+def test_embedding(scheme):
+    for seed in range(CASES):
+        draw = Draw(seed)
+        rows, width, grid = draw.int(2, 6), draw.int(1, 5), draw.grid()
+        w = draw.weight([rows, width])
+        scale = draw.scale() if scheme == "per tensor" else draw.scales(rows, 2**-8, 2**-3)
+        index = torch.from_numpy(draw.rng.integers(0, rows, [2, 3]))
+        writer = Writer()
+        table = writer.weight(w, scale, None if scheme == "per tensor" else 0)
+        node = writer.op(aten.embedding.default, table, writer.plain(index))
+        quantized = writer.q(node, grid)
+        gm = to_integer(writer.finish(quantized, node))
+        assert all(str(n.target).startswith("aten.") for n in gm.graph.nodes if n.op == "call_function")
+        q, real = gm(index)
+        scales = np.broadcast_to(np.float32(scale if scheme == "per tensor" else scale.numpy()), [rows])
+        for at in np.ndindex(2, 3, width):
+            row = int(index[at[:2]])
+            value = np.float32(int(w[row, at[2]])) * scales[row]
+            assert float(real[at]) == value
+            assert int(q[at]) == grid.quantize(value)
