@@ -16,8 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant2e import streaming
 from quant2e.errors import AnnotationError, CalibrationError
-from quant2e.ranges import Batch, MinMax, MinMaxState, check_floating, look
+from quant2e.ranges import (
+    Batch,
+    MinMax,
+    MinMaxState,
+    check_channels,
+    check_floating,
+    check_layout,
+    empty_like,
+    look,
+    on_host,
+    rows_of,
+    sentinel_of,
+)
 
 _EXACT_BITS = 24
 """Bin numbers stay below ``2**24``, where float32 holds every integer."""
@@ -64,7 +77,10 @@ def window(low: float, high: float, bins: int) -> Window:
 
 @dataclass(frozen=True)
 class HistogramState:
-    """``histogram``: int64 ``[bins]`` over ``window(min_val, max_val, bins)``; the rest as in `MinMaxState`."""
+    """``histogram``: int64 ``[bins]`` over ``window(min_val, max_val, bins)``; the rest as in `MinMaxState`.
+
+    Per channel or group: ``[*channels, bins]``, each row with the window of its own range.
+    """
 
     min_val: Tensor
     max_val: Tensor
@@ -74,12 +90,18 @@ class HistogramState:
     @property
     def empty(self) -> bool:
         """No value has been counted."""
-        return bool(self.min_val > self.max_val)
+        return bool((self.min_val > self.max_val).all())
 
     @property
     def window(self) -> Window:
-        """The bins that ``histogram`` counts; undefined while `empty`."""
-        return window(float(self.min_val), float(self.max_val), self.histogram.numel())
+        """The bins that ``histogram``, of a whole tensor, counts; undefined while `empty`."""
+        return window(float(self.min_val), float(self.max_val), self.histogram.shape[-1])
+
+    def rows(self) -> list[HistogramState]:
+        """The state of each channel or group, as one of a whole tensor. ``counts`` are those of all together."""
+        histogram = self.histogram.reshape(-1, self.histogram.shape[-1])
+        parts = zip(self.min_val.reshape(-1), self.max_val.reshape(-1), histogram, strict=True)
+        return [HistogramState(low, high, self.counts, counts) for low, high, counts in parts]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -112,20 +134,29 @@ def widen(histogram: Tensor, old: Window, new: Window) -> Tensor:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of values in a fixed number of bins, per tensor, with the exact minimum and maximum.
+    """Counts of values in a fixed number of bins, with the exact minimum and maximum.
 
-    `merge` is exact, associative and commutative. Raises `AnnotationError` unless ``2 <= bins <= 2**20``.
+    Per tensor, per channel or per group, as `MinMax`. `merge` is exact, associative and commutative. Raises
+    `AnnotationError` unless ``2 <= bins <= 2**20``.
     """
 
     bins: int = 2048
+    axis: int | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
+        check_layout(self.axis, self.group_size)
         if not 2 <= self.bins <= 1 << 20:
             raise AnnotationError(f"bins={self.bins}: a histogram has between 2 and {1 << 20} bins")
 
+    @property
+    def _whole(self) -> bool:
+        return self.axis is None and self.group_size is None
+
     def init(self, like: Tensor | None = None) -> HistogramState:
-        none = MinMax().init(like)
-        histogram = torch.zeros(self.bins, dtype=torch.int64, device=none.counts.device)
+        none = empty_like(like, self._whole)
+        shape = (self.bins,) if self._whole else (0, self.bins)
+        histogram = torch.zeros(shape, dtype=torch.int64, device=none.counts.device)
         return HistogramState(none.min_val, none.max_val, none.counts, histogram)
 
     def update(self, state: HistogramState, x: Tensor) -> HistogramState:
@@ -133,10 +164,26 @@ class Histogram:
         if x.numel() == 0:
             return state
         x = x.detach()
+        if not self._whole or not on_host(x):
+            return self._update_rows(state, x)
         batch = look(x, axis=None)
         low, high = torch.minimum(state.min_val, batch.min_val), torch.maximum(state.max_val, batch.max_val)
         histogram = self._recount(state, batch, x, float(low), float(high))
         return HistogramState(low, high, state.counts + batch.counts, histogram)
+
+    def _update_rows(self, state: HistogramState, x: Tensor) -> HistogramState:
+        rows = rows_of(x, self.axis, self.group_size)
+        shape = () if self._whole else rows.shape[:-1]
+        flat = rows.flatten(0, -2)
+        seen = streaming.look(flat, sentinel_of(x.dtype))
+        before = state
+        if state.min_val.numel() == 0:
+            none = torch.full(shape, float("inf"), device=x.device)
+            bins = torch.zeros((*shape, self.bins), dtype=torch.int64, device=x.device)
+            before = HistogramState(none, -none, state.counts, bins)
+        check_channels(before.min_val, seen.low.reshape(shape))
+        made = streaming.update(_as_rows(before), flat, seen)
+        return _from_rows(made, shape, state.counts + seen.counts)
 
     def _recount(self, state: HistogramState, batch: Batch, x: Tensor, low: float, high: float) -> Tensor:
         values = x if batch.usable is None else x[batch.usable]
@@ -147,11 +194,18 @@ class Histogram:
         return new if state.empty else new + widen(state.histogram, state.window, total)
 
     def merge(self, a: HistogramState, b: HistogramState) -> HistogramState:
-        if a.histogram.shape != b.histogram.shape:
+        if a.histogram.shape[-1] != b.histogram.shape[-1]:
             raise CalibrationError(
-                f"histograms with {a.histogram.numel()} and {b.histogram.numel()} bins cannot be merged; "
+                f"histograms with {a.histogram.shape[-1]} and {b.histogram.shape[-1]} bins cannot be merged; "
                 "calibrate every shard with the same number of bins"
             )
+        if a.min_val.numel() == 0 or b.min_val.numel() == 0:
+            seen = a if b.min_val.numel() == 0 else b
+            return HistogramState(seen.min_val, seen.max_val, a.counts + b.counts, seen.histogram)
+        if not self._whole or a.counts.device.type != "cpu":
+            check_channels(a.min_val, b.min_val)
+            made = streaming.merge(_as_rows(a), _as_rows(b))
+            return _from_rows(made, a.min_val.shape, a.counts + b.counts)
         total = MinMax().merge(MinMaxState(a.min_val, a.max_val, a.counts), MinMaxState(b.min_val, b.max_val, b.counts))
         histogram = a.histogram if b.empty else b.histogram
         if not (a.empty or b.empty):
@@ -162,3 +216,13 @@ class Histogram:
     def range(self, state: HistogramState) -> tuple[Tensor, Tensor]:
         """The exact extremes. `range_search.search` derives other ranges from the same state."""
         return state.min_val, state.max_val
+
+
+def _as_rows(state: HistogramState) -> streaming.Rows:
+    bins = state.histogram.shape[-1]
+    return streaming.Rows(state.min_val.reshape(-1), state.max_val.reshape(-1), state.histogram.reshape(-1, bins))
+
+
+def _from_rows(rows: streaming.Rows, shape: tuple[int, ...], counts: Tensor) -> HistogramState:
+    histogram = rows.histogram.reshape(*shape, rows.histogram.shape[-1])
+    return HistogramState(rows.low.reshape(shape), rows.high.reshape(shape), counts, histogram)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.histogram import Histogram, HistogramState
+from quant2e.native_update import kernel_of, native_update
 from quant2e.observer_base import ObserverBase, ObserverFactory
 from quant2e.passive_observer import FixedQParamsObserver, NoopObserver, PlaceholderObserver, RecordingObserver
 from quant2e.qparams import FLOAT32_EPS, FLOAT_QPARAMS, Grid, plain_dtype
@@ -114,7 +115,8 @@ def _grid(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default:
 class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
     """Common part of the measuring observers: an estimator, its state in buffers, and the `Grid` it is measured for.
 
-    ``frozen``: statistics are final and ``forward`` only returns its input.
+    ``frozen``: statistics are final and ``forward`` only returns its input. ``statistics``: names of the buffers that
+    hold them, in the order of the state's fields.
     """
 
     min_val: Tensor
@@ -134,16 +136,17 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         self._state_type: Callable[..., S] = state_type
         device = (options.get("factory_kwargs") or {}).get("device")
         nothing = estimator.init(torch.empty(0, device=device))
-        self._names = tuple(f.name for f in fields(nothing))
-        for name in self._names:
+        self.statistics = tuple(f.name for f in fields(nothing))
+        self.kernel = kernel_of(estimator)
+        for name in self.statistics:
             self.register_buffer(name, getattr(nothing, name))
 
     def _live_state(self) -> S:
-        return self._state_type(*(getattr(self, name) for name in self._names))
+        return self._state_type(*(getattr(self, name) for name in self.statistics))
 
     def _store(self, state: S) -> None:
         # In place: buffers made under inference mode could not be updated outside it.
-        for name in self._names:
+        for name in self.statistics:
             buffer, value = getattr(self, name), getattr(state, name)
             if buffer.shape != value.shape:
                 buffer.resize_(value.shape)
@@ -152,7 +155,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
     @property
     def state(self) -> S:
         """The statistics as an immutable value (a copy), for the functions of `estimator`."""
-        return self._state_type(*(getattr(self, name).clone() for name in self._names))
+        return self._state_type(*(getattr(self, name).clone() for name in self.statistics))
 
     @property
     def total(self) -> int:
@@ -179,13 +182,16 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         """At least one value entered the statistics."""
         return self.total > self.nan_count + self.posinf_count + self.masked_count
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        if not self.frozen:
-            if x.device != self.counts.device:
-                self.to(x.device)
-            self._store(self.estimator.update(self._live_state(), x))
+        if not self.frozen and not native_update(self, x):
+            self._update(x)
         return x
+
+    @torch.no_grad()
+    def _update(self, x: Tensor) -> None:
+        if x.device != self.counts.device:
+            self.to(x.device)
+        self._store(self.estimator.update(self._live_state(), x))
 
     def freeze(self) -> Self:
         """Keep the statistics as they are from now on."""
@@ -197,7 +203,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         """Add what ``other``, an observer of the same kind, has seen. Raises `CalibrationError` for another kind."""
         if self.estimator != other.estimator:
             raise CalibrationError(f"statistics of {other.estimator} cannot be merged into {self.estimator}")
-        theirs = self._state_type(*(getattr(other, name).to(self.counts.device) for name in self._names))
+        theirs = self._state_type(*(getattr(other, name).to(self.counts.device) for name in self.statistics))
         self._store(self.estimator.merge(self._live_state(), theirs))
         return self
 
@@ -246,9 +252,9 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        for name in ("min_val", "max_val"):
+        for name in self.statistics:
             saved, buffer = state_dict.get(prefix + name), self.get_buffer(name)
-            if saved is not None and saved.dim() == buffer.dim() == 1:
+            if saved is not None and saved.dim() and buffer.dim():
                 buffer.resize_(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -41,11 +41,12 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     Raises `CaptureError` for a graph in training mode, `AnnotationError` and `PlanError` for annotations that are
     wrong alone or together.
     """
-    gm: GraphModule = as_graph_module(model, compiled=False)
+    own = as_graph_module(model, compiled=False)
+    gm: GraphModule = own
     if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in gm.graph.nodes):
         raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
     check_eval(gm)
-    ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), gm.inputs
+    ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), own.inputs
     run(gm, (fold_batch_norm,), compiled=False)
     gm = _annotate(gm, quantizer)
     if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one

@@ -149,18 +149,28 @@ def check_method(method: str, percentile: float) -> None:
 
 
 def search(state: HistogramState, grid: Grid, method: str = "mse", percentile: float = 99.99) -> tuple[Tensor, Tensor]:
-    """The range that ``method`` finds for the integers of ``grid``: float32 scalars ``(min, max)`` within the data.
+    """The range ``(min, max)``, within the data, that ``method`` finds for the integers of ``grid``.
 
+    Float32, a scalar or, per channel or group, of their shape.
     ``percentile`` matters to that method only. Raises `AnnotationError` for an unknown method.
     """
     check_method(method, percentile)
-    if method == "percentile":
-        low, high = percentile_range(state, percentile)
-    elif method == "mse":
-        low, high = mse(state, grid)
-    elif method == "entropy":
-        low, high = entropy(state, grid)
-    else:
-        low, high = minmax(state)
     device = state.min_val.device
-    return torch.tensor(low, dtype=torch.float32, device=device), torch.tensor(high, dtype=torch.float32, device=device)
+    if state.min_val.dim() == 0:
+        low, high = _search(state, grid, method, percentile)
+        return torch.tensor(low, dtype=torch.float32, device=device), torch.tensor(
+            high, dtype=torch.float32, device=device
+        )
+    found = [_search(row, grid, method, percentile) for row in state.rows()]
+    bounds = torch.tensor(found, dtype=torch.float32, device=device).reshape(*state.min_val.shape, 2)
+    return bounds[..., 0], bounds[..., 1]
+
+
+def _search(state: HistogramState, grid: Grid, method: str, percentile: float) -> tuple[float, float]:
+    if method == "percentile":
+        return percentile_range(state, percentile)
+    if method == "mse":
+        return mse(state, grid)
+    if method == "entropy":
+        return entropy(state, grid)
+    return minmax(state)
