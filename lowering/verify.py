@@ -65,6 +65,9 @@ class Bound:
 LAST_BIT = 2.0**-23
 """Relative size of the last bit of a float32."""
 
+NOISE_DRAWS = 4
+"""How many neighbours of a graph its own noise is measured on."""
+
 LEEWAY_DB = 6.0
 """How much more noise than its own a graph's lowered program may have: twice the amplitude."""
 
@@ -240,25 +243,33 @@ def compare(
     )
 
 
-def own_noise_db(reference: torch.nn.Module, batches: Iterable[Inputs]) -> float:
+def own_noise_db(reference: torch.nn.Module, batches: Iterable[Inputs], draws: int = NOISE_DRAWS) -> float:
     """SQNR of a graph against itself with every float parameter and buffer moved by about its last bit, in dB.
 
     Where a value lies close to the middle between two integers, the last bit of a float decides which it becomes, and
     what follows sees a difference of a whole step. In a deep graph with activations quantized at many places this
     noise is far above that of float arithmetic; two correct programs that add in another order differ by it.
+
+    Whether a given draw crosses such a middle early in the graph is luck: over six transformer layers single draws
+    measure anything from 27 to 130 dB. The worst of ``draws`` is returned, which is steady.
     """
     generator = torch.Generator().manual_seed(0)
     tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
-    moved = {
-        name: tensor.detach() * (1 + LAST_BIT * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
-        for name, tensor in tensors.items()
-        if tensor.is_floating_point()
-    }
+    kept = list(batches)
 
-    def neighbour(*args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(reference, moved, args, kwargs)
+    def draw() -> float:
+        moved = {
+            name: tensor.detach() * (1 + LAST_BIT * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+            for name, tensor in tensors.items()
+            if tensor.is_floating_point()
+        }
 
-    return compare(neighbour, reference, batches).sqnr_db
+        def neighbour(*args: Any, **kwargs: Any) -> Any:
+            return torch.func.functional_call(reference, moved, args, kwargs)
+
+        return compare(neighbour, reference, kept).sqnr_db
+
+    return min(draw() for _ in range(draws))
 
 
 def compare_within_noise(lowered: Callable[..., Any], reference: Any, batches: Sequence[Inputs]) -> Verification:
