@@ -52,6 +52,8 @@ class Recipe:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The recipe that `as_dict` described. Raises `FileFormatError` for another format."""
+        if not isinstance(data, dict):
+            raise FileFormatError(f"a recipe is a JSON object, and this is a {type(data).__name__}")
         if data.get("format") != RECIPE_FORMAT:
             raise FileFormatError(f"recipe format {data.get('format')!r}: this version reads format {RECIPE_FORMAT}")
         groups = tuple(
@@ -108,6 +110,7 @@ def _group_recipe(group: Group, encoding: Encoding | None) -> GroupRecipe:
         bare,
         encoding="per_channel",
         axis=encoding.axis,
-        scale=tuple(encoding.scale.tolist()),
+        # The shortest decimals that give the float32 back: half the size, where a table has a scale for each row.
+        scale=tuple(float(str(value)) for value in encoding.scale.float().cpu().numpy()),
         zero_point=tuple(encoding.zero_point.tolist()),
     )

@@ -7,6 +7,7 @@ The file is one that ``torch.export.load`` reads, in any process where torch's o
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,34 @@ def save(
     except Exception as error:
         raise Quant2eError(f"the quantized graph cannot be exported with these inputs: {error}") from error
     with atomic_file(target) as part:
-        torch.export.save(program, part, extra_files={RECORD: json.dumps(record)})
+        # Not the path: torch writes its name into the file. And torch aborts the process when a write fails.
+        with _PatientFile(part, "wb") as file:
+            torch.export.save(program, file, extra_files={RECORD: json.dumps(record)})
+        try:
+            check_archive(part)
+        except FileFormatError as error:
+            raise Quant2eError(f"this program could be saved, but not loaded again: {error}") from error
+
+
+class _PatientFile(io.FileIO):
+    """A file whose writes never fail: the first failure is kept, and raised when the file is closed."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest and self.failure is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+    def close(self) -> None:
+        super().close()
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
 
 
 def _parts(
