@@ -17,14 +17,14 @@ def sqnr_db(signal: float, noise: float) -> float:
     """Signal to quantization noise ratio in dB: ``10 log10(signal / noise)`` of two powers; inf without noise."""
     if noise == 0.0:
         return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 and noise < math.inf else -math.inf
 
 
 def output_sqnr(reference: Callable[..., Any], candidate: Callable[..., Any], batches: Iterable[Any]) -> float:
     """SQNR in dB of ``candidate``'s float outputs against ``reference``'s, over all of ``batches``.
 
     Elements where the reference is not finite (masked scores) count only when the candidate differs there: as noise
-    without bound, so the result is -inf.
+    without bound, so the result is -inf; and so are values of the candidate that are not finite.
     """
     signal = noise = 0.0
     randomness = IsolatedRandomness()
@@ -56,4 +56,5 @@ def _powers(a: Tensor, b: Tensor) -> tuple[float, float]:
         if not torch.equal(a64[~finite].nan_to_num(), b64[~finite].nan_to_num()):
             return 0.0, math.inf
         a64, b64 = a64[finite], b64[finite]
-    return float(a64.square().sum()), float((a64 - b64).square().sum())
+    noise = float((a64 - b64).square().sum())
+    return float(a64.square().sum()), math.inf if math.isnan(noise) else noise

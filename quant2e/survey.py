@@ -70,6 +70,8 @@ def count_macs(node: Node) -> int:
     out = _shape(node)
     if family is None or out is None:
         return 0
+    if family == "einsum":
+        return _einsum_macs(node, out)
     operands = [_shape(arg) for arg in node.args]
     if family == "attention":
         q, k = operands[0], operands[1]
@@ -86,10 +88,29 @@ def count_macs(node: Node) -> int:
     return 0 if operands[0] is None else math.prod(operands[0]) * math.prod(weight[1:])
 
 
+def _einsum_macs(node: Node, out: list[int]) -> int:
+    """One for each combination of indices, when there is more than one operand."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    subscripts, arrow, result = equation.partition("->")
+    if "," not in subscripts or not isinstance(operands, (list, tuple)):
+        return 0
+    if not arrow:  # the letters that occur once
+        result = "".join(letter for letter in set(subscripts) - {",", "."} if subscripts.count(letter) == 1)
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(subscripts.split(","), operands, strict=False):
+        shape = _shape(operand) or []
+        before, _, after = letters.partition("...")
+        sizes |= dict(zip(before, shape, strict=False))
+        sizes |= dict(zip(reversed(after), reversed(shape), strict=False)) if after else {}
+    broadcast = out[: len(out) - len(result.replace("...", ""))] if "..." in subscripts else []
+    return math.prod(sizes.values()) * math.prod(broadcast)
+
+
 _FAMILY: dict[Any, str] = {
     **dict.fromkeys((aten.linear, aten.matmul, aten.mm, aten.bmm, aten.mv, aten.dot), "linear"),
     **dict.fromkeys((aten.addmm, aten.baddbmm), "addmm"),
     **dict.fromkeys((aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution), "conv"),
     **dict.fromkeys((aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d), "transposed"),
     aten.scaled_dot_product_attention: "attention",
+    aten.einsum: "einsum",
 }
