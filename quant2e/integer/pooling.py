@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,12 +94,45 @@ def _average(
     count: float | Tensor,
     most: int,
     attributes: dict[str, Any],
-) -> Value:
+) -> Wide:
     """What is known of a sum ``acc`` of ``count`` values, ``most`` at the most."""
     part = Part(acc, (grid.scale,), most * grid.span, count=count)
     known = attributes | {"zero_point": grid.zero_point}
     counts = {"count": torch.as_tensor(count)}
     return Wide(node, [part], kind="average", inputs={"x": x.name}, constants=counts, attributes=known)
+
+
+class Mean(Wide):
+    """A mean. ``raw``: the sum with the zero points of ``source`` still in it.
+
+    On the grid of the operand the zero points cancel, and XNNPACK rounds ``Σ q / n``. The other formula rounds the same
+    numbers without their zero point, which is the same but for ties.
+    """
+
+    def __init__(self, wide: Wide, raw: Node, source: Grid) -> None:
+        super().__init__(
+            wide.node,
+            wide._parts,
+            kind=wide.kind,
+            inputs=wide.inputs,
+            constants=wide.constants,
+            attributes=wide.attributes,
+        )
+        self._raw, self._source = raw, source
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        same = (grid.scale, grid.zero_point) == (self._source.scale, self._source.zero_point)
+        if not same or ctx.b.requantization != "float32":
+            return super()._quantized(ctx, grid)
+        plain = Wide(
+            self.node,
+            [replace(self._parts[0], node=self._raw)],
+            kind=self.kind,
+            inputs=self.inputs,
+            constants=self.constants,
+            attributes=self.attributes | {"zero_point": 0},
+        )
+        return plain.quantized(ctx, replace(grid, zero_point=0))
 
 
 def _mean(ctx: Context, node: Node) -> Value:
@@ -114,13 +148,13 @@ def _total(
     ctx: Context, node: Node, x: Node, grid: Grid, shape: Sequence[Any], dims: list[int], *, keepdim: bool, mean: bool
 ) -> Value:
     count = math.prod(_static(node, [shape[d] for d in dims]))
-    dtype = torch.int32 if count * grid.span < 2**31 else torch.int64
+    dtype = torch.int32 if count * (grid.quant_max - grid.quant_min) < 2**31 else torch.int64
     with ctx.b.at(node):
-        acc = ctx.b.call(aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype)
-        if grid.zero_point:
-            acc = ctx.b.call(aten.sub.Tensor, acc, count * grid.zero_point)
+        raw = ctx.b.call(aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype)
+        acc = ctx.b.call(aten.sub.Tensor, raw, count * grid.zero_point) if grid.zero_point else raw
     attributes = {"pool": "sum", "dims": dims, "keepdim": keepdim}
-    return _average(node, x, grid, acc, count if mean else 1, count, attributes)
+    wide = _average(node, x, grid, acc, count if mean else 1, count, attributes)
+    return Mean(wide, raw, grid) if mean else wide
 
 
 def _total_of(ctx: Context, node: Node) -> Value:

@@ -102,7 +102,8 @@ def test_mean():
         draw = Draw(seed)
         size = [4, 2, 4] if draw.mode == "power_of_two" else [draw.int(1, 4) for _ in range(3)]
         dims, keep = draw.pick([0], [1, 2], [-1], [0, 1, 2]), draw.flag()
-        a, grid = draw.grid(), draw.grid()
+        a = draw.grid()
+        grid = draw.pick(a, draw.grid())
         x = draw.integers(size, a)
         writer = Writer()
         found = run_integer(
@@ -110,9 +111,14 @@ def test_mean():
         )
         total = (x.numpy().astype(np.int64) - a.zero_point).sum(tuple(dims), keepdims=keep)
         count = math.prod(size[d] for d in dims)
-        expected = reference.each(total, lambda v: reference.requantize(v, (a.scale,), grid, draw.mode, count))
+        if grid is a and draw.mode == "float32":  # XNNPACK: zero points cancel, ties are settled by Σ q
+            raw = total + count * a.zero_point
+            expected = np.clip(np.rint(raw.astype(np.float32) * np.float32(1 / np.float32(count))), a.low, a.high)
+        else:
+            expected = reference.each(total, lambda v: reference.requantize(v, (a.scale,), grid, draw.mode, count))
         np.testing.assert_array_equal(found[0], expected, err_msg=f"seed {seed}")
-        tally.add(writer, found, draw.mode)
+        if grid is not a:  # every n-th mean of n values, n even, is a tie, and float noise settles it in the Q/DQ graph
+            tally.add(writer, found, draw.mode)
     tally.check()
 
 
