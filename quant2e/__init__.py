@@ -5,8 +5,16 @@ In: an ``nn.Module``, an ``ExportedProgram`` or a captured graph. Out: a Q/DQ gr
 `quantize` does it in one call; `capture`, `prepare_pt2e`, `calibrate` and `convert_pt2e` are its steps.
 """
 
+from quant2e.annotate import (
+    WrapperModule,
+    annotate_input_qspec_map,
+    annotate_output_qspec,
+    get_module_name_filter,
+    model_is_exported,
+)
 from quant2e.calibrate import calibrate
 from quant2e.capture import capture
+from quant2e.config import OperatorConfig, QuantizationConfig
 from quant2e.convert import convert_pt2e
 from quant2e.errors import (
     AnnotationError,
@@ -18,6 +26,7 @@ from quant2e.errors import (
     PlanError,
     Quant2eError,
 )
+from quant2e.granularity import Granularity, PerAxis, PerGroup, PerRow, PerTensor, PerToken, get_block_size
 from quant2e.graph_module import (
     allow_exported_model_train_eval,
     move_exported_model_to_eval,
@@ -42,6 +51,12 @@ from quant2e.observer import (
     default_per_channel_weight_observer,
     default_placeholder_observer,
     default_weight_observer,
+)
+from quant2e.partitions import (
+    bfs_trace_with_node_process,
+    find_sequential_partitions,
+    get_equivalent_types,
+    update_equivalent_types_dict,
 )
 from quant2e.pattern import Arg, constant, op
 from quant2e.plan import Edge, Group, Output, Plan
@@ -71,6 +86,7 @@ __all__ = [
     "FileFormatError",
     "FixedQParamsObserver",
     "FixedQParamsQuantizationSpec",
+    "Granularity",
     "Group",
     "HistogramObserver",
     "IntegerReport",
@@ -81,14 +97,21 @@ __all__ = [
     "MovingAveragePerChannelMinMaxObserver",
     "NoopObserver",
     "ObserverBase",
+    "OperatorConfig",
     "Output",
     "PassError",
+    "PerAxis",
     "PerChannelMinMaxObserver",
+    "PerGroup",
+    "PerRow",
+    "PerTensor",
+    "PerToken",
     "PlaceholderObserver",
     "Plan",
     "PlanError",
     "Quant2eError",
     "QuantizationAnnotation",
+    "QuantizationConfig",
     "QuantizationSpec",
     "QuantizationSpecBase",
     "QuantizedModel",
@@ -99,7 +122,11 @@ __all__ = [
     "Requantization",
     "SharedQuantizationSpec",
     "Verdict",
+    "WrapperModule",
     "allow_exported_model_train_eval",
+    "annotate_input_qspec_map",
+    "annotate_output_qspec",
+    "bfs_trace_with_node_process",
     "calibrate",
     "capture",
     "constant",
@@ -110,8 +137,13 @@ __all__ = [
     "default_per_channel_weight_observer",
     "default_placeholder_observer",
     "default_weight_observer",
+    "find_sequential_partitions",
+    "get_block_size",
+    "get_equivalent_types",
+    "get_module_name_filter",
     "integer_report",
     "load",
+    "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
     "op",
@@ -119,4 +151,5 @@ __all__ = [
     "quantize",
     "save",
     "to_integer",
+    "update_equivalent_types_dict",
 ]

@@ -11,8 +11,8 @@ import re
 from torch.fx import Node
 
 
-class Quant2eError(Exception):
-    """Base of every error quant2e raises on purpose."""
+class Quant2eError(RuntimeError):
+    """Base of every error quant2e raises on purpose. A RuntimeError, which scripts written for PT2E catch."""
 
 
 class CaptureError(Quant2eError, ValueError):
@@ -27,15 +27,15 @@ class PlanError(Quant2eError, ValueError):
     """Annotations that are well-formed one by one, and that no plan can satisfy together."""
 
 
-class CalibrationError(Quant2eError, RuntimeError):
+class CalibrationError(Quant2eError):
     """A tensor whose range is unknown (no data) or unusable (NaN, infinite)."""
 
 
-class PassError(Quant2eError, RuntimeError):
+class PassError(Quant2eError):
     """A rewrite that failed, or that left an illegal graph."""
 
 
-class LoweringError(Quant2eError, RuntimeError):
+class LoweringError(Quant2eError):
     """A target that cannot take the graph, or a lowered program that disagrees with it."""
 
 

@@ -49,10 +49,10 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), own.inputs
     run(gm, (fold_batch_norm,), compiled=False)
     gm = _annotate(gm, quantizer)
+    plan = read_plan(gm)  # before a copy: annotations refer to nodes, the plan to names
     if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one
         gm = copy_graph(gm, compiled=False)
         gm.inputs = inputs
-    plan = read_plan(gm)
     own_written_tensors(gm)
     constants = constant_nodes(gm.graph)
     plan, observers = call_back(gm, quantizer, plan, make_observers(plan))

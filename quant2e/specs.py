@@ -147,7 +147,8 @@ class QuantizationAnnotation:
 
     ``input_qspec_map`` is keyed by the producer of each operand; a spec of ``None`` says "this operand stays float".
     ``allow_implicit_sharing``: one producer's uses whose specs agree get one set of parameters.
-    ``rule`` names what annotated the node, for the report.
+    ``rule`` names what annotated the node, for the report. ``_annotated`` says that a quantizer has dealt with the node,
+    and ``_is_output_of_quantized_pattern`` that it is the last one of what it matched: PT2E's names, which scripts read.
     """
 
     input_qspec_map: dict[Node, QuantizationSpecBase | None] = field(default_factory=dict)
@@ -155,3 +156,4 @@ class QuantizationAnnotation:
     allow_implicit_sharing: bool = True
     _annotated: bool = False
     rule: str = ""
+    _is_output_of_quantized_pattern: bool = False

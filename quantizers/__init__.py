@@ -7,8 +7,8 @@ function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86Induct
 `ComposableQuantizer` puts several together.
 """
 
+from quant2e.config import OperatorConfig, QuantizationConfig
 from quantizers.composable import ComposableQuantizer
-from quantizers.config import OperatorConfig, QuantizationConfig
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.embedding import (
     EmbeddingQuantizer,
@@ -19,7 +19,11 @@ from quantizers.isa import InstructionSet
 from quantizers.rule import Derived, Follow, Rule, Same
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.text import annotations_text
-from quantizers.x86_inductor import X86InductorQuantizer, get_default_x86_inductor_quantization_config
+from quantizers.x86_inductor import (
+    X86InductorQuantizer,
+    get_default_x86_inductor_quantization_config,
+    get_x86_inductor_linear_dynamic_fp16_config,
+)
 from quantizers.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 
 __all__ = [
@@ -41,4 +45,5 @@ __all__ = [
     "get_embedding_operators_config",
     "get_embedding_quantization_config",
     "get_symmetric_quantization_config",
+    "get_x86_inductor_linear_dynamic_fp16_config",
 ]

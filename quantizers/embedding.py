@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from quant2e.config import OperatorConfig, QuantizationConfig
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.observer import PerChannelMinMaxObserver
 from quant2e.pattern import constant, op
 from quant2e.specs import QuantizationSpec
-from quantizers.config import OperatorConfig, QuantizationConfig
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.rule import Rule
 

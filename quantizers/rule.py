@@ -150,7 +150,12 @@ class Rule:
 
     def annotations(self, match: Match) -> dict[Node, QuantizationAnnotation]:
         """What the rule hangs on the nodes of a match."""
-        made = {node: QuantizationAnnotation(_annotated=True, rule=self.name) for node in match.nodes}
+        made = {
+            node: QuantizationAnnotation(
+                _annotated=True, rule=self.name, _is_output_of_quantized_pattern=node is match.root
+            )
+            for node in match.nodes
+        }
         for name, spec in self.operands.items():
             edges = match.operands.get(name, ())
             for i, (producer, consumer) in enumerate(edges):

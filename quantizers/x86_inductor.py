@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.fx import Node
 
+from quant2e.config import QuantizationConfig
 from quant2e.dataflow import operand
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.observer import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
@@ -20,7 +21,6 @@ from quant2e.pattern import Match, Op, Pattern, op, short_name
 from quant2e.specs import PER_CHANNEL_SCHEMES, QuantizationSpec
 from quantizers import families as f
 from quantizers.conditions import same_shape, spatial
-from quantizers.config import QuantizationConfig
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.isa import InstructionSet, detect
 from quantizers.rule import Follow, Rule, Same
@@ -40,6 +40,16 @@ def get_default_x86_inductor_quantization_config(
     if is_qat:
         raise Quant2eError("is_qat=True: quantization-aware training is not available; use is_qat=False and calibrate")
     return _config(is_dynamic, detect().saturates if reduce_range is None else reduce_range)
+
+
+def get_x86_inductor_linear_dynamic_fp16_config() -> QuantizationConfig:
+    """Weights of linear in float16, activations float32: half the bytes, for a kernel that widens them as it multiplies."""
+    return _half_config()
+
+
+@lru_cache
+def _half_config() -> QuantizationConfig:
+    return QuantizationConfig(None, None, QuantizationSpec(torch.float16, PlaceholderObserver), None)
 
 
 @lru_cache
@@ -68,7 +78,7 @@ class X86InductorQuantizer(ConfigurableQuantizer):
     """Annotates what Inductor lowers to oneDNN's int8 kernels on x86.
 
     Static: conv1d, conv2d and linear with fused activations and additions; cat, pooling and reshapes between them;
-    matmul where it is asked for by name. Dynamic: linear. ``isa`` describes another machine than this one.
+    matmul where it is asked for by name. Dynamic: linear. Float16 weights: linear. ``isa`` describes another machine than this one.
     """
 
     has_linear: ClassVar[bool] = True
@@ -124,14 +134,21 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         """`set_operator_type`, under PT2E's name for this backend."""
         return self.set_operator_type(function_type, quantization_config)
 
+    def get_global_quantization_config(self) -> Any:
+        """What `set_global` was given; None before."""
+        return self._settings.everywhere
+
     def accept(self, config: Any) -> Any:
         """Refuses what the kernels cannot take."""
         if config.is_qat:
             raise Quant2eError("a config with is_qat=True: quantization-aware training is not available")
         activation, weight = config.input_activation, config.weight
+        if _is_half(config):
+            return config
         if activation is None:
             raise AnnotationError(
-                "a config without input_activation is weight-only, which Inductor on x86 does not lower"
+                "a config without input_activation is weight-only, which Inductor on x86 lowers for float16 weights of "
+                "linear only: get_x86_inductor_linear_dynamic_fp16_config()"
             )
         if activation.dtype is not torch.uint8:
             raise AnnotationError(
@@ -145,6 +162,8 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     def table(self, config: Any) -> Sequence[Rule]:
         """The rules of the backend for one configuration."""
+        if _is_half(config):
+            return (Rule(f.linear, {"w": config.weight}, name="linear, float16 weight"),)
         return _dynamic(config) if config.input_activation.is_dynamic else _static(config)
 
     def notes_on_configs(self) -> Sequence[str]:
@@ -152,6 +171,8 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         isa = self._isa or detect()
         notes = []
         for config in self.configs():
+            if _is_half(config):
+                continue
             top = config.input_activation.quant_max
             if top is not None and top <= 127:
                 why = "would saturate" if isa.saturates else "would not saturate"
@@ -170,6 +191,11 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         """Rule → patterns, for a static and a dynamic configuration."""
         rules = (*_static(_config(False, False)), *_dynamic(_config(True, False)))
         return {rule.name: tuple(str(rule.pattern).split(" | ")) for rule in rules}
+
+
+def _is_half(config: Any) -> bool:
+    weight = config.weight
+    return config.input_activation is None and weight is not None and weight.dtype is torch.float16
 
 
 def _no_more_than_2d(node: Node) -> bool | str:

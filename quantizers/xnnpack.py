@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
+from quant2e.config import QuantizationConfig
 from quant2e.dataflow import operand
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
@@ -20,7 +21,6 @@ from quant2e.pattern import Either, Match, Op, op
 from quant2e.specs import PER_CHANNEL_SCHEMES, QuantizationSpec
 from quantizers import families as f
 from quantizers.conditions import operand_value, spatial, value, zero_padding
-from quantizers.config import QuantizationConfig
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.provenance import literal
 from quantizers.rule import Follow, Rule, Same

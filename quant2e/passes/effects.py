@@ -99,7 +99,10 @@ def trains(node: Node) -> bool:
     if node.target is aten.scaled_dot_product_attention.default:
         return bool(argument(node, "dropout_p"))
     flag = flag_of(node)
-    return flag is not None and bool(argument(node, flag))
+    if flag is None or not argument(node, flag):
+        return False
+    # Dropping out with probability 0 is no training: recurrent layers have "dropout", the others "p".
+    return bool(argument(node, "p", argument(node, "dropout", 1.0)))
 
 
 def _tensor_arguments(node: Node, select: Callable[[Any], bool]) -> Iterator[Node]:

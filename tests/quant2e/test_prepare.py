@@ -538,3 +538,42 @@ def test_the_annotation_of_an_earlier_prepare_does_not_linger():
     assert not [n for n in captured.graph.nodes if ANNOTATION in n.meta]
     assert points(prepare_pt2e(captured, NOTHING)) == []
     assert ledger_of(prepare_pt2e(captured, products())).plan.group_of(Edge("relu", "linear_1")) is not None
+
+
+class Reexporting(Quantizer):
+    """Its transform hands back a graph of its own, as one that decomposes ops does."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def transform_for_annotation(self, model):
+        return torch.export.export(model, (self.x,)).run_decompositions({}).module()
+
+    def annotate(self, model):
+        for node in model.graph.nodes:
+            if node.target is aten.add.Tensor:
+                node.meta[ANNOTATION] = QuantizationAnnotation(dict.fromkeys(node.args, ACT), ACT)
+        return model
+
+    def validate(self, model):
+        pass
+
+
+class Accumulates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.ones(2, 4))
+
+    def forward(self, x):
+        self.total.add_(x)
+        return self.total * 1
+
+
+def test_a_transform_may_rebuild_the_graph():
+    model, x = Accumulates(), torch.full((2, 4), 2.0)
+    prepared = prepare_pt2e(capture(model, x), Reexporting(x))
+    assert ledger_of(prepared).plan.group_of(Output("add")) is not None
+    calibrate(prepared, [x])
+    converted = convert_pt2e(prepared)
+    assert torch.allclose(converted(x), torch.full((2, 4), 3.0), atol=0.02)
+    assert torch.equal(model.total, torch.ones(2, 4))

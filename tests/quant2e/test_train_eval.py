@@ -125,6 +125,22 @@ def test_a_training_graph_is_refused_by_name():
     check_eval(capture(nn.Linear(3, 3).train(), torch.ones(1, 3)))  # nothing in it depends on the mode
 
 
+class Recurrent(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.gru = nn.GRU(4, 4, num_layers=2, dropout=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.gru(x)[0], 0.0, self.training)
+
+
+def test_dropping_out_nothing_is_no_training():
+    x = torch.ones(3, 2, 4)
+    check_eval(capture(Recurrent(0.0).train(), x))
+    with pytest.raises(CaptureError, match="'gru'"):
+        check_eval(capture(Recurrent(0.1).train(), x))
+
+
 def test_batch_statistics_in_both_modes_are_not_training():
     gm = capture(nn.BatchNorm2d(3, track_running_stats=False).eval(), X)
     text = str(gm.graph)

@@ -1,13 +1,17 @@
 """What X86InductorQuantizer annotates, the range it chooses for the machine, and what it refuses."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant2e import AnnotationError, Quant2eError
+from quant2e import AnnotationError, Quant2eError, quantize
+from quant2e.specs import ANNOTATION
 from quantizers import InstructionSet, QuantizationConfig, X86InductorQuantizer
 from quantizers import get_default_x86_inductor_quantization_config as config
+from quantizers import get_x86_inductor_linear_dynamic_fp16_config as half
 from tests.quantizers.models import IMAGE, ROWS, TOKENS, Attention, Of, Residual, annotated, annotations, reasons
 
 AVX2 = InstructionSet("AVX2", saturates=True)
@@ -168,3 +172,28 @@ def test_configs_are_values():
 def test_what_inductor_does_not_lower_is_refused(make, message):
     with pytest.raises((Quant2eError, AnnotationError), match=message):
         make()
+
+
+def test_weights_in_float16():
+    quantizer = static().set_module_type(nn.Linear, half())
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8, bias=False)).eval()
+    result = quantize(model, ROWS, quantizer)
+    names = [str(node.target).rpartition(".")[0] for node in result.module.graph.nodes if node.op == "call_function"]
+    cast = "quantized_decomposed.convert_element_type"
+    assert names == [cast, cast, "aten.linear", "aten.relu", cast, cast, "aten.linear"]  # to float16 and back
+    rounded = copy.deepcopy(model)
+    for parameter in (rounded[0].weight, rounded[2].weight):
+        parameter.data = parameter.data.half().float()
+    assert torch.equal(result(*ROWS), rounded(*ROWS))
+    assert [verdict.kind for verdict in result.report.verdicts if verdict.quantized] == ["weight-only"] * 2
+
+
+def test_what_scripts_read():
+    quantizer = static()
+    assert quantizer.get_global_quantization_config() is config(reduce_range=False)
+    assert X86InductorQuantizer().get_global_quantization_config() is None
+    gm = annotated(Residual(), IMAGE, quantizer)
+    ends = [
+        n.name for n in gm.graph.nodes if ANNOTATION in n.meta and n.meta[ANNOTATION]._is_output_of_quantized_pattern
+    ]
+    assert ends == ["relu_", "relu6", "relu__1", "max_pool2d", "adaptive_avg_pool2d", "flatten", "linear"]
