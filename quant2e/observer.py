@@ -8,7 +8,7 @@ dtype that stores them (``uint8``).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Generic, Self, TypedDict, TypeVar, Unpack
 
 import torch
@@ -196,6 +196,20 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
     def freeze(self) -> Self:
         """Keep the statistics as they are from now on."""
         self.frozen = True
+        return self
+
+    def narrow(self, bits: int) -> Self:
+        """Use the integers of so many bits: the middle ones of a signed dtype, the lowest ones of an unsigned one.
+
+        Raises `AnnotationError` unless ``2 <= bits`` and the dtype has as many.
+        """
+        size = torch.iinfo(self.dtype).bits
+        if not 2 <= bits <= size:
+            raise AnnotationError(f"bits={bits}: {self.dtype} holds 2 to {size} bits")
+        low = 0 if INTEGER_BOUNDS[self.dtype][0] == 0 else -(2 ** (bits - 1))
+        high = low + 2**bits - 1
+        self.grid = replace(self.grid, quant_min=low, quant_max=high, custom_range=True)
+        self.quant_min, self.quant_max = low, high
         return self
 
     @torch.no_grad()
