@@ -101,6 +101,8 @@ def calibrate(
         raise CalibrationError(f"calibrate takes what prepare_pt2e returned, not a {type(prepared).__name__}")
     if isinstance(data, (Tensor, str)):
         raise CalibrationError("calibration data is an iterable of batches; wrap a single batch in a list: [batch]")
+    if not isinstance(data, Iterable):
+        raise CalibrationError(f"calibration data is an iterable of batches, and this is a {type(data).__name__}")
     if num_batches is not None and num_batches < 1:
         raise CalibrationError(f"num_batches={num_batches}: calibrate on at least one batch, or leave it out for all")
     stopping = Stopping(seconds, settled)
