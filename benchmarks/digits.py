@@ -206,7 +206,7 @@ def run(folder: Path, phases: Phases) -> Outcome:
         calibration=[(images,) for images in digits.train_images[:512].split(32)],
         held_out=[(images,) for images in digits.test_images[:256].split(64)],
         measure=measure,
-        score="top1",
+        score=lambda call: top1(call, digits.train_images[512:], digits.train_labels[512:]),
         workloads={"1 image": (digits.test_images[:1],), "64 images": (digits.test_images[:64],)},
     )
     with phases.phase("digits: save the float model"):

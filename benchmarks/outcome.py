@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.timing import Latency
@@ -32,7 +32,7 @@ class Bound:
 class Int8:
     """An int8 model as one runtime sees it, next to the Q/DQ graph that it was lowered from.
 
-    ``scheme``: static or dynamic. ``qdq`` and ``lowered``: measures by name, the same names as the float model's.
+    ``scheme``: static or dynamic, the one with the best of ``scores``. ``qdq`` and ``lowered``: measures by name, the same names as the float model's.
     ``max_steps``, ``sqnr_db``: largest difference between the two on held-out data, in ``step_rule``, and their signal
     to noise ratio. ``pt2_bytes``: the saved Q/DQ graph;
     ``program_bytes``: the file the runtime loads, None where it compiles in memory.
@@ -40,6 +40,7 @@ class Int8:
 
     runtime: str
     scheme: str
+    scores: Mapping[str, float]
     qdq: Mapping[str, float]
     lowered: Mapping[str, float]
     max_steps: float
@@ -50,7 +51,6 @@ class Int8:
     program_bytes: int | None
     float_program_bytes: int | None
     latencies: tuple[Latency, ...]
-    rejected: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

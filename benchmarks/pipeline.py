@@ -28,8 +28,8 @@ Measures = Mapping[str, float]
 class Case:
     """A model and what to measure on it.
 
-    ``measure(call, advance)`` runs any callable with the model's signature on the held-out data. ``score`` is the
-    measure by which schemes are compared, larger is better. ``held_out``: batches for the comparison of a program
+    ``measure(call, advance)`` runs any callable with the model's signature on the evaluation data. ``score`` does so on
+    data that is neither evaluated nor calibrated on, to choose a scheme: larger is better. ``held_out``: batches for the comparison of a program
     with its graph. ``workloads``: inputs to time, by a name that says their size.
     """
 
@@ -40,7 +40,7 @@ class Case:
     calibration: Sequence[tuple[torch.Tensor, ...]]
     held_out: Sequence[tuple[torch.Tensor, ...]]
     measure: Callable[[Call, Advance], Measures]
-    score: str
+    score: Callable[[Call], float]
     workloads: Mapping[str, tuple[torch.Tensor, ...]]
 
 
@@ -55,11 +55,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A quantized model, with what its Q/DQ graph keeps of the float model."""
+    """A quantized model and the score of its Q/DQ graph."""
 
     scheme: str
     result: quant2e.QuantizedModel
-    measures: Measures
+    score: float
 
 
 def save_float(case: Case, folder: Path) -> int:
@@ -71,7 +71,7 @@ def save_float(case: Case, folder: Path) -> int:
 
 
 def candidates(case: Case, target: Target, phases: Phases) -> list[Candidate]:
-    """Quantize by each scheme of ``target`` and measure the Q/DQ graphs; the best first."""
+    """Quantize by each scheme of ``target`` and score the Q/DQ graphs; the best first."""
     found = []
     for scheme, quantizer in target.quantizers.items():
         with phases.phase(f"{case.name}: quantize for {target.runtime}, {scheme}") as advance:
@@ -83,10 +83,8 @@ def candidates(case: Case, target: Target, phases: Phases) -> list[Candidate]:
                 dynamic_shapes=case.dynamic_shapes,
                 progress=advance,
             )
-        with phases.phase(f"{case.name}: measure the {scheme} Q/DQ graph for {target.runtime}") as advance:
-            measures = case.measure(result, advance)
-        found.append(Candidate(scheme=scheme, result=result, measures=measures))
-    return sorted(found, key=lambda candidate: -candidate.measures[case.score])
+            found.append(Candidate(scheme=scheme, result=result, score=case.score(result)))
+    return sorted(found, key=lambda candidate: -candidate.score)
 
 
 def save_and_reload(candidate: Candidate, case: Case, path: Path) -> int:
@@ -105,8 +103,11 @@ def save_and_reload(candidate: Candidate, case: Case, path: Path) -> int:
 
 def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8:
     """Take ``case`` to one runtime with the better scheme, and measure it there against float."""
-    best, *others = candidates(case, target, phases)
+    tried = candidates(case, target, phases)
+    best = tried[0]
     stem = f"{case.name}_{target.runtime.lower()}"
+    with phases.phase(f"{case.name}: measure the {best.scheme} Q/DQ graph for {target.runtime}") as advance:
+        qdq = case.measure(best.result, advance)
     with phases.phase(f"{case.name}: save and reload for {target.runtime}"):
         pt2_bytes = save_and_reload(best, case, folder / f"{stem}_int8.pt2")
     with phases.phase(f"{case.name}: lower int8 to {target.runtime}"):
@@ -128,7 +129,8 @@ def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8
     return Int8(
         runtime=target.runtime,
         scheme=best.scheme,
-        qdq=best.measures,
+        scores={candidate.scheme: candidate.score for candidate in tried},
+        qdq=qdq,
         lowered=lowered,
         max_steps=check.max_steps,
         sqnr_db=check.sqnr_db,
@@ -138,7 +140,6 @@ def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8
         program_bytes=sizes[0],
         float_program_bytes=sizes[1],
         latencies=tuple(latencies),
-        rejected={other.scheme: other.measures for other in others},
     )
 
 

@@ -29,16 +29,15 @@ Cells = Callable[[Int8], tuple[str, str]]
 """What a runtime's two columns say: the one of its Q/DQ graph, and its own."""
 
 
-def _measured(name: str, form: str, scheme: str | None = None) -> Cells:
-    """Cells with a measure of the scheme that was chosen, or of one that was not."""
-
+def _measured(name: str, form: str) -> Cells:
     def cells(column: Int8) -> tuple[str, str]:
-        if scheme is None:
-            return form.format(column.qdq[name]), form.format(column.lowered[name])
-        other = column.rejected.get(scheme)
-        return ("" if other is None else form.format(other[name])), ""
+        return form.format(column.qdq[name]), form.format(column.lowered[name])
 
     return cells
+
+
+def _scores(column: Int8) -> tuple[str, str]:
+    return ", ".join(f"{scheme} {score:.4f}" for scheme, score in column.scores.items()), ""
 
 
 def _timed(place: int) -> Cells:
@@ -57,11 +56,11 @@ def rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
         return (label, first, *(cell for column in int8 for cell in cells(column)))
 
     yield row("quantization", "float", lambda c: (c.scheme, c.scheme))
+    if any(len(column.scores) > 1 for column in int8):
+        yield row("  chosen by score on other data", "", _scores)
     for name, value in outcome.measures.items():
         label, form = MEASURES[name]
         yield row(label, form.format(value), _measured(name, form))
-        for scheme in dict.fromkeys(scheme for column in int8 for scheme in column.rejected):
-            yield row(f"  {scheme} instead", "", _measured(name, form, scheme))
     yield row("multiply-accumulates on int8", "–", lambda c: (f"{c.int8_mac_share:.1%}", ""))
     yield row("difference from the Q/DQ graph", "", lambda c: ("", f"{c.max_steps:.3g} steps, {c.sqnr_db:.1f} dB"))
     yield row(
