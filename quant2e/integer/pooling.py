@@ -103,11 +103,7 @@ def _average(
 
 
 class Mean(Wide):
-    """A mean. ``raw``: the sum with the zero points of ``source`` still in it.
-
-    On the grid of the operand the zero points cancel, and XNNPACK rounds ``Σ q / n``. The other formula rounds the same
-    numbers without their zero point, which is the same but for ties.
-    """
+    """A mean. ``raw``: the sum with the zero points of ``source`` still in it."""
 
     def __init__(self, wide: Wide, raw: Node, source: Grid) -> None:
         super().__init__(
@@ -121,18 +117,36 @@ class Mean(Wide):
         self._raw, self._source = raw, source
 
     def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        """On the grid of its operand, in float32: ``round(Σ q * (1 / n) + offset)``, as XNNPACK (``reduce-nd.c``) does.
+
+        The offset is what is left of ``zero_point - n * zero_point * (1 / n)`` in float32: 0, or just enough to settle
+        ties. Otherwise the zero point goes first, as everywhere.
+        """
         same = (grid.scale, grid.zero_point) == (self._source.scale, self._source.zero_point)
         if not same or ctx.b.requantization != "float32":
             return super()._quantized(ctx, grid)
-        plain = Wide(
-            self.node,
-            [replace(self._parts[0], node=self._raw)],
-            kind=self.kind,
-            inputs=self.inputs,
-            constants=self.constants,
-            attributes=self.attributes | {"zero_point": 0},
+        b, part = ctx.b, self._parts[0]
+        ratio = part.term(grid, 0).ratio.single
+        zero = torch.tensor(float(grid.zero_point))
+        offset = float(zero - torch.tensor(float(part.count) * grid.zero_point, dtype=torch.float32) * ratio)
+        mean = b.call(aten.mul.Tensor, b.cast(self._raw, torch.float32), float(ratio))
+        if offset:
+            mean = b.call(aten.add.Tensor, mean, offset)
+        out = b.cast(b.clamp(b.call(aten.round.default, mean), grid.quant_min, grid.quant_max), grid.dtype)
+        ctx.integer[self.node.name] = f"{self.kind}, int32 accumulator"
+        attributes = self.attributes | {"zero_point": 0, "offset": offset}
+        b.record(
+            Record(
+                name=self.node.name,
+                kind=self.kind,
+                inputs=self.inputs,
+                output=out.name,
+                constants=self.constants | {"ratio": ratio},
+                attributes=attributes | grid_attributes(replace(grid, zero_point=0)),
+                accumulator=self._raw.name,
+            )
         )
-        return plain.quantized(ctx, replace(grid, zero_point=0))
+        return out
 
 
 def _mean(ctx: Context, node: Node) -> Value:
