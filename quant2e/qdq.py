@@ -17,8 +17,13 @@ from torch.fx import GraphModule, Node
 from quant2e.dialect import qd
 from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, PerChannel, PerTensor
 from quant2e.observe import copy_provenance
+from quant2e.specs import ANNOTATION
 
 aten = torch.ops.aten
+
+TAG = "quantization_tag"
+"""Key under which an author marks the nodes of one annotated pattern. The q/dq nodes written for the pattern get its mark:
+what leaves it through its annotated output, what enters it, and what its tensors become; nothing else does."""
 
 
 def register_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> str:
@@ -101,6 +106,11 @@ def quantize_at(
             ops = _OPS[type(encoding)]
         q = gm.graph.call_function(ops[0], (x, *parameters))
         copy_provenance(q, observer_call, value=(alike or Alike())(x.meta.get("val"), encoding.dtype))
+    if isinstance(encoding, Dynamic):
+        for node in (parameters[0].args[0], *parameters[:2], q):
+            _mark(node, next((user for user in observer_call.users if _tag(user)), None))
+    elif x.op == "get_attr" or getattr(x.meta.get(ANNOTATION), "output_qspec", None) is not None:
+        _mark(q, x)
     _dequantize_per_consumer(gm, observer_call, q, ops[1], parameters)
     return q
 
@@ -130,6 +140,16 @@ def _dynamic_parameters(gm: GraphModule, call: Node, x: Node, encoding: Dynamic)
     return ops, (*parts, encoding.quant_min, encoding.quant_max, encoding.dtype)
 
 
+def _tag(node: Node) -> Any:
+    """The mark of a node that a quantizer annotated, or of a parameter; None for others."""
+    return node.meta.get(TAG) if ANNOTATION in node.meta or node.op == "get_attr" else None
+
+
+def _mark(node: Node, pattern: Node | None) -> None:
+    if pattern is not None and (tag := _tag(pattern)) is not None:
+        node.meta[TAG] = tag
+
+
 _SHAPE_OF = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default})
 """Ops that read the shape of a tensor and none of its values."""
 
@@ -147,6 +167,7 @@ def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, para
         with gm.graph.inserting_before(user):
             dq = gm.graph.call_function(op, (q, *parameters), out)
         copy_provenance(dq, user if user.op == "call_function" else call, value=value)
+        _mark(dq, user)
         user.replace_input_with(call, dq)
     gm.graph.erase_node(call)
 

@@ -10,11 +10,12 @@ from torch import nn
 from quant2e.calibrate import calibrate
 from quant2e.capture import capture
 from quant2e.convert import convert_pt2e
-from quant2e.dialect import DEQUANTIZE, QUANTIZE, qd
+from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.errors import CalibrationError, Quant2eError
 from quant2e.ledger import ledger_of
 from quant2e.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from quant2e.prepare import prepare_pt2e
+from quant2e.qdq import TAG
 from quant2e.specs import (
     DerivedQuantizationSpec,
     FixedQParamsQuantizationSpec,
@@ -474,3 +475,30 @@ def test_a_flushed_tensor_is_noted():
     spec = QuantizationSpec(torch.int8, MinMaxObserver, -128, 127, torch.per_tensor_symmetric)
     gm = converted(linear(), products(act=spec, output=None), tiny)
     assert any("every value rounds to 0" in note for note in ledger_of(gm).report.notes)
+
+
+def tag_of(spec_of_x):
+    """A linear marked as pattern "here", with its weight; the relu behind it is not annotated, though marked."""
+
+    def note(node):
+        node.meta[TAG] = "here" if node.target is aten.linear.default else "elsewhere"
+        if node.target is not aten.linear.default:
+            return None
+        node.args[1].meta[TAG] = "here"
+        return QuantizationAnnotation({node.args[0]: spec_of_x, node.args[1]: WEIGHT}, ACT)
+
+    gm = converted(nn.Sequential(linear(), nn.ReLU()), Annotate(note))
+    targets = (*QUANTIZE, *DEQUANTIZE, *CHOOSE_QPARAMS)
+    return [(n.name, n.meta.get(TAG)) for n in gm.graph.nodes if n.target in targets or n.name.endswith("_quantized")]
+
+
+def test_marks_of_a_pattern_reach_its_quantize_ops():
+    assert tag_of(ACT) == [
+        ("_0_weight_quantized", "here"),
+        ("quantize_per_tensor_default", None),
+        ("dequantize_per_channel_default", "here"),
+        ("dequantize_per_tensor_default", "here"),
+        ("quantize_per_tensor_default_1", "here"),
+        ("dequantize_per_tensor_default_1", None),
+    ]
+    assert [mark for name, mark in tag_of(DYNAMIC)] == ["here"] * 6 + [None]
