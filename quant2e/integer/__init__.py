@@ -4,15 +4,21 @@ In: what `convert_pt2e` returned. Out: a GraphModule that exports, saves, compil
 `IntegerReport`. Every formula is in ``docs/integer_semantics.md``.
 """
 
+from quant2e.integer.accumulators import Accumulator, Overflow, simulate_accumulator
 from quant2e.integer.convert import to_integer
 from quant2e.integer.report import IntegerReport, IntegerVerdict, integer_report
 from quant2e.integer.requantization import REQUANTIZATIONS, Requantization
+from quant2e.integer.vectors import dump_vectors
 
 __all__ = [
     "REQUANTIZATIONS",
+    "Accumulator",
     "IntegerReport",
     "IntegerVerdict",
+    "Overflow",
     "Requantization",
+    "dump_vectors",
     "integer_report",
+    "simulate_accumulator",
     "to_integer",
 ]

@@ -49,7 +49,11 @@ def _sum(ctx: Context, node: Node) -> Value:
             inputs[f"x{len(parts)}"] = name
             zero_points.append(zero_point)
             parts.append(replace(part, scales=scales, sign=part.sign * negative))
-    attributes = {"zero_points": zero_points, "narrow": len(parts) == 2 and all(p.narrow for p in parts)}
+    attributes = {
+        "zero_points": zero_points,
+        "signs": [p.sign for p in parts],
+        "narrow": len(parts) == 2 and all(p.narrow for p in parts),
+    }
     return Wide(node, parts, kind="sum", inputs=inputs, attributes=attributes)
 
 

@@ -135,6 +135,7 @@ def _write(
             acc = ctx.b.cast(acc, torch.int32)
     part = Part(acc, (grid.scale, out_scale), span, axis if isinstance(out_scale, Tensor) else None, owner=node.name)
     known = attributes | {
+        "channel_axis": axis,
         "zero_point": grid.zero_point,
         "weight_zero_point": weight.zero_point_list(),
         "accumulator": "int64" if span >= INT32 else "int32",

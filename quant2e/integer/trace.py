@@ -1,0 +1,45 @@
+"""Runs an integer graph and looks at tensors inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.graph import _PyTreeCodeGen
+
+
+class Tap(Interpreter):
+    """Hands the tensors of the named nodes to ``see``, in the order of the graph."""
+
+    def __init__(self, gm: GraphModule, names: Iterable[str], see: Callable[[str, Tensor], None]) -> None:
+        super().__init__(gm)
+        self._names, self._see = frozenset(names), see
+
+    def run_node(self, n: Node) -> Any:
+        """One node; its tensor is shown when it is wanted."""
+        result = super().run_node(n)
+        if n.name in self._names and isinstance(result, Tensor):
+            self._see(n.name, result.detach())
+        return result
+
+
+def tensors(gm: GraphModule, names: Iterable[str], batch: Any) -> dict[str, Tensor]:
+    """The tensors of the named nodes on one batch: a tensor, a tuple of inputs, or a dict of keyword inputs."""
+    found: dict[str, Tensor] = {}
+    args = _in_order(gm, batch)
+    with torch.no_grad():
+        Tap(gm, names, found.__setitem__).run(*args, enable_io_processing=False)
+    return found
+
+
+def _in_order(gm: GraphModule, batch: Any) -> list[Any]:
+    """What the placeholders take, in their order."""
+    args: tuple[Any, ...] = (batch,) if isinstance(batch, Tensor) else () if isinstance(batch, dict) else tuple(batch)
+    kwargs: dict[str, Any] = batch if isinstance(batch, dict) else {}
+    if isinstance(gm.graph._codegen, _PyTreeCodeGen):
+        return list(gm.graph.process_inputs(*args, **kwargs))
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    return [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]

@@ -1,0 +1,91 @@
+"""Test vectors: written, listed, and enough to check a kernel that knows nothing of torch."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from quant2e import Quant2eError, capture, quantize
+from quant2e.integer import dump_vectors, integer_report, to_integer
+from tests.quant2e.integer.graphs import MODES, Draw, Writer, aten
+from tests.quant2e.integer.numpy_kernels import check
+from tests.quant2e.integer.test_graph import Net, X, xnnpack
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return quantize(Net().eval(), (X,), xnnpack(), [X])
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "power_of_two"])
+def test_a_network_is_checked_by_numpy_kernels(network, mode, tmp_path):
+    gm = to_integer(network.module, requantization=mode, strict=True)
+    assert check(dump_vectors(gm, X, tmp_path)) == {"convolution": 2, "sum": 1, "average": 1, "linear": 1}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_kinds_are_checked_by_numpy_kernels(mode, tmp_path):
+    draw = Draw(MODES.index(mode))
+    a, b, c, out = (draw.grid() for _ in range(4))
+    writer = Writer()
+    x, y = writer.input(draw.integers([4, 6], a), a), writer.input(draw.integers([6, 4], b), b)
+    z = writer.dq(writer.q(writer.op(aten.matmul.default, x, y), c), c)
+    squared = writer.dq(writer.q(writer.op(aten.mul.Tensor, z, z), c), c)
+    other = writer.dq(writer.q(writer.op(aten.sigmoid.default, z), out), out)
+    limited = writer.op(aten.hardtanh.default, z, -c.scale, c.scale)
+    joined = writer.op(aten.cat.default, [squared, other, limited], 1)
+    index = torch.tensor([0, 2, 1])
+    table = writer.op(
+        aten.embedding.default, writer.weight(draw.weight([3, 4]), draw.scales(3), 0), writer.plain(index)
+    )
+    gm = to_integer(writer.finish(writer.q(joined, c), writer.q(table, out)), requantization=mode, strict=True)
+    found = check(dump_vectors(gm, tuple(writer.inputs), tmp_path))
+    expected = {"matmul": 1, "mul": 1, "table": 1, "clamp": 1, "cat": 1, "lookup": 1}
+    if (out.scale, out.zero_point, out.low, out.dtype) != (c.scale, c.zero_point, c.low, c.dtype):
+        expected["requantize"] = 1
+    assert found == expected
+
+
+def test_a_wrong_kernel_is_caught(network, tmp_path):
+    gm = to_integer(network.module)
+    index = dump_vectors(gm, X, tmp_path)
+    entry = json.loads(index.read_text())["ops"][0]
+    arrays = dict(np.load(tmp_path / entry["file"]))
+    arrays["out"] = arrays["out"] + np.int8(1)
+    np.savez(tmp_path / entry["file"], **arrays)
+    with pytest.raises(AssertionError, match="conv2d"):
+        check(index)
+
+
+def test_the_listing_says_what_is_in_each_file(network, tmp_path):
+    gm = to_integer(network.module)
+    dump_vectors(gm, X, tmp_path)
+    listing = json.loads((tmp_path / "vectors.json").read_text())
+    assert (listing["format"], listing["requantization"]) == (1, "float32")
+    assert [op["name"] for op in listing["ops"]] == [r.name for r in integer_report(gm).records]
+    first = listing["ops"][0]
+    assert (first["name"], first["kind"], first["file"]) == ("conv2d", "convolution", "000_conv2d_convolution.npz")
+    assert first["arrays"] == {
+        "in_x": {"shape": [4, 3, 8, 8], "dtype": "int8"},
+        "const_weight": {"shape": [8, 3, 3, 3], "dtype": "int8"},
+        "const_bias": {"shape": [8], "dtype": "int64"},
+        "const_ratio": {"shape": [8], "dtype": "float32"},
+        "out": {"shape": [4, 8, 8, 8], "dtype": "int8"},
+        "accumulator": {"shape": [4, 8, 8, 8], "dtype": "int32"},
+    }
+    reads = {name for op in listing["ops"] for name in op["reads"].values()}
+    writes = {op["writes"] for op in listing["ops"]}
+    assert len(reads & writes) >= 4  # ops of the list feed each other
+
+
+def test_what_cannot_be_dumped_is_refused(network, tmp_path):
+    with pytest.raises(Quant2eError, match="has no integer report"):
+        dump_vectors(capture(Net().eval(), (X,)), X, tmp_path)
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    with pytest.raises(Quant2eError, match="is a file; give a folder"):
+        dump_vectors(to_integer(network.module), X, occupied)
