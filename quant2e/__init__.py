@@ -32,6 +32,7 @@ from quant2e.graph_module import (
     move_exported_model_to_eval,
     move_exported_model_to_train,
 )
+from quant2e.health import Finding, check_data
 from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
 from quant2e.model import QuantizedModel, quantize
 from quant2e.observer import (
@@ -61,7 +62,9 @@ from quant2e.partitions import (
 from quant2e.pattern import Arg, constant, op
 from quant2e.plan import Edge, Group, Output, Plan
 from quant2e.prepare import prepare_pt2e
+from quant2e.progress import ProgressLine
 from quant2e.quantizer import Quantizer
+from quant2e.racing import Race, race
 from quant2e.recipe import Recipe
 from quant2e.report import Report, Verdict
 from quant2e.specs import (
@@ -73,6 +76,7 @@ from quant2e.specs import (
     QuantizationSpecBase,
     SharedQuantizationSpec,
 )
+from quant2e.statistics import Statistics, load_statistics, resolve, save_statistics
 from quant2e.storage import load, save
 
 __all__ = [
@@ -84,6 +88,7 @@ __all__ = [
     "Edge",
     "EdgeOrNode",
     "FileFormatError",
+    "Finding",
     "FixedQParamsObserver",
     "FixedQParamsQuantizationSpec",
     "Granularity",
@@ -109,6 +114,7 @@ __all__ = [
     "PlaceholderObserver",
     "Plan",
     "PlanError",
+    "ProgressLine",
     "Quant2eError",
     "QuantizationAnnotation",
     "QuantizationConfig",
@@ -116,11 +122,13 @@ __all__ = [
     "QuantizationSpecBase",
     "QuantizedModel",
     "Quantizer",
+    "Race",
     "Recipe",
     "RecordingObserver",
     "Report",
     "Requantization",
     "SharedQuantizationSpec",
+    "Statistics",
     "Verdict",
     "WrapperModule",
     "allow_exported_model_train_eval",
@@ -129,6 +137,7 @@ __all__ = [
     "bfs_trace_with_node_process",
     "calibrate",
     "capture",
+    "check_data",
     "constant",
     "convert_pt2e",
     "default_dynamic_quant_observer",
@@ -143,13 +152,17 @@ __all__ = [
     "get_module_name_filter",
     "integer_report",
     "load",
+    "load_statistics",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
     "op",
     "prepare_pt2e",
     "quantize",
+    "race",
+    "resolve",
     "save",
+    "save_statistics",
     "to_integer",
     "update_equivalent_types_dict",
 ]

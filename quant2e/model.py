@@ -21,11 +21,16 @@ from quant2e.graph_module import copy_graph
 from quant2e.in_place import own_written_tensors
 from quant2e.ledger import LEDGER, ledger_of
 from quant2e.prepare import prepare_pt2e
+from quant2e.racing import collapsed, race
 from quant2e.recipe import Recipe, recipe_of
 from quant2e.report import Report
+from quant2e.varying_sizes import of_graph
 
 _HOLD_OUT_EVERY = 8
 _HOLD_OUT_AT_MOST = 8
+
+_RACE_ON = 2
+"""Held-out batches on which candidate ranges race; each costs about four forwards."""
 
 
 @dataclass(slots=True, eq=False)
@@ -103,8 +108,8 @@ def quantize(
 
     ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
     ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
-    weight-only quantizers need none. A few of its batches are held out, never calibrated on, to measure the SQNR in
-    the report. ``use_reference_representation``: the module computes in integers, see `quant2e.to_integer`.
+    weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges race
+    on them (see `race`), and they measure the SQNR in the report. ``use_reference_representation``: the module computes in integers, see `quant2e.to_integer`.
     ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the
     number of batches done and the total, where it is known.
 
@@ -122,6 +127,7 @@ def quantize(
         )
     held_out: list[Any] = [Call(positional, dict(kwargs or {}))]
     measured_on = "the example inputs"
+    notes: list[str] = []
     if calibration_data is not None:
         if isinstance(calibration_data, (Tensor, str, Mapping)):
             raise Quant2eError(
@@ -131,12 +137,13 @@ def quantize(
         stream = _HoldOut(calibration_data)
         calibrate(prepared, stream, progress=progress)
         held_out = stream.kept
+        notes = collapsed(race(prepared, held_out[:_RACE_ON]))
         kind = "held-out batch" if stream.separate else "calibration batch"
         measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
     converted = convert_pt2e(prepared, use_reference_representation)
     ledger = ledger_of(converted)
     sqnr = output_sqnr(_bystander(captured), _bystander(converted), held_out)
-    report = replace(ledger.report, sqnr_db=sqnr, sqnr_source=measured_on)
+    report = replace(ledger.report.with_notes(notes), sqnr_db=sqnr, sqnr_source=measured_on)
     converted.meta[LEDGER] = replace(ledger, report=report)
     return QuantizedModel(
         module=converted,
@@ -144,7 +151,7 @@ def quantize(
         recipe=recipe_of(ledger, type(quantizer).__name__),
         example_inputs=copy.copy(positional),
         example_kwargs=dict(kwargs or {}),
-        dynamic_shapes=dynamic_shapes,
+        dynamic_shapes=of_graph(dynamic_shapes, model, positional, kwargs or {}),
     )
 
 
