@@ -105,16 +105,16 @@ class Provenance:
         return None
 
     def _source(self, node: Node) -> Source:
-        is_float = _is_float(node.meta.get("val"))
+        carries_values = _is_float(node.meta.get("val"), or_complex=True)
         if node.op == "placeholder":
-            return Source.DATA if is_float else Source.INDEX
+            return Source.DATA if carries_values else Source.INDEX
         if node.op == "get_attr":
             value = attribute(self.gm, str(node.target))
             return Source.PARAMETER if isinstance(value, nn.Parameter) else Source.LITERAL
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return Source.DATA
         inputs = {self.source[n] for n in node.all_input_nodes if _holds_tensor(n)}
-        if not is_float:
+        if not carries_values:
             return Source.INDEX if inputs & {Source.DATA, Source.INDEX} else Source.LITERAL
         reads_table = Source.INDEX in inputs and (Source.PARAMETER in inputs or short_name(node.target) in _PICKS)
         return Source.DATA if reads_table else max(inputs, default=Source.LITERAL)
@@ -141,9 +141,10 @@ def is_float(node: Node, gm: GraphModule) -> bool:
     return _is_float(attribute(gm, str(node.target)) if value is None and node.op == "get_attr" else value)
 
 
-def _is_float(value: Any) -> bool:
+def _is_float(value: Any, *, or_complex: bool = False) -> bool:
     items = value if isinstance(value, list | tuple) else (value,)
-    return any(isinstance(item, Tensor) and item.is_floating_point() for item in items)
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    return any(item.is_floating_point() or (or_complex and item.is_complex()) for item in tensors)
 
 
 def _holds_tensor(node: Node) -> bool:

@@ -56,6 +56,7 @@ def of_result(function):
         (lambda m, x, i, b: m.f[i % 4], Source.DATA),
         (lambda m, x, i, b: nn.functional.one_hot(i, 8).float() @ m.table.weight, Source.DATA),
         (lambda m, x, i, b: i.float() * m.p, Source.DATA),
+        (lambda m, x, i, b: torch.fft.rfft(x).abs(), Source.DATA),
     ],
 )
 def test_source(function, source):
