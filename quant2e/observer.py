@@ -33,6 +33,7 @@ __all__ = [
     "NoopObserver",
     "ObserverBase",
     "ObserverFactory",
+    "PerChannelHistogramObserver",
     "PerChannelMinMaxObserver",
     "PlaceholderObserver",
     "RecordingObserver",
@@ -366,6 +367,33 @@ class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
             )
         grid = _grid(options, _PER_TENSOR, torch.per_tensor_affine)
         super().__init__(Histogram(bins), HistogramState, grid, options)
+        self.bins = bins
+        self.method = method
+        self.percentile = percentile
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        return search(self._live_state(), self.grid, self.method, self.percentile)
+
+
+class PerChannelHistogramObserver(UniformQuantizationObserverBase[HistogramState]):
+    """A histogram of each slice along ``ch_axis`` (0), and the range that ``method`` derives from each."""
+
+    histogram: Tensor
+    ch_axis: int
+
+    def __init__(
+        self,
+        bins: int = 2048,
+        *,
+        method: str = "mse",
+        percentile: float = 99.99,
+        **options: Unpack[ObserverOptions],
+    ) -> None:
+        check_method(method, percentile)
+        axis = _channel_axis(options)
+        grid = _grid(options, PER_CHANNEL_SCHEMES, torch.per_channel_affine)
+        super().__init__(Histogram(bins, axis), HistogramState, grid, options)
+        self.ch_axis = axis
         self.bins = bins
         self.method = method
         self.percentile = percentile

@@ -25,7 +25,7 @@ from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.graph_module import copy_graph
 from quant2e.histogram import Histogram
 from quant2e.observe import OBSERVER_PREFIX
-from quant2e.observer import HistogramObserver, UniformQuantizationObserverBase
+from quant2e.observer import HistogramObserver, PerChannelHistogramObserver, UniformQuantizationObserverBase
 from quant2e.range_search import check_method
 from quant2e.ranges import MovingAverage
 
@@ -297,7 +297,11 @@ def resolve(
     """
     resolved = copy_graph(prepared)
     observers = {name: observer for name, observer in measuring(resolved).items() if not observer.frozen}
-    histograms = [observer for observer in observers.values() if isinstance(observer, HistogramObserver)]
+    histograms = [
+        observer
+        for observer in observers.values()
+        if isinstance(observer, (HistogramObserver, PerChannelHistogramObserver))
+    ]
     if (method is not None or percentile is not None) and not histograms:
         raise CalibrationError(
             "no activation has a histogram: calibrate with HistogramObserver to choose a method later"

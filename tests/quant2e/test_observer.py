@@ -16,6 +16,7 @@ from quant2e.observer import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    PerChannelHistogramObserver,
     PerChannelMinMaxObserver,
 )
 
@@ -334,3 +335,19 @@ def filled_with(values):
     observer = MinMaxObserver()
     observer(torch.tensor(values))
     return observer
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile", "entropy", "minmax"])
+def test_a_histogram_per_channel_is_one_of_each(method):
+    x = torch.randn(3, 500) * torch.tensor([[1.0], [10.0], [0.1]])
+    scheme = {"dtype": torch.int8, "quant_min": -8, "quant_max": 7, "method": method}
+    together = PerChannelHistogramObserver(qscheme=torch.per_channel_affine, **scheme)
+    together(x[:, :300])
+    together(x[:, 300:])
+    for i, found in enumerate(zip(*together.calculate_qparams(), strict=True)):
+        alone = HistogramObserver(qscheme=torch.per_tensor_affine, **scheme)
+        alone(x[i])
+        assert [v.item() for v in found] == [v.item() for v in alone.calculate_qparams()]
+    again = PerChannelHistogramObserver(qscheme=torch.per_channel_affine, **scheme)
+    again.load_state_dict(together.state_dict())
+    assert torch.equal(again.calculate_qparams()[0], together.calculate_qparams()[0])
