@@ -143,7 +143,8 @@ def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) 
 
 
 def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> PerTensor | PerChannel:
-    if saw_no_data(observer):
+    # An observer that saw NaN only has words of its own for it.
+    if saw_no_data(observer) and not getattr(_inner(observer), "total", 0):
         raise CalibrationError("it saw no data, so its range is unknown; run calibration batches that reach it")
     scale, zero_point = observer.calculate_qparams()
     scale = torch.as_tensor(scale).detach()

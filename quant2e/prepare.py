@@ -27,6 +27,7 @@ from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.inline_regions import opaque_regions
 from quant2e.plan import DerivedFrom, Plan
 from quant2e.report import Report, judge, tensor_bytes
+from quant2e.specs import ANNOTATION
 from quant2e.survey import survey
 from quant2e.train_eval import check_eval
 
@@ -46,6 +47,9 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in gm.graph.nodes):
         raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
     check_eval(gm)
+    if LEDGER in gm.meta:  # converted before: the annotations of that time are about other nodes
+        for node in gm.graph.nodes:
+            node.meta.pop(ANNOTATION, None)
     ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), own.inputs
     run(gm, (fold_batch_norm,), compiled=False)
     gm = _annotate(gm, quantizer)

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.dataflow import operand
 from quant2e.interop import attribute
+from quant2e.passes.fold_weights import is_quantize
 from quant2e.pattern import short_name
 
 SENTINEL = 1e4
@@ -105,7 +106,7 @@ class Provenance:
         return None
 
     def _source(self, node: Node) -> Source:
-        carries_values = _is_float(node.meta.get("val"), or_complex=True)
+        carries_values = _is_float(node.meta.get("val"), or_complex=True) or is_quantize(node)
         if node.op == "placeholder":
             return Source.DATA if carries_values else Source.INDEX
         if node.op == "get_attr":

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.dataflow import Constants
+from quant2e.dialect import DEQUANTIZE
 from quant2e.interop import node_tensor
 from quant2e.pattern import Match, explain, roots, short_name, solutions
 from quant2e.quantizer import Quantizer
@@ -160,6 +161,8 @@ class _Pass:
         """The innermost op decides on the configuration; the others come along unless they are set to float."""
         if rule.opt_in and not self.choices[rule.anchor(match)].explicit:
             return "it is quantized only where the op or its module is set, not by a global configuration"
+        if self._is_done(rule, match):
+            return "its operands are quantized already"
         floats = [n for n in match.nodes if self.choices[n].config is None and self.choices[n].explicit]
         return f"'{floats[0].name}' is set to float by {self.choices[floats[0]].setting}" if floats else None
 
@@ -187,6 +190,13 @@ class _Pass:
         if (reason := rule.conflict(match)) is not None:
             return reason
         return rule.condition(match)
+
+    def _is_done(self, rule: Rule, match: Match) -> bool:
+        """Whether an earlier quantization dealt with this match: its weight, or all it reads, is dequantized."""
+        given = [p for name, spec in rule.operands.items() if spec is not None for p, _ in match.operands.get(name, ())]
+        dequantized = [producer for producer in given if producer.target in DEQUANTIZE]
+        weight = any(self.constants.culprit(producer) is None for producer in dequantized)
+        return weight or (len(dequantized) == len(given) > 0)
 
     def _not_quantizable(self, node: Node) -> str | None:
         tensor = node_tensor(self.gm, node)
