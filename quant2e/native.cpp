@@ -230,6 +230,18 @@ Tally together(const Tally* tallies, int threads, int64_t* counts, int64_t n) {
   return all;
 }
 
+constexpr int kSlots = 256;
+
+// As in exact_sum.py.
+void add_exactly(int64_t* slots, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  int exponent = (bits >> 23) & 0xFF;
+  int64_t mantissa = (int64_t)(bits & 0x7FFFFF) + ((int64_t)(exponent > 0) << 23);
+  slots[exponent] += bits >> 31 ? -mantissa : mantissa;
+  ++slots[kSlots - 1];
+}
+
 float towards(float average, float value, float constant) {
   float step = value - average;
   float moved = constant * step;
@@ -266,9 +278,9 @@ int quant2e_average(const float* x, int64_t n, float limit, int threads, float* 
   return 0;
 }
 
-// As Histogram.update in histogram.py; histogram: int64[bins].
+// As Histogram.update in histogram.py; histogram: int64[bins], peaks: int64[2][256].
 int quant2e_histogram(const float* x, int64_t n, float limit, int threads, float* min_val, float* max_val,
-                      int64_t* counts, int64_t* histogram, int bins) {
+                      int64_t* counts, int64_t* histogram, int64_t* peaks, int bins) {
   Tally tallies[kMostThreads];
   Local locals[kMostThreads];
   threads = team(n, threads);
@@ -303,6 +315,8 @@ int quant2e_histogram(const float* x, int64_t n, float limit, int threads, float
           add_widened(locals[t].total, locals[t].win, histogram, now, bins);
         }
       *min_val = low, *max_val = high;
+      add_exactly(peaks, all.low + 0.0f);
+      add_exactly(peaks + kSlots, all.high + 0.0f);
     }
   }
   for (int t = 0; t < threads; ++t) locals[t].drop();

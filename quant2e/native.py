@@ -29,7 +29,7 @@ _COMMON = (_POINTER, _LONG, ctypes.c_float, ctypes.c_int, _POINTER, _POINTER, _P
 _ARGUMENTS = {
     "quant2e_minmax": _COMMON,
     "quant2e_average": (*_COMMON, ctypes.c_float),
-    "quant2e_histogram": (*_COMMON, _POINTER, ctypes.c_int),
+    "quant2e_histogram": (*_COMMON, _POINTER, _POINTER, ctypes.c_int),
 }
 
 

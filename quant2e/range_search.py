@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant2e import exact_sum
 from quant2e.clipping import products, promising
 from quant2e.errors import AnnotationError
 from quant2e.histogram import HistogramState
@@ -137,7 +138,17 @@ def _products(around: tuple[float, float], factors: tuple[float, ...], grid: Gri
     return products(*around, torch.tensor(factors, dtype=torch.float64), grid.symmetric)
 
 
-METHODS = ("minmax", "percentile", "mse", "entropy")
+def mean_of_maxima(state: HistogramState) -> tuple[float, float]:
+    """The mean of every batch's minimum and the mean of every batch's maximum, exact sums rounded once.
+
+    The averaging mode of Distiller's collectors (N. Zmora et al., "Neural Network Distiller", arXiv:1910.12232). It
+    depends on which samples made a batch, and not on the order of the batches.
+    """
+    low, high = (exact_sum.mean(sums) for sums in state.peaks.cpu())
+    return low, high
+
+
+METHODS = ("minmax", "percentile", "mse", "entropy", "mean_of_maxima")
 
 
 def check_method(method: str, percentile: float) -> None:
@@ -173,4 +184,6 @@ def _search(state: HistogramState, grid: Grid, method: str, percentile: float) -
         return mse(state, grid)
     if method == "entropy":
         return entropy(state, grid)
+    if method == "mean_of_maxima":
+        return mean_of_maxima(state)
     return minmax(state)
