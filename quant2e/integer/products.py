@@ -9,6 +9,7 @@ Padding pads with zeros after the zero point is gone, so it stands for the real 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -109,13 +110,17 @@ def _write(
     reach: Tensor,
     wide: bool,
     attributes: dict[str, Any],
+    laid_out: Weight | None = None,
 ) -> Value:
-    """The accumulator and what is known of it. ``reach``: the largest sum of |w| of an output. ``wide``: int64 kernels."""
+    """The accumulator and what is known of it.
+
+    ``reach``: the largest sum of |w| of an output. ``wide``: int64 kernels. ``laid_out``: the weight as ``call`` takes it.
+    """
     if isinstance(activation, DynamicStored):
         span = int(reach.max()) * activation.span
         with ctx.b.at(node):
             dtype = torch.int64 if wide or span >= INT32 else torch.int32
-            acc = call(activation.shifted(ctx, dtype), weight.node(ctx, node, dtype), None)
+            acc = call(activation.shifted(ctx, dtype), (laid_out or weight).node(ctx, node, dtype), None)
             acc = ctx.b.cast(acc, torch.int32) if span < INT32 else acc
             return DynamicProduct(node, acc, activation, out_scale, axis, bias, kind)
     grid: Grid = activation.grid
@@ -128,7 +133,9 @@ def _write(
         dtype = torch.int64 if wide or span >= INT32 else torch.int32
         kept = None if bias_q is None else bias_q.to(torch.int32 if int(bias_q.abs().max()) < INT32 else torch.int64)
         bias_node = None if kept is None else ctx.b.cast(ctx.b.constant(kept, f"{node.name}_bias"), dtype)
-        acc = call(ctx.b.shifted(integers, grid.zero_point, dtype), weight.node(ctx, node, dtype), bias_node)
+        acc = call(
+            ctx.b.shifted(integers, grid.zero_point, dtype), (laid_out or weight).node(ctx, node, dtype), bias_node
+        )
         if span >= INT32:
             ctx.b.notes.append(f"'{node.name}': sums in int64: they can reach {span:.4g}, and int32 holds {INT32:.4g}")
         elif wide:
@@ -200,13 +207,18 @@ def _linear(ctx: Context, node: Node) -> Value:
         return _grouped_linear(ctx, node, activation, weight, bias)
     scale = weight.along(node, 0)
     reach = weight.centred().abs().to(torch.int64).sum(-1)
+    # torch multiplies integers half as fast again by a matrix that lies as [K, N]
+    columns = replace(
+        weight, integers=weight.integers.t().contiguous(), axis=None if weight.axis is None else 1, source=None
+    )
 
     def call(x: Node, w: Node, b: Node | None) -> Node:
-        return ctx.b.call(aten.linear.default, x, w, b)
+        product = ctx.b.call(aten.matmul.default, x, w)
+        return product if b is None else ctx.b.call(aten.add.Tensor, product, b)
 
     return _write(
         ctx, node, activation, weight, bias, call, kind="linear", out_scale=scale, axis=rank(node) - 1, reach=reach,
-        wide=False, attributes={},
+        wide=False, attributes={}, laid_out=columns,
     )  # fmt: skip
 
 

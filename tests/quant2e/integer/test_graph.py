@@ -131,7 +131,7 @@ def test_dynamic_products_are_integers_between_float_boundaries(quantizer):
     quantized = quantize(net, (x,), quantizer())
     gm = to_integer(quantized.module, strict=True)
     assert targets(gm) == {"aten"}
-    products = [n for n in gm.graph.nodes if n.target is torch.ops.aten.linear.default]
+    products = [n for n in gm.graph.nodes if n.target is torch.ops.aten.matmul.default]
     assert [n.meta["val"].dtype for n in products] == [torch.int32, torch.int32]
     torch.testing.assert_close(gm(x), quantized(x), rtol=1e-5, atol=1e-5)
 
