@@ -74,7 +74,8 @@ def bert_base() -> nn.Module:
     """Devlin et al., "BERT", arXiv:1810.04805: 12 layers, 768 wide; transformers' implementation."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(attn_implementation="eager")
+    config = BertConfig()
+    config._attn_implementation = "eager"
     return _Hidden(BertModel(config, add_pooling_layer=False)).eval()
 
 

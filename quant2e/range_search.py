@@ -16,8 +16,8 @@ from quant2e.histogram import HistogramState
 from quant2e.qparams import Grid
 from quant2e.quantization_error import filling, reference
 
-_EVERYWHERE = tuple(i / 12 for i in range(1, 13))
-_CLOSE = tuple(1 + i / 32 for i in range(-2, 3))
+_EVERYWHERE = tuple(i / 8 for i in range(1, 9))
+_CLOSE = tuple(1 + i / 32 for i in range(-1, 2))
 _CLOSER = tuple(1 + i / 96 for i in range(-1, 2))
 """Factors tried on the bounds: both together over the whole range, each around the promising one, and then the best."""
 
