@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.encodings import Encoding, PerChannel, PerTensor, encode
+from quant2e.encodings import Encoding, OnGrid, PerChannel, PerTensor, encode
 from quant2e.errors import CalibrationError, Quant2eError, where
 from quant2e.graph_module import copy_graph
 from quant2e.in_place import own_written_tensors
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX
 from quant2e.passes import run
-from quant2e.passes.constants import constant_nodes
+from quant2e.passes.constants import constant_nodes, evaluate
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import attribute_path, fold_weights
 from quant2e.passes.split_dequantize import split_dequantize
-from quant2e.qdq import Alike, quantize_at
+from quant2e.qdq import Alike, quantize_at, round_at
 from quant2e.report import tensor_bytes
 from quant2e.verify import check
 
@@ -54,12 +54,15 @@ def convert_pt2e(
     alike = Alike()
     for call in calls:
         encoding = encodings[str(call.target)]
-        if encoding is None:
+        if encoding is None or (isinstance(encoding, OnGrid) and call.all_input_nodes[0] not in constants):
             call.replace_all_uses_with(call.all_input_nodes[0])
             gm.graph.erase_node(call)
             continue
         source = call.all_input_nodes[0]
         prefix = attribute_path(source) if source in constants else source.name
+        if isinstance(encoding, OnGrid):
+            round_at(gm, call, evaluate(gm, source), encoding, prefix)
+            continue
         quantize_at(gm, call, encoding, prefix, alike)
     for name in encodings:
         gm.delete_submodule(name)

@@ -62,13 +62,23 @@ class HalfPrecision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnGrid:
+    """A constant that stays float, rounded to multiples of ``scale``: a bias as an int32 accumulator holds it.
+
+    ``scale``: one value, or a 1-D tensor with one per channel of the last (only) dimension.
+    """
+
+    scale: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Custom:
     """An observer that writes its own nodes, by a method ``convert(model, node)``."""
 
     observer: Any
 
 
-Encoding = PerTensor | PerChannel | Dynamic | HalfPrecision | Custom
+Encoding = PerTensor | PerChannel | Dynamic | HalfPrecision | OnGrid | Custom
 
 
 def _inner(observer: Any) -> Any:
@@ -114,6 +124,8 @@ def encode(observer: Any) -> Encoding | None:
     dtype = _STORAGE.get(dtype, dtype)
     if dtype == torch.float16:
         return HalfPrecision()
+    if dtype == torch.float32 and isinstance(getattr(observer, "sources", None), list):
+        return _on_grid(observer)
     if dtype not in INTEGER_BOUNDS and dtype not in _FLOAT8:
         return None
     quant_min, quant_max = _range(observer)
@@ -122,6 +134,18 @@ def encode(observer: Any) -> Encoding | None:
     if not callable(getattr(observer, "calculate_qparams", None)):
         return None
     return _static(observer, dtype, quant_min, quant_max)
+
+
+def _on_grid(observer: Any) -> OnGrid:
+    """A float tensor whose scale is derived from those of others."""
+    if saw_no_data(observer):
+        raise CalibrationError(
+            "the tensors its scale is derived from saw no data; run calibration batches that reach them"
+        )
+    scale = torch.as_tensor(observer.calculate_qparams()[0]).detach().flatten()
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CalibrationError(f"its derived scale is {_extreme(scale)}, which is not a positive, finite number")
+    return OnGrid(scale=scale.clone())
 
 
 def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> Dynamic:

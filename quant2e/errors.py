@@ -53,14 +53,22 @@ def module_path(node: Node) -> str:
     return str(paths[-1]).removeprefix("L['self'].") if paths else ""
 
 
+def _user_frame(node: Node) -> re.Match[str] | None:
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    own = [f for f in frames if "/site-packages/torch/" not in f["file"] and not f["file"].startswith("<")] or frames
+    return own[-1] if own else None
+
+
+def user_frame(node: Node) -> str:
+    """The innermost frame of a node's stack trace that is the user's code, as text; empty when there is none."""
+    frame = _user_frame(node)
+    return frame[0] if frame else ""
+
+
 def source_line(node: Node) -> str:
     """The user's source line, as ``file:line `code` ``; empty when the graph does not record it."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    if not frames:
-        return ""
-    own = [f for f in frames if "/site-packages/torch/" not in f["file"] and not f["file"].startswith("<")] or frames
-    last = own[-1]
-    return f"{last['file']}:{last['line']} `{last['code'].strip()}`"
+    frame = _user_frame(node)
+    return f"{frame['file']}:{frame['line']} `{frame['code'].strip()}`" if frame else ""
 
 
 def where(node: Node) -> str:

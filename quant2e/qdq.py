@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quant2e.dialect import qd
-from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, PerChannel, PerTensor
+from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerChannel, PerTensor
 from quant2e.observe import copy_provenance
 from quant2e.specs import ANNOTATION
 
@@ -81,6 +81,23 @@ class Alike:
         return self._made[key]
 
 
+def round_at(gm: GraphModule, observer_call: Node, value: torch.Tensor, encoding: OnGrid, prefix: str) -> None:
+    """Replace an observed constant by ``round(value / scale) * scale``, ties to even; erases the call.
+
+    The quotient is rounded as ExecuTorch rounds a bias for XNNPACK: ``value * (1 / scale)`` in float32.
+    """
+    low, high = -(2**31), 2**31 - 1
+    scale = encoding.scale.to(value.device)
+    steps = torch.round(value.detach().float() * (1.0 / scale)).double().clamp(low, high)
+    rounded = (steps * scale.double()).to(value.dtype)
+    path = register_tensor(gm, f"{prefix}_on_grid", rounded)
+    with gm.graph.inserting_before(observer_call):
+        constant = gm.graph.get_attr(path)
+    copy_provenance(constant, observer_call, value=rounded)
+    observer_call.replace_all_uses_with(constant)
+    gm.graph.erase_node(observer_call)
+
+
 def quantize_at(
     gm: GraphModule, observer_call: Node, encoding: Encoding, prefix: str, alike: Alike | None = None
 ) -> Node | None:
@@ -92,6 +109,8 @@ def quantize_at(
     if isinstance(encoding, Custom):
         encoding.observer.convert(gm, observer_call)
         return None
+    if isinstance(encoding, OnGrid):
+        raise TypeError(f"{observer_call.name}: constants are rounded by round_at")
     x = observer_call.args[0]
     if not isinstance(x, Node):
         raise TypeError(f"observer call {observer_call.name} has no tensor operand")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quant2e.atomic import atomic_file
-from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, PerTensor
+from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerTensor
 from quant2e.errors import FileFormatError
 from quant2e.ledger import Ledger
 from quant2e.plan import Group
@@ -23,8 +23,8 @@ class GroupRecipe:
     """One group of points that share parameters.
 
     ``spec``: the numbers asked for, as text. ``encoding``: what they became: ``per_tensor``, ``per_channel``,
-    ``dynamic``, ``float16``, ``custom`` or ``float``. ``scale``/``zero_point``: one per tensor or per channel; empty
-    when they are found at run time.
+    ``dynamic``, ``float16``, ``on_grid`` (a float constant rounded to multiples of a derived scale), ``custom`` or
+    ``float``. ``scale``/``zero_point``: one per tensor or per channel; empty when they are found at run time.
     """
 
     points: tuple[str, ...]
@@ -100,6 +100,8 @@ def _group_recipe(group: Group, encoding: Encoding | None) -> GroupRecipe:
         return GroupRecipe(points, spec, "custom")
     if isinstance(encoding, HalfPrecision):
         return GroupRecipe(points, spec, "float16")
+    if isinstance(encoding, OnGrid):
+        return GroupRecipe(points, spec, "on_grid", "float32")
     dtype = str(encoding.dtype).removeprefix("torch.")
     bare = GroupRecipe(points, spec, "dynamic", dtype, encoding.quant_min, encoding.quant_max)
     if isinstance(encoding, Dynamic):

@@ -21,10 +21,11 @@ from torch.utils import _pytree as pytree
 from quant2e.archive_check import check_archive
 from quant2e.atomic import atomic_file
 from quant2e.capture import as_graph_module
-from quant2e.errors import FileFormatError, Quant2eError
+from quant2e.errors import FileFormatError, Quant2eError, user_frame
 from quant2e.inputs import distinct
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.model import QuantizedModel
+from quant2e.packing import pack_recipe, unpack_recipe
 from quant2e.recipe import Recipe, recipe_of
 from quant2e.report import Report
 
@@ -56,6 +57,7 @@ def save(
         program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise Quant2eError(f"the quantized graph cannot be exported with these inputs: {error}") from error
+    _trim(program.graph_module)
     with atomic_file(target) as part:
         # Not the path: torch writes its name into the file. And torch aborts the process when a write fails.
         with _PatientFile(part, "wb") as file:
@@ -64,6 +66,14 @@ def save(
             check_archive(part)
         except FileFormatError as error:
             raise Quant2eError(f"this program could be saved, but not loaded again: {error}") from error
+
+
+def _trim(gm: GraphModule) -> None:
+    """Keep, of what nodes say about their origin, the module and the user's own line: the rest is a tenth of a file."""
+    for node in gm.graph.nodes:
+        node.meta.pop("from_node", None)
+        if frame := user_frame(node):
+            node.meta["stack_trace"] = frame
 
 
 class _PatientFile(io.FileIO):
@@ -104,7 +114,7 @@ def _parts(
         report, recipe = Report(verdicts=()), Recipe("", ())
         if isinstance(ledger, Ledger):
             report, recipe = ledger.report, recipe_of(ledger, "")
-    record = {"format": RECORD_FORMAT, "report": report.as_dict(), "recipe": recipe.as_dict()}
+    record = {"format": RECORD_FORMAT, "report": report.as_dict(), "recipe": pack_recipe(recipe.as_dict())}
     return module, args, kwargs, shapes, record
 
 
@@ -142,7 +152,7 @@ def _record(source: Path, text: str | bytes) -> tuple[Report, Recipe]:
             raise FileFormatError(
                 f"{source} has a record of format {record['format']!r}; this version reads format {RECORD_FORMAT}"
             )
-        return Report.from_dict(record["report"]), Recipe.from_dict(record["recipe"])
+        return Report.from_dict(record["report"]), Recipe.from_dict(unpack_recipe(record["recipe"]))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FileFormatError(f"the report inside {source} is not readable: {error}") from error
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from quant2e.config import QuantizationConfig
@@ -23,7 +24,7 @@ from quantizers import families as f
 from quantizers.conditions import operand_value, spatial, value, zero_padding
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.provenance import literal
-from quantizers.rule import Follow, Rule, Same
+from quantizers.rule import Derived, Follow, Rule, Same
 
 aten = torch.ops.aten
 
@@ -163,6 +164,17 @@ _FUSED_CLAMP = op(aten.relu.default, aten.hardtanh.default, aten.relu6.default)
 _CLAMP = op(aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default)
 
 
+def _accumulator_scale(observers: list[Any]) -> tuple[Tensor, Tensor]:
+    """``s_x * s_w`` in float32: what one unit of the int32 accumulator is worth, per tensor or per output channel."""
+    activation, weight = (observer.calculate_qparams()[0].float() for observer in observers)
+    scale = activation * weight
+    return scale, torch.zeros_like(scale, dtype=torch.int64)
+
+
+ACCUMULATOR = Derived(("x", "w"), _accumulator_scale, dtype=torch.float32)
+"""A bias stays float, on the grid to which XNNPACK rounds it: the Q/DQ graph then computes what the delegate does."""
+
+
 def _clamped(pattern: Op) -> Either:
     return _FUSED_CLAMP(pattern) | pattern
 
@@ -261,9 +273,11 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
 
 def _static(config: Any) -> tuple[Rule, ...]:
     act, out, weight = config.input_activation, config.output_activation, config.weight
-    product = {"x": act, "w": weight}
+    product: dict[str, Any] = {"x": act, "w": weight}
+    if act is not None and weight is not None:
+        product["b"] = ACCUMULATOR
     per_channel = weight is not None and weight.qscheme in PER_CHANNEL_SCHEMES
-    deconv = {"x": act, "w": replace(weight, ch_axis=1) if per_channel else weight}
+    deconv = product | {"w": replace(weight, ch_axis=1) if per_channel else weight}
     limit = _ungrouped if per_channel else None
     padded = _clamped(f.conv1d(_PADDED, f.w, f.b)) | _clamped(f.conv2d(_PADDED, f.w, f.b))
     return (
@@ -276,7 +290,7 @@ def _static(config: Any) -> tuple[Rule, ...]:
         Rule(f.mul(f.x, f.y), {"x": act, "y": act}, out, name="mul"),
         Rule(f.cat(f.x), {"x": Follow(act)}, Same("x"), _of_several, "cat"),
         Rule(_MAX_POOL(f.x), {"x": Follow(act)}, Same("x"), name="max_pool2d"),
-        Rule(_MEAN(f.x) | _GLOBAL_POOL(f.x), {"x": Follow(act)}, Same("x"), name="mean"),
+        Rule(_MEAN(f.x) | _GLOBAL_POOL(f.x), {"x": Follow(act)}, out, name="mean"),
         Rule(_CLAMP(f.x), {"x": Follow(act)}, Same("x"), name="clamp"),
         Rule(f.moves, {"x": Follow(act)}, Same("x"), name="moves"),
     )

@@ -64,7 +64,8 @@ def test_only_what_a_configuration_covers_is_rewritten():
     text = annotations(model, ROWS, XNNPACKQuantizer().set_global(CONFIG).set_operator_type(torch.mm, None))
     assert [line.split(":")[0] for line in text.splitlines()] == ["addmm", "add"]
     text = annotations(model, ROWS, XNNPACKQuantizer().set_operator_type(aten.addmm, CONFIG))
-    assert text == "addmm: inputs_0 s8[-128,127], t_default s8[-127,127] symmetric axis 0 -> s8[-128,127]  [linear]"
+    operands = "inputs_0 s8[-128,127], t_default s8[-127,127] symmetric axis 0, b f32 derived"
+    assert text == f"addmm: {operands} -> s8[-128,127]  [linear]"
     gm = captured(model, ROWS)
     code = gm.code
     X86InductorQuantizer().transform_for_annotation(gm)
