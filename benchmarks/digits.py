@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lowering
 from benchmarks.outcome import Bound, Int8, Outcome
-from benchmarks.pipeline import Call, Case, Target, run_target, save_float
+from benchmarks.pipeline import Call, Case, Target, run_targets, save_float
 from benchmarks.progress import Advance, Phases, silent
 from quantizers import (
     X86InductorQuantizer,
@@ -212,7 +212,7 @@ def run(folder: Path, phases: Phases) -> Outcome:
     with phases.phase("digits: save the float model"):
         float_bytes = save_float(case, folder)
         measures = measure(model, silent)
-    int8 = tuple(run_target(case, target, folder, phases) for target in _targets())
+    int8 = run_targets(case, _targets(), folder, phases)
     return Outcome(
         name="digits",
         title="Image classification: residual CNN with batch norm and depthwise layers on scikit-learn's digits",

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import lowering
 from benchmarks import topics
 from benchmarks.outcome import Bound, Int8, Outcome
-from benchmarks.pipeline import Call, Case, Target, run_target, save_float
+from benchmarks.pipeline import Call, Case, Target, run_targets, save_float
 from benchmarks.progress import Advance, Phases
 from benchmarks.retrieval import Embeddings, agreement
 from quantizers import (
@@ -223,7 +223,7 @@ def run(folder: Path, phases: Phases) -> Outcome:
     )
     with phases.phase("minilm: save the float model"):
         float_bytes = save_float(case, folder)
-    int8 = tuple(run_target(case, target, folder, phases) for target in _targets())
+    int8 = run_targets(case, _targets(), folder, phases)
     same = Embeddings(queries=reference.queries, corpus=reference.corpus)
     return Outcome(
         name="minilm",

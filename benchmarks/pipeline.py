@@ -6,6 +6,8 @@ here is public interface: what this script does, a user's script can do.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +101,22 @@ def save_and_reload(candidate: Candidate, case: Case, path: Path) -> int:
             if not torch.equal(again(*batch), candidate.result(*batch)):
                 raise RuntimeError(f"{path} was saved and loaded, and its outputs are not those of the saved model")
     return path.stat().st_size
+
+
+def run_targets(case: Case, targets: Sequence[Target], folder: Path, phases: Phases) -> tuple[Int8, ...]:
+    """Take ``case`` to every runtime that this machine can lower to; say which it cannot, and why."""
+    found = []
+    for target in targets:
+        if target.runtime == "Inductor" and not _has_compiler():
+            reason = "Inductor generates C++, and there is no C++ compiler here: install g++ or clang++, or set CXX"
+            phases.console.print(f"{case.name}: {target.runtime} skipped. {reason}", highlight=False, soft_wrap=True)
+            continue
+        found.append(run_target(case, target, folder, phases))
+    return tuple(found)
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
 
 
 def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8:

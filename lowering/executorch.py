@@ -10,7 +10,6 @@ import contextlib
 import logging
 import operator
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -29,6 +28,7 @@ from lowering.signature import Signature, signature_of
 from lowering.stages import stages
 from lowering.verify import LEEWAY_DB, Bound, Inputs, as_inputs, compare, compare_within_noise, graph_of
 from lowering.xnnpack_limits import check_limits
+from quant2e.atomic import atomic_file
 from quant2e.errors import LoweringError
 
 
@@ -60,17 +60,8 @@ class ExecuTorchProgram:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the ``.pte`` file. It appears whole or not at all: written under a temporary name, then moved."""
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.buffer)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with atomic_file(Path(path)) as part:
+            part.write_bytes(self.buffer)
 
 
 def to_executorch(

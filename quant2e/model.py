@@ -65,6 +65,11 @@ class _HoldOut:
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
+        if isinstance(data, (Tensor, str, Mapping)):
+            raise Quant2eError(
+                f"calibration_data is a {type(data).__name__}; give an iterable of batches, or wrap a single batch in a "
+                "list: [batch]"
+            )
         self._data = data
         self.kept: list[Any] = []
         self.separate = False
@@ -108,10 +113,10 @@ def quantize(
 
     ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
     ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
-    weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges race
-    on them (see `race`), and they measure the SQNR in the report. ``use_reference_representation``: the module computes in integers, see `quant2e.to_integer`.
-    ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the
-    number of batches done and the total, where it is known.
+    weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges race on
+    them (see `race`), and they measure the SQNR in the report. ``use_reference_representation``: the module computes in
+    integers, see `quant2e.to_integer`. ``allow_unquantized``: accept a result in which no op is quantized.
+    ``progress``: called with the number of batches done and the total, where it is known.
 
     ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
     quantized.
@@ -129,11 +134,6 @@ def quantize(
     measured_on = "the example inputs"
     notes: list[str] = []
     if calibration_data is not None:
-        if isinstance(calibration_data, (Tensor, str, Mapping)):
-            raise Quant2eError(
-                f"calibration_data is a {type(calibration_data).__name__}; give an iterable of batches, or wrap a "
-                "single batch in a list: [batch]"
-            )
         stream = _HoldOut(calibration_data)
         calibrate(prepared, stream, progress=progress)
         held_out = stream.kept
