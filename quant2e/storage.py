@@ -74,6 +74,9 @@ def _trim(gm: GraphModule) -> None:
         node.meta.pop("from_node", None)
         if frame := user_frame(node):
             node.meta["stack_trace"] = frame
+        if stack := node.meta.get("nn_module_stack"):
+            # torch's keys are its own spelling of the path beside them
+            node.meta["nn_module_stack"] = {str(entry[0]) or "L__self__": entry for entry in stack.values()}
 
 
 class _PatientFile(io.FileIO):
