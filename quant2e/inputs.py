@@ -75,6 +75,10 @@ class Inputs:
                     "with inputs like these, or with dynamic_shapes= when a size varies"
                 )
 
+    def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Values for the placeholders of the graph, in order; any input may be given by name. Raises `CaptureError`."""
+        return self._flatten(self._bind(args, kwargs))
+
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         expected = f"the captured graph takes ({', '.join(self.names)})"
         if len(args) > len(self.names):

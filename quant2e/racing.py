@@ -22,6 +22,7 @@ from quant2e.calibrate import Call, IsolatedRandomness
 from quant2e.errors import CalibrationError, where
 from quant2e.graph_module import copy_graph
 from quant2e.in_place import own_written_tensors
+from quant2e.inputs import Inputs
 from quant2e.observe import OBSERVER_PREFIX
 from quant2e.observer import HistogramObserver
 from quant2e.passes.effects import is_random, writes
@@ -151,14 +152,13 @@ def flat_inputs(graph: GraphModule, batch: Any) -> list[Any]:
         args, kwargs = (), dict(batch)
     else:
         args, kwargs = (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
-    codegen: Any = graph.graph._codegen
-    info = getattr(codegen, "pytree_info", None)
-    if info is not None and kwargs:
-        names = info.in_spec.child(1).context
-        if set(names) != set(kwargs):
-            raise CalibrationError(f"the model was captured with the keyword inputs {names}, not {list(kwargs)}")
-        kwargs = {name: kwargs[name] for name in names}
-    flat = pytree.tree_leaves((args, kwargs)) if info is not None else [*args, *kwargs.values()]
+    inputs = getattr(graph, "inputs", None)
+    if isinstance(inputs, Inputs):
+        flat = inputs.flat(args, kwargs)
+    elif kwargs:
+        raise CalibrationError("this graph does not record the names of its inputs; give batches of positional inputs")
+    else:
+        flat = pytree.tree_leaves(args)
     return [value.clone() if isinstance(value, Tensor) else value for value in flat]
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import quant2e
-from quant2e.errors import CalibrationError
+from quant2e.errors import CalibrationError, CaptureError
 from quant2e.observer import HistogramObserver, default_per_channel_weight_observer
 from quant2e.quantizer import Quantizer
 from quant2e.racing import CANDIDATES, Race, collapsed, race
@@ -148,3 +148,13 @@ def test_str():
     assert one.sqnr == pytest.approx(30)
     close = Race("o", "x", {("mse", 99.99): 0.01, ("minmax", 99.99): 0.00999})
     assert close.winner[0] == "mse"
+
+
+@pytest.mark.parametrize("name", ["tuple", "tensor", "dict"])
+def test_inputs_are_given_by_position_or_by_name(name):
+    model, data = reader("last"), outliers(3)
+    wrapped = {"tuple": lambda x: (x,), "tensor": lambda x: x, "dict": lambda x: {"input": x}}[name]
+    wanted = str(race(calibrated(model, data), data[:2]))
+    assert str(race(calibrated(model, data), [wrapped(x) for x in data[:2]])) == wanted
+    with pytest.raises(CaptureError, match="'y' is not one of them"):
+        race(calibrated(model, data), [{"y": data[0]}])
