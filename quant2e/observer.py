@@ -58,8 +58,8 @@ class ObserverOptions(TypedDict, total=False):
 
     ``dtype``: integer dtype of the quantized tensor (uint8). ``qscheme``: symmetric or affine.
     ``quant_min``, ``quant_max``: both or neither (all integers of the dtype). ``reduce_range``: one bit less.
-    ``eps``: smallest scale. ``is_dynamic``: parameters are found at run time. ``factory_kwargs``: ``device`` of the
-    statistics. ``ch_axis`` matters per channel only.
+    ``eps``: smallest scale. ``power_of_two``: scales are powers of two (see `Grid`). ``is_dynamic``: parameters are found at
+    run time. ``factory_kwargs``: ``device`` of the statistics. ``ch_axis`` matters per channel only.
     """
 
     dtype: torch.dtype | None
@@ -69,6 +69,7 @@ class ObserverOptions(TypedDict, total=False):
     quant_max: int | None
     factory_kwargs: Mapping[str, Any] | None
     eps: float | None
+    power_of_two: bool | None
     is_dynamic: bool | None
     ch_axis: int | None
 
@@ -105,6 +106,7 @@ def _grid(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default:
         qscheme=qscheme,
         eps=FLOAT32_EPS if eps is None else float(eps),
         custom_range=custom,
+        power_of_two=bool(options.get("power_of_two")),
     )
     if options.get("reduce_range") and grid.symmetric and dtype == torch.uint8 and not custom:
         raise AnnotationError(

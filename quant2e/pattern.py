@@ -332,6 +332,16 @@ def roots(pattern: Pattern) -> frozenset[Callable[..., Any]]:
     return frozenset().union(*(choice.targets for choice in _choices(pattern)))
 
 
+def readers_inside(pattern: Pattern, target: object) -> frozenset[Callable[..., Any]]:
+    """The targets of the ops that read the result of ``target`` inside a pattern; none where it is a root or absent."""
+    found: set[Callable[..., Any]] = set()
+    for choice in _choices(pattern):
+        for part in (*choice.operands, *dict(choice.keywords).values()):
+            if isinstance(part, Op | Either):
+                found |= choice.targets if target in roots(part) else readers_inside(part, target)
+    return frozenset(found)
+
+
 def arguments(pattern: Arg | Pattern) -> dict[str, Arg]:
     """The operands of a pattern by name."""
     if isinstance(pattern, Arg):

@@ -96,10 +96,10 @@ def _annotate(gm: GraphModule, quantizer: Any) -> GraphModule:
 
 def _explainer(quantizer: Any) -> Callable[[Node], str]:
     """Why a quantizer left a node float: its own words when it has some."""
-    own = getattr(quantizer, "explain", None)
+    own = getattr(quantizer, "reason", None) or getattr(quantizer, "explain", None)
 
     def explain(node: Node) -> str:
-        words = str(own(node)) if callable(own) else ""
+        words = str(own(node)).partition("\n")[0] if callable(own) else ""
         return words or f"{type(quantizer).__name__} did not annotate {node.target}"
 
     return explain

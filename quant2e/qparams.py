@@ -49,6 +49,7 @@ class Grid:
     - ``eps``: no scale is smaller than this; finite and not negative.
     - ``custom_range``: the bounds were given by the author of a spec. A symmetric uint8 grid then has its zero point
       at ``(quant_min + quant_max) // 2`` instead of at 128, as in PT2E.
+    - ``power_of_two``: every scale is rounded up to a power of two, for hardware that requantizes by shifts.
 
     Raises `AnnotationError` when one of these does not hold.
     """
@@ -59,6 +60,7 @@ class Grid:
     qscheme: torch.qscheme = torch.per_tensor_affine
     eps: float = FLOAT32_EPS
     custom_range: bool = False
+    power_of_two: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in INTEGER_BOUNDS:
@@ -76,6 +78,8 @@ class Grid:
             raise AnnotationError(
                 f"the range [{self.quant_min}, {self.quant_max}] must include 0; use zero points to shift real values"
             )
+        if self.power_of_two and self.qscheme == FLOAT_QPARAMS:
+            raise AnnotationError(f"power_of_two with {self.qscheme}: its zero points would lose their exact place")
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise AnnotationError(f"eps={self.eps}: the smallest scale is a finite number, 0 or larger")
 
@@ -107,9 +111,9 @@ class Grid:
 
     def _at_least_eps(self, scale: Tensor) -> Tensor:
         # As a tensor, so that the comparison happens in float32 as in PT2E.
-        return torch.maximum(
-            scale, torch.tensor(max(self.eps, SMALLEST_SCALE), dtype=torch.float32, device=scale.device)
-        )
+        smallest = torch.tensor(max(self.eps, SMALLEST_SCALE), dtype=torch.float32, device=scale.device)
+        scale = torch.maximum(scale, smallest)
+        return _next_power_of_two(scale) if self.power_of_two else scale
 
     def _symmetric_zero_point(self) -> int:
         middle = _SYMMETRIC_MIDDLE.get(self.dtype, 0)
@@ -117,6 +121,12 @@ class Grid:
         if custom or not self.quant_min <= middle <= self.quant_max:
             return (self.quant_min + self.quant_max) // 2
         return middle
+
+
+def _next_power_of_two(scale: Tensor) -> Tensor:
+    """The smallest power of two that is not below ``scale``: up, so that the range still fits."""
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
 
 
 def _finite(scale: Tensor, low: Tensor, high: Tensor, steps: float) -> Tensor:

@@ -72,10 +72,20 @@ class ComposableQuantizer(Quantizer):
                 callback(model, edge_or_node_to_obs_or_fq)
 
     def explain(self, node: Node) -> str:
-        """Each child's reason for leaving a node float; what they agree on is said once."""
+        """What each child has to say about a node, in order."""
+        told = [
+            f"{self._name(index)}: {child.explain(node)}"
+            for index, child in enumerate(self.quantizers)
+            if callable(getattr(child, "explain", None))
+        ]
+        return "\n".join(told) or "none of the quantizers explains itself"
+
+    def reason(self, node: Node) -> str:
+        """Each child's reason for leaving a node float, in one line; what they agree on is said once."""
         reasons: dict[str, list[str]] = {}
         for index, child in enumerate(self.quantizers):
-            if callable(explain := getattr(child, "explain", None)) and (reason := str(explain(node))):
+            tell = getattr(child, "reason", None) or getattr(child, "explain", None)
+            if callable(tell) and (reason := str(tell(node)).partition("\n")[0]):
                 reasons.setdefault(reason, []).append(self._name(index))
         uncovered = ("no rule covers", "no dynamic rule covers")
         specific = {reason: who for reason, who in reasons.items() if not reason.startswith(uncovered)}

@@ -22,6 +22,8 @@ from quant2e.errors import AnnotationError
 from quant2e.pattern import Match, Pattern, arguments
 from quant2e.specs import (
     ANNOTATION,
+    INTEGER_BOUNDS,
+    PER_CHANNEL_SCHEMES,
     DerivedQuantizationSpec,
     EdgeOrNode,
     QuantizationAnnotation,
@@ -55,7 +57,8 @@ class Follow:
 class Derived:
     """Parameters computed from those of other operands, as an int32 bias from the scales of input and weight.
 
-    ``derive`` takes the observers of ``sources``, in order, and returns ``(scale, zero_point)``.
+    ``derive`` takes the observers of ``sources``, in order, and returns ``(scale, zero_point)``. ``qscheme``: None
+    stands for symmetric, per channel along axis 0 where a source has its parameters per channel.
     """
 
     sources: Sequence[str]
@@ -65,6 +68,22 @@ class Derived:
     quant_max: int | None = None
     qscheme: torch.qscheme | None = None
     ch_axis: int | None = None
+
+    @classmethod
+    def bias(cls, activation: str, weight: str) -> Derived:
+        """An int32 bias in units of the accumulator: scale ``s_x * s_w``, zero point 0 (Jacob et al., arXiv:1712.05877, 2.4)."""
+        return cls((activation, weight), accumulator_scale, torch.int32, -INT32_SPAN, INT32_SPAN)
+
+
+INT32_SPAN = 2**31 - 2**7
+"""The largest int32 that float32 holds: quantize ops clamp in float32, and one more would wrap around."""
+
+
+def accumulator_scale(observers: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """``s_x * s_w`` in float32, what one unit of an accumulator is worth, per tensor or channel; and zeros, int64."""
+    activation, weight = (torch.as_tensor(observer.calculate_qparams()[0]).float() for observer in observers)
+    scale = activation * weight
+    return scale, torch.zeros_like(scale, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -176,16 +195,27 @@ class Rule:
         if isinstance(spec, Same):
             return SharedQuantizationSpec(_place(spec.operand, match)) if _has(spec.operand, match) else None
         if isinstance(spec, Derived):
-            return DerivedQuantizationSpec(
-                derived_from=[_place(name, match) for name in spec.sources],
-                derive_qparams_fn=spec.derive,
-                dtype=spec.dtype,
-                quant_min=spec.quant_min,
-                quant_max=spec.quant_max,
-                qscheme=spec.qscheme,
-                ch_axis=spec.ch_axis,
-            )
+            return self._derived(spec, match)
         return spec
+
+    def _derived(self, spec: Derived, match: Match) -> DerivedQuantizationSpec | None:
+        if not all(_has(name, match) for name in spec.sources):
+            return None
+        qscheme, axis = spec.qscheme, spec.ch_axis
+        if qscheme is None and spec.dtype in INTEGER_BOUNDS:
+            sources = (self.result if name == RESULT else self.operands.get(name) for name in spec.sources)
+            per_channel = any(getattr(source, "qscheme", None) in PER_CHANNEL_SCHEMES for source in sources)
+            qscheme = torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric
+            axis = 0 if per_channel and axis is None else axis
+        return DerivedQuantizationSpec(
+            derived_from=[_place(name, match) for name in spec.sources],
+            derive_qparams_fn=spec.derive,
+            dtype=spec.dtype,
+            quant_min=spec.quant_min,
+            quant_max=spec.quant_max,
+            qscheme=qscheme,
+            ch_axis=axis,
+        )
 
 
 def _has(name: str, match: Match) -> bool:

@@ -24,14 +24,12 @@ from quant2e.interop import node_tensor
 from quant2e.pattern import Match, explain, roots, short_name, solutions
 from quant2e.quantizer import Quantizer
 from quant2e.specs import ANNOTATION
+from quantizers.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
 from quantizers.provenance import Provenance, Source, is_float
 from quantizers.rule import Follow, Rule
 from quantizers.scope import Choice
 
 _ACTIVE = object()
-
-_WHOLE_MATCH = 100
-"""Rank of a refusal that came after the whole pattern had matched."""
 
 
 class RuleQuantizer(Quantizer):
@@ -51,6 +49,7 @@ class RuleQuantizer(Quantizer):
         self.notes: list[str] = []
         """What the user should know about the choices made, for the report."""
         self._why: dict[str, str] = {}
+        self._trials = Trials()
 
     # ------------------------------------------------------------ what subclasses may say
 
@@ -76,18 +75,26 @@ class RuleQuantizer(Quantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate all matches."""
-        self._why = _Pass(self, model).run()
+        run = _Pass(self, model)
+        self._why, self._trials = run.run(), run.trials
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to check: what a table annotates is what it accepts."""
 
-    def explain(self, node: Node) -> str:
-        """Why a node is float, or which rule quantizes it. Call it after `annotate`."""
+    def reason(self, node: Node) -> str:
+        """Why a node is float, or which rule quantizes it, in one line. Call it after `annotate`."""
         note = node.meta.get(ANNOTATION)
         if note is not None:
             return f"quantized by {getattr(note, 'rule', '') or 'another quantizer'}"
         return self._why.get(node.name, "not a float op")
+
+    def explain(self, node: Node) -> str:
+        """The `reason`, and a line for every rule that was tried at the node: which applied, which matched and lost to
+        what, which nearly matched and why not. Call it after `annotate`, with a node of that graph or of what it became.
+        """
+        rules = [rule for config in self.configs() for rule in self.table(config)]
+        return self._trials.text(node, self.reason(node), rules)
 
     @classmethod
     def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
@@ -105,7 +112,7 @@ class _Pass:
     provenance: Provenance = field(init=False)
     choices: dict[Node, Choice] = field(init=False)
     computed: set[Node] = field(default_factory=set)
-    refused: dict[Node, tuple[int, str]] = field(default_factory=dict)
+    trials: Trials = field(default_factory=Trials)
 
     def __post_init__(self) -> None:
         self.provenance = Provenance(self.gm)
@@ -117,10 +124,11 @@ class _Pass:
         own, following = self._index()
         calls = list(self.choices)
         for node in reversed(calls):
-            found = max(self._matches(own, node), key=lambda pair: len(pair[1].nodes), default=None)
-            self._apply(found)
+            found = list(self._matches(own, node))
+            self._apply(max(found, key=lambda pair: len(pair[1].nodes), default=None), found)
         for node in calls:
-            self._apply(next(self._matches(following, node), None))
+            found = list(self._matches(following, node))
+            self._apply(next(iter(found), None), found)
         return {
             node.name: self._reason(node) for node in calls if ANNOTATION not in node.meta and is_float(node, self.gm)
         }
@@ -138,6 +146,7 @@ class _Pass:
     def _matches(self, index: Mapping[Any, list[tuple[Any, Rule]]], node: Node) -> Iterator[tuple[Rule, Match]]:
         """The acceptable match of each rule that ends in ``node``."""
         if ANNOTATION in node.meta:
+            self._note_claimed(index, node)
             return
         for config, rule in index.get(node.target, ()):
             seen = False
@@ -149,13 +158,21 @@ class _Pass:
                 if objection is None:
                     yield rule, match
                     break
-                self._refuse(node, _WHOLE_MATCH + len(match.nodes), rule, objection)
+                self.trials.add(node, Trial(rule.name, MATCHED, objection, size=len(match.nodes)))
             if not seen and (nearest := explain(rule.pattern, node, self.constants)) is not None:
-                self._refuse(node, -nearest.missing, rule, nearest.reason)
+                self.trials.add(node, Trial(rule.name, NEARLY, nearest.reason, missing=nearest.missing))
 
-    def _refuse(self, node: Node, rank: int, rule: Rule, reason: str) -> None:
-        if node not in self.refused or rank > self.refused[node][0]:
-            self.refused[node] = (rank, f"rule '{rule.name}': {reason}")
+    def _note_claimed(self, index: Mapping[Any, list[tuple[Any, Rule]]], node: Node) -> None:
+        """Remember the rules that would match at a node which is part of another match already."""
+        owner = self.trials.owner.get(node.name)
+        for _, rule in index.get(node.target, ()):
+            match = next(solutions(rule.pattern, node, self.constants), None)
+            if match is None or (owner is not None and rule.name == owner[0] and len(match.nodes) <= len(owner[2])):
+                continue
+            reason = f"'{node.name}' is already part of {self._owner(node)}"
+            if owner is not None:
+                reason += f", which takes {', '.join(owner[2])}"
+            self.trials.add(node, Trial(rule.name, MATCHED, reason, size=len(match.nodes)))
 
     def _out_of_scope(self, rule: Rule, match: Match) -> str | None:
         """The innermost op decides on the configuration; the others come along unless they are set to float."""
@@ -221,12 +238,20 @@ class _Pass:
         spec = getattr(node.meta.get(ANNOTATION), "output_qspec", None)
         return spec is not None and not getattr(spec, "is_dynamic", False)
 
-    def _apply(self, found: tuple[Rule, Match] | None) -> None:
-        if found is None:
+    def _apply(self, winner: tuple[Rule, Match] | None, found: Sequence[tuple[Rule, Match]]) -> None:
+        if winner is None:
             return
-        rule, match = found
+        rule, match = winner
+        names = tuple(node.name for node in match.nodes)
         for node, annotation in rule.annotations(match).items():
             node.meta[ANNOTATION] = annotation
+            self.trials.owner[node.name] = (rule.name, match.root.name, names)
+        self.trials.add(match.root, Trial(rule.name, APPLIED, size=len(names)))
+        for other, smaller in found:
+            if other is not rule:
+                why = "comes first" if rule.follows or len(smaller.nodes) == len(names) else "takes more ops"
+                reason = f"rule '{rule.name}' {why}"
+                self.trials.add(match.root, Trial(other.name, MATCHED, reason, size=len(smaller.nodes)))
         activations = [
             producer
             for name, spec in rule.operands.items()
@@ -248,6 +273,8 @@ class _Pass:
         source = self.provenance.source[node]
         if source is not Source.DATA:
             return self.provenance.objection(node) or "a constant, computed from parameters and buffers"
-        rank, reason = self.refused.get(node, (0, ""))
+        nearest = self.trials.nearest(node)
+        reason = "" if nearest is None else f"rule '{nearest.rule}': {nearest.reason}"
         # What a whole match was refused for is more telling than why a pattern that could absorb the op did not match.
-        return reason if rank >= _WHOLE_MATCH else self.quantizer.uncovered(node, choice.config) or reason
+        whole = nearest is not None and nearest.outcome == MATCHED
+        return reason if whole else self.quantizer.uncovered(node, choice.config) or reason

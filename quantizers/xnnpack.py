@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from quant2e.config import QuantizationConfig
@@ -24,7 +23,7 @@ from quantizers import families as f
 from quantizers.conditions import operand_value, spatial, value, zero_padding
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.provenance import literal
-from quantizers.rule import Derived, Follow, Rule, Same
+from quantizers.rule import Derived, Follow, Rule, Same, accumulator_scale
 
 aten = torch.ops.aten
 
@@ -164,14 +163,7 @@ _FUSED_CLAMP = op(aten.relu.default, aten.hardtanh.default, aten.relu6.default)
 _CLAMP = op(aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default)
 
 
-def _accumulator_scale(observers: list[Any]) -> tuple[Tensor, Tensor]:
-    """``s_x * s_w`` in float32: what one unit of the int32 accumulator is worth, per tensor or per output channel."""
-    activation, weight = (observer.calculate_qparams()[0].float() for observer in observers)
-    scale = activation * weight
-    return scale, torch.zeros_like(scale, dtype=torch.int64)
-
-
-ACCUMULATOR = Derived(("x", "w"), _accumulator_scale, dtype=torch.float32)
+ACCUMULATOR = Derived(("x", "w"), accumulator_scale, dtype=torch.float32)
 """A bias stays float, on the grid to which XNNPACK rounds it: the Q/DQ graph then computes what the delegate does."""
 
 

@@ -96,6 +96,25 @@ def test_parameters_are_always_usable(a, b, dtype, symmetric, eps):
         assert zero.item() == 0
 
 
+@settings(max_examples=100, deadline=None)
+@given(floats, floats, st.booleans(), st.sampled_from([0.0, 2**-12, 3e-3]))
+def test_power_of_two_scales_are_the_next_above(a, b, symmetric, eps):
+    qscheme = SYMMETRIC if symmetric else AFFINE
+    ranges = torch.tensor(min(a, b)), torch.tensor(max(a, b))
+    free, _ = grid(I8, qscheme, -128, 127, eps=eps).qparams(*ranges)
+    scale, zero_point = grid(I8, qscheme, -128, 127, eps=eps, power_of_two=True).qparams(*ranges)
+    assert math.frexp(scale.item())[0] == 0.5
+    assert free.item() <= scale.item() < 2 * free.item()
+    assert -128 <= zero_point.item() <= 127
+
+
+def test_power_of_two_scales_with_a_zero_point():
+    scale, zero_point = grid(U8, AFFINE, 0, 255, power_of_two=True).qparams(torch.tensor(-1.0), torch.tensor(2.0))
+    assert (scale.item(), zero_point.item()) == (2**-6, 64)  # 3 / 255 lies between 2**-7 and 2**-6
+    with pytest.raises(AnnotationError, match="power_of_two with"):
+        grid(U8, torch.per_channel_affine_float_qparams, 0, 255, power_of_two=True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

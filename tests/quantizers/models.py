@@ -88,5 +88,5 @@ def annotations(model, example, quantizer, **kwargs) -> str:
 
 def reasons(gm, quantizer) -> dict[str, str]:
     """Why each float op that has no annotation is left float."""
-    told = {n.name: quantizer.explain(n) for n in gm.graph.nodes if n.op == "call_function"}
+    told = {n.name: quantizer.reason(n) for n in gm.graph.nodes if n.op == "call_function"}
     return {name: text for name, text in told.items() if not text.startswith(("quantized by", "not a float op"))}

@@ -1,11 +1,25 @@
 """The kit: rules, what they refuse, and the reasons they give."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant2e import AnnotationError, Arg, HistogramObserver, PerChannelMinMaxObserver, QuantizationSpec, constant, op
+from quant2e import (
+    AnnotationError,
+    Arg,
+    HistogramObserver,
+    MinMaxObserver,
+    PerChannelMinMaxObserver,
+    QuantizationSpec,
+    capture,
+    constant,
+    convert_pt2e,
+    op,
+    prepare_pt2e,
+)
 from quant2e.pattern import Match
 from quant2e.specs import ANNOTATION, QuantizationAnnotation
 from quantizers import Derived, Follow, Rule, RuleQuantizer, Same, annotations_text
@@ -86,8 +100,8 @@ def test_reasons():
     gm = annotated(Cnn(), IMAGE, quantizer)
     assert reasons(gm, quantizer) == {"mul": "no rule covers aten.mul.Tensor"}
     named = {n.name: n for n in gm.graph.nodes}
-    assert quantizer.explain(named["relu"]) == "quantized by mac + add"
-    assert quantizer.explain(named["x"]) == "not a float op"
+    assert quantizer.reason(named["relu"]) == "quantized by mac + add"
+    assert quantizer.reason(named["x"]) == "not a float op"
 
 
 @pytest.mark.parametrize(
@@ -197,6 +211,72 @@ def test_annotating_is_deterministic_and_changes_nothing_but_annotations():
         texts.add(annotations_text(gm))
         assert gm.code == code
     assert len(texts) == 1
+
+
+def told(text: str) -> list[str]:
+    """Without the source lines."""
+    return [re.sub(r" at \S+:\d+ `[^`]*`", "", line) for line in text.splitlines()]
+
+
+def test_explain_says_which_rule_won_over_which():
+    quantizer = Npu()
+    gm = annotated(Cnn(), IMAGE, quantizer)
+    named = {n.name: n for n in gm.graph.nodes}
+    assert told(quantizer.explain(named["relu"])) == [
+        "'relu' (aten.relu.default): quantized by mac + add",
+        "  applied: rule 'mac + add' to conv2d, add, relu, which ends here",
+        "  matched: rule 'add': rule 'mac + add' takes more ops",
+        "  nearly matched: rule 'mac': 'add' is add, not conv2d or linear",
+    ]
+    assert told(quantizer.explain(named["conv2d"])) == [
+        "'conv2d' (aten.conv2d.default) in module 'a': quantized by mac + add",
+        "  applied: rule 'mac + add' to conv2d, add, relu, which ends in 'relu'",
+        "  matched: rule 'mac': 'conv2d' is already part of rule 'mac + add', which takes conv2d, add, relu",
+    ]
+    assert told(quantizer.explain(named["mul"])) == ["'mul' (aten.mul.Tensor): no rule covers aten.mul.Tensor"]
+    assert told(quantizer.explain(named["x"])) == ["'x' (placeholder): not a float op"]
+    assert annotated(Cnn(), IMAGE, quantizer) is not gm
+    prepared = prepare_pt2e(capture(Cnn().eval(), IMAGE), quantizer)  # the graph has observers now
+    relu = next(n for n in prepared.graph.nodes if n.name == "relu")
+    assert told(quantizer.explain(relu))[1:] == told(quantizer.explain(named["relu"]))[1:]
+
+
+def test_explain_lists_every_rule_that_nearly_matched():
+    quantizer = quantizer_of(
+        Rule(clamp(mac), {"x": ACT, "w": WEIGHT}, ACT, name="clamped"),
+        Rule(clamp(add(x, y)), {"x": ACT, "y": ACT}, ACT, name="clamped sum"),
+        Rule(clamp(x), {"x": Follow(ACT)}, Same("x"), name="clamp"),
+    )
+    gm = annotated(Of(lambda m, i: F.relu(m.l(i).sigmoid()), l=nn.Linear(8, 8)), ROWS, quantizer)
+    named = {n.name: n for n in gm.graph.nodes}
+    assert told(quantizer.explain(named["relu"])) == [
+        "'relu' (aten.relu.default): rule 'clamp': its input is not quantized, so there is nothing to continue",
+        "  matched: rule 'clamp': its input is not quantized, so there is nothing to continue",
+        "  nearly matched: rule 'clamped': 'sigmoid' is sigmoid, not conv2d or linear",
+        "  nearly matched: rule 'clamped sum': 'sigmoid' is sigmoid, not add",
+    ]
+    assert told(quantizer.explain(named["linear"]))[1:] == [
+        "  nearly matched: rule 'clamped': it covers linear only before hardtanh or relu, and here 'sigmoid' reads it"
+    ]
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_a_bias_in_units_of_the_accumulator(per_channel):
+    per_tensor = QuantizationSpec(torch.int8, MinMaxObserver, -127, 127, torch.per_tensor_symmetric)
+    weight = WEIGHT if per_channel else per_tensor
+    quantizer = quantizer_of(Rule(mac, {"x": ACT, "w": weight, "b": Derived.bias("x", "w")}, ACT))
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3, bias=False))
+    prepared = prepare_pt2e(capture(model.eval(), ROWS), quantizer)
+    prepared(*ROWS)
+    converted = convert_pt2e(prepared)
+    linear = next(n for n in converted.graph.nodes if n.name == "linear")
+    activation, weights, bias = linear.args
+    s_w = converted.get_buffer(weights.args[1].target) if per_channel else torch.tensor(weights.args[1])
+    s_b = converted.get_buffer(bias.args[1].target) if per_channel else torch.tensor(bias.args[1])
+    assert torch.equal(s_b, torch.tensor(activation.args[1]) * s_w)
+    stored = converted.get_buffer(bias.args[0].target)
+    assert stored.dtype == torch.int32
+    assert torch.equal(stored, torch.round(model[0].bias.detach() * (1 / s_b)).int())
 
 
 def test_capabilities_are_the_table():

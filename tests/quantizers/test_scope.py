@@ -102,8 +102,8 @@ def test_a_fused_op_takes_the_configuration_of_the_op_that_computes():
     q = XNNPACKQuantizer().set_module_name("blocks.0.up", FULL)
     gm = annotated(Stack(), ROWS, q)
     named = {n.name: n for n in gm.graph.nodes}
-    assert q.explain(named["relu"]) == "quantized by linear"
-    assert q.explain(named["linear_1"]) == "no configuration covers it"
+    assert q.reason(named["relu"]) == "quantized by linear"
+    assert q.reason(named["linear_1"]) == "no configuration covers it"
 
 
 def test_the_op_with_the_weight_decides_and_not_the_padding_before_it():
