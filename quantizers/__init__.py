@@ -16,6 +16,7 @@ from quantizers.embedding import (
     get_embedding_quantization_config,
 )
 from quantizers.isa import InstructionSet
+from quantizers.recipes import Numbers, Scheme, recipe
 from quantizers.rule import Derived, Follow, Rule, Same
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.text import annotations_text
@@ -33,11 +34,13 @@ __all__ = [
     "EmbeddingQuantizer",
     "Follow",
     "InstructionSet",
+    "Numbers",
     "OperatorConfig",
     "QuantizationConfig",
     "Rule",
     "RuleQuantizer",
     "Same",
+    "Scheme",
     "X86InductorQuantizer",
     "XNNPACKQuantizer",
     "annotations_text",
@@ -46,4 +49,5 @@ __all__ = [
     "get_embedding_quantization_config",
     "get_symmetric_quantization_config",
     "get_x86_inductor_linear_dynamic_fp16_config",
+    "recipe",
 ]

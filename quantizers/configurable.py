@@ -1,36 +1,60 @@
-"""A `RuleQuantizer` that users configure: globally, by module name, module type, operator, or with a filter."""
+"""A `RuleQuantizer` that users configure: globally, by operator, module type, module name, node, or single edge."""
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
+import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.errors import AnnotationError
+from quant2e.config import QuantizationConfig
+from quant2e.errors import AnnotationError, Quant2eError
+from quant2e.observer import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
+from quant2e.pattern import Match
+from quant2e.specs import QuantizationAnnotation, QuantizationSpec
+from quantizers.coverage import Coverage
+from quantizers.edges import EdgeSettings, edge_scope
 from quantizers.products import products_as_linear
+from quantizers.recipes import Scheme, recipe
 from quantizers.rule import Rule
 from quantizers.rule_quantizer import RuleQuantizer
-from quantizers.scope import Choice, Settings, targets_of, type_name
+from quantizers.settings import (
+    Choice,
+    Everything,
+    Scope,
+    Settings,
+    name_scope,
+    node_scope,
+    operator_scope,
+    type_scope,
+)
 
 
 class ConfigurableQuantizer(RuleQuantizer):
     """Base of the backends whose rules are a function of a `QuantizationConfig`.
 
-    All setters return the quantizer. A later call for the same name replaces the earlier; ``None`` leaves float.
-    Precedence: module name, module type, operator, global (see `quantizers.scope`).
+    A configuration is a `QuantizationConfig`, a recipe (``"w8a8-dynamic"``, or what `recipe` returns), or ``None``,
+    which leaves float. All setters return the quantizer. A later call for the same scope replaces the earlier.
+    Precedence: edge, node, module name, module type, operator, global (see `quantizers.settings`).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._settings = Settings()
+        self._edges = EdgeSettings()
         self._own_notes: list[str] = []
 
     # ------------------------------------------------------------ what a backend says
 
     has_linear: ClassVar[bool] = False
     """Whether the rules quantize linear, so that other spellings of it are worth rewriting."""
+    recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic")
+    """Names of the recipes that the backend runs, for messages; variations of them may run as well."""
 
     @abstractmethod
     def table(self, config: Any) -> Sequence[Rule]:
@@ -39,6 +63,16 @@ class ConfigurableQuantizer(RuleQuantizer):
     def accept(self, config: Any) -> Any:
         """The configuration as the backend can run it; raises for one that it cannot."""
         return config
+
+    def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
+        """The configuration of the backend that recipes are variations of.
+
+        Here: int8 affine activations, int8 symmetric weights per output channel.
+        Raises `Quant2eError` for a kind that the backend has no configuration of.
+        """
+        if is_qat:
+            raise Quant2eError(f"{type(self).__name__} has no configuration for quantization-aware training")
+        return _base_config(is_dynamic)
 
     def uncovered(self, node: Node, config: Any) -> str:
         reason = super().uncovered(node, config)
@@ -49,26 +83,23 @@ class ConfigurableQuantizer(RuleQuantizer):
 
     def set_global(self, quantization_config: Any) -> Self:
         """Everything that no other setting covers."""
-        self._settings.everywhere = self._checked(quantization_config)
-        return self
+        return self._set(Everything(), quantization_config)
 
-    def set_module_name(self, module_name: str, quantization_config: Any) -> Self:
-        """The module of that dotted path, and what is inside it."""
-        self._settings.names[module_name] = self._checked(quantization_config)
-        return self
+    def set_module_name(self, module_name: str | re.Pattern[str], quantization_config: Any) -> Self:
+        r"""The module of that dotted path, and what is inside it.
+
+        ``"blocks.*.up"`` is a glob, whose wildcards match dots as well; ``"re:blocks\.[0-3]\..*"`` and a compiled
+        pattern are regular expressions for the whole path. Either names the outermost modules it matches.
+        """
+        return self._set(name_scope(module_name), quantization_config)
 
     def set_module_type(self, module_type: type | str, quantization_config: Any) -> Self:
         """Modules of exactly that class, and what is inside them; a class, its qualified name, or its bare name."""
-        if not isinstance(module_type, type | str):
-            raise AnnotationError(f"{module_type!r} is not a module type; for functions there is set_operator_type")
-        self._settings.types[type_name(module_type)] = self._checked(quantization_config)
-        return self
+        return self._set(type_scope(module_type), quantization_config)
 
     def set_operator_type(self, operator_type: Any, quantization_config: Any) -> Self:
         """Ops of that kind: an ATen overload or packet, or a function such as ``torch.nn.functional.linear``."""
-        spelled = str(getattr(operator_type, "__name__", operator_type))
-        self._settings.operators[targets_of(operator_type)] = (spelled, self._checked(quantization_config))
-        return self
+        return self._set(operator_scope(operator_type), quantization_config)
 
     def set_object_type(self, object_type: Any, quantization_config: Any) -> Self:
         """A module type or an operator, whichever ``object_type`` is."""
@@ -76,10 +107,56 @@ class ConfigurableQuantizer(RuleQuantizer):
             return self.set_module_type(object_type, quantization_config)
         return self.set_operator_type(object_type, quantization_config)
 
+    def set_node(self, node: str | Node | Callable[[Node], bool], quantization_config: Any) -> Self:
+        """One node of the captured graph, by name, or all nodes that a predicate answers True for.
+
+        A predicate is asked about every call_function node, possibly more than once.
+        """
+        return self._set(node_scope(node), quantization_config)
+
+    def set_edge(
+        self,
+        producer: str | Node | Callable[[Node], bool],
+        consumer: str | Node | Callable[[Node], bool],
+        quantization_config: Any,
+    ) -> Self:
+        """The use of one node's tensor by another, each given as for `set_node`; see `quantizers.edges`.
+
+        Also takes a `QuantizationSpec`. Of a configuration the spec of activations is used, or that of weights where the
+        tensor is a constant.
+        """
+        is_spec = hasattr(quantization_config, "dtype")
+        self._edges.put(
+            edge_scope(producer, consumer), quantization_config if is_spec else self._checked(quantization_config)
+        )
+        return self
+
     def set_filter_function(self, filter_fn: Callable[[Node], bool]) -> Self:
         """Quantize only what ``filter_fn`` answers True for. It is asked about the op that computes, not what is fused."""
         self._settings.only = filter_fn
         return self
+
+    def get_global_quantization_config(self) -> Any:
+        """What `set_global` was given, as the backend took it; None before."""
+        return self._settings.everywhere
+
+    # PT2E's names, of the quantizers for Inductor and of QConfigMapping.
+
+    def set_module_name_qconfig(self, module_name: str | re.Pattern[str], quantization_config: Any) -> Self:
+        """`set_module_name`, under the name that PT2E's quantizers for Inductor have for it."""
+        return self.set_module_name(module_name, quantization_config)
+
+    def set_module_type_qconfig(self, module_type: type | str, quantization_config: Any) -> Self:
+        """`set_module_type`, under the name that PT2E's quantizers for Inductor have for it."""
+        return self.set_module_type(module_type, quantization_config)
+
+    def set_function_type_qconfig(self, function_type: Any, quantization_config: Any) -> Self:
+        """`set_operator_type`, under the name that PT2E's quantizers for Inductor have for it."""
+        return self.set_operator_type(function_type, quantization_config)
+
+    def set_module_name_regex(self, module_name_regex: str, quantization_config: Any) -> Self:
+        """`set_module_name` with a regular expression, under the name that QConfigMapping has for it."""
+        return self.set_module_name(f"re:{module_name_regex}", quantization_config)
 
     # ------------------------------------------------------------ the quantizer's interface
 
@@ -97,15 +174,71 @@ class ConfigurableQuantizer(RuleQuantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate what the settings cover. Raises `AnnotationError` for settings that match nothing."""
-        absent, lines = self._settings.unmatched(model)
+        coverage = Coverage(self._settings, model)
+        absent, lines = coverage.unused()
         if lines:
             raise AnnotationError(f"{type(self).__name__}: " + "; ".join(lines))
-        self.notes = [*dict.fromkeys([*self._own_notes, *self.notes_on_configs(), *absent])]
-        return super().annotate(model)
+        self._edges.bind(model)
+        super().annotate(model)
+        about = [*absent, *coverage.notes(self.reason), *self._edges.notes()]
+        self.notes = [*dict.fromkeys([*self._own_notes, *self.notes_on_configs(), *about])]
+        return model
 
     def notes_on_configs(self) -> Sequence[str]:
         """What the user should know about the configurations in use."""
         return ()
 
+    def objection_to_edge(self, producer: Node, consumer: Node) -> str | None:
+        return self._edges.objection(producer, consumer)
+
+    def refine(
+        self, rule: Rule, match: Match, made: dict[Node, QuantizationAnnotation]
+    ) -> dict[Node, QuantizationAnnotation]:
+        if not self._edges.made:
+            return made
+        return self._edges.refine(rule, match, made, partial(self._edge_spec, self.choose(rule.anchor(match)).config))
+
+    def _edge_spec(self, config: Any, given: Any, constant: bool) -> Any:
+        """The spec of an edge that the user set, into an op of ``config``."""
+        operand = "weight" if constant else "input_activation"
+        spec = given if hasattr(given, "dtype") else getattr(given, operand)
+        if spec is None:
+            raise AnnotationError(f"the configuration of an edge has no {operand}, which the edge needs: {given}")
+        self.accept(replace(config, **{operand: spec}))
+        return spec
+
+    def _set(self, scope: Scope, config: Any) -> Self:
+        self._settings.put(scope, self._checked(config))
+        return self
+
     def _checked(self, config: Any) -> Any:
-        return None if config is None else self.accept(config)
+        if config is None:
+            return None
+        if isinstance(config, str | Scheme):
+            return self._resolved(recipe(config) if isinstance(config, str) else config)
+        if not hasattr(config, "input_activation") or not hasattr(config, "weight"):
+            raise AnnotationError(
+                f"{config!r} is not a configuration: give a QuantizationConfig, a recipe such as "
+                f"'{self.recipes[0]}', or None for float"
+            )
+        return self.accept(config)
+
+    def _resolved(self, scheme: Scheme) -> Any:
+        """The configuration that a scheme means for this backend. Raises what says which recipes there are instead."""
+        try:
+            base = self.base_config(is_dynamic=scheme.is_dynamic, is_qat=scheme.is_qat)
+            return self.accept(scheme.applied_to(base))
+        except Quant2eError as error:
+            instead = ", ".join(f"'{name}'" for name in self.recipes)
+            raise AnnotationError(f"{type(self).__name__} does not run {scheme}: {error}. It runs {instead}") from error
+
+
+def _base_config(is_dynamic: bool) -> QuantizationConfig:
+    observer = PlaceholderObserver if is_dynamic else HistogramObserver
+    activation = QuantizationSpec(
+        torch.int8, observer.with_args(), -128, 127, torch.per_tensor_affine, is_dynamic=is_dynamic
+    )
+    weight = QuantizationSpec(
+        torch.int8, PerChannelMinMaxObserver.with_args(), -127, 127, torch.per_channel_symmetric, 0
+    )
+    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None)

@@ -50,10 +50,17 @@ class EmbeddingQuantizer(ConfigurableQuantizer):
     """
 
     float_ops: ClassVar[Mapping[str, str]] = {}
+    recipes: ClassVar[Sequence[str]] = ("w8",)
 
     def __init__(self) -> None:
         super().__init__()
         self.set_global(get_embedding_quantization_config())
+
+    def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
+        """`get_embedding_quantization_config`."""
+        if is_qat:
+            raise Quant2eError("tables are not trained with quantization")
+        return get_embedding_quantization_config()
 
     def accept(self, config: Any) -> Any:
         """Refuses configurations that quantize more than a weight."""

@@ -23,11 +23,11 @@ from quant2e.dialect import DEQUANTIZE
 from quant2e.interop import node_tensor
 from quant2e.pattern import Match, explain, roots, short_name, solutions
 from quant2e.quantizer import Quantizer
-from quant2e.specs import ANNOTATION
+from quant2e.specs import ANNOTATION, QuantizationAnnotation
 from quantizers.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
 from quantizers.provenance import Provenance, Source, is_float
 from quantizers.rule import Follow, Rule
-from quantizers.scope import Choice
+from quantizers.settings import Choice
 
 _ACTIVE = object()
 
@@ -70,6 +70,16 @@ class RuleQuantizer(Quantizer):
         known = self.float_ops.get(short_name(node.target).removesuffix("_"), "")
         rooted = any(node.target in roots(rule.pattern) for rule in self.table(config))
         return known or ("" if rooted else f"no rule covers {node.target}")
+
+    def objection_to_edge(self, producer: Node, consumer: Node) -> str | None:
+        """Why the use of one node's tensor by another must stay float, if it must."""
+        return None
+
+    def refine(
+        self, rule: Rule, match: Match, made: dict[Node, QuantizationAnnotation]
+    ) -> dict[Node, QuantizationAnnotation]:
+        """The annotations that a rule made for a match, possibly with other specs."""
+        return made
 
     # ------------------------------------------------------------ the quantizer's interface
 
@@ -195,18 +205,25 @@ class _Pass:
         source = self.provenance.source[match.root]
         if source is not Source.DATA and not rule.is_weight_only:
             return self.provenance.objection(match.root) or "a constant, computed from parameters and buffers"
-        for name, spec in rule.operands.items():
-            for producer, _ in match.operands.get(name, ()) if spec is not None else ():
-                reason = self._not_quantizable(producer)
-                if reason is not None:
-                    return f"operand '{name}' is {reason}"
-                if (reason := self.provenance.objection(producer)) is not None:
-                    return f"operand '{name}' ('{producer.name}') is {reason}"
+        if (reason := self._operand_objection(rule, match)) is not None:
+            return reason
         if rule.follows and not self._continues(rule, match):
             return "its input is not quantized, so there is nothing to continue"
         if (reason := rule.conflict(match)) is not None:
             return reason
         return rule.condition(match)
+
+    def _operand_objection(self, rule: Rule, match: Match) -> str | None:
+        """Why an operand that the rule quantizes must stay float."""
+        for name, spec in rule.operands.items():
+            for producer, consumer in match.operands.get(name, ()) if spec is not None else ():
+                if (reason := self.quantizer.objection_to_edge(producer, consumer)) is not None:
+                    return reason
+                if (reason := self._not_quantizable(producer)) is not None:
+                    return f"operand '{name}' is {reason}"
+                if (reason := self.provenance.objection(producer)) is not None:
+                    return f"operand '{name}' ('{producer.name}') is {reason}"
+        return None
 
     def _is_done(self, rule: Rule, match: Match) -> bool:
         """Whether an earlier quantization dealt with this match: its weight, or all it reads, is dequantized."""
@@ -243,7 +260,7 @@ class _Pass:
             return
         rule, match = winner
         names = tuple(node.name for node in match.nodes)
-        for node, annotation in rule.annotations(match).items():
+        for node, annotation in self.quantizer.refine(rule, match, rule.annotations(match)).items():
             node.meta[ANNOTATION] = annotation
             self.trials.owner[node.name] = (rule.name, match.root.name, names)
         self.trials.add(match.root, Trial(rule.name, APPLIED, size=len(names)))

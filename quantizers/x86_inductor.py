@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -120,23 +120,9 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         super().__init__()
         self._isa = isa
 
-    # PT2E's names for the setters of this backend.
-
-    def set_module_name_qconfig(self, module_name: str, quantization_config: Any) -> Self:
-        """`set_module_name`, under PT2E's name for this backend."""
-        return self.set_module_name(module_name, quantization_config)
-
-    def set_module_type_qconfig(self, module_type: type | str, quantization_config: Any) -> Self:
-        """`set_module_type`, under PT2E's name for this backend."""
-        return self.set_module_type(module_type, quantization_config)
-
-    def set_function_type_qconfig(self, function_type: Any, quantization_config: Any) -> Self:
-        """`set_operator_type`, under PT2E's name for this backend."""
-        return self.set_operator_type(function_type, quantization_config)
-
-    def get_global_quantization_config(self) -> Any:
-        """What `set_global` was given; None before."""
-        return self._settings.everywhere
+    def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
+        """The default configuration, with the range of activations that this machine multiplies exactly."""
+        return get_default_x86_inductor_quantization_config(is_qat=is_qat, is_dynamic=is_dynamic)
 
     def accept(self, config: Any) -> Any:
         """Refuses what the kernels cannot take."""

@@ -223,6 +223,10 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
         ),
     }
 
+    def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
+        """`get_symmetric_quantization_config`, with weights per output channel."""
+        return get_symmetric_quantization_config(is_per_channel=True, is_qat=is_qat, is_dynamic=is_dynamic)
+
     def accept(self, config: Any) -> Any:
         """Refuses what the delegate cannot run; widens per-tensor weights of dynamic configurations."""
         if config.is_qat:

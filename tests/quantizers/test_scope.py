@@ -9,7 +9,7 @@ from torch import nn
 
 from quant2e import AnnotationError
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
-from quantizers.scope import _plain_path, targets_of, type_name
+from quantizers.scope import plain_path, targets_of, type_name
 from tests.quantizers.models import IMAGE, ROWS, Of, Residual, annotated, reasons
 
 aten = torch.ops.aten
@@ -192,7 +192,7 @@ def test_a_module_that_is_called_twice_is_one_module():
     ],
 )
 def test_paths_of_all_tracers(path, plain):
-    assert _plain_path(path) == plain
+    assert plain_path(path) == plain
 
 
 def test_names_of_types_and_functions():
