@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -10,6 +11,7 @@ from torch.fx import GraphModule, Node
 from quant2e.errors import AnnotationError, where
 from quant2e.quantizer import Quantizer
 from quant2e.specs import ANNOTATION, EdgeOrNode
+from quantizers.capabilities import Capabilities, Told, told_by
 
 
 class ComposableQuantizer(Quantizer):
@@ -23,6 +25,7 @@ class ComposableQuantizer(Quantizer):
     def __init__(self, quantizers: Sequence[Any]) -> None:
         super().__init__()
         self.quantizers = list(quantizers)
+        self._idle: list[str] = []
         for child in self.quantizers:
             if not callable(getattr(child, "annotate", None)):
                 raise AnnotationError(f"{child!r} is not a quantizer: it has no method annotate(model)")
@@ -31,8 +34,9 @@ class ComposableQuantizer(Quantizer):
 
     @property
     def notes(self) -> list[str]:
-        """The notes of all children, each once."""
-        return [*dict.fromkeys(str(note) for child in self.quantizers for note in getattr(child, "notes", ()) or ())]
+        """The notes of all children, each once, and which of them annotated nothing."""
+        told = (str(note) for child in self.quantizers for note in getattr(child, "notes", ()) or ())
+        return [*dict.fromkeys((*told, *self._idle))]
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """All children's transformations, in order."""
@@ -42,22 +46,29 @@ class ComposableQuantizer(Quantizer):
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        """All children's annotations, in order."""
-        owners: dict[Node, tuple[Any, Any, str]] = {}
+        """All children's annotations, in order. Raises `AnnotationError` when one touches what another annotated."""
+        owners: dict[str, _Owned] = {}
+        self._idle = []
         for index, child in enumerate(self.quantizers):
             model = child.annotate(model) or model
-            for node, (owner, annotation, content) in owners.items():
-                found = node.meta.get(ANNOTATION)
-                if found is not annotation or _content(found) != content:
-                    raise AnnotationError(
-                        f"{self._name(index)} {'removed' if found is None else 'changed'} the annotation that "
-                        f"{self._name(owner)} made on {where(node)}; let it skip nodes that have one, or put it first"
-                    )
-            for node in model.graph.nodes:
-                annotation = node.meta.get(ANNOTATION)
-                if annotation is not None and node not in owners:
-                    owners[node] = (index, annotation, _content(annotation))
+            named = {node.name: node for node in model.graph.nodes}
+            for name, owned in owners.items():
+                self._check_untouched(owned, named.get(name), index)
+            made = {name: node for name, node in named.items() if name not in owners and _annotation(node) is not None}
+            owners |= {name: _Owned(index, node, _content(_annotation(node))) for name, node in made.items()}
+            if not made:
+                self._idle.append(f"{self._name(index)} annotated nothing")
         return model
+
+    def _check_untouched(self, owned: _Owned, node: Node | None, index: int) -> None:
+        if node is not None and _content(_annotation(node)) == owned.content:
+            return
+        did = "removed" if node is None or _annotation(node) is None else "changed"
+        what = "removed the node, and with it the annotation" if node is None else f"{did} the annotation"
+        raise AnnotationError(
+            f"{self._name(index)} {what} that {self._name(owned.child)} made on {where(owned.node)}; let it skip nodes "
+            "that have one, or put it first"
+        )
 
     def validate(self, model: GraphModule) -> None:
         """All children's checks."""
@@ -93,10 +104,23 @@ class ComposableQuantizer(Quantizer):
             return next(iter(specific or list(reasons)[-1:]), "")
         return "; ".join(f"{' and '.join(who)}: {reason}" for reason, who in specific.items())
 
-    def quantization_capabilities(self) -> Mapping[str, Mapping[str, Sequence[str]]]:
-        """Child → its capabilities, in order of precedence; children that do not tell are left out."""
-        told = {self._name(i): getattr(q, "quantization_capabilities", None) for i, q in enumerate(self.quantizers)}
-        return {name: ask() for name, ask in told.items() if callable(ask)}
+    def quantization_capabilities(self) -> Capabilities:
+        """The union of what the children can quantize, in order of precedence, as data that prints as a table.
+
+        The children of a composition inside this one stand where it stands.
+        """
+        told: dict[str, Told] = {}
+        silent: list[str] = []
+        for index, child in enumerate(self.quantizers):
+            name, answer = self._name(index), told_by(child)
+            if answer is None:
+                silent.append(name)
+            elif isinstance(answer, Capabilities):
+                told |= {f"{name} > {inner}": rules for inner, rules in answer.items()}
+                silent += [f"{name} > {inner}" for inner in answer.silent]
+            else:
+                told[name] = answer
+        return Capabilities(told, tuple(silent))
 
     def _name(self, index: int) -> str:
         name = type(self.quantizers[index]).__name__
@@ -104,8 +128,34 @@ class ComposableQuantizer(Quantizer):
         return f"{name} ({index + 1} of {len(self.quantizers)})" if several else name
 
 
-def _content(annotation: Any) -> str:
-    """What an annotation says, for noticing changes in place."""
+@dataclass(frozen=True, slots=True)
+class _Owned:
+    """An annotation as a child left it."""
+
+    child: int
+    node: Node
+    content: tuple[Any, ...] | None
+
+
+def _annotation(node: Node) -> Any:
+    return node.meta.get(ANNOTATION)
+
+
+def _content(annotation: Any) -> tuple[Any, ...] | None:
+    """What an annotation says, for noticing changes in place, and in a copy of the graph."""
+    if annotation is None:
+        return None
     inputs = getattr(annotation, "input_qspec_map", None) or {}
-    said = [(getattr(key, "name", key), id(spec)) for key, spec in inputs.items()]
-    return repr((said, id(getattr(annotation, "output_qspec", None))))
+    said = tuple((getattr(key, "name", key), _said(spec)) for key, spec in inputs.items())
+    return (
+        said,
+        _said(getattr(annotation, "output_qspec", None)),
+        bool(getattr(annotation, "allow_implicit_sharing", True)),
+    )
+
+
+def _said(spec: Any) -> Any:
+    """A spec, with the nodes that it refers to by name."""
+    if (place := getattr(spec, "edge_or_node", None)) is not None:
+        return ("shared", *(node.name for node in (place if isinstance(place, tuple) else (place,))))
+    return spec

@@ -33,9 +33,12 @@ class Coverage:
     named: dict[Scope, list[Node]] = field(init=False)
     decided: dict[Scope, list[Node]] = field(init=False)
     ties: dict[tuple[Scope, Scope], list[Node]] = field(init=False)
+    taken: frozenset[Node] = field(init=False)
+    """Ops that another quantizer annotated before."""
 
     def __post_init__(self) -> None:
         self.named, self.decided, self.ties = defaultdict(list), defaultdict(list), defaultdict(list)
+        self.taken = frozenset(node for node in self._ops() if node.meta.get(ANNOTATION) is not None)
         for node in self._ops():
             ranked = self.settings.ranked(node)
             for _, scope in ranked:
@@ -100,8 +103,10 @@ class Coverage:
         if self.settings.made[scope] is None or scope.level is Level.EVERYTHING:
             return ""
         nodes = self.decided[scope]
-        if any(node.meta.get(ANNOTATION) is not None for node in nodes):
+        if any(node.meta.get(ANNOTATION) is not None and node not in self.taken for node in nodes):
             return ""
+        if taken := [node for node in nodes if node in self.taken]:
+            return f"{scope} quantizes nothing: an earlier quantizer took {_names(taken)}"
         reasons = dict.fromkeys(f"'{n.name}': {explain(n)}" for n in nodes if is_float(n, self.gm))
         shown = "; ".join(list(reasons)[:_SHOWN]) or "it has no float op"
         return f"{scope} quantizes nothing: {shown}{'; …' * (len(reasons) > _SHOWN)}"

@@ -1,14 +1,17 @@
 """Composition: precedence, interference, hooks, foreign children."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from quant2e import AnnotationError, Quantizer, capture, convert_pt2e, prepare_pt2e
+from quant2e import AnnotationError, Quantizer, capture, convert_pt2e, prepare_pt2e, quantize
 from quant2e.specs import ANNOTATION, QuantizationAnnotation
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,
+    OperatorConfig,
     X86InductorQuantizer,
     XNNPACKQuantizer,
     get_default_x86_inductor_quantization_config,
@@ -104,11 +107,14 @@ def test_all_hooks_of_all_children_run():
     assert all(child.calls[3].startswith("callback with ") for child in children)
 
 
-def test_a_child_needs_only_annotate():
-    class Bare:
-        def annotate(self, gm):
-            return gm
+class Bare:
+    """A child with nothing but the one method it needs."""
 
+    def annotate(self, gm):
+        return gm
+
+
+def test_a_child_needs_only_annotate():
     composed = ComposableQuantizer([Bare(), XNNPACKQuantizer().set_global(STATIC)])
     assert annotations(model(), ROWS, composed) == annotations(model(), ROWS, XNNPACKQuantizer().set_global(STATIC))
 
@@ -143,3 +149,161 @@ def test_capabilities_in_order_of_precedence():
 def test_what_is_not_a_composition(children, message):
     with pytest.raises(AnnotationError, match=message):
         ComposableQuantizer(children)
+
+
+# ------------------------------------------------------------ odd children
+
+
+def test_compositions_nest():
+    inner = ComposableQuantizer([XNNPACKQuantizer().set_module_name("0", DYNAMIC), Foreign()])
+    nested = ComposableQuantizer([EmbeddingQuantizer(), inner, XNNPACKQuantizer().set_global(STATIC)])
+    flat = ComposableQuantizer(
+        [XNNPACKQuantizer().set_module_name("0", DYNAMIC), XNNPACKQuantizer().set_global(STATIC)]
+    )
+    assert annotations(model(), ROWS, nested) == annotations(model(), ROWS, flat)
+    assert nested.notes == ["Foreign annotated nothing", "EmbeddingQuantizer annotated nothing"]
+    assert [*nested.quantization_capabilities()] == [
+        "EmbeddingQuantizer", "ComposableQuantizer > XNNPACKQuantizer", "XNNPACKQuantizer",
+    ]  # fmt: skip
+
+
+def test_a_child_may_come_twice():
+    q = XNNPACKQuantizer().set_global(STATIC)
+    twice = ComposableQuantizer([q, q])
+    gm = annotated(model(), ROWS, twice)
+    assert annotations(model(), ROWS, q) == annotations(model(), ROWS, ComposableQuantizer([q, q]))
+    assert twice.notes == ["XNNPACKQuantizer (2 of 2) annotated nothing"]
+    assert reasons(gm, twice)["softmax"] == "XNNPACK computes it in float"
+
+
+class Pruning(Foreign):
+    """Removes nodes while it annotates."""
+
+    def __init__(self, drop=lambda node: False):
+        super().__init__()
+        self.drop = drop
+
+    def annotate(self, gm):
+        for node in reversed(list(gm.graph.nodes)):
+            if self.drop(node):
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
+        return gm
+
+
+class Rebuilding(Foreign):
+    def transform_for_annotation(self, gm):
+        graph = torch.fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        return torch.fx.GraphModule(gm, graph)
+
+
+def test_a_child_that_rebuilds_the_graph():
+    composed = ComposableQuantizer([XNNPACKQuantizer().set_global(STATIC), Rebuilding()])
+    prepared = prepare_pt2e(capture(model().eval(), ROWS), composed)
+    prepared(*ROWS)
+    alone = prepare_pt2e(capture(model().eval(), ROWS), XNNPACKQuantizer().set_global(STATIC))
+    alone(*ROWS)
+    (rebuilt,) = convert_pt2e(prepared)(*ROWS)  # a copied graph answers with a tuple: how to unpack it was not copied
+    assert torch.equal(rebuilt, convert_pt2e(alone)(*ROWS))
+
+
+def test_a_child_that_removes_a_node_of_another():
+    composed = ComposableQuantizer(
+        [XNNPACKQuantizer().set_global(STATIC), Pruning(drop=lambda node: node.name == "relu")]
+    )
+    with pytest.raises(
+        AnnotationError, match=r"Pruning removed the node, and with it the annotation that XNNPACK\w+ made on 'relu'"
+    ):
+        annotated(model(), ROWS, composed)
+
+
+def test_a_spec_that_is_exchanged_for_an_equal_one_is_no_interference():
+    def rewrite(node):
+        if (note := node.meta.get(ANNOTATION)) is not None:
+            node.meta[ANNOTATION] = copy.copy(note)
+
+    composed = ComposableQuantizer([XNNPACKQuantizer().set_global(STATIC), Foreign(rewrite)])
+    assert annotations(model(), ROWS, composed) == annotations(model(), ROWS, XNNPACKQuantizer().set_global(STATIC))
+
+
+def test_a_setting_whose_ops_an_earlier_child_took_is_noted():
+    later = XNNPACKQuantizer().set_global("w8a8").set_module_name("0", "w8a8-dynamic")
+    composed = ComposableQuantizer([XNNPACKQuantizer().set_module_name("0", STATIC), later])
+    annotated(model(), ROWS, composed)
+    assert composed.notes == ["module name '0' quantizes nothing: an earlier quantizer took 'linear'"]
+
+
+def test_static_dynamic_and_weight_only_in_one_graph():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(16, 8)
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, ids):
+            return self.second(torch.tanh(self.first(self.table(ids))))
+
+    ids = (torch.arange(6).reshape(2, 3),)
+    composed = ComposableQuantizer(
+        [
+            EmbeddingQuantizer().set_global("w8"),
+            XNNPACKQuantizer().set_module_name("first", "w8a8-dynamic"),
+            XNNPACKQuantizer().set_global("w8a8"),
+        ]
+    )
+    torch.manual_seed(0)
+    net = Mixed().eval()
+    result = quantize(net, ids, composed, [ids])
+    kinds = {v.op.name: v.kind for v in result.report.verdicts}
+    assert kinds == {"embedding": "weight-only", "linear": "dynamic", "tanh": "float", "linear_1": "static"}
+    assert (result(*ids) - net(*ids)).abs().max() < 0.05
+
+
+# ------------------------------------------------------------ what a composition can do
+
+
+def test_capabilities_are_a_union_with_precedence():
+    class Told:
+        def __init__(self, **rules):
+            self.rules = rules
+
+        def annotate(self, gm):
+            return gm
+
+        def quantization_capabilities(self):
+            return self.rules
+
+    class Pt2e(Bare):
+        @classmethod
+        def get_supported_operators(cls):
+            return [OperatorConfig(STATIC, [[nn.Conv2d, nn.ReLU], [torch.mm]]), OperatorConfig(DYNAMIC, [[torch.mm]])]
+
+    able = ComposableQuantizer(
+        [Told(mac=["conv", "linear"]), Told(product=["linear"], sum=["add"]), Bare(), Pt2e()]
+    ).quantization_capabilities()
+    assert [(row.quantizer, row.rule, row.pattern, row.after) for row in able.rows] == [
+        ("Told (1 of 4)", "mac", "conv", ()),
+        ("Told (1 of 4)", "mac", "linear", ()),
+        ("Told (2 of 4)", "product", "linear", ("Told (1 of 4)",)),
+        ("Told (2 of 4)", "sum", "add", ()),
+        ("Pt2e", "supported operators", "Conv2d + ReLU", ()),
+        ("Pt2e", "supported operators", "mm", ()),
+    ]
+    assert str(able).splitlines() == [
+        "   quantizer      rule                 pattern        unless taken by",
+        "1  Told (1 of 4)  mac                  conv",
+        "1  Told (1 of 4)  mac                  linear",
+        "2  Told (2 of 4)  product              linear         Told (1 of 4)",
+        "2  Told (2 of 4)  sum                  add",
+        "3  Pt2e           supported operators  Conv2d + ReLU",
+        "3  Pt2e           supported operators  mm",
+        "Bare does not tell what it quantizes",
+    ]
+
+
+def test_capabilities_of_backends_with_a_precedence():
+    able = ComposableQuantizer([XNNPACKQuantizer(), XNNPACKQuantizer()]).quantization_capabilities()
+    assert able["XNNPACKQuantizer (1 of 2)"] == XNNPACKQuantizer.quantization_capabilities()
+    second = [row for row in able.rows if row.quantizer == "XNNPACKQuantizer (2 of 2)"]
+    assert {row.after for row in second} == {("XNNPACKQuantizer (1 of 2)",)}

@@ -1,0 +1,80 @@
+"""What a composition of quantizers can quantize: the union of its children's capabilities, with its precedence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Told = Mapping[str, Sequence[str]]
+"""What one quantizer tells: rule → the patterns it quantizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One pattern that one quantizer of a composition quantizes.
+
+    ``after``: the quantizers that take the same pattern first, where their settings cover it.
+    """
+
+    quantizer: str
+    rule: str
+    pattern: str
+    after: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities(Mapping[str, Told]):
+    """Quantizer → rule → patterns, in order of precedence. Printed, it is a table of its ``rows``.
+
+    ``silent``: quantizers that do not tell what they can do.
+    """
+
+    told: Mapping[str, Told]
+    silent: tuple[str, ...] = ()
+    rows: tuple[Capability, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows: list[Capability] = []
+        for name, rules in self.told.items():
+            first = {(row.pattern, row.quantizer): None for row in rows}
+            for rule, patterns in rules.items():
+                for pattern in patterns:
+                    after = tuple(other for known, other in first if known == pattern)
+                    rows.append(Capability(name, rule, pattern, after))
+        object.__setattr__(self, "rows", tuple(rows))
+
+    def __getitem__(self, quantizer: str) -> Told:
+        return self.told[quantizer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.told)
+
+    def __len__(self) -> int:
+        return len(self.told)
+
+    def __str__(self) -> str:
+        head = ("", "quantizer", "rule", "pattern", "unless taken by")
+        ranks = {name: str(rank) for rank, name in enumerate(self.told, start=1)}
+        lines = [head, *((ranks[r.quantizer], r.quantizer, r.rule, r.pattern, ", ".join(r.after)) for r in self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        return "\n".join([*table, *(f"{name} does not tell what it quantizes" for name in self.silent)])
+
+
+def told_by(quantizer: Any) -> Told | Capabilities | None:
+    """What a quantizer says that it can quantize; None for one that does not say.
+
+    Of PT2E's quantizers, which answer ``get_supported_operators()``, the operators of all configurations.
+    """
+    if callable(ask := getattr(quantizer, "quantization_capabilities", None)):
+        told: Told | Capabilities = ask()
+        return told
+    if not callable(ask := getattr(quantizer, "get_supported_operators", None)):
+        return None
+    patterns = {
+        " + ".join(str(getattr(part, "__name__", part)) for part in pattern): None
+        for _, operators in ask()
+        for pattern in operators
+    }
+    return {"supported operators": tuple(patterns)}
