@@ -255,6 +255,11 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         return self.grid.qparams(*self.range())
 
     @torch.no_grad()
+    def running_qparams(self) -> tuple[Tensor, Tensor]:
+        """As `calculate_qparams`, in the middle of the data: one batch with NaN or +inf does not stop a training run."""
+        return self.grid.qparams(*self._range())
+
+    @torch.no_grad()
     def flushes_to_zero(self) -> bool:
         """The data is not all zero, and yet every value would be rounded to zero. Raises as `range` does."""
         scale, _ = self.calculate_qparams()

@@ -9,28 +9,31 @@ from typing import Any, ClassVar
 import torch
 
 from quant2e.config import OperatorConfig, QuantizationConfig
-from quant2e.errors import AnnotationError, Quant2eError
-from quant2e.observer import PerChannelMinMaxObserver
+from quant2e.errors import AnnotationError
 from quant2e.pattern import constant, op
 from quant2e.specs import QuantizationSpec
 from quantizers.configurable import ConfigurableQuantizer
+from quantizers.observers import table_observer
 from quantizers.rule import Rule
 
 aten = torch.ops.aten
 
 
 @lru_cache
-def get_embedding_quantization_config() -> QuantizationConfig:
-    """Weight-only: int8 in -127..127, symmetric, one scale per row, so that the error is at most half a step of the row."""
+def get_embedding_quantization_config(is_qat: bool = False) -> QuantizationConfig:
+    """Weight-only: int8 in -127..127, symmetric, one scale per row, so that the error is at most half a step of the row.
+
+    ``is_qat``: the spec makes a fake-quantizer, which follows the table without delay.
+    """
     weight = QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(),
+        observer_or_fake_quant_ctr=table_observer(is_qat),
         quant_min=-127,
         quant_max=127,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
     )
-    return QuantizationConfig(None, None, weight, None)
+    return QuantizationConfig(None, None, weight, None, is_qat)
 
 
 def get_embedding_operators_config() -> OperatorConfig:
@@ -64,8 +67,6 @@ class EmbeddingQuantizer(ConfigurableQuantizer):
 
     def accept(self, config: Any) -> Any:
         """Refuses configurations that quantize more than a weight."""
-        if config.is_qat:
-            raise Quant2eError("a config with is_qat=True: quantization-aware training is not available")
         if config.weight is None or config.input_activation is not None or config.output_activation is not None:
             raise AnnotationError(
                 "an embedding has a weight and no other float operand: give a config with a weight only, such as "

@@ -15,14 +15,15 @@ from torch.fx import Node
 
 from quant2e.config import QuantizationConfig
 from quant2e.dataflow import operand
-from quant2e.errors import AnnotationError, Quant2eError
-from quant2e.observer import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
+from quant2e.errors import AnnotationError
+from quant2e.observer import PlaceholderObserver
 from quant2e.pattern import Match, Op, Pattern, op, short_name
 from quant2e.specs import PER_CHANNEL_SCHEMES, QuantizationSpec
 from quantizers import families as f
 from quantizers.conditions import same_shape, spatial
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.isa import InstructionSet, detect
+from quantizers.observers import activation_observer, weight_observer
 from quantizers.rule import Follow, Rule, Same
 
 aten = torch.ops.aten
@@ -35,11 +36,9 @@ def get_default_x86_inductor_quantization_config(
 
     ``is_dynamic``: activations get their parameters at run time. ``reduce_range``: activations use 0..127, with which
     no kernel saturates; None decides for this machine (see `quantizers.isa`).
-    Raises `Quant2eError` for ``is_qat``: there is no quantization-aware training yet.
+    ``is_qat``: the specs make fake-quantizers, for `quant2e.prepare_qat_pt2e`.
     """
-    if is_qat:
-        raise Quant2eError("is_qat=True: quantization-aware training is not available; use is_qat=False and calibrate")
-    return _config(is_dynamic, detect().saturates if reduce_range is None else reduce_range)
+    return _config(is_dynamic, detect().saturates if reduce_range is None else reduce_range, is_qat)
 
 
 def get_x86_inductor_linear_dynamic_fp16_config() -> QuantizationConfig:
@@ -53,11 +52,10 @@ def _half_config() -> QuantizationConfig:
 
 
 @lru_cache
-def _config(is_dynamic: bool, reduce_range: bool) -> QuantizationConfig:
-    observer = PlaceholderObserver if is_dynamic else HistogramObserver
+def _config(is_dynamic: bool, reduce_range: bool, is_qat: bool = False) -> QuantizationConfig:
     activation = QuantizationSpec(
         dtype=torch.uint8,
-        observer_or_fake_quant_ctr=observer.with_args(),
+        observer_or_fake_quant_ctr=activation_observer(is_dynamic, is_qat),
         quant_min=0,
         quant_max=127 if reduce_range else 255,
         qscheme=torch.per_tensor_affine,
@@ -65,13 +63,13 @@ def _config(is_dynamic: bool, reduce_range: bool) -> QuantizationConfig:
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(),
+        observer_or_fake_quant_ctr=weight_observer(True, is_qat),
         quant_min=-128,
         quant_max=127,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
     )
-    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None)
+    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None, is_qat)
 
 
 class X86InductorQuantizer(ConfigurableQuantizer):
@@ -126,8 +124,6 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     def accept(self, config: Any) -> Any:
         """Refuses what the kernels cannot take."""
-        if config.is_qat:
-            raise Quant2eError("a config with is_qat=True: quantization-aware training is not available")
         activation, weight = config.input_activation, config.weight
         if _is_half(config):
             return config

@@ -15,13 +15,13 @@ from torch.fx import Node
 
 from quant2e.config import QuantizationConfig
 from quant2e.dataflow import operand
-from quant2e.errors import AnnotationError, Quant2eError
-from quant2e.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
+from quant2e.errors import AnnotationError
 from quant2e.pattern import Either, Match, Op, op
 from quant2e.specs import PER_CHANNEL_SCHEMES, QuantizationSpec
 from quantizers import families as f
 from quantizers.conditions import operand_value, spatial, value, zero_padding
 from quantizers.configurable import ConfigurableQuantizer
+from quantizers.observers import activation_observer, weight_observer
 from quantizers.provenance import literal
 from quantizers.rule import Derived, Follow, Rule, Same, accumulator_scale
 
@@ -50,14 +50,13 @@ def get_symmetric_quantization_config(
     """int8 activations (affine, per tensor) and int8 weights (symmetric, per tensor or per output channel).
 
     ``is_dynamic``: activations get their parameters at run time, and results stay float. Equal arguments give equal
-    configs. Raises `Quant2eError` for ``is_qat``: there is no quantization-aware training yet.
+    configs. ``is_qat``: the specs make fake-quantizers, for `quant2e.prepare_qat_pt2e`.
     """
-    if is_qat:
-        raise Quant2eError("is_qat=True: quantization-aware training is not available; use is_qat=False and calibrate")
-    observer = PlaceholderObserver if is_dynamic else HistogramObserver
     activation = QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=observer.with_args(eps=DYNAMIC_EPS if is_dynamic else ACTIVATION_EPS),
+        observer_or_fake_quant_ctr=activation_observer(is_dynamic, is_qat).with_args(
+            eps=DYNAMIC_EPS if is_dynamic else ACTIVATION_EPS
+        ),
         quant_min=act_qmin,
         quant_max=act_qmax,
         qscheme=torch.per_tensor_affine,
@@ -65,17 +64,13 @@ def get_symmetric_quantization_config(
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=_weight_observer(is_per_channel),
+        observer_or_fake_quant_ctr=weight_observer(is_per_channel, is_qat).with_args(eps=WEIGHT_EPS),
         quant_min=weight_qmin,
         quant_max=weight_qmax,
         qscheme=torch.per_channel_symmetric if is_per_channel else torch.per_tensor_symmetric,
         ch_axis=0 if is_per_channel else None,
     )
-    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None)
-
-
-def _weight_observer(is_per_channel: bool) -> Any:
-    return (PerChannelMinMaxObserver if is_per_channel else MinMaxObserver).with_args(eps=WEIGHT_EPS)
+    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None, is_qat)
 
 
 def _up_to_two_dimensions(node: Node) -> bool | str:
@@ -229,8 +224,6 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
 
     def accept(self, config: Any) -> Any:
         """Refuses what the delegate cannot run; widens per-tensor weights of dynamic configurations."""
-        if config.is_qat:
-            raise Quant2eError("a config with is_qat=True: quantization-aware training is not available")
         activation, weight = config.input_activation, config.weight
         if activation is None:
             raise AnnotationError(
@@ -250,7 +243,7 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
                 weight,
                 qscheme=torch.per_channel_symmetric,
                 ch_axis=0,
-                observer_or_fake_quant_ctr=_weight_observer(is_per_channel=True),
+                observer_or_fake_quant_ctr=weight_observer(True, config.is_qat).with_args(eps=WEIGHT_EPS),
             )
             return replace(config, weight=wide)
         return config

@@ -160,7 +160,6 @@ def test_configs_are_values():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: config(is_qat=True), "quantization-aware training is not available"),
         (lambda: static().set_global(QuantizationConfig(None, None, config().weight, None)), "is weight-only"),
         (lambda: static().set_global(QuantizationConfig(config().weight, None, config().weight, None)), "computes on torch.uint8"),
         (

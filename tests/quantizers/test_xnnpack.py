@@ -263,7 +263,6 @@ def test_configs_are_values():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: config(is_qat=True), "quantization-aware training is not available"),
         (lambda: static().set_global(QuantizationConfig(None, None, config().weight, None)), "weight-only, for which"),
         (
             lambda: static().set_global(QuantizationConfig(_unsigned(), None, config().weight, None)),

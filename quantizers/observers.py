@@ -1,0 +1,41 @@
+"""What the backends' configurations observe with: histograms and extremes for calibration, fake-quantizers for training.
+
+In training, activations and weights follow a moving average (constant 0.01), as in PT2E.
+"""
+
+from __future__ import annotations
+
+from quant2e.fake_quant import FakeQuantize, FusedMovingAvgObsFakeQuantize
+from quant2e.observer import (
+    HistogramObserver,
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+    PlaceholderObserver,
+)
+from quant2e.observer_base import ObserverFactory
+
+_EACH_BATCH = MovingAverageMinMaxObserver.with_args(averaging_constant=1)
+
+
+def activation_observer(is_dynamic: bool, is_qat: bool) -> ObserverFactory:
+    """The observer, or fake-quantizer, of an activation, per tensor."""
+    if is_qat:
+        return FakeQuantize.with_args(observer=_EACH_BATCH) if is_dynamic else FusedMovingAvgObsFakeQuantize.with_args()
+    return PlaceholderObserver.with_args() if is_dynamic else HistogramObserver.with_args()
+
+
+def weight_observer(is_per_channel: bool, is_qat: bool) -> ObserverFactory:
+    """The observer, or fake-quantizer, of the weight of a product."""
+    if is_qat:
+        averages = MovingAveragePerChannelMinMaxObserver if is_per_channel else MovingAverageMinMaxObserver
+        return FusedMovingAvgObsFakeQuantize.with_args(observer=averages)
+    return (PerChannelMinMaxObserver if is_per_channel else MinMaxObserver).with_args()
+
+
+def table_observer(is_qat: bool) -> ObserverFactory:
+    """The observer, or fake-quantizer, of an embedding table, per row. A row that is rarely looked up has no average."""
+    if is_qat:
+        return FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1))
+    return PerChannelMinMaxObserver.with_args()
