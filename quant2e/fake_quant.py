@@ -145,6 +145,8 @@ class FakeQuantize(FakeQuantizeBase):
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         observer = self.activation_post_process
+        if self.is_dynamic and isinstance(observer, UniformQuantizationObserverBase):
+            observer.reset_min_max_vals()  # a + 1 * (b - a) is not quite b
         observer(x)
         if not self._observed():
             return
@@ -302,12 +304,12 @@ class LearnableFakeQuantize(FakeQuantizeBase):
             assert self.zero_point is not None
             x = learned_fake_quantize(
                 x,
-                # The smallest scale is a bound, not a barrier: gradients pass.
-                self.scale + (torch.clamp(self.scale, min=self.eps) - self.scale).detach(),
-                torch.zeros_like(self.zero_point) + 0 * self.zero_point if self.symmetric else self.zero_point,
+                self.scale,
+                self.zero_point * 0 if self.symmetric else self.zero_point,
                 self.quant_min,
                 self.quant_max,
                 axis=self.ch_axis if self.is_per_channel else None,
+                smallest_scale=float(self.eps),
                 scale_gradients=self.use_grad_scaling,
             )
         return x

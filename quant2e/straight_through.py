@@ -55,18 +55,21 @@ def learned_fake_quantize(
     quant_max: int,
     *,
     axis: int | None = None,
+    smallest_scale: float = 0.0,
     scale_gradients: bool = False,
 ) -> Tensor:
     """As `fake_quantize`, differentiable in ``scale`` and ``zero_point`` (float, rounded where it is used) as well.
 
+    ``smallest_scale``: used in place of smaller scales; a bound, not a barrier: gradients pass.
     ``scale_gradients``: gradients of both are multiplied by ``1 / sqrt(values per scale · quant_max)`` (LSQ, section 2.2), which
     brings a step's updates to the relative size of the weights' own.
     """
     scales, zeros, rows = _broadcast(x, scale, zero_point, axis, None)
+    numbers = (quant_min, quant_max, smallest_scale)
     factor = 1.0
     if scale_gradients:
         factor = 1.0 / math.sqrt(max(1, x.numel() // scale.numel()) * max(1, quant_max))
-    return _apply(_Learned, rows, scales, zeros, quant_min, quant_max, factor)
+    return _apply(_Learned, rows, scales, zeros, numbers, factor)
 
 
 def _broadcast(
@@ -112,8 +115,10 @@ class _Learned(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, factor: float
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, numbers: tuple[int, int, float], factor: float
     ) -> Tensor:
+        quant_min, quant_max, smallest = numbers
+        scale = torch.clamp(scale, min=smallest)
         zero = torch.clamp(torch.round(zero_point), quant_min, quant_max)
         steps = torch.round(x.to(torch.float32) * (1.0 / scale)) + zero
         clamped = torch.clamp(steps, quant_min, quant_max)
@@ -133,7 +138,6 @@ class _Learned(torch.autograd.Function):
             grads[0] * inside,
             (grad * by_scale * ctx.factor).sum_to_size(ctx.shapes[0]),
             (grad * by_zero * ctx.factor).sum_to_size(ctx.shapes[1]),
-            None,
             None,
             None,
         )

@@ -61,9 +61,7 @@ class EmbeddingQuantizer(ConfigurableQuantizer):
 
     def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
         """`get_embedding_quantization_config`."""
-        if is_qat:
-            raise Quant2eError("tables are not trained with quantization")
-        return get_embedding_quantization_config()
+        return get_embedding_quantization_config(is_qat)
 
     def accept(self, config: Any) -> Any:
         """Refuses configurations that quantize more than a weight."""
