@@ -12,6 +12,7 @@ from quant2e.annotate import (
     get_module_name_filter,
     model_is_exported,
 )
+from quant2e.boundary import Boundary, Port, boundary_of, integer_boundary
 from quant2e.calibrate import calibrate
 from quant2e.capture import capture
 from quant2e.config import OperatorConfig, QuantizationConfig
@@ -112,6 +113,7 @@ from quant2e.storage import load, save
 __all__ = [
     "AnnotationError",
     "Arg",
+    "Boundary",
     "CalibrationError",
     "CaptureError",
     "DerivedQuantizationSpec",
@@ -150,6 +152,7 @@ __all__ = [
     "PlaceholderObserver",
     "Plan",
     "PlanError",
+    "Port",
     "ProgressLine",
     "Quant2eError",
     "QuantizationAnnotation",
@@ -171,6 +174,7 @@ __all__ = [
     "annotate_input_qspec_map",
     "annotate_output_qspec",
     "bfs_trace_with_node_process",
+    "boundary_of",
     "calibrate",
     "capture",
     "check_data",
@@ -206,6 +210,7 @@ __all__ = [
     "get_block_size",
     "get_equivalent_types",
     "get_module_name_filter",
+    "integer_boundary",
     "integer_report",
     "load",
     "load_statistics",

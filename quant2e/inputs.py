@@ -165,7 +165,7 @@ def read_inputs(gm: GraphModule) -> Inputs:
     if isinstance(codegen, _PyTreeCodeGen):
         info = codegen.pytree_info
         names, spec = tuple(info.orig_args), info.in_spec
-        paths = _leaf_paths(names, spec)
+        paths = leaf_paths(names, spec)
     else:
         names, spec = tuple(str(node.target) for node in placeholders), None
         paths = names
@@ -173,8 +173,10 @@ def read_inputs(gm: GraphModule) -> Inputs:
     return Inputs(names, spec, tuple(dict.fromkeys([*own, *_guards(gm)])))
 
 
-def _leaf_paths(names: Sequence[str], spec: pytree.TreeSpec) -> tuple[str, ...]:
+def leaf_paths(names: Sequence[str], spec: pytree.TreeSpec | None) -> tuple[str, ...]:
     """How each flattened input is reached from the arguments: ``x``, ``batch['mask']``, ``states[0]``."""
+    if spec is None:
+        return tuple(names)
     example = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     positional = spec.child(0).num_children
     keywords = dict(zip(spec.child(1).context, names[positional:], strict=True))

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from quant2e.accuracy import output_sqnr
+from quant2e.boundary import Boundary, boundary_of, called_with_floats, integer_boundary
 from quant2e.calibrate import Call, Progress, batch_count, calibrate
 from quant2e.capture import capture
 from quant2e.convert import convert_pt2e
@@ -50,6 +51,11 @@ class QuantizedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    @property
+    def boundary(self) -> Boundary:
+        """The inputs and outputs that carry integers, and their parameters."""
+        return boundary_of(self.module)
 
     def save(self, path: str | Path) -> None:
         """Write an ExportedProgram with report and recipe to ``path`` (``.pt2``); see `quant2e.save`."""
@@ -106,6 +112,7 @@ def quantize(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     use_reference_representation: bool = False,
+    int8_boundary: bool = False,
     allow_unquantized: bool = False,
     progress: Progress | None = None,
 ) -> QuantizedModel:
@@ -115,8 +122,9 @@ def quantize(
     ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
     weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges race on
     them (see `race`), and they measure the SQNR in the report. ``use_reference_representation``: the module computes in
-    integers, see `quant2e.to_integer`. ``allow_unquantized``: accept a result in which no op is quantized.
-    ``progress``: called with the number of batches done and the total, where it is known.
+    integers, see `quant2e.to_integer`. ``int8_boundary``: it takes and returns integers wherever it quantizes its inputs and
+    outputs, with the parameters in ``.boundary``; see `quant2e.integer_boundary`. ``allow_unquantized``: accept a result
+    in which no op is quantized. ``progress``: called with the number of batches done and the total, where it is known.
 
     ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
     quantized.
@@ -140,19 +148,39 @@ def quantize(
         notes = collapsed(race(prepared, held_out[:_RACE_ON]))
         kind = "held-out batch" if stream.separate else "calibration batch"
         measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
-    converted = convert_pt2e(prepared, use_reference_representation)
+    converted = _converted(prepared, use_reference_representation, int8_boundary)
     ledger = ledger_of(converted)
-    sqnr = output_sqnr(_bystander(captured), _bystander(converted), held_out)
+    sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out)
     report = replace(ledger.report.with_notes(notes), sqnr_db=sqnr, sqnr_source=measured_on)
     converted.meta[LEDGER] = replace(ledger, report=report)
+    example, keywords = _example(converted, positional, dict(kwargs or {}))
     return QuantizedModel(
         module=converted,
         report=report,
         recipe=recipe_of(ledger, type(quantizer).__name__),
-        example_inputs=copy.copy(positional),
-        example_kwargs=dict(kwargs or {}),
+        example_inputs=example,
+        example_kwargs=keywords,
         dynamic_shapes=of_graph(dynamic_shapes, model, positional, kwargs or {}),
     )
+
+
+def _converted(prepared: GraphModule, reference: bool, int8_boundary: bool) -> GraphModule:
+    if not int8_boundary:
+        return convert_pt2e(prepared, reference)
+    from quant2e.integer import to_integer
+
+    converted = integer_boundary(convert_pt2e(prepared))
+    return to_integer(converted) if reference else converted
+
+
+def _example(
+    converted: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example inputs as the converted graph takes them."""
+    convention = getattr(converted, "inputs", None)
+    if convention is None:
+        return copy.copy(args), kwargs
+    return boundary_of(converted).quantize_inputs(convention, args, kwargs)
 
 
 def _bystander(gm: GraphModule) -> GraphModule:

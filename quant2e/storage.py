@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.archive_check import check_archive
 from quant2e.atomic import atomic_file
+from quant2e.boundary import BOUNDARY, Boundary, boundary_of
 from quant2e.capture import as_graph_module
 from quant2e.errors import FileFormatError, Quant2eError, user_frame
 from quant2e.inputs import distinct
@@ -30,7 +31,7 @@ from quant2e.recipe import Recipe, recipe_of
 from quant2e.report import Report
 
 RECORD = "quant2e.json"
-"""Name of the extra file that holds report and recipe."""
+"""Name of the extra file that holds report, recipe, and the parameters of integer inputs and outputs."""
 
 RECORD_FORMAT = 1
 
@@ -118,6 +119,8 @@ def _parts(
         if isinstance(ledger, Ledger):
             report, recipe = ledger.report, recipe_of(ledger, "")
     record = {"format": RECORD_FORMAT, "report": report.as_dict(), "recipe": pack_recipe(recipe.as_dict())}
+    if boundary := boundary_of(module):
+        record["boundary"] = boundary.as_dict()
     return module, args, kwargs, shapes, record
 
 
@@ -135,9 +138,12 @@ def load(path: str | Path) -> QuantizedModel:
     except Exception as error:
         raise FileFormatError(f"{source} cannot be read as an exported program: {error}") from error
     args, kwargs = program.example_inputs or ((), {})
-    report, recipe = _record(source, extra[RECORD])
+    report, recipe, boundary = _record(source, extra[RECORD])
+    module = as_graph_module(program)
+    if boundary:
+        module.meta[BOUNDARY] = boundary
     return QuantizedModel(
-        module=as_graph_module(program),
+        module=module,
         report=report,
         recipe=recipe,
         example_inputs=tuple(args),
@@ -146,16 +152,17 @@ def load(path: str | Path) -> QuantizedModel:
     )
 
 
-def _record(source: Path, text: str | bytes) -> tuple[Report, Recipe]:
+def _record(source: Path, text: str | bytes) -> tuple[Report, Recipe, Boundary]:
     if not text:
-        return Report(verdicts=()), Recipe("", ())
+        return Report(verdicts=()), Recipe("", ()), Boundary()
     try:
         record = json.loads(text)
         if record["format"] != RECORD_FORMAT:
             raise FileFormatError(
                 f"{source} has a record of format {record['format']!r}; this version reads format {RECORD_FORMAT}"
             )
-        return Report.from_dict(record["report"]), Recipe.from_dict(unpack_recipe(record["recipe"]))
+        boundary = Boundary.from_dict(record["boundary"]) if "boundary" in record else Boundary()
+        return Report.from_dict(record["report"]), Recipe.from_dict(unpack_recipe(record["recipe"])), boundary
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FileFormatError(f"the report inside {source} is not readable: {error}") from error
 
