@@ -112,7 +112,7 @@ def _place(call: Node) -> str:
 
 
 def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None]) -> list[str]:
-    """What a reader should know about the data: tensors that round to zero, values left out of the range."""
+    """What a reader should know: choices that observers made, tensors that round to zero, values left out of a range."""
     notes = []
     first: dict[str, Node] = {}
     for call in calls:
@@ -122,6 +122,8 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
         encoding = encodings[name]
         if encoding is None:
             continue
+        if callable(remark := getattr(observer, "remark", None)) and (said := remark()):
+            notes.append(said)
         if isinstance(encoding, (PerTensor, PerChannel)) and _flushes_to_zero(observer, encoding):
             notes.append(f"{_place(call)}: every value rounds to 0 at the smallest scale its spec allows")
         masked = getattr(observer, "masked_count", None)

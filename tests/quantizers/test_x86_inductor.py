@@ -1,4 +1,4 @@
-"""What X86InductorQuantizer annotates, the range it chooses for the machine, and what it refuses."""
+"""What X86InductorQuantizer annotates, and what it refuses. For ranges see test_x86_policy and test_x86_range."""
 
 import copy
 
@@ -9,13 +9,10 @@ from torch import nn
 
 from quant2e import AnnotationError, Quant2eError, quantize
 from quant2e.specs import ANNOTATION
-from quantizers import InstructionSet, QuantizationConfig, X86InductorQuantizer
+from quantizers import QuantizationConfig, X86InductorQuantizer
 from quantizers import get_default_x86_inductor_quantization_config as config
 from quantizers import get_x86_inductor_linear_dynamic_fp16_config as half
 from tests.quantizers.models import IMAGE, ROWS, TOKENS, Attention, Of, Residual, annotated, annotations, reasons
-
-AVX2 = InstructionSet("AVX2", saturates=True)
-VNNI = InstructionSet("AVX512 VNNI", saturates=False)
 
 
 def static(**kwargs):
@@ -120,36 +117,6 @@ def test_dynamic_is_linear_only():
     quantizer = X86InductorQuantizer().set_global(config(is_dynamic=True, reduce_range=False))
     gm = annotated(Residual(), IMAGE, quantizer)
     assert reasons(gm, quantizer)["conv2d"] == "no dynamic rule covers aten.conv2d.default"
-
-
-@pytest.mark.parametrize(
-    ("isa", "reduce_range", "note"),
-    [
-        (VNNI, False, "activations use 0..255: AVX512 VNNI multiplies full ranges exactly"),
-        (VNNI, True, "activations use 0..127: on a full range the int8 kernels would not saturate on AVX512 VNNI"),
-        (AVX2, True, "activations use 0..127: on a full range the int8 kernels would saturate on AVX2"),
-        (
-            AVX2,
-            False,
-            (
-                "WARNING: activations use 0..255, and the int8 kernels saturate on AVX2: results may be wrong there; "
-                "reduce_range=True is exact"
-            ),
-        ),
-    ],
-)
-def test_the_range_is_noted(isa, reduce_range, note):
-    quantizer = X86InductorQuantizer(isa=isa).set_global(config(reduce_range=reduce_range))
-    annotated(nn.Linear(8, 4), ROWS, quantizer)
-    assert quantizer.notes == [note]
-
-
-@pytest.mark.parametrize(("saturates", "top"), [(True, 127), (False, 255)])
-def test_the_default_range_is_exact_on_this_machine(monkeypatch, saturates, top):
-    monkeypatch.setattr("quantizers.x86_inductor.detect", lambda: InstructionSet("some", saturates))
-    assert config().input_activation.quant_max == top
-    assert config(is_dynamic=True).input_activation.quant_max == top
-    assert config(reduce_range=False).input_activation.quant_max == 255
 
 
 def test_configs_are_values():

@@ -87,7 +87,7 @@ def test_padding_of_a_convolution_is_the_zero_point():
     assert simulate_accumulator(gm, [x], "int16")[0] == Overflow("conv2d_default", 2, 0, 0, 6985, 32767, 0)
 
 
-def test_a_network_with_full_range_activations_saturates_and_with_seven_bits_does_not():
+def test_a_network_with_full_ranges_saturates_and_with_the_other_policies_does_not():
     torch.manual_seed(0)
     x = torch.rand(16, 64)
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
@@ -95,14 +95,12 @@ def test_a_network_with_full_range_activations_saturates_and_with_seven_bits_doe
         for layer in (net[0], net[2]):
             layer.weight.copy_(layer.weight.sign() * layer.weight.abs().max())
     overflows = {}
-    for reduce_range in (False, True):
-        quantizer = X86InductorQuantizer().set_global(
-            get_default_x86_inductor_quantization_config(reduce_range=reduce_range)
-        )
+    for policy in ("full", "auto", "7-bit activations", "7-bit weights"):
+        quantizer = X86InductorQuantizer("avx2", policy).set_global(get_default_x86_inductor_quantization_config())
         quantized = quantize(net, (x,), quantizer, [x], use_reference_representation=True)
-        overflows[reduce_range] = [o.overflowing for o in simulate_accumulator(quantized.module, [x], "pairs16")]
-    assert overflows[False][0] > 0
-    assert sum(overflows[True]) == 0
+        overflows[policy] = [o.overflowing for o in simulate_accumulator(quantized.module, [x], "pairs16")]
+    assert overflows.pop("full")[0] > 0
+    assert {policy: sum(found) for policy, found in overflows.items()} == dict.fromkeys(overflows, 0)
 
 
 def test_another_accumulator_is_refused():

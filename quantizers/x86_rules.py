@@ -1,0 +1,107 @@
+"""The rules of Inductor on x86: what its patterns turn into oneDNN's int8 kernels, and what carries integers between.
+
+An op's output is quantized by its consumer: where nobody wants integers, the kernel answers in float. So an activation
+that no kernel can take in costs nothing: it is computed in float behind the kernel, fused into what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from quant2e.dataflow import operand
+from quant2e.pattern import Match, Op, Pattern, op, short_name
+from quantizers import families as f
+from quantizers.conditions import in_eval_mode, same_shape, spatial
+from quantizers.rule import Follow, Rule, Same
+
+aten = torch.ops.aten
+
+
+def _no_more_than_2d(node: Node) -> bool | str:
+    if operand(node, "transposed"):
+        return "Inductor does not lower transposed convolutions to integers"
+    return True if spatial(node) <= 2 else "Inductor lowers convolutions in one and two dimensions only"
+
+
+_CONVOLUTION = op(aten.convolution.default, when=_no_more_than_2d)(f.x, f.w, f.b)
+_CONV_2D = f.conv2d | _CONVOLUTION
+_CONV_UNARY = op(
+    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default, aten.silu.default
+)
+_LINEAR_UNARY = op(aten.relu.default, aten.gelu.default)
+_IDLE = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
+
+FUSED = {"conv": "relu, relu6, hardtanh, hardswish and silu", "linear": "relu and gelu"}
+"""Activations that become part of an int8 kernel."""
+
+ACTIVATIONS = frozenset(
+    ["elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu6", "sigmoid", "silu", "tanh"]
+)
+"""Activations that users put behind a kernel."""
+
+
+def _added(product: Pattern) -> Pattern:
+    total: Op = f.add([product, f.y])
+    return f.relu(total) | total
+
+
+def static_rules(config: Any) -> tuple[Rule, ...]:
+    """Convolutions, linear layers, and what carries integers between them, with parameters found by calibration."""
+    act, product = config.input_activation, {"x": config.input_activation, "w": config.weight}
+    moved = {"x": Follow(act)}
+    pools = f.max_pool2d(f.x) | f.avg_pool2d(f.x) | f.adaptive_avg_pool2d(f.x)
+    reshapes = op(aten.flatten.using_ints, aten.view.default, aten.reshape.default)(f.x)
+    return (
+        Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
+        # int8 conv1d has no fused activation but relu.
+        Rule(_CONV_UNARY(_CONV_2D) | f.relu(f.conv1d) | _CONV_2D | f.conv1d, product, name="conv"),
+        Rule(_added(_IDLE(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
+        Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
+        Rule(op(aten.matmul.default, aten.bmm.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
+        Rule(pools, moved, Same("x"), name="pool"),
+        Rule(f.cat(f.x), {"x": Follow(act, every=True)}, Same("x"), name="cat"),
+        Rule(reshapes, moved, Same("x"), _before_a_kernel, "reshape"),
+    )
+
+
+def dynamic_rules(config: Any) -> tuple[Rule, ...]:
+    """Linear, with activations that get their parameters at run time."""
+    return (Rule(f.linear, {"x": config.input_activation, "w": config.weight}, name="dynamic linear"),)
+
+
+def half_rules(config: Any) -> tuple[Rule, ...]:
+    """Linear with weights in float16."""
+    return (Rule(f.linear, {"w": config.weight}, name="linear, float16 weight"),)
+
+
+def capabilities(static: Any, dynamic: Any) -> Mapping[str, tuple[str, ...]]:
+    """Rule → patterns, for a static and a dynamic configuration."""
+    rules = (*static_rules(static), *dynamic_rules(dynamic))
+    return {rule.name: tuple(str(rule.pattern).split(" | ")) for rule in rules}
+
+
+def _equal_shapes(match: Match) -> bool | str:
+    other, add = match.edges["y"]
+    return same_shape(match, other, add)
+
+
+_KERNELS = frozenset({"conv1d", "conv2d", "convolution", "linear", "matmul"})
+_RESHAPES = frozenset({"flatten", "view", "reshape"})
+
+
+def _before_a_kernel(match: Match) -> bool | str:
+    """A reshape whose result, possibly reshaped again, goes into an int8 kernel."""
+    waiting, seen = [match.root], {match.root}
+    while waiting:
+        for user in waiting.pop().users:
+            name = short_name(user.target) if user.op == "call_function" else ""
+            if name in _KERNELS:
+                return True
+            if name in _RESHAPES and user not in seen:
+                seen.add(user)
+                waiting.append(user)
+    return "no int8 kernel reads it"
