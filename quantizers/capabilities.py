@@ -56,10 +56,15 @@ class Capabilities(Mapping[str, Told]):
     def __str__(self) -> str:
         head = ("", "quantizer", "rule", "pattern", "unless taken by")
         ranks = {name: str(rank) for rank, name in enumerate(self.told, start=1)}
-        lines = [head, *((ranks[r.quantizer], r.quantizer, r.rule, r.pattern, ", ".join(r.after)) for r in self.rows)]
+        rows = ((ranks[r.quantizer], r.quantizer, r.rule, _short(r.pattern), ", ".join(r.after)) for r in self.rows)
+        lines = [head, *rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         return "\n".join([*table, *(f"{name} does not tell what it quantizes" for name in self.silent)])
+
+
+def _short(pattern: str, width: int = 72) -> str:
+    return pattern if len(pattern) <= width else f"{pattern[: width - 1]}…"
 
 
 def told_by(quantizer: Any) -> Told | Capabilities | None:

@@ -87,7 +87,10 @@ class Coverage:
     def notes(self, explain: Callable[[Node], str]) -> list[str]:
         """What the user should know about the settings that are in use, once the graph is annotated."""
         found = []
+        tied = {node: other for (other, _), nodes in self.ties.items() for node in nodes}
         for scope, nodes in self.named.items():
+            if all(tied.get(node) == scope for node in nodes):
+                continue  # said below
             if scope not in self.decided and self.settings.made[scope] is not None:
                 closer = dict.fromkeys(str(self.settings.ranked(node)[0][1]) for node in nodes)
                 found.append(

@@ -21,6 +21,7 @@ import torch
 
 from quant2e.config import QuantizationConfig
 from quant2e.errors import AnnotationError
+from quant2e.fake_quant import FakeQuantizeBase
 from quant2e.granularity import Granularity, PerAxis, PerGroup, PerRow, PerTensor
 from quant2e.observer import (
     HistogramObserver,
@@ -112,7 +113,9 @@ class Numbers:
         own = spec.observer_or_fake_quant_ctr
         if self.observer is None and self.eps is None and (axis is None) == (spec.ch_axis is None):
             return own
-        made = self.observer if self.observer is not None else _regrained(own, per_channel=axis is not None)
+        made = (
+            _regrained(own, per_channel=axis is not None) if self.observer is None else _in_place_of(own, self.observer)
+        )
         eps = self.eps if self.eps is not None else _arguments(own).get("eps")
         if eps is None or not hasattr(made, "with_args") or (self.eps is None and "eps" in _arguments(made)):
             return made
@@ -139,12 +142,24 @@ def _arguments(observer: Any) -> Mapping[str, Any]:
     return {} if partial is None else dict(partial.keywords)
 
 
+def _in_place_of(own: Any, given: Any) -> Any:
+    """The observer that the user gave; inside the backend's fake-quantizer, where the configuration is for training."""
+    return own.with_args(observer=given) if _trains(own) and not _trains(given) else given
+
+
+def _trains(observer: Any) -> bool:
+    made = observer.p.func if hasattr(observer, "p") else observer
+    return isinstance(made, type) and issubclass(made, FakeQuantizeBase)
+
+
 def _regrained(observer: Any, per_channel: bool) -> Any:
-    """The observer that estimates in the same way, per channel or per tensor."""
-    partial = getattr(observer, "p", None)
-    made = observer if partial is None else partial.func
-    other = _PER_CHANNEL if per_channel else {v: k for k, v in _PER_CHANNEL.items()}
-    return other[made].with_args(**_arguments(observer)) if made in other else observer
+    """The observer that estimates in the same way, per channel or per tensor; inside a fake-quantizer too."""
+    arguments = _arguments(observer)
+    if "observer" in arguments:
+        return observer.with_args(observer=_regrained(arguments["observer"], per_channel))
+    made = observer.p.func if hasattr(observer, "p") else observer
+    other = (_PER_CHANNEL if per_channel else {v: k for k, v in _PER_CHANNEL.items()}).get(made)
+    return observer if other is None else other.with_args(**arguments) if hasattr(observer, "p") else other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

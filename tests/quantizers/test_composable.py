@@ -1,6 +1,11 @@
 """Composition: precedence, interference, hooks, foreign children."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,3 +312,31 @@ def test_capabilities_of_backends_with_a_precedence():
     assert able["XNNPACKQuantizer (1 of 2)"] == XNNPACKQuantizer.quantization_capabilities()
     second = [row for row in able.rows if row.quantizer == "XNNPACKQuantizer (2 of 2)"]
     assert {row.after for row in second} == {("XNNPACKQuantizer (1 of 2)",)}
+
+
+# ------------------------------------------------------------ children of other libraries
+
+STATIC_KINDS = {"embedding": "float", **dict.fromkeys(["linear", "relu", "linear_1", "add", "linear_2"], "static")}
+LOOKUP = {"embedding": "weight-only"}
+DYNAMIC_FIRST = {"linear": "dynamic", "relu": "float"}
+
+
+@pytest.mark.slow
+def test_children_of_other_libraries_in_both_directions():
+    pytest.importorskip("executorch")
+    runner = Path(__file__).with_name("foreign_children.py")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, str(runner)], capture_output=True, text=True, check=False, env=env)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert "Conv2d + ReLU" in found.pop("capabilities")
+    assert [name for name, facts in found.items() if not 0 < facts.pop("error") < 0.02] == []
+    assert found == {
+        "ours, executorch": STATIC_KINDS | LOOKUP,
+        "torchao, ours": STATIC_KINDS | LOOKUP,
+        "executorch dynamic, ours": STATIC_KINDS | DYNAMIC_FIRST,
+        "ours dynamic, executorch": STATIC_KINDS | DYNAMIC_FIRST,
+        "torchao x86, ours": STATIC_KINDS | {"add": "float"},
+        "torchao's composition, ours": STATIC_KINDS | LOOKUP,
+        "ours in torchao's composition": STATIC_KINDS | LOOKUP,
+    }

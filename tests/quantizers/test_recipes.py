@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant2e import AnnotationError, PerAxis, PerGroup, PerTensor, quantize
+from quant2e import AnnotationError, FusedMovingAvgObsFakeQuantize, PerAxis, PerGroup, PerTensor, quantize
 from quant2e.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from quantizers import (
     ConfigurableQuantizer,
@@ -168,6 +168,21 @@ def test_the_observer_and_the_smallest_scale_of_the_backend_stay():
 def test_a_backend_says_what_to_use_instead(quantizer, given, message):
     with pytest.raises(AnnotationError, match=message):
         quantizer().set_global(given)
+
+
+def test_configurations_for_training():
+    assert of(XNNPACKQuantizer(), "w8a8-qat") == get_symmetric_quantization_config(is_per_channel=True, is_qat=True)
+    assert spec_of("w8a8-qat-tensor", XNNPACKQuantizer()) == get_symmetric_quantization_config(is_qat=True).weight
+    given = recipe("w8a8-qat", activation={"observer": MinMaxObserver})
+    config = of(X86InductorQuantizer(), given)
+    assert config.is_qat
+    assert config.input_activation.observer_or_fake_quant_ctr == FusedMovingAvgObsFakeQuantize.with_args(
+        observer=MinMaxObserver
+    )
+    with pytest.raises(
+        AnnotationError, match="Npu has no configuration for quantization-aware training. It runs 'w8a8'"
+    ):
+        of(Npu(), "w8a8-qat")
 
 
 def test_names_wherever_a_configuration_is_taken():
