@@ -16,12 +16,12 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor_additions import plain_additions, separate_additions
 from lowering.inductor_graph import call, constant, operands, replace
+from lowering.inductor_lookup import gathered_rows
 from lowering.inductor_weights import (
     activation_of,
     explicit_zero_points,
     float_biases,
     folded_weights,
-    gathered_rows,
     per_channel_weights,
     weight_of,
     weights_by_output,

@@ -5,8 +5,6 @@ They run on a private copy, in the order of `inductor_rewrites.REWRITES`. Each k
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
@@ -89,38 +87,6 @@ def float_biases(gm: GraphModule) -> None:
         value = constant(gm, node.args[0])
         if value is not None and value.dtype is torch.int32:
             _evaluate(gm, node, "_float_bias")
-
-
-def gathered_rows(gm: GraphModule) -> None:
-    """``embedding(dq(table), i)`` => ``dq(table[i])``: integer rows are gathered, never a float table."""
-    for node in list(gm.graph.nodes):
-        if node.target is not aten.embedding.default or not isinstance(node.args[0], Node):
-            continue
-        table, index = node.args[0], node.args[1]
-        if table.target is qd.dequantize_per_tensor.default:
-            with gm.graph.inserting_before(node):
-                rows = call(gm, node, aten.embedding.default, table.args[0], index)
-                found = call(gm, node, table.target, rows, *table.args[1:], **table.kwargs)
-        elif table.target is qd.dequantize_per_channel.default and operands(table)["axis"] == 0:
-            with gm.graph.inserting_before(node):
-                found = _rows_of_channels(gm, node, operands(table), index)
-        else:
-            continue
-        found.meta.update(node.meta)
-        replace(gm, node, found)
-        if not table.users:
-            gm.graph.erase_node(table)
-
-
-def _rows_of_channels(gm: GraphModule, node: Node, table: dict[str, Any], index: Any) -> Node:
-    """(rows - zero_point[i]) * scale[i], the arithmetic of ``dequantize_per_channel`` on the rows asked for."""
-    rows = call(gm, node, aten.embedding.default, table["input"], index)
-    scales = call(gm, node, aten.unsqueeze.default, call(gm, node, aten.index.Tensor, table["scales"], [index]), -1)
-    if table["zero_points"] is not None:
-        points = call(gm, node, aten.index.Tensor, table["zero_points"], [index])
-        rows = call(gm, node, aten.sub.Tensor, rows, call(gm, node, aten.unsqueeze.default, points, -1))
-    found = call(gm, node, aten.mul.Tensor, rows, scales)
-    return call(gm, node, aten.to.dtype, found, table["out_dtype"] or torch.float32)
 
 
 def per_channel_weights(gm: GraphModule) -> None:

@@ -62,6 +62,7 @@ from quant2e.graph_module import (
     move_exported_model_to_eval,
     move_exported_model_to_train,
 )
+from quant2e.group_observer import PerGroupMinMaxObserver
 from quant2e.health import Finding, check_data
 from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
 from quant2e.model import QuantizedModel, quantize
@@ -146,6 +147,7 @@ __all__ = [
     "PerChannelHistogramObserver",
     "PerChannelMinMaxObserver",
     "PerGroup",
+    "PerGroupMinMaxObserver",
     "PerRow",
     "PerTensor",
     "PerToken",

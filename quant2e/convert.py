@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.encodings import Encoding, OnGrid, PerChannel, PerTensor, encode
+from quant2e.encodings import Encoding, OnGrid, PerChannel, PerGroup, PerTensor, encode
 from quant2e.errors import CalibrationError, Quant2eError, where
 from quant2e.graph_module import copy_graph
 from quant2e.in_place import own_written_tensors
@@ -124,7 +124,7 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
             continue
         if callable(remark := getattr(observer, "remark", None)) and (said := remark()):
             notes.append(said)
-        if isinstance(encoding, (PerTensor, PerChannel)) and _flushes_to_zero(observer, encoding):
+        if isinstance(encoding, (PerTensor, PerChannel, PerGroup)) and _flushes_to_zero(observer, encoding):
             notes.append(f"{_place(call)}: every value rounds to 0 at the smallest scale its spec allows")
         masked = getattr(observer, "masked_count", None)
         if isinstance(masked, torch.Tensor):
@@ -134,10 +134,10 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
     return notes
 
 
-def _flushes_to_zero(observer: Any, encoding: PerTensor | PerChannel) -> bool:
+def _flushes_to_zero(observer: Any, encoding: PerTensor | PerChannel | PerGroup) -> bool:
     """Whether a tensor that is not all zero rounds to zero everywhere: its largest value is below half a step."""
     low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
     if not isinstance(low, torch.Tensor) or not isinstance(high, torch.Tensor) or low.numel() == 0:
         return False
     peak = torch.maximum(low.abs(), high.abs()).flatten()
-    return bool((peak > 0).any()) and bool((peak < torch.as_tensor(encoding.scale) / 2).all())
+    return bool((peak > 0).any()) and bool((peak < torch.as_tensor(encoding.scale).flatten() / 2).all())

@@ -46,6 +46,21 @@ class PerChannel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerGroup:
+    """One scale and zero point per ``group_size`` neighbours along the last dimension of a matrix.
+
+    ``scale`` (float) and ``zero_point`` (int32: there are many): ``[rows, groups]``.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    group_size: int
+    quant_min: int
+    quant_max: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True)
 class Dynamic:
     """Scale and zero point of the whole tensor, found at run time; ``eps`` is the smallest scale."""
 
@@ -78,7 +93,7 @@ class Custom:
     observer: Any
 
 
-Encoding = PerTensor | PerChannel | Dynamic | HalfPrecision | OnGrid | Custom
+Encoding = PerTensor | PerChannel | PerGroup | Dynamic | HalfPrecision | OnGrid | Custom
 
 
 def _inner(observer: Any) -> Any:
@@ -166,7 +181,7 @@ def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) 
     )
 
 
-def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> PerTensor | PerChannel:
+def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> PerTensor | PerChannel | PerGroup:
     # An observer that saw NaN only has words of its own for it.
     if saw_no_data(observer) and not getattr(_inner(observer), "total", 0):
         raise CalibrationError("it saw no data, so its range is unknown; run calibration batches that reach it")
@@ -177,6 +192,15 @@ def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -
         raise CalibrationError(
             f"its range gives a scale of {_extreme(scale)}, which is not a positive, finite number; "
             "look for NaN or infinity in the calibration data or the weights"
+        )
+    if group_size := getattr(_inner(observer), "group_size", None):
+        return PerGroup(
+            scale=scale.clone(),
+            zero_point=zero_point.to(torch.int32, copy=True),
+            group_size=int(group_size),
+            quant_min=quant_min,
+            quant_max=quant_max,
+            dtype=dtype,
         )
     if getattr(observer, "qscheme", None) in PER_CHANNEL_SCHEMES:
         return PerChannel(

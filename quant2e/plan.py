@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from quant2e.errors import PlanError
+from quant2e.specs import group_size_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,8 @@ class Plan:
 
 
 NUMBERS = ("dtype", "is_dynamic", "quant_min", "quant_max", "qscheme", "ch_axis", "scale", "zero_point")
-"""Fields that must agree for two specs to share implicitly. The observer is not one: it estimates, it does not define."""
+"""Fields that must agree for two specs to share implicitly. The observer is not one: it estimates, it does not define.
+Only the size of its groups, which no field of a spec says, is compared."""
 
 _ABSENT = object()
 
@@ -138,7 +140,8 @@ def same_numbers(a: Any, b: Any) -> bool:
     """Whether two concrete specs describe the same numbers. Derived specs equal nothing, not even each other."""
     if a is None or b is None or isinstance(a, DerivedFrom) or isinstance(b, DerivedFrom):
         return False
-    return all(getattr(a, name, _ABSENT) == getattr(b, name, _ABSENT) for name in NUMBERS)
+    same = all(getattr(a, name, _ABSENT) == getattr(b, name, _ABSENT) for name in NUMBERS)
+    return same and group_size_of(a) == group_size_of(b)
 
 
 class _Forest:

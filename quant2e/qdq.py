@@ -15,7 +15,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quant2e.dialect import qd
-from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerChannel, PerTensor
+from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerChannel, PerGroup, PerTensor
 from quant2e.observe import copy_provenance
 from quant2e.specs import ANNOTATION
 
@@ -44,7 +44,7 @@ def register_tensor(gm: GraphModule, path: str, value: torch.Tensor) -> str:
     return ".".join([*parents, name])
 
 
-def _parameters(gm: GraphModule, encoding: PerTensor | PerChannel, prefix: str) -> tuple[Any, ...]:
+def _parameters(gm: GraphModule, encoding: PerTensor | PerChannel | PerGroup, prefix: str) -> tuple[Any, ...]:
     """Arguments that q and dq share, after the tensor."""
     tail = (encoding.quant_min, encoding.quant_max, encoding.dtype)
     if isinstance(encoding, PerTensor):
@@ -55,7 +55,7 @@ def _parameters(gm: GraphModule, encoding: PerTensor | PerChannel, prefix: str) 
         ref = gm.graph.get_attr(path)
         ref.meta["val"] = value
         refs.append(ref)
-    return (*refs, encoding.axis, *tail)
+    return (*refs, *tail, encoding.group_size) if isinstance(encoding, PerGroup) else (*refs, encoding.axis, *tail)
 
 
 def _meta_of(value: Any, dtype: torch.dtype) -> Any:
@@ -137,6 +137,7 @@ def quantize_at(
 _OPS = {
     PerTensor: (qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default),
     PerChannel: (qd.quantize_per_channel.default, qd.dequantize_per_channel.default),
+    PerGroup: (qd.quantize_per_channel_group.default, qd.dequantize_per_channel_group.default),
 }
 
 
@@ -179,6 +180,8 @@ def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, para
     out: dict[str, Any] = (
         {"out_dtype": value.dtype} if isinstance(value, torch.Tensor) and value.dtype != torch.float32 else {}
     )
+    if op is qd.dequantize_per_channel_group.default:  # it always names the dtype of its result
+        parameters, out = (*parameters, out.get("out_dtype", torch.float32)), {}
     for user in list(call.users):
         if user.target in _SHAPE_OF:
             user.replace_input_with(call, q.all_input_nodes[0])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quant2e.atomic import atomic_file
-from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerTensor
+from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerGroup, PerTensor
 from quant2e.errors import FileFormatError
 from quant2e.ledger import Ledger
 from quant2e.plan import Group
@@ -23,7 +23,7 @@ class GroupRecipe:
     """One group of points that share parameters.
 
     ``spec``: the numbers asked for, as text. ``encoding``: what they became: ``per_tensor``, ``per_channel``,
-    ``dynamic``, ``float16``, ``on_grid`` (a float constant rounded to multiples of a derived scale), ``custom`` or
+    ``per_group`` (of ``group_size`` neighbours in a row; rows first), ``dynamic``, ``float16``, ``on_grid`` (a float constant rounded to multiples of a derived scale), ``custom`` or
     ``float``. ``scale``/``zero_point``: one per tensor or per channel; empty when they are found at run time.
     """
 
@@ -36,6 +36,7 @@ class GroupRecipe:
     axis: int | None = None
     scale: tuple[float, ...] = ()
     zero_point: tuple[int, ...] = ()
+    group_size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class Recipe:
                 axis=g["axis"],
                 scale=tuple(g["scale"]),
                 zero_point=tuple(g["zero_point"]),
+                group_size=g.get("group_size", 0),
             )
             for g in data["groups"]
         )
@@ -110,9 +112,10 @@ def _group_recipe(group: Group, encoding: Encoding | None) -> GroupRecipe:
         return replace(bare, encoding="per_tensor", scale=(encoding.scale,), zero_point=(encoding.zero_point,))
     return replace(
         bare,
-        encoding="per_channel",
-        axis=encoding.axis,
+        encoding="per_group" if isinstance(encoding, PerGroup) else "per_channel",
+        axis=None if isinstance(encoding, PerGroup) else encoding.axis,
+        group_size=encoding.group_size if isinstance(encoding, PerGroup) else 0,
         # The shortest decimals that give the float32 back: half the size, where a table has a scale for each row.
-        scale=tuple(float(str(value)) for value in encoding.scale.float().cpu().numpy()),
-        zero_point=tuple(encoding.zero_point.tolist()),
+        scale=tuple(float(str(value)) for value in encoding.scale.flatten().float().cpu().numpy()),
+        zero_point=tuple(encoding.zero_point.flatten().tolist()),
     )

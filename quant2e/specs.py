@@ -87,6 +87,16 @@ class QuantizationSpec(QuantizationSpecBase):
         _check_axis(self.qscheme, self.ch_axis)
 
 
+def group_size_of(spec: Any) -> int | None:
+    """The size of the groups, along the last dimension, that have a scale each; None where a spec asks for none.
+
+    It is an argument of the observer: PT2E's specs have no field for it.
+    """
+    partial = getattr(getattr(spec, "observer_or_fake_quant_ctr", None), "p", None)
+    found = (getattr(partial, "keywords", None) or {}).get("group_size")
+    return found if isinstance(found, int) else None
+
+
 @dataclass(frozen=True)
 class FixedQParamsQuantizationSpec(QuantizationSpecBase):
     """Numbers of one tensor with a scale and zero point known in advance (sigmoid's output, say). Per tensor only."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Graph, Node
 
+from quant2e.specs import group_size_of
+
 if TYPE_CHECKING:
     from quant2e.plan import Plan
 
@@ -32,6 +34,8 @@ def spec_text(spec: Any) -> str:
         parts.append(str(qscheme).removeprefix("torch.").replace("_", " "))
     if getattr(spec, "ch_axis", None) is not None and "channel" in str(qscheme):
         parts.append(f"axis {spec.ch_axis}")
+    if (group_size := group_size_of(spec)) is not None:
+        parts.append(f"groups of {group_size}")
     if getattr(spec, "is_dynamic", False):
         parts.append("dynamic")
     if hasattr(spec, "sources"):

@@ -20,10 +20,12 @@ from quant2e.passes.split_dequantize import consumers
 from quant2e.specs import INTEGER_BOUNDS
 
 _PER_CHANNEL = (qd.quantize_per_channel.default, qd.dequantize_per_channel.default)
+_PER_GROUP = (qd.quantize_per_channel_group.default, qd.dequantize_per_channel_group.default)
 _PER_TENSOR = (qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default)
 _DTYPE_ARGUMENT: dict[Any, int] = {
     **dict.fromkeys((*_PER_TENSOR, qd.quantize_per_tensor.tensor, qd.dequantize_per_tensor.tensor), 5),
     **dict.fromkeys(_PER_CHANNEL, 6),
+    **dict.fromkeys(_PER_GROUP, 5),
 }
 """Position of the storage dtype among the arguments; the two before it are the integer range."""
 
@@ -66,7 +68,7 @@ def _range_fits(_gm: GraphModule, node: Node) -> str | None:
 
 def _dq_undoes_q(_gm: GraphModule, node: Node) -> str | None:
     source = node.args[0] if node.target in DEQUANTIZE else None
-    if isinstance(source, Node) and source.target in QUANTIZE and source.args[1:] != node.args[1:]:
+    if isinstance(source, Node) and source.target in QUANTIZE and source.args[1:] != node.args[1 : len(source.args)]:
         return f"its parameters are not those of its quantize '{source.name}'"
     return None
 
@@ -93,10 +95,22 @@ def _scales_fit_channels(gm: GraphModule, node: Node) -> str | None:
     return None
 
 
+def _scales_fit_groups(gm: GraphModule, node: Node) -> str | None:
+    if node.target not in _PER_GROUP or not isinstance(node.args[0], Node) or not isinstance(node.args[1], Node):
+        return None
+    tensor, scales, size = node_tensor(gm, node.args[0]), node_tensor(gm, node.args[1]), node.args[6]
+    if tensor is None or scales is None or not isinstance(size, int):
+        return None
+    if tensor.dim() != 2 or tensor.shape[1] % size:
+        return f"groups of {size} do not divide the rows of '{node.args[0].name}', which is {list(tensor.shape)}"
+    wanted = tensor.numel() // size
+    return None if scales.numel() == wanted else f"{scales.numel()} scales for {wanted} groups"
+
+
 def _positive_scale(gm: GraphModule, node: Node) -> str | None:
     if node.target in _PER_TENSOR and isinstance(node.args[1], float):
         return None if 0 < node.args[1] < float("inf") else f"its scale is {node.args[1]}"
-    if node.target in _PER_CHANNEL and isinstance(node.args[1], Node):
+    if node.target in (*_PER_CHANNEL, *_PER_GROUP) and isinstance(node.args[1], Node):
         scales = node_tensor(gm, node.args[1])
         if type(scales) is Tensor and not bool((torch.isfinite(scales) & (scales > 0)).all()):
             return "one of its scales is not a positive, finite number"
@@ -111,6 +125,7 @@ LEGAL: tuple[tuple[str, Callable[[GraphModule, Node], str | None]], ...] = (
     ("a dequantize undoes its quantize", _dq_undoes_q),
     ("one consumer per dequantize", _one_consumer),
     ("one scale per channel", _scales_fit_channels),
+    ("one scale per group", _scales_fit_groups),
     ("scales are positive and finite", _positive_scale),
 )
 """The rules of a legal Q/DQ graph."""

@@ -16,7 +16,7 @@ from quant2e.config import QuantizationConfig
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.observer import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from quant2e.pattern import Match
-from quant2e.specs import QuantizationAnnotation, QuantizationSpec
+from quant2e.specs import QuantizationAnnotation, QuantizationSpec, group_size_of
 from quantizers.coverage import Coverage
 from quantizers.edges import EdgeSettings, edge_scope
 from quantizers.products import products_as_linear
@@ -53,6 +53,8 @@ class ConfigurableQuantizer(RuleQuantizer):
 
     has_linear: ClassVar[bool] = False
     """Whether the rules quantize linear, so that other spellings of it are worth rewriting."""
+    takes_groups: ClassVar[bool] = False
+    """Whether weights may have a scale for each group of neighbours in a row."""
     recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic")
     """Names of the recipes that the backend runs, for messages; variations of them may run as well."""
 
@@ -221,13 +223,20 @@ class ConfigurableQuantizer(RuleQuantizer):
                 f"{config!r} is not a configuration: give a QuantizationConfig, a recipe such as "
                 f"'{self.recipes[0]}', or None for float"
             )
+        return self._accepted(config)
+
+    def _accepted(self, config: Any) -> Any:
+        if not self.takes_groups and (size := group_size_of(config.weight)) is not None:
+            raise AnnotationError(
+                f"weights in groups of {size}: the kernels of this backend know one scale per output channel at most"
+            )
         return self.accept(config)
 
     def _resolved(self, scheme: Scheme) -> Any:
         """The configuration that a scheme means for this backend. Raises what says which recipes there are instead."""
         try:
             base = self.base_config(is_dynamic=scheme.is_dynamic, is_qat=scheme.is_qat)
-            return self.accept(scheme.applied_to(base))
+            return self._accepted(scheme.applied_to(base))
         except Quant2eError as error:
             instead = ", ".join(f"'{name}'" for name in self.recipes)
             raise AnnotationError(f"{type(self).__name__} does not run {scheme}: {error}. It runs {instead}") from error

@@ -1,4 +1,8 @@
-"""Embedding tables as 8-bit integers, one scale per row. Independent of the backend: only the weight is quantized."""
+"""Embedding tables in 8 or 4 bits. Independent of the backend: only the weight is quantized.
+
+At 8 bits each row has a scale, at 4 bits each group of neighbours in a row. Rounding to the nearest step of a range that
+holds all values, the error is at most half a step of that row or group.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +14,46 @@ import torch
 
 from quant2e.config import OperatorConfig, QuantizationConfig
 from quant2e.errors import AnnotationError
-from quant2e.pattern import constant, op
-from quant2e.specs import QuantizationSpec
+from quant2e.group_observer import PerGroupMinMaxObserver
+from quant2e.pattern import Match, constant, op
+from quant2e.specs import QuantizationSpec, group_size_of
+from quantizers.conditions import operand_value
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.observers import table_observer
 from quantizers.rule import Rule
 
 aten = torch.ops.aten
 
+_RANGES = {
+    (8, True): (-127, 127), (8, False): (-128, 127), (4, True): (-8, 7), (4, False): (-8, 7),
+}  # fmt: skip
+
 
 @lru_cache
-def get_embedding_quantization_config(is_qat: bool = False) -> QuantizationConfig:
-    """Weight-only: int8 in -127..127, symmetric, one scale per row, so that the error is at most half a step of the row.
+def get_embedding_quantization_config(
+    is_qat: bool = False, *, bits: int = 8, group_size: int | None = None, symmetric: bool = True
+) -> QuantizationConfig:
+    """Weight-only. Equal arguments give equal configs.
 
+    ``bits``: 8 or 4, stored as int8. ``group_size``: so many neighbours in a row share a scale; 0: the whole row does;
+    None: 32 at 4 bits, the whole row at 8. ``symmetric``: the integer zero is the number zero; without, zero points.
     ``is_qat``: the spec makes a fake-quantizer, which follows the table without delay.
+    Raises `AnnotationError` for other bits, and for groups in training.
     """
+    if (bits, symmetric) not in _RANGES:
+        raise AnnotationError(f"bits={bits}: an embedding table has 8 or 4 bits")
+    size = (32 if bits == 4 else 0) if group_size is None else group_size
+    if size and is_qat:
+        raise AnnotationError("groups of a row are not trained: use group_size=0, one scale per row")
+    low, high = _RANGES[bits, symmetric]
     weight = QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=table_observer(is_qat),
-        quant_min=-127,
-        quant_max=127,
-        qscheme=torch.per_channel_symmetric,
+        observer_or_fake_quant_ctr=PerGroupMinMaxObserver.with_args(group_size=size)
+        if size
+        else table_observer(is_qat),
+        quant_min=low,
+        quant_max=high,
+        qscheme=torch.per_channel_symmetric if symmetric else torch.per_channel_affine,
         ch_axis=0,
     )
     return QuantizationConfig(None, None, weight, None, is_qat)
@@ -53,7 +76,8 @@ class EmbeddingQuantizer(ConfigurableQuantizer):
     """
 
     float_ops: ClassVar[Mapping[str, str]] = {}
-    recipes: ClassVar[Sequence[str]] = ("w8",)
+    takes_groups: ClassVar[bool] = True
+    recipes: ClassVar[Sequence[str]] = ("w8", "w4-g32", "w8-asym", "w4-g32-asym")
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,8 +107,16 @@ class EmbeddingQuantizer(ConfigurableQuantizer):
 
 
 def _rules(config: Any) -> tuple[Rule, ...]:
-    table = constant("w")
+    table, size = constant("w"), group_size_of(config.weight)
+
+    def divides(match: Match) -> bool | str:
+        """A table whose rows are a whole number of groups."""
+        tensor = operand_value(match.root, 0)
+        if size is None or tensor is None or (tensor.dim() == 2 and tensor.shape[1] % size == 0):
+            return True
+        return f"groups of {size} do not divide the rows of its table, which is {list(tensor.shape)}"
+
     return (
-        Rule(op(aten.embedding.default)(table), {"w": config.weight}, name="embedding"),
-        Rule(op(aten.embedding_bag)(table), {"w": config.weight}, name="embedding_bag"),
+        Rule(op(aten.embedding.default)(table), {"w": config.weight}, None, divides, "embedding"),
+        Rule(op(aten.embedding_bag)(table), {"w": config.weight}, None, divides, "embedding_bag"),
     )

@@ -23,6 +23,7 @@ from quant2e.config import QuantizationConfig
 from quant2e.errors import AnnotationError
 from quant2e.fake_quant import FakeQuantizeBase
 from quant2e.granularity import Granularity, PerAxis, PerGroup, PerRow, PerTensor
+from quant2e.group_observer import PerGroupMinMaxObserver
 from quant2e.observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -104,13 +105,15 @@ class Numbers:
                 return None
             case PerAxis(axis=axis):
                 return axis
-            case PerRow():
+            case PerRow() | PerGroup():
                 return 0
         raise AnnotationError(f"{self.granularity} is not a granularity that this configuration can have")
 
     def _observer(self, spec: QuantizationSpec, axis: int | None) -> Any:
         """The observer, the backend's where none is given: of its kind, for the granularity asked for."""
         own = spec.observer_or_fake_quant_ctr
+        if isinstance(self.granularity, PerGroup):
+            return self._group_observer(own, self.granularity.group_size)
         if self.observer is None and self.eps is None and (axis is None) == (spec.ch_axis is None):
             return own
         made = (
@@ -120,6 +123,15 @@ class Numbers:
         if eps is None or not hasattr(made, "with_args") or (self.eps is None and "eps" in _arguments(made)):
             return made
         return made.with_args(eps=eps)
+
+    def _group_observer(self, own: Any, group_size: int) -> Any:
+        given = own if self.observer is None else self.observer
+        made = getattr(getattr(given, "p", given), "func", given)
+        if made not in (MinMaxObserver, PerChannelMinMaxObserver, PerGroupMinMaxObserver):
+            name = getattr(made, "__name__", made)
+            raise AnnotationError(f"groups of {group_size} are measured by a PerGroupMinMaxObserver, not by {name}")
+        eps = {} if self.eps is None else {"eps": self.eps}
+        return PerGroupMinMaxObserver.with_args(**{**_arguments(given), **eps, "group_size": group_size})
 
 
 _SCHEMES = {

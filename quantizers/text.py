@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.specs import ANNOTATION
+from quant2e.specs import ANNOTATION, group_size_of
 from quant2e.text import dtype_text
 
 
@@ -39,4 +39,6 @@ def _text(spec: Any) -> str:
     }.get(spec.qscheme, "")
     if hasattr(spec, "derived_from"):
         scheme += " derived"
+    if (group_size := group_size_of(spec)) is not None:
+        scheme += f" groups of {group_size}"
     return dtype_text(spec.dtype) + bounds + scheme + " dynamic" * bool(spec.is_dynamic)

@@ -12,7 +12,7 @@ together: where the noise that both add to the layers' outputs is least.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -221,12 +221,14 @@ class Agreement:
         return TOPS[-1] if costs[best] >= costs[-1] * _CLEARLY else TOPS[best]
 
 
-def link(observers: Mapping[EdgeOrNode, Any]) -> None:
+def link(observers: MutableMapping[EdgeOrNode, Any]) -> None:
     """Let the observers of each layer's input and weight agree on their ranges.
 
-    ``observers``: as `Quantizer.prepare_obs_or_fq_callback` gets them. Depthwise convolutions are left out: their
+    ``observers``: as `Quantizer.prepare_obs_or_fq_callback` gets them; changed where a layer's weight is shared with an
+    op that another quantizer annotated, a tied embedding say. Depthwise convolutions are left out: their
     kernels add in 32 bits.
     """
+    _pair_weights(observers)
     for consumer, (activation, weight) in _layers(observers).items():
         agreed = [observer.agreement for observer in (activation, weight) if observer.agreement is not None]
         joined = agreed[0] if agreed else Agreement()
@@ -241,6 +243,20 @@ def link(observers: Mapping[EdgeOrNode, Any]) -> None:
         for member in (*joined.activations, *joined.weights):
             member.agreement = joined
         weight.layers = (*weight.layers, consumer.name)
+
+
+def _pair_weights(observers: MutableMapping[EdgeOrNode, Any]) -> None:
+    """Exchange the observers of weights that meet our activations, and came with somebody else's spec."""
+    ours = {place[1] for place, o in observers.items() if isinstance(place, tuple) and isinstance(o, Activation)}
+    exchanged: dict[int, PairedWeightObserver] = {}
+    for place, o in observers.items():
+        if type(o) is PerChannelMinMaxObserver and isinstance(place, tuple) and place[1] in ours:
+            numbers = {
+                name: getattr(o, name) for name in ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "eps")
+            }
+            exchanged.setdefault(id(o), PairedWeightObserver(**numbers))
+    for place, o in list(observers.items()):
+        observers[place] = exchanged.get(id(o), o)
 
 
 def _layers(observers: Mapping[EdgeOrNode, Any]) -> dict[Node, tuple[Activation, PairedWeightObserver]]:

@@ -6,6 +6,7 @@ from torch import nn
 
 from lowering.inductor_additions import plain_additions, separate_additions
 from lowering.inductor_graph import private_copy
+from lowering.inductor_lookup import gathered_rows
 from lowering.inductor_rewrites import (
     REWRITES,
     constant_parameters,
@@ -22,7 +23,6 @@ from lowering.inductor_weights import (
     explicit_zero_points,
     float_biases,
     folded_weights,
-    gathered_rows,
     per_channel_weights,
     weights_by_output,
 )
