@@ -93,6 +93,16 @@ def too_many_scales(b):
     return b.call(QC, b.x, scale, zero, 0, *S8, val=INT8)
 
 
+def groups_that_do_not_divide(b):
+    scale, zero = b.constant("scale", torch.ones(2, 1)), b.constant("zero", torch.zeros(2, 1, dtype=torch.int32))
+    return b.call(qd.quantize_per_channel_group.default, b.x, scale, zero, *S8, 2, val=INT8)
+
+
+def too_few_group_scales(b):
+    scale, zero = b.constant("scale", torch.ones(1, 1)), b.constant("zero", torch.zeros(1, 1, dtype=torch.int32))
+    return b.call(qd.quantize_per_channel_group.default, b.x, scale, zero, *S8, 3, val=INT8)
+
+
 def scale_of_zero(b):
     return b.call(Q, b.x, 0.0, 0, *S8, val=INT8)
 
@@ -119,6 +129,8 @@ BROKEN = {
     two_consumers: ("one consumer per dequantize", "it has 2 consumers"),
     axis_that_does_not_exist: ("one scale per channel", "its channel axis is 2, but 'x' has 2 dimensions"),
     too_many_scales: ("one scale per channel", "3 scales for 2 channels along axis 0"),
+    groups_that_do_not_divide: ("one scale per group", "groups of 2 do not divide the rows of 'x', which is [2, 3]"),
+    too_few_group_scales: ("one scale per group", "1 scales for 2 groups"),
     scale_of_zero: ("scales are positive and finite", "its scale is 0.0"),
     scale_of_nan: ("scales are positive and finite", "its scale is nan"),
     one_scale_infinite: ("scales are positive and finite", "one of its scales is not a positive"),
