@@ -128,7 +128,8 @@ def op(*targets: Callable[..., Any], when: Condition | None = None) -> Op:
 
 def _overloads(target: Callable[..., Any]) -> list[Callable[..., Any]]:
     if isinstance(target, OpOverloadPacket):
-        return [getattr(target, name) for name in target.overloads() if "out" not in name]
+        found = [getattr(target, name) for name in target.overloads()]
+        return [o for o in found if not any(a.is_out for a in o._schema.arguments)]
     if not callable(target):
         raise AnnotationError(f"{target!r} is not an op: give an overload such as torch.ops.aten.relu.default")
     return [target]

@@ -6,6 +6,7 @@ what did not happen (ignored annotations, flushed tensors, masked values) is lis
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -169,6 +170,8 @@ def _judge_node(
     note = node.meta.get(ANNOTATION)
     if note is None:
         return Verdict(op, FLOAT, explain(node))
+    if node.target is operator.getitem and (whole := made.get(node.all_input_nodes[0].name)) is not None:
+        return Verdict(op, whole.kind, whole.reason)
     rule = getattr(note, "rule", "") or "annotated"
     operands = _operands(node, gm, plan, constants)
     if operands.dynamic:

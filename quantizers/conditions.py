@@ -37,8 +37,9 @@ def in_eval_mode(node: Node) -> bool | str:
 
 def same_dtype(node: Node) -> bool | str:
     """A conversion that changes layout or device, not the dtype."""
-    before = operand_value(node, 0)
-    return True if before is not None and before.dtype == value(node).dtype else "it changes the dtype"
+    before, after = operand_value(node, 0), node.meta.get("val")
+    same = before is not None and isinstance(after, Tensor) and before.dtype == after.dtype
+    return True if same else "it changes the dtype"
 
 
 def zero_padding(node: Node) -> bool | str:
@@ -46,6 +47,11 @@ def zero_padding(node: Node) -> bool | str:
     if operand(node, "mode") not in (None, "constant"):
         return "it does not pad with a constant"
     return True if operand(node, "value") in (None, 0, 0.0) else "it pads with something else than zero"
+
+
+def moving_padding(node: Node) -> bool | str:
+    """A padding with zeros, or with values that the tensor has."""
+    return True if operand(node, "mode") in ("reflect", "replicate", "circular") else zero_padding(node)
 
 
 def not_transposed(node: Node) -> bool | str:

@@ -9,8 +9,9 @@ Wherever a spec is expected a rule may also say `Same` as another operand, `Deri
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -184,7 +185,12 @@ class Rule:
                     continue
                 is_rest = i > 0 and spec is not None
                 specs[producer] = SharedQuantizationSpec(edges[0]) if is_rest else self._concrete(spec, match, producer)
-        made[match.root].output_qspec = self._concrete(self.result, match, match.root)
+        result = self._concrete(self.result, match, match.root)
+        if result is None or not isinstance(match.root.meta.get("val"), list | tuple):
+            made[match.root].output_qspec = result
+            return made
+        for part in parts(match.root):
+            made[part] = replace(made[match.root], input_qspec_map={}, output_qspec=result)
         return made
 
     def _concrete(self, spec: Any, match: Match, producer: Node) -> Any:
@@ -216,6 +222,11 @@ class Rule:
             qscheme=qscheme,
             ch_axis=axis,
         )
+
+
+def parts(node: Node) -> list[Node]:
+    """The tensors that are picked from an op that returns several."""
+    return [user for user in node.users if user.target is operator.getitem]
 
 
 def _has(name: str, match: Match) -> bool:

@@ -26,7 +26,7 @@ from quant2e.quantizer import Quantizer
 from quant2e.specs import ANNOTATION, QuantizationAnnotation
 from quantizers.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
 from quantizers.provenance import Provenance, Source, is_float
-from quantizers.rule import Follow, Rule
+from quantizers.rule import Follow, Rule, parts
 from quantizers.settings import Choice
 
 _ACTIVE = object()
@@ -70,6 +70,10 @@ class RuleQuantizer(Quantizer):
         known = self.float_ops.get(short_name(node.target).removesuffix("_"), "")
         rooted = any(node.target in roots(rule.pattern) for rule in self.table(config))
         return known or ("" if rooted else f"no rule covers {node.target}")
+
+    def objection_to_node(self, node: Node) -> str | None:
+        """Why an op must stay float whatever rule matches it, if it must."""
+        return None
 
     def objection_to_edge(self, producer: Node, consumer: Node) -> str | None:
         """Why the use of one node's tensor by another must stay float, if it must."""
@@ -198,14 +202,21 @@ class _Pass:
         for node in match.nodes:
             if ANNOTATION in node.meta:
                 return f"'{node.name}' is already part of {self._owner(node)}"
-            if rule.result is None and isinstance(node.meta.get("val"), list | tuple):
-                continue  # embedding_bag and its kin answer with several tensors, none of which is quantized
+            if isinstance(node.meta.get("val"), list | tuple):
+                # Each tensor that is picked from a split; embedding_bag and its kin answer with several, all of them float.
+                reasons = map(self._not_quantizable, parts(node) if rule.result is not None else ())
+                if (reason := next(filter(None, reasons), None)) is not None:
+                    return f"a tensor picked from '{node.name}' is {reason}"
+                continue
             if (reason := self._not_quantizable(node)) is not None:
                 return f"the output of '{node.name}' is {reason}"
         source = self.provenance.source[match.root]
         if source is not Source.DATA and not rule.is_weight_only:
             return self.provenance.objection(match.root) or "a constant, computed from parameters and buffers"
         if (reason := self._operand_objection(rule, match)) is not None:
+            return reason
+        reasons = map(self.quantizer.objection_to_node, match.nodes)
+        if (reason := next(filter(None, reasons), None)) is not None:
             return reason
         if rule.follows and not self._continues(rule, match):
             return "its input is not quantized, so there is nothing to continue"
@@ -290,7 +301,9 @@ class _Pass:
         source = self.provenance.source[node]
         if source is not Source.DATA:
             return self.provenance.objection(node) or "a constant, computed from parameters and buffers"
-        nearest = self.trials.nearest(node)
+        nearest, own = self.trials.nearest(node), self.quantizer.objection_to_node(node)
+        if own is not None and (nearest is None or nearest.outcome != MATCHED or nearest.reason == own):
+            return own
         reason = "" if nearest is None else f"rule '{nearest.rule}': {nearest.reason}"
         # What a whole match was refused for is more telling than why a pattern that could absorb the op did not match.
         whole = nearest is not None and nearest.outcome == MATCHED

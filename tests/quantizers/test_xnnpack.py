@@ -63,7 +63,7 @@ def test_attention_with_a_mask():
         "rsub": mask,
         "mul": mask,
         "matmul": "XNNPACK computes it in float",
-        "mul_1": "rule 'mul': operand 'y' (operand 1) of 'mul_1' is the literal 0.5, not a tensor",
+        "mul_1": "it stands between ops that XNNPACK computes in float",
         "add": f"rule 'add': operand 'y' ('mul') is {mask}",
         "softmax": "XNNPACK computes it in float",
         "matmul_1": "XNNPACK computes it in float",
@@ -117,25 +117,57 @@ CONV = nn.Conv2d(3, 4, 3)
             for act, name in ((nn.ReLU(), "relu"), (nn.ReLU(inplace=True), "relu_"), (nn.ReLU6(), "hardtanh"),
                               (nn.Hardtanh(-2, 2), "hardtanh"), (nn.Hardtanh(inplace=True), "hardtanh_"))
         ),
-        # clamp is no fused activation of the delegate: an op of its own, in the same numbers
-        (
-            Of(lambda m, x: m.linear(x).clamp(-1, 1), linear=nn.Linear(8, 4)),
-            ROWS,
-            ["linear: inputs_0 a, linear_weight w0 -> a  [linear]", "clamp: linear = linear -> = linear>clamp  [clamp]"],
+        # of the clamps the delegate fuses relu and hardtanh, which is what a clamp on both sides is
+        *(
+            (
+                Of(lambda m, x, f=function: f(m.linear(x)), linear=nn.Linear(8, 4)),
+                ROWS,
+                ["linear: inputs_0 a, linear_weight w0  [linear]", f"{name}: -> a  [linear]"],
+            )
+            for function, name in (
+                (lambda y: y.clamp(-1, 1), "clamp"), (lambda y: y.clamp(max=6.0, min=0), "clamp"), (lambda y: y.clamp(min=0), "clamp"),
+                (lambda y: y.clamp_(-1, 1), "clamp_"), (lambda y: y.clamp_min(0), "clamp_min"), (lambda y: y.clip(0, 2), "clip"),
+                (lambda y: F.relu6(y, inplace=True), "relu6_"), (F.hardtanh_, "hardtanh_"), (lambda y: y.relu_(), "relu_"),
+            )
+        ),
+        # a clamp on one side is an op of its own, in the same numbers
+        *(
+            (
+                Of(lambda m, x, f=function: f(m.linear(x)), linear=nn.Linear(8, 4)),
+                ROWS,
+                ["linear: inputs_0 a, linear_weight w0 -> a  [linear]", f"{name}: linear = linear -> = linear>{name}  [clamp]"],
+            )
+            for function, name in (
+                (lambda y: y.clamp(max=1), "clamp"), (lambda y: y.clamp_min(-1), "clamp_min"), (lambda y: y.clamp_max(1), "clamp_max")
+            )
         ),
         (Of(lambda m, x: x + x), ROWS, ["add: inputs_0 a -> a  [add]"]),
         (Of(lambda m, x: x - x.flip(0)), ROWS, ["sub: inputs_0 a, flip a -> a  [sub]"]),
         (Of(lambda m, x: torch.sub(x, x.flip(0), alpha=2)), ROWS, []),
         (Of(lambda m, x: F.relu(x * x)), ROWS, ["mul: inputs_0 a -> a  [mul]", "relu: mul = mul -> = mul>relu  [clamp]"]),
-        (Of(lambda m, x: x * 2), ROWS, []),
+        # numbers become tensors
+        (Of(lambda m, x: x * 2), ROWS, ["mul: inputs_0 a, mul_number a -> a  [mul]"]),
+        (Of(lambda m, x: 3 - x), ROWS, ["rsub: rsub_number a, inputs_0 a -> a  [sub]"]),
+        (Of(lambda m, x: (x + 0.5) - 1), ROWS, [
+            "add: inputs_0 a, add_number a -> a  [add]",
+            "sub: add a, sub_number a -> a  [sub]",
+        ]),
+        (Of(lambda m, x: m.l(x).add_(3).mul_(2), l=nn.Linear(8, 4)), ROWS, [
+            "linear: inputs_0 a, l_weight w0 -> a  [linear]",
+            "add_: linear a, add__number a -> a  [add]",
+            "mul_: add_ a, mul__number a -> a  [mul]",
+        ]),
+        (Of(lambda m, x: x * 3e38), ROWS, []),
         (Of(lambda m, x: F.relu(x)), ROWS, []),
-        # one tensor twice is one input of the delegate, which wants two
         (Of(lambda m, x: torch.cat([x + x, x + x])), ROWS, [
             "add: inputs_0 a -> a  [add]",
             "add_1: inputs_0 a -> a  [add]",
             "cat: add = add, add_1 = add>cat -> = add>cat  [cat]",
         ]),
-        (Of(lambda m, x: (lambda a: torch.cat([a, a]))(x + x)), ROWS, ["add: inputs_0 a -> a  [add]"]),
+        (Of(lambda m, x: (lambda a: torch.cat([a, a]))(x + x)), ROWS, [
+            "add: inputs_0 a -> a  [add]",
+            "cat: add = add -> = add>cat  [cat]",
+        ]),
         (Of(lambda m, x: m.c(x).mean([2, 3], keepdim=True), c=CONV), IMAGE, [
             "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
             "mean: conv2d = conv2d -> a  [mean]",
@@ -150,8 +182,15 @@ CONV = nn.Conv2d(3, 4, 3)
             "pad: conv2d = conv2d -> = conv2d>pad  [moves]",
         ]),
         (Of(lambda m, x: F.pad(m.c(x), (0, 1), value=1.0), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
-        (Of(lambda m, x: F.pad(m.c(x), (1, 1, 1, 1), mode="reflect"), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
-        (Of(lambda m, x: m.c(x).mean([2, 3]), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
+        (Of(lambda m, x: F.pad(m.c(x), (1, 1, 1, 1), mode="reflect"), c=CONV), IMAGE, [
+            "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
+            "pad: conv2d = conv2d -> = conv2d>pad  [moves]",
+        ]),
+        (Of(lambda m, x: m.c(x).mean([2, 3]), c=CONV), IMAGE, [
+            "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
+            "mean: conv2d = conv2d -> a  [mean]",
+        ]),
+        (Of(lambda m, x: m.c(x).mean([1, 2]), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.avg_pool2d(m.c(x), 2), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.max_pool2d(m.c(x), 2, stride=3), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.adaptive_avg_pool2d(m.c(x), 2), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),

@@ -1,0 +1,56 @@
+"""What XNNPACK's numbers are: int8 activations per tensor, symmetric weights per tensor or channel."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from quant2e.config import QuantizationConfig
+from quant2e.specs import QuantizationSpec
+from quantizers.observers import activation_observer, weight_observer
+
+ACTIVATION_EPS = 2**-12
+"""Smallest scale of a static activation: the delegate bounds the ratios of scales."""
+
+DYNAMIC_EPS = torch.finfo(torch.float32).eps
+"""Smallest scale of a dynamic activation."""
+
+WEIGHT_EPS = 2**-16
+"""Smallest scale of a weight. The delegate stores a bias as int32 with scale s_x·s_w ≥ 2⁻²⁸, so |bias| < 8 always fits."""
+
+
+@lru_cache
+def get_symmetric_quantization_config(
+    is_per_channel: bool = False,
+    is_qat: bool = False,
+    is_dynamic: bool = False,
+    act_qmin: int = -128,
+    act_qmax: int = 127,
+    weight_qmin: int = -127,
+    weight_qmax: int = 127,
+) -> QuantizationConfig:
+    """int8 activations (affine, per tensor) and int8 weights (symmetric, per tensor or per output channel).
+
+    ``is_dynamic``: activations get their parameters at run time, and results stay float. Equal arguments give equal
+    configs. ``is_qat``: the specs make fake-quantizers, for `quant2e.prepare_qat_pt2e`.
+    """
+    activation = QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=activation_observer(is_dynamic, is_qat).with_args(
+            eps=DYNAMIC_EPS if is_dynamic else ACTIVATION_EPS
+        ),
+        quant_min=act_qmin,
+        quant_max=act_qmax,
+        qscheme=torch.per_tensor_affine,
+        is_dynamic=is_dynamic,
+    )
+    weight = QuantizationSpec(
+        dtype=torch.int8,
+        observer_or_fake_quant_ctr=weight_observer(is_per_channel, is_qat).with_args(eps=WEIGHT_EPS),
+        quant_min=weight_qmin,
+        quant_max=weight_qmax,
+        qscheme=torch.per_channel_symmetric if is_per_channel else torch.per_tensor_symmetric,
+        ch_axis=0 if is_per_channel else None,
+    )
+    return QuantizationConfig(activation, None if is_dynamic else activation, weight, None, is_qat)

@@ -1,0 +1,89 @@
+"""What the XNNPACK delegate refuses, as conditions on nodes and matches. Each answers True, or the reason why not."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from quant2e.dataflow import operand
+from quant2e.pattern import Match
+from quantizers.conditions import operand_value, spatial, value, zero_padding
+from quantizers.provenance import literal
+
+
+def up_to_two_dimensions(node: Node) -> bool | str:
+    """A convolution, not a transposed one, over one or two dimensions."""
+    if operand(node, "transposed"):
+        return "it is a transposed convolution"
+    dimensions = spatial(node)
+    return True if dimensions <= 2 else f"XNNPACK has no convolution in {dimensions} dimensions"
+
+
+def deconvolution_2d(node: Node) -> bool | str:
+    """A transposed convolution over two dimensions."""
+    if not operand(node, "transposed"):
+        return "it is not a transposed convolution"
+    return True if spatial(node) == 2 else "XNNPACK has transposed convolutions in two dimensions only"
+
+
+def stride_within_kernel(node: Node) -> bool | str:
+    """A pooling whose windows leave no gaps."""
+    kernel, stride = _pair(literal(node, "kernel_size")), _pair(literal(node, "stride") or literal(node, "kernel_size"))
+    if stride[0] > kernel[0] or stride[1] > kernel[1]:
+        return f"its stride {stride} exceeds its kernel {kernel}"
+    if operand(node, "ceil_mode") and not all(isinstance(size, int) for size in value(node).shape):
+        return "ceil_mode needs static shapes"
+    return True
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes[0], sizes[-1]
+
+
+def over_image(node: Node) -> bool | str:
+    """A mean over the two last of four dimensions. XNNPACK keeps them, and a reshape behind it removes them."""
+    before, dims = operand_value(node, 0), literal(node, "dim")
+    if before is None or before.dim() != 4 or sorted(d % 4 for d in dims or ()) != [2, 3]:
+        return "XNNPACK averages over the two last of four dimensions only"
+    return True if operand(node, "dtype") is None else "it changes the dtype"
+
+
+def to_one_pixel(node: Node) -> bool | str:
+    """An adaptive pooling that averages a whole image."""
+    before = operand_value(node, 0)
+    if before is None or before.dim() != 4 or tuple(value(node).shape[2:]) != (1, 1):
+        return "XNNPACK has average pooling to one pixel only, on four dimensions"
+    return True
+
+
+def ungrouped(match: Match) -> bool | str:
+    """A transposed convolution with one group."""
+    groups = operand(match.edges["w"][1], "groups")
+    return True if groups == 1 else f"with groups={groups} XNNPACK takes per-tensor weights only"
+
+
+def dense_2d(match: Match) -> bool | str:
+    """A convolution over two dimensions that is not depthwise."""
+    _, node = match.edges["w"]
+    if spatial(node) != 2:
+        return "XNNPACK has dynamic convolutions in two dimensions only"
+    groups = operand(node, "groups")
+    before = operand_value(node, 0)
+    depthwise = groups > 1 and (before is None or before.shape[1] == groups)
+    return "XNNPACK has no dynamic depthwise convolution" if depthwise else True
+
+
+def of_several(match: Match) -> bool | str:
+    """A concatenation of at least two tensors, which may be the same."""
+    return True if len(match.operands["x"]) > 1 else "XNNPACK concatenates at least two tensors"
+
+
+def pads_image(node: Node) -> bool | str:
+    """A padding that the delegate computes with the convolution behind it: zeros, around the spatial dimensions."""
+    if (answer := zero_padding(node)) is not True:
+        return answer
+    sizes, image = literal(node, "pad"), operand_value(node, 0)
+    if sizes is None or image is None or any(not isinstance(size, int) or size < 0 for size in sizes):
+        return "its sizes are not fixed, or it crops"
+    spatial_only = not any(sizes[2 * (image.dim() - 2) :])
+    return True if spatial_only and any(sizes) else "it does not pad the spatial dimensions"

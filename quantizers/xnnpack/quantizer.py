@@ -1,0 +1,208 @@
+"""XNNPACKQuantizer: what ExecuTorch's XNNPACK delegate runs on integers, annotated so that it is run there.
+
+The table (`quantizers.xnnpack.rules`) says what the delegate takes, its limits (`quantizers.xnnpack.limits`) what it
+refuses; everything else it runs, or leaves, in float, and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quant2e.config import QuantizationConfig
+from quant2e.dataflow import Constants, operand
+from quant2e.errors import AnnotationError
+from quant2e.pattern import Match, roots, short_name
+from quant2e.specs import PER_CHANNEL_SCHEMES
+from quantizers.clamps import clamps_as_fused
+from quantizers.composites import composites
+from quantizers.configurable import ConfigurableQuantizer
+from quantizers.families import MOVES
+from quantizers.float_regions import float_tail, stands_between_float_ops
+from quantizers.observers import weight_observer
+from quantizers.provenance import SENTINEL, Provenance, Source
+from quantizers.rule import Rule
+from quantizers.scalars import WITH_NUMBERS, scalars_as_tensors
+from quantizers.xnnpack.config import WEIGHT_EPS, get_symmetric_quantization_config
+from quantizers.xnnpack.rules import CLAMPS, ELEMENTWISE, PRODUCTS, dynamic_rules, static_rules
+
+_FLOAT = "XNNPACK computes it in float"
+_BETWEEN = "it stands between ops that XNNPACK computes in float"
+_FLOAT_OPS = (
+    "gelu", "softmax", "sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "elu", "leaky_relu", "prelu", "exp", "log",
+    "sqrt", "rsqrt", "abs", "neg", "pow", "div", "avg_pool2d", "matmul", "bmm", "mm", "scaled_dot_product_attention",
+    "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "upsample_bilinear2d",
+)  # fmt: skip
+
+_TYPICAL = get_symmetric_quantization_config(is_per_channel=True)
+_QUANTIZED = frozenset().union(*(roots(rule.pattern) for rule in static_rules(_TYPICAL)))
+"""Targets that some static rule ends in."""
+
+
+def _moves(node: Node) -> bool:
+    return node.target in MOVES
+
+
+def _floats(node: Node) -> bool:
+    known = node.target in _QUANTIZED or node.target in WITH_NUMBERS or _is_getitem(node)
+    return node.op == "call_function" and not known
+
+
+def _is_getitem(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _passes(node: Node) -> bool:
+    elementwise = node.target in ELEMENTWISE or node.target in WITH_NUMBERS
+    return elementwise or node.target in CLAMPS or _moves(node) or _is_getitem(node)
+
+
+class XNNPACKQuantizer(ConfigurableQuantizer):
+    """Annotates what ExecuTorch's XNNPACK delegate runs on 8-bit integers.
+
+    Static: convolutions, transposed convolutions in two dimensions and linear, with a fused relu or clamp; add, sub, mul,
+    also with a number; cat, pooling, clamps and ops that move values, where they continue a quantized region. Activations
+    that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic: linear and ordinary
+    two-dimensional convolutions. Weight-only configurations are refused: the delegate has no such kernels.
+
+    ``float_tail``: what a detector does behind its last convolution or linear, from the first sum or product on, stays
+    float: box decoding mixes ranges that no common scale holds.
+    """
+
+    has_linear: ClassVar[bool] = True
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
+    float_ops: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(_FLOAT_OPS, _FLOAT),
+        **dict.fromkeys(("conv3d", "conv_transpose1d", "conv_transpose3d"), "XNNPACK has no such convolution"),
+        **dict.fromkeys(
+            ("embedding", "embedding_bag"), "XNNPACK has no lookup; EmbeddingQuantizer stores tables as int8"
+        ),
+    }
+
+    def __init__(self, *, float_tail: bool = False) -> None:
+        super().__init__()
+        self.float_tail = float_tail
+        self._whole: dict[str, str] = {}
+        self._constants = Constants()
+
+    def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
+        """`get_symmetric_quantization_config`, with weights per output channel."""
+        return get_symmetric_quantization_config(is_per_channel=True, is_qat=is_qat, is_dynamic=is_dynamic)
+
+    def accept(self, config: Any) -> Any:
+        """Refuses what the delegate cannot run; widens per-tensor weights of dynamic configurations."""
+        activation, weight = config.input_activation, config.weight
+        if activation is None:
+            raise AnnotationError(
+                "a config without input_activation is weight-only, for which XNNPACK has no kernels; "
+                "use get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)"
+            )
+        for name, spec in (("input_activation", activation), ("weight", weight)):
+            if spec is not None and spec.dtype is not torch.int8:
+                raise AnnotationError(f"{name} has dtype {spec.dtype}; XNNPACK computes on torch.int8 only")
+        if weight is not None and weight.qscheme in (torch.per_channel_affine, torch.per_tensor_affine):
+            raise AnnotationError(
+                f"the weight is {weight.qscheme}; XNNPACK ignores zero points of weights: use a symmetric one"
+            )
+        if activation.is_dynamic and weight is not None and weight.qscheme not in PER_CHANNEL_SCHEMES:
+            self._own_notes.append("dynamic: weights are per channel, since XNNPACK takes no per-tensor weights there")
+            wide = replace(
+                weight,
+                qscheme=torch.per_channel_symmetric,
+                ch_axis=0,
+                observer_or_fake_quant_ctr=weight_observer(True, config.is_qat).with_args(eps=WEIGHT_EPS),
+            )
+            return replace(config, weight=wide)
+        return config
+
+    def table(self, config: Any) -> Sequence[Rule]:
+        """The rules of the delegate for one configuration."""
+        return dynamic_rules(config) if config.input_activation.is_dynamic else static_rules(config, self._alone)
+
+    @classmethod
+    def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
+        """Rule → patterns, for a static and a dynamic configuration."""
+        dynamic = dynamic_rules(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
+        return {rule.name: tuple(str(rule.pattern).split(" | ")) for rule in (*static_rules(_TYPICAL), *dynamic)}
+
+    def uncovered(self, node: Node, config: Any) -> str:
+        """As in the base class; also why a sum, difference or product with a number keeps its number."""
+        with_number = node.target in WITH_NUMBERS and not config.input_activation.is_dynamic
+        return _BETWEEN if with_number and not self._is_worth_it(node) else super().uncovered(node, config)
+
+    # ------------------------------------------------------------ the quantizer's interface
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Spell products as linear, numbers as tensors, and clamps as the delegate fuses them; no value changes."""
+        model = super().transform_for_annotation(model)
+        self._look(model)
+        provenance = Provenance(model)
+
+        def is_static(node: Node) -> bool:
+            config = self.choose(node).config
+            return config is not None and not config.input_activation.is_dynamic
+
+        def of_number(node: Node) -> bool:
+            number = operand(node, 1)
+            return (
+                is_static(node)
+                and provenance.source[node] is Source.DATA
+                and provenance.objection(node) is None
+                and isinstance(number, int | float)
+                and abs(number) < SENTINEL
+                and node.name not in self._whole
+                and self._is_worth_it(node)
+            )
+
+        def of_product(node: Node) -> bool:
+            return is_static(node) and operand(node, 0).target in PRODUCTS
+
+        clamps_as_fused(model, of_product)
+        scalars_as_tensors(model, of_number)
+        return model
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Annotate what the settings cover. Raises `AnnotationError` for settings that match nothing."""
+        self._look(model)
+        return super().annotate(model)
+
+    def objection_to_node(self, node: Node) -> str | None:
+        """Why an op stays float although a rule would match it: a piece of a composite, or of the float tail."""
+        return self._whole.get(node.name)
+
+    def _look(self, model: GraphModule) -> None:
+        """Find what stays float as a whole."""
+        self._constants = Constants()
+        self._whole = {}
+        for node, (root, source) in composites(model.graph, _floats, _moves).items():
+            if not _floats(node):
+                self._whole[node.name] = (
+                    f"part of a function of '{source.name}' that ends in '{root.name}' and stays whole"
+                )
+        if self.float_tail:
+            tail = float_tail(model.graph, lambda n: n.target in PRODUCTS, self._mixes)
+            self._whole |= {
+                n.name: f"float tail: behind the last product, from '{first.name}' on" for n, first in tail.items()
+            }
+
+    def _mixes(self, node: Node) -> bool:
+        return node.op == "call_function" and short_name(node.target).removesuffix("_") in (
+            "add",
+            "sub",
+            "rsub",
+            "mul",
+            "div",
+        )
+
+    def _alone(self, match: Match) -> bool | str:
+        return self._is_worth_it(match.root) or _BETWEEN
+
+    def _is_worth_it(self, node: Node) -> bool:
+        def floats(other: Node) -> bool:
+            return other.name in self._whole or _floats(other)
+
+        return not stands_between_float_ops(node, self._constants, lambda n: not floats(n) and _passes(n), floats)

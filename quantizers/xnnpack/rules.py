@@ -1,0 +1,79 @@
+"""The table of what XNNPACK runs on integers, for a static and for a dynamic configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from quant2e.pattern import Either, Match, Op, op
+from quant2e.specs import PER_CHANNEL_SCHEMES
+from quantizers import families as f
+from quantizers.rule import Derived, Follow, Rule, Same, accumulator_scale
+from quantizers.xnnpack import limits
+
+aten = torch.ops.aten
+
+_PADDED = op(aten.pad.default, aten.constant_pad_nd.default, when=limits.pads_image)(f.x)
+_CONVOLUTION = op(aten.convolution.default, when=limits.up_to_two_dimensions)(f.x, f.w, f.b)
+_DECONVOLUTION = op(aten.convolution.default, when=limits.deconvolution_2d)(f.x, f.w, f.b)
+_MAX_POOL = op(aten.max_pool2d.default, when=limits.stride_within_kernel)
+_MEAN = op(aten.mean.dim, when=limits.over_image)
+_GLOBAL_POOL = op(aten.adaptive_avg_pool2d.default, when=limits.to_one_pixel)
+_FUSED_CLAMP = op(aten.relu.default, aten.hardtanh.default, aten.relu6.default)
+_CLAMP = op(*_FUSED_CLAMP.targets, *f.clamp.targets)
+
+PRODUCTS = frozenset().union(
+    *(pattern.targets for pattern in (f.conv1d, f.conv2d, _CONVOLUTION, f.conv_transpose2d, f.linear))
+)
+"""Ops with a weight: what computes, and what a clamp is fused into."""
+
+ELEMENTWISE = frozenset().union(*(pattern.targets for pattern in (f.add, f.sub, f.mul)))
+"""Ops of two tensors, whose results have ranges of their own."""
+
+CLAMPS = _CLAMP.targets
+
+ACCUMULATOR = Derived(("x", "w"), accumulator_scale, dtype=torch.float32)
+"""A bias stays float, on the grid to which XNNPACK rounds it: the Q/DQ graph then computes what the delegate does."""
+
+
+def _clamped(pattern: Op) -> Either:
+    return _FUSED_CLAMP(pattern) | pattern
+
+
+def static_rules(config: Any, alone: Callable[[Match], bool | str] | None = None) -> tuple[Rule, ...]:
+    """``alone``: a condition on elementwise ops, which are not always worth quantizing by themselves."""
+    act, out, weight = config.input_activation, config.output_activation, config.weight
+    product: dict[str, Any] = {"x": act, "w": weight}
+    if act is not None and weight is not None:
+        product["b"] = ACCUMULATOR
+    per_channel = weight is not None and weight.qscheme in PER_CHANNEL_SCHEMES
+    deconv = product | {"w": replace(weight, ch_axis=1) if per_channel else weight}
+    limit = limits.ungrouped if per_channel else None
+    padded = _clamped(f.conv1d(_PADDED, f.w, f.b)) | _clamped(f.conv2d(_PADDED, f.w, f.b))
+    both = {"x": act, "y": act}
+    return (
+        Rule(padded, product, out, name="pad + conv"),
+        Rule(_clamped(f.conv1d) | _clamped(f.conv2d) | _clamped(_CONVOLUTION), product, out, name="conv"),
+        Rule(_clamped(f.conv_transpose2d) | _clamped(_DECONVOLUTION), deconv, out, limit, "conv_transpose2d"),
+        Rule(_clamped(f.linear), product, out, name="linear"),
+        Rule(f.relu(f.add(f.x, f.y)) | f.add(f.x, f.y), both, out, alone, "add"),
+        Rule(f.sub(f.x, f.y), both, out, alone, "sub"),
+        Rule(f.mul(f.x, f.y), both, out, alone, "mul"),
+        Rule(f.cat(f.x), {"x": Follow(act)}, Same("x"), limits.of_several, "cat"),
+        Rule(_MAX_POOL(f.x), {"x": Follow(act)}, Same("x"), name="max_pool2d"),
+        Rule(_MEAN(f.x) | _GLOBAL_POOL(f.x), {"x": Follow(act)}, out, name="mean"),
+        Rule(_CLAMP(f.x), {"x": Follow(act)}, Same("x"), name="clamp"),
+        Rule(f.moves, {"x": Follow(act)}, Same("x"), name="moves"),
+    )
+
+
+def dynamic_rules(config: Any) -> tuple[Rule, ...]:
+    """Products with activations quantized at run time; results stay float."""
+    product = {"x": config.input_activation, "w": config.weight}
+    return (
+        Rule(f.linear, product, name="dynamic linear"),
+        Rule(f.conv2d | _CONVOLUTION, product, None, limits.dense_2d, "dynamic conv2d"),
+    )
