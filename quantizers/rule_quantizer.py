@@ -255,7 +255,12 @@ class _Pass:
     def _continues(self, rule: Rule, match: Match) -> bool:
         """Whether the producers that the rule follows are quantized: one of them, or every one where the rule says so."""
         following = {name: spec for name, spec in rule.operands.items() if isinstance(spec, Follow)}
-        quantized = {n: [self.is_quantized(p) for p, _ in match.operands.get(n, ())] for n in following}
+        quantized = {
+            name: [
+                self.is_quantized(p) or (spec.inputs and p.op == "placeholder") for p, _ in match.operands.get(name, ())
+            ]
+            for name, spec in following.items()
+        }
         every = all(all(quantized[name]) for name, spec in following.items() if spec.every)
         return every and any(any(answers) for answers in quantized.values())
 

@@ -190,6 +190,10 @@ CONV = nn.Conv2d(3, 4, 3)
             "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
             "mean: conv2d = conv2d -> a  [mean]",
         ]),
+        # cat and mean also begin a quantized region, at an input
+        (Of(lambda m, x: torch.cat([x, x])), ROWS, ["cat: inputs_0 a -> = inputs_0>cat  [cat]"]),
+        (Of(lambda m, x: F.adaptive_avg_pool2d(x, 1)), IMAGE, ["adaptive_avg_pool2d: inputs_0 a -> a  [mean]"]),
+        (Of(lambda m, x: torch.cat([x.exp(), x.exp()])), ROWS, []),
         (Of(lambda m, x: m.c(x).mean([1, 2]), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.avg_pool2d(m.c(x), 2), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.max_pool2d(m.c(x), 2, stride=3), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
