@@ -1,0 +1,196 @@
+"""The entry: graphs over a quantizer's own capabilities, and a report of what is wrong with it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from quant2e.errors import AnnotationError, Quant2eError
+from quant2e.integer.requantization import Requantization
+from quantizers.conformance.capabilities import Capabilities, capabilities, opt_in_rules
+from quantizers.conformance.draft import shapes_of
+from quantizers.conformance.examine import Limits, Outcome, examine
+from quantizers.conformance.generate import by_dice, random_programs, single
+from quantizers.conformance.program import Program
+from quantizers.conformance.report import WARNINGS, Conformance, Finding
+
+ATTEMPTS = 6
+"""How often a graph for one alternative of a rule is drawn, until the rule applies to one."""
+
+
+def check(
+    quantizer: Any,
+    *,
+    examples: int = 25,
+    seed: int = 0,
+    seconds: float = 60.0,
+    min_sqnr_db: float = 8.0,
+    requantization: Requantization | None = "float32",
+    strict: bool = False,
+) -> Conformance:
+    """Run a quantizer through generated graphs, and say what is wrong with it.
+
+    ``quantizer``: an object with PT2E's methods, configured as it will be used, or a class or function that makes one.
+    Graphs are composed of its own rules' patterns (`RuleQuantizer`, and compositions of them), or of common ops for a
+    quantizer that does not tell. Each goes through annotate, prepare, calibrate, convert and the integer reference.
+
+    ``examples``: random compositions, besides the graphs for each alternative of each rule. ``seed``: equal seeds give
+    equal graphs. ``seconds``: no further graph is begun after that. ``min_sqnr_db``: every result's distance from float.
+    ``requantization``: arithmetic of the integer reference, None leaves it out; ``strict``: every quantized op must have
+    an integer form. Raises `Quant2eError` where Hypothesis, which composes the graphs, is not installed.
+    """
+    quantizer = _instance(quantizer)
+    search = _Search(
+        quantizer,
+        capabilities(quantizer),
+        Limits(min_sqnr_db, requantization, strict, mixes=bool(getattr(quantizer, "quantizers", None))),
+        seed,
+        time.monotonic() + seconds,
+    )
+    search.cover_rules()
+    search.compose(examples)
+    search.judge_rules()
+    return search.report()
+
+
+def _instance(quantizer: Any) -> Any:
+    made = quantizer if callable(getattr(quantizer, "annotate", None)) and not isinstance(quantizer, type) else None
+    if made is None and callable(quantizer):
+        made = quantizer()
+    if not callable(getattr(made, "annotate", None)):
+        raise AnnotationError(f"{quantizer!r} is no quantizer, and makes none: it needs a method annotate(model)")
+    return made
+
+
+class _Search:
+    """One check while it runs."""
+
+    def __init__(self, quantizer: Any, known: Capabilities, limits: Limits, seed: int, deadline: float) -> None:
+        self.quantizer, self.known, self.limits, self.seed, self.deadline = quantizer, known, limits, seed, deadline
+        self.examples = 0
+        self.complete = True
+        self.reached: Counter[str] = Counter(dict.fromkeys(known.rules, 0))
+        self.written: Counter[str] = Counter()
+        self.weighted: dict[tuple[str, str], dict[bool, tuple[str, Program]]] = {}
+        self.findings: dict[tuple[str, str, str], Finding] = {}
+
+    def _late(self) -> bool:
+        late = time.monotonic() > self.deadline
+        self.complete &= not late
+        return late
+
+    def cover_rules(self) -> None:
+        """Graphs of one piece, until each rule has applied."""
+        for number, piece in enumerate(self.known.pieces):
+            for attempt in range(ATTEMPTS):
+                if self._late() or (attempt and (not piece.rule or self.reached[piece.rule])):
+                    break
+                program = single(piece, self.known, by_dice(self.seed + 1000 * number + attempt))
+                if program is not None:
+                    self.written[piece.rule] += 1
+                    self.look_at(program)
+
+    def compose(self, examples: int) -> None:
+        """Random compositions."""
+        if self._late():
+            return
+        try:
+            programs = list(random_programs(self.known, examples, self.seed))
+        except ImportError as error:
+            raise Quant2eError(
+                "quantizers.conformance composes graphs with Hypothesis, which is not installed: pip install hypothesis"
+            ) from error
+        for program in programs:
+            if self._late():
+                return
+            self.look_at(program)
+
+    def look_at(self, program: Program) -> None:
+        """Examine a program, and make it smaller where it shows something new."""
+        outcome = examine(self.quantizer, program, self.limits, self.seed)
+        self.examples += outcome.ran
+        self.reached.update(outcome.reached)
+        for key, ways in outcome.weighted.items():
+            for quantized, node in ways.items():
+                self.weighted.setdefault(key, {}).setdefault(quantized, (node, program))
+        for finding in outcome.findings:
+            if finding.key not in self.findings:
+                self.findings[finding.key] = self._smallest(finding, program)
+
+    def _smallest(self, finding: Finding, program: Program) -> Finding:
+        """The finding with the smallest program that shows it: steps are left out as long as it stays."""
+        best = finding.of(program)
+        shrinking = True
+        while shrinking and not self._late():
+            shrinking = False
+            assert best.reproducer is not None
+            for smaller in best.reproducer.smaller(shapes_of(best.reproducer)):
+                if self._late():
+                    break
+                again = _same_kind(finding, self._try(smaller))
+                if again is not None:
+                    best, shrinking = again.of(smaller), True
+                    break
+        return best
+
+    def _try(self, program: Program) -> Outcome:
+        try:
+            shapes_of(program)
+            return examine(self.quantizer, program, self.limits, self.seed)
+        except Exception:  # noqa: BLE001  # a program that lost too much to run
+            return Outcome()
+
+    def judge_rules(self) -> None:
+        """Rules that never applied; ops that lose their activations now and then."""
+        opt_in = opt_in_rules(self.quantizer)
+        for rule, why in self.known.unwritten:
+            self._add(Finding("not generated", why, rule))
+        for rule, count in self.reached.items():
+            if count or rule in opt_in or any(rule == name for name, _ in self.known.unwritten):
+                continue
+            if self.limits.mixes or not self.complete:
+                continue
+            self._add(Finding("never reached", self._why_never(rule), rule))
+        activations = {op for (_, op), ways in self.weighted.items() if True in ways}
+        for (rule, op), ways in self.weighted.items():
+            if op in activations and set(ways) == {False} and not self.limits.mixes:
+                node, program = ways[False]
+                message = "its weight is quantized and its activation is not: it computes in float on a dequantized weight"
+                self._add(Finding("island", message, rule, node, op, program))
+
+    def _why_never(self, rule: str) -> str:
+        tried = f"none of {self.examples} graphs, {self.written[rule]} of them written for it,"
+        explain = getattr(self.quantizer, "lost_to", None)
+        why = explain(rule) if callable(explain) else ""
+        return f"{tried} was annotated by it" + (f": {why}" if why else "")
+
+    def _add(self, finding: Finding) -> None:
+        warning = finding.kind in WARNINGS
+        self.findings.setdefault(finding.key, replace(finding, warning=warning))
+
+    def report(self) -> Conformance:
+        """The result, errors first."""
+        ordered = sorted(self.findings.values(), key=lambda f: f.warning)
+        notes = list(self._notes())
+        return Conformance(
+            type(self.quantizer).__name__,
+            tuple(ordered),
+            self.examples,
+            dict(self.reached),
+            self.seed,
+            self.complete,
+            tuple(notes),
+        )
+
+    def _notes(self) -> Iterator[str]:
+        if not self.known.declared:
+            yield "it does not declare all its rules: graphs are made of ops in common use"
+        if not self.complete:
+            yield f"stopped by the time limit after {self.examples} graphs: rules that nothing reached are not reported"
+
+
+def _same_kind(finding: Finding, outcome: Outcome) -> Finding | None:
+    return next((f for f in outcome.findings if f.key == finding.key), None)

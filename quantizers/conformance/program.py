@@ -1,0 +1,205 @@
+"""A generated model, as a value: straight-line calls of ATen ops that print, run, and can be made smaller.
+
+    x0: float32[2, 4, 8, 8]
+    v0 = conv2d.default(x0, weight[8, 4, 3, 3], bias[8], [1, 1], [1, 1])
+    v1 = relu.default(v0)
+    return v1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """The value of that number: first the inputs of the program, then the results of its steps."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter of its own. ``fan_in``: how many products one output sums up, so that results stay near 1."""
+
+    shape: Shape
+    fan_in: int = 1
+    role: str = "weight"
+
+    def __str__(self) -> str:
+        return f"{self.role}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """An input of the program: floats from a normal distribution, or integers ``0..limit-1`` where there is a limit."""
+
+    shape: Shape
+    limit: int = 0
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """One tensor of that kind."""
+        if self.limit:
+            return torch.randint(self.limit, self.shape, generator=generator)
+        return torch.randn(self.shape, generator=generator)
+
+    def __str__(self) -> str:
+        return f"{'int64' if self.limit else 'float32'}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call. Operands are `Ref`, `Weight`, literals, or lists of them."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def refs(self) -> Iterator[int]:
+        """Numbers of the values it reads, as often as it reads them."""
+        for item in _leaves((self.args, tuple(value for _, value in self.kwargs))):
+            if isinstance(item, Ref):
+                yield item.index
+
+    def changed(self, change: Callable[[Any], Any]) -> Step:
+        """The same call with every operand put through ``change``."""
+        return replace(
+            self, args=_mapped(self.args, change), kwargs=tuple((k, _mapped(v, change)) for k, v in self.kwargs)
+        )
+
+    def call(self, value: Callable[[Any], Any]) -> Any:
+        """The result, with ``value`` telling what `Ref` and `Weight` stand for."""
+        step = self.changed(lambda item: value(item) if isinstance(item, Ref | Weight) else item)
+        return step.target(*step.args, **dict(step.kwargs))
+
+
+def _leaves(items: Any) -> Iterator[Any]:
+    for item in items if isinstance(items, tuple | list) else (items,):
+        if isinstance(item, tuple | list):
+            yield from _leaves(item)
+        else:
+            yield item
+
+
+def _mapped(items: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(items, tuple | list):
+        return type(items)(_mapped(item, change) for item in items)
+    return change(items)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """``inputs``, ``steps`` and the numbers of the values it returns."""
+
+    inputs: tuple[Given, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[int, ...]
+
+    def module(self, seed: int = 0) -> nn.Module:
+        """A module that computes the program, in eval mode, with parameters made from ``seed``."""
+        return _Module(self, seed).eval()
+
+    def batches(self, count: int, seed: int = 0) -> list[tuple[Tensor, ...]]:
+        """Inputs for ``count`` calls."""
+        generator = torch.Generator().manual_seed(seed + 1)
+        return [tuple(given.sample(generator) for given in self.inputs) for _ in range(count)]
+
+    def __str__(self) -> str:
+        lines = [f"x{i}: {given}" for i, given in enumerate(self.inputs)]
+        for number, step in enumerate(self.steps):
+            target = str(step.target).removeprefix("aten.")
+            parts = [self._spelled(a) for a in step.args] + [f"{k}={self._spelled(v)}" for k, v in step.kwargs]
+            lines.append(f"v{number} = {target}({', '.join(parts)})")
+        return "\n".join([*lines, f"return {', '.join(map(self._name, self.outputs))}"])
+
+    def _name(self, index: int) -> str:
+        return f"x{index}" if index < len(self.inputs) else f"v{index - len(self.inputs)}"
+
+    def _spelled(self, item: Any) -> str:
+        if isinstance(item, tuple | list):
+            return f"[{', '.join(map(self._spelled, item))}]"
+        return self._name(item.index) if isinstance(item, Ref) else str(item)
+
+    def smaller(self, shapes: Sequence[Shape | None]) -> Iterator[Program]:
+        """Programs with one step or one output less. The result of a step that goes becomes an input.
+
+        ``shapes``: of every value, None for what cannot be an input (integers, lists of tensors).
+        """
+        for number in reversed(range(len(self.steps))):
+            shape = shapes[len(self.inputs) + number]
+            if shape is not None:
+                yield self._without(number, shape)
+        for i in range(len(self.outputs)):
+            if len(self.outputs) > 1:
+                yield self._pruned(self.outputs[:i] + self.outputs[i + 1 :])
+
+    def _without(self, number: int, shape: Shape) -> Program:
+        old, new = len(self.inputs) + number, len(self.inputs)
+
+        def moved(index: int) -> int:
+            if index == old:
+                return new
+            return index if index < new else index + 1 if index < old else index
+
+        steps = tuple(
+            step.changed(lambda item: Ref(moved(item.index)) if isinstance(item, Ref) else item)
+            for i, step in enumerate(self.steps)
+            if i != number
+        )
+        grown = Program((*self.inputs, Given(shape)), steps, tuple(moved(i) for i in self.outputs))
+        return grown._pruned(grown.outputs)
+
+    def _pruned(self, outputs: tuple[int, ...]) -> Program:
+        """Without what no output needs, and without outputs that are inputs as they came."""
+        needed = {i for i in outputs if i >= len(self.inputs)} or set(outputs)
+        for number in reversed(range(len(self.steps))):
+            if len(self.inputs) + number in needed:
+                needed |= set(self.steps[number].refs())
+        kept = sorted(needed)
+        place = {old: new for new, old in enumerate(kept)}
+        steps = tuple(
+            step.changed(lambda item: Ref(place[item.index]) if isinstance(item, Ref) else item)
+            for number, step in enumerate(self.steps)
+            if len(self.inputs) + number in needed
+        )
+        inputs = tuple(given for i, given in enumerate(self.inputs) if i in needed)
+        return Program(inputs, steps, tuple(place[i] for i in outputs if i in place))
+
+
+class _Module(nn.Module):
+    def __init__(self, program: Program, seed: int) -> None:
+        super().__init__()
+        self._program = program
+        generator = torch.Generator().manual_seed(seed)
+        for number, step in enumerate(program.steps):
+            for place, item in enumerate(_leaves((step.args, tuple(v for _, v in step.kwargs)))):
+                if isinstance(item, Weight):
+                    values = torch.randn(item.shape, generator=generator) / math.sqrt(item.fan_in)
+                    self.register_parameter(f"{item.role}_{number}_{place}", nn.Parameter(values))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        values: list[Any] = list(inputs)
+        parameters: Mapping[str, Tensor] = dict(self.named_parameters())
+        for number, step in enumerate(self._program.steps):
+            values.append(_named_weights(step, number, parameters).call(lambda ref: values[ref.index]))
+        return tuple(values[i] for i in self._program.outputs)
+
+
+def _named_weights(step: Step, number: int, parameters: Mapping[str, Tensor]) -> Step:
+    """The step with its parameters in place of their descriptions."""
+    place = -1
+
+    def change(item: Any) -> Any:
+        nonlocal place
+        place += 1
+        return parameters[f"{item.role}_{number}_{place}"] if isinstance(item, Weight) else item
+
+    return step.changed(change)
