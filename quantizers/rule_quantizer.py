@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.dataflow import Constants
 from quant2e.dialect import DEQUANTIZE
+from quant2e.in_place import WrittenInSight, written_in_sight
 from quant2e.interop import node_tensor
 from quant2e.pattern import Match, explain, roots, short_name, solutions
 from quant2e.quantizer import Quantizer
@@ -49,7 +50,8 @@ class RuleQuantizer(Quantizer):
         self.notes: list[str] = []
         """What the user should know about the choices made, for the report."""
         self._why: dict[str, str] = {}
-        self._trials = Trials()
+        self.trials = Trials()
+        """What the last run tried, rule by rule and node by node; `explain` reads it."""
 
     # ------------------------------------------------------------ what subclasses may say
 
@@ -90,7 +92,7 @@ class RuleQuantizer(Quantizer):
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate all matches."""
         run = _Pass(self, model)
-        self._why, self._trials = run.run(), run.trials
+        self._why, self.trials = run.run(), run.trials
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -108,7 +110,7 @@ class RuleQuantizer(Quantizer):
         what, which nearly matched and why not. Call it after `annotate`, with a node of that graph or of what it became.
         """
         rules = [rule for config in self.configs() for rule in self.table(config)]
-        return self._trials.text(node, self.reason(node), rules)
+        return self.trials.text(node, self.reason(node), rules)
 
     @classmethod
     def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
@@ -127,9 +129,11 @@ class _Pass:
     choices: dict[Node, Choice] = field(init=False)
     computed: set[Node] = field(default_factory=set)
     trials: Trials = field(default_factory=Trials)
+    written: dict[Node, WrittenInSight] = field(init=False)
 
     def __post_init__(self) -> None:
         self.provenance = Provenance(self.gm)
+        self.written = written_in_sight(self.gm.graph)
         calls = [node for node in self.gm.graph.nodes if node.op == "call_function"]
         self.choices = {node: self.quantizer.choose(node) for node in calls}
 
@@ -232,6 +236,8 @@ class _Pass:
                     return reason
                 if (reason := self._not_quantizable(producer)) is not None:
                     return f"operand '{name}' is {reason}"
+                if (written := self.written.get(producer)) is not None and consumer in written.consumers:
+                    return f"operand '{name}' is written in place by '{written.writer.name}', where others see it"
                 if (reason := self.provenance.objection(producer)) is not None:
                     return f"operand '{name}' ('{producer.name}') is {reason}"
         return None

@@ -29,7 +29,7 @@ LAYERS: Mapping[str, frozenset[str]] = {
 """Each folder, and the folders of this project that it may import."""
 
 SHIPPED = ("quant2e", "quantizers", "lowering")
-"""The packages that a user installs: torch, numpy and the standard library only, but for `LAZY`."""
+"""The packages that a user installs: torch, numpy and the standard library only, but for `LAZY` and `OPTIONAL`."""
 
 LAZY: Mapping[str, str] = {
     "executorch": "executorch",
@@ -40,6 +40,9 @@ LAZY: Mapping[str, str] = {
     "torch.onnx": "onnx",
 }
 """Module prefix → target. Only lowering may import it, inside functions, and one file (or folder) per target."""
+
+OPTIONAL: Mapping[str, str] = {"hypothesis": "quantizers/conformance/", "torchao": "quantizers/torchao.py"}
+"""Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place."""
 
 INSTEAD: Mapping[str, str] = {
     "torch.ao": "take the quantized_decomposed ops from quant2e.dialect; specs and observers have their own files",
@@ -127,6 +130,8 @@ def complaint(path: str, found: Import) -> str:
         return ""
     if found.is_of("torch.ao"):
         return "" if path == DIALECT else "only quant2e/dialect.py may reach into torch.ao"
+    if path.startswith(OPTIONAL.get(top, "/")):
+        return "" if found.lazy else "import it inside the function that needs it: it is optional"
     if any(found.is_of(prefix) for prefix in LAZY):
         if folder != "lowering":
             return f"{folder} may not import {top if top != 'torch' else '.'.join(found.module.split('.')[:2])}"
@@ -192,6 +197,8 @@ ALLOWED = [
     ("lowering/mobile/xnnpack.py", "def f():\n    import executorch.exir"),
     ("lowering/onnx.py", "def f():\n    import onnx, onnxruntime\n    import torch.onnx"),
     ("benchmarks/demo.py", "import rich, transformers, torchao, lowering, quantizers"),
+    ("quantizers/conformance/generate.py", "def f():\n    from hypothesis import strategies"),
+    ("quantizers/torchao.py", "def f():\n    import torchao.quantization.pt2e"),
     ("tests/test_peers.py", "import torchao, torch.ao.quantization, executorch.exir, benchmarks.demo"),
 ]
 
@@ -216,6 +223,9 @@ FORBIDDEN = [
     ("quant2e/passes/fold.py", "from ...lowering import x", "quant2e may not import lowering"),
     ("quantizers/x86.py", "import lowering.inductor", "quantizers may not import lowering"),
     ("quantizers/x86.py", "from torchao.quantization import pt2e", "torch, numpy and the standard library only"),
+    ("quantizers/conformance/generate.py", "import hypothesis", "inside the function that needs it: it is optional"),
+    ("quantizers/rule.py", "def f():\n    import hypothesis", "torch, numpy and the standard library only"),
+    ("quantizers/torchao.py", "import torchao", "inside the function that needs it: it is optional"),
     ("lowering/api.py", "from quantizers import XNNPACKQuantizer", "lowering may not import quantizers"),
     ("lowering/inductor.py", "import torch._inductor.config", "inside the function that needs it"),
     ("lowering/inductor.py", "class A:\n    from torch import _inductor", "inside the function that needs it"),

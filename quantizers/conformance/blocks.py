@@ -6,6 +6,7 @@ A block takes a `Call`, which says what the pattern wants of the operands, and w
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,7 +67,9 @@ class Call:
         return made if needed else self.draft.choose([made, made, None])
 
 
-def build(draft: Draft, pattern: Any, bound: dict[str, Any], *, rank: int | None = None, shape: Shape | None = None) -> Ref:
+def build(
+    draft: Draft, pattern: Any, bound: dict[str, Any], *, rank: int | None = None, shape: Shape | None = None
+) -> Ref:
     """Write the calls of a pattern. Raises `UnfitError` when they cannot be made."""
     op = draft.choose(pattern.choices) if isinstance(pattern, Either) else pattern
     target = draft.choose(sorted((t for t in op.targets if is_known(t)), key=str))
@@ -92,9 +95,7 @@ def _convolution(dimensions: int) -> Block:
         if getattr(call.target, "_overloadname", "") == "padding":
             stride, padding = 1, choose(["same", "valid"])
         b = call.bias(2, out)
-        return call.draft.call(
-            call.target, x, w, b, [stride] * dimensions, padding, [dilation] * dimensions, groups
-        )
+        return call.draft.call(call.target, x, w, b, [stride] * dimensions, padding, [dilation] * dimensions, groups)
 
     return block
 
@@ -221,8 +222,6 @@ def _embedding_bag(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
     bag = call.draft.call(
         call.target, call.weight(0, (rows, width), width), indices, offsets, False, call.draft.choose([0, 1])
     )
-    import operator
-
     return call.draft.call(operator.getitem, bag, 0)
 
 
@@ -239,6 +238,8 @@ def _moved(call: Call, rank: int | None, shape: Shape | None) -> Ref:
     known = [len(call.draft.shape(ref)) for ref in call.draft.floats()]
     ranks = (*[r for r in known[:2] if r in ranks], *ranks)
     x = call.data(0, rank=rank if rank is not None else call.draft.choose(ranks), shape=shape)
+    if len(call.draft.shape(x)) not in MOVES[call.target].ranks:
+        raise UnfitError
     arguments, keywords = MOVES[call.target].arguments(call.draft.shape(x), call.draft.choose)
     return call.draft.call(call.target, x, *arguments, **keywords)
 
@@ -262,7 +263,9 @@ _BY_NAME: Mapping[str, Block] = {
         ("relu", "relu6", "hardswish", "hardsigmoid", "silu", "sigmoid", "tanh", "neg", "abs", "elu", "selu", "mish"),
         _unary(),
     ),
-    "gelu": _unary((),),
+    "gelu": _unary(
+        (),
+    ),
     "leaky_relu": _unary((), (0.1,)),
     "hardtanh": _unary((), (0.0, 6.0), (-1.0, 0.5)),
     "clamp": _unary((0.0,), (-1.0, 1.0), (0.0, 6.0)),
@@ -288,8 +291,9 @@ def is_known(target: Any) -> bool:
         return False
     if short_name(target).removesuffix("_") in _BY_NAME:
         return _overload_is_known(target)
-    first, *rest = target._schema.arguments or [None]
-    return str(getattr(first, "type", "")) == "Tensor" and all(a.has_default_value() for a in rest)
+    arguments = target._schema.arguments
+    takes_one = bool(arguments) and str(arguments[0].type) == "Tensor"
+    return takes_one and all(a.has_default_value() for a in arguments[1:])
 
 
 def _overload_is_known(target: OpOverload) -> bool:
@@ -302,6 +306,6 @@ def _overload_is_known(target: OpOverload) -> bool:
         "softmax": {"int"},
         "log_softmax": {"int"},
         "cat": {"default"},
-        **dict.fromkeys(("add", "sub", "mul", "div"), {"Tensor"}),
+        **{key: {"Tensor"} for key in ("add", "sub", "mul", "div")},
     }
     return overload in allowed.get(name, {"default", "Tensor", "input", "padding", "dim"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,12 +13,15 @@ from quant2e.integer.requantization import Requantization
 from quantizers.conformance.capabilities import Capabilities, capabilities, opt_in_rules
 from quantizers.conformance.draft import shapes_of
 from quantizers.conformance.examine import Limits, Outcome, examine
-from quantizers.conformance.generate import by_dice, random_programs, single
+from quantizers.conformance.generate import ODDITIES, by_dice, odd, random_programs, single
 from quantizers.conformance.program import Program
 from quantizers.conformance.report import WARNINGS, Conformance, Finding
 
-ATTEMPTS = 6
+ATTEMPTS = 24
 """How often a graph for one alternative of a rule is drawn, until the rule applies to one."""
+
+SHRUNK, TRIES = 2, 30
+"""So many findings of one kind get a smaller graph, in so many tries each: examining a graph takes its time."""
 
 
 def check(
@@ -51,6 +54,7 @@ def check(
         time.monotonic() + seconds,
     )
     search.cover_rules()
+    search.cover_oddities()
     search.compose(examples)
     search.judge_rules()
     return search.report()
@@ -74,6 +78,7 @@ class _Search:
         self.complete = True
         self.reached: Counter[str] = Counter(dict.fromkeys(known.rules, 0))
         self.written: Counter[str] = Counter()
+        self.refused: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.weighted: dict[tuple[str, str], dict[bool, tuple[str, Program]]] = {}
         self.findings: dict[tuple[str, str, str], Finding] = {}
 
@@ -92,6 +97,13 @@ class _Search:
                 if program is not None:
                     self.written[piece.rule] += 1
                     self.look_at(program)
+
+    def cover_oddities(self) -> None:
+        """Integers and masks, each behind a piece."""
+        for number, oddity in enumerate(ODDITIES):
+            program = None if self._late() else odd(oddity, self.known, by_dice(self.seed + number))
+            if program is not None:
+                self.look_at(program)
 
     def compose(self, examples: int) -> None:
         """Random compositions."""
@@ -113,6 +125,8 @@ class _Search:
         outcome = examine(self.quantizer, program, self.limits, self.seed)
         self.examples += outcome.ran
         self.reached.update(outcome.reached)
+        for rule, reasons in outcome.refused.items():
+            self.refused[rule].update(reasons)
         for key, ways in outcome.weighted.items():
             for quantized, node in ways.items():
                 self.weighted.setdefault(key, {}).setdefault(quantized, (node, program))
@@ -122,17 +136,16 @@ class _Search:
 
     def _smallest(self, finding: Finding, program: Program) -> Finding:
         """The finding with the smallest program that shows it: steps are left out as long as it stays."""
-        best = finding.of(program)
-        shrinking = True
-        while shrinking and not self._late():
+        smallest, tries = program, 0
+        best, shrinking = finding.of(program), sum(f.kind == finding.kind for f in self.findings.values()) < SHRUNK
+        while shrinking:
             shrinking = False
-            assert best.reproducer is not None
-            for smaller in best.reproducer.smaller(shapes_of(best.reproducer)):
-                if self._late():
+            for smaller in smallest.smaller(shapes_of(smallest)):
+                tries += 1
+                if self._late() or tries > TRIES:
                     break
-                again = _same_kind(finding, self._try(smaller))
-                if again is not None:
-                    best, shrinking = again.of(smaller), True
+                if (again := _same_defect(finding, self._try(smaller))) is not None:
+                    best, smallest, shrinking = again.of(smaller), smaller, True
                     break
         return best
 
@@ -158,14 +171,15 @@ class _Search:
         for (rule, op), ways in self.weighted.items():
             if op in activations and set(ways) == {False} and not self.limits.mixes:
                 node, program = ways[False]
-                message = "its weight is quantized and its activation is not: it computes in float on a dequantized weight"
+                message = (
+                    "its weight is quantized and its activation is not: it computes in float on a dequantized weight"
+                )
                 self._add(Finding("island", message, rule, node, op, program))
 
     def _why_never(self, rule: str) -> str:
         tried = f"none of {self.examples} graphs, {self.written[rule]} of them written for it,"
-        explain = getattr(self.quantizer, "lost_to", None)
-        why = explain(rule) if callable(explain) else ""
-        return f"{tried} was annotated by it" + (f": {why}" if why else "")
+        why = [reason for reason, _ in self.refused[rule].most_common(1)]
+        return f"{tried} was annotated by it" + (f"; mostly because {why[0]}" if why else "")
 
     def _add(self, finding: Finding) -> None:
         warning = finding.kind in WARNINGS
@@ -192,5 +206,5 @@ class _Search:
             yield f"stopped by the time limit after {self.examples} graphs: rules that nothing reached are not reported"
 
 
-def _same_kind(finding: Finding, outcome: Outcome) -> Finding | None:
+def _same_defect(finding: Finding, outcome: Outcome) -> Finding | None:
     return next((f for f in outcome.findings if f.key == finding.key), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +21,10 @@ from quant2e.passes import run
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.prepare import prepare_pt2e
 from quant2e.specs import ANNOTATION, QuantizationAnnotation
-from quantizers.conformance import annotations, islands, numbers
+from quantizers.conformance import annotated, islands, numbers
 from quantizers.conformance.program import Program
 from quantizers.conformance.report import Finding
+from quantizers.explanation import APPLIED, Trials
 from quantizers.text import annotations_text
 
 
@@ -42,12 +43,13 @@ class Limits:
 @dataclass(slots=True)
 class Outcome:
     """What one program showed. ``reached``: rule → how many of its matches were annotated. ``weighted``: (rule, op) of
-    ops with an integer weight → whether the activation is quantized, each seen way.
+    ops with an integer weight → whether the activation is quantized, each seen way. ``refused``: rule → why it was not applied.
     """
 
     findings: list[Finding] = field(default_factory=list)
     reached: Counter[str] = field(default_factory=Counter)
     weighted: dict[tuple[str, str], dict[bool, str]] = field(default_factory=dict)
+    refused: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     ran: bool = False
 
 
@@ -64,9 +66,10 @@ def examine(quantizer: Any, program: Program, limits: Limits, seed: int) -> Outc
     code = captured.code
     try:
         outcome.ran = True
-        annotated = _annotate(quantizer, captured, batches[0], outcome)
-        if annotated is not None:
-            _look(annotated, limits, outcome)
+        made = _annotate(quantizer, captured, batches[0], outcome)
+        if made is not None:
+            _look(made, limits, outcome)
+            _refusals(quantizer, outcome)
         if _sound(outcome):
             _flow(quantizer, captured, batches, wanted, limits, outcome)
             _neighbours(quantizer, captured, outcome)
@@ -98,7 +101,9 @@ def _sound(outcome: Outcome) -> bool:
     return all(f.kind in _HARMLESS for f in outcome.findings)
 
 
-_HARMLESS = frozenset({"integer tensor", "mask", "island", "requantized", "mismatched scales", "shared across", "wrong axis"})
+_HARMLESS = frozenset(
+    {"integer tensor", "mask", "island", "requantized", "mismatched scales", "shared across", "wrong axis"}
+)
 
 
 def _raised(stage: str, error: Exception) -> Finding:
@@ -174,28 +179,36 @@ def _structure(gm: GraphModule) -> list[str]:
 
 def _look(gm: GraphModule, limits: Limits, outcome: Outcome) -> None:
     """Everything that can be seen without running."""
-    a = annotations.Annotated(gm)
+    a = annotated.Annotated(gm)
     _count(a, outcome)
-    for look in annotations.LOOKS:
+    for look in annotated.LOOKS:
         outcome.findings += look(a)
     if not _sound(outcome):
         return
-    plan, wrong = annotations.plan_of(a)
+    plan, wrong = annotated.plan_of(a)
     outcome.findings += wrong
     if plan is None:
         return
-    found = [*annotations.against_plan(a, plan), *islands.islands(a, plan)]
+    found = [*annotated.against_plan(a, plan), *islands.islands(a, plan)]
     outcome.findings += [f for f in found if not (limits.mixes and f.kind in ("requantized", "mismatched scales"))]
     for node, quantized in islands.weight_only(a, plan):
         rule = str(getattr(node.meta.get(ANNOTATION), "rule", "") or "")
         outcome.weighted.setdefault((rule, str(node.target)), {}).setdefault(quantized, node.name)
 
 
-def _count(a: annotations.Annotated, outcome: Outcome) -> None:
+def _count(a: annotated.Annotated, outcome: Outcome) -> None:
     for _node, note in a.notes():
         rule = getattr(note, "rule", "")
         if rule and getattr(note, "_is_output_of_quantized_pattern", True):
             outcome.reached[rule] += 1
+
+
+def _refusals(quantizer: Any, outcome: Outcome) -> None:
+    for child in getattr(quantizer, "quantizers", (quantizer,)):
+        for trials in child.trials.at.values() if isinstance(getattr(child, "trials", None), Trials) else ():
+            for trial in trials:
+                if trial.outcome != APPLIED:
+                    outcome.refused[trial.rule][trial.reason] += 1
 
 
 def _flow(
@@ -228,7 +241,9 @@ def _flow(
         return
     outcome.findings += numbers.bias_scales(converted, rules)
     if not all(map(_same, found, again)):
-        outcome.findings.append(Finding("not deterministic", "two conversions of one calibration give different results"))
+        outcome.findings.append(
+            Finding("not deterministic", "two conversions of one calibration give different results")
+        )
     level, where = numbers.worst(wanted, found)
     if level < limits.min_sqnr_db:
         node = numbers.suspects(converted, _cloned(batches[2]))
@@ -245,7 +260,12 @@ _AGREES_DB = 20.0
 
 
 def _integers(
-    converted: GraphModule, batch: Sequence[Tensor], found: list[Tensor], limits: Limits, rules: dict[str, str], outcome: Outcome
+    converted: GraphModule,
+    batch: Sequence[Tensor],
+    found: list[Tensor],
+    limits: Limits,
+    rules: dict[str, str],
+    outcome: Outcome,
 ) -> None:
     if not rules:
         return
@@ -282,7 +302,7 @@ def _neighbours(quantizer: Any, captured: GraphModule, outcome: Outcome) -> None
         return
     for node, note in made.items():
         now = node.meta.get(ANNOTATION)
-        if now is not note or note.input_qspec_map or note.output_qspec is not None:
+        if now is None or now is not note or now.input_qspec_map or now.output_qspec is not None:
             done = "removed" if now is None else "changed"
             outcome.findings.append(
                 Finding("annotation changed", f"it {done} what another had put on it", "", node.name, str(node.target))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from quant2e.pattern import arguments
 from quantizers.conformance.blocks import build
 from quantizers.conformance.capabilities import AROUND, Capabilities, Piece
 from quantizers.conformance.draft import Draft, UnfitError
@@ -23,14 +24,14 @@ Choose = Callable[[Sequence[Any]], Any]
 
 
 def single(piece: Piece, capabilities: Capabilities, choose: Choose) -> Program | None:
-    """One piece; behind another one, where it only follows what is quantized. None where it could not be written."""
+    """One piece; between others, where it only follows what is quantized. None where it could not be written."""
     draft = Draft(choose)
-    if piece.follows:
-        leading = [p for p in capabilities.pieces if not p.follows and p.rule]
-        for _ in range(3 if leading else 0):
-            if _grow(draft, choose(leading)) and draft.size > 1:
-                break
-    grown = any(_grow(draft, piece) for _ in range(6))
+    others = [p for p in capabilities.pieces if not p.follows and p.rule] if piece.follows else []
+    if others:
+        _grow(draft, choose(others))
+    grown = _continue(draft, piece) or any(_grow(draft, piece) for _ in range(6))
+    if others and choose([True, False]):
+        _grow(draft, choose(others))
     return draft.finish()[0] if grown and draft.size else None
 
 
@@ -41,13 +42,9 @@ def composition(capabilities: Capabilities, choose: Choose) -> Program | None:
         _grow(draft, choose(capabilities.pieces))
         if choose([False, False, True]):
             _grow(draft, Piece(choose(AROUND)))
-    oddity = choose([None, None, _masked, _indexed, _counted])
+    oddity = choose([None, None, *ODDITIES])
     if oddity is not None:
-        state = draft.state()
-        try:
-            oddity(draft)
-        except UnfitError:
-            draft.back_to(state)
+        _add(draft, oddity)
     if not draft.size:
         return None
     known = draft.floats()
@@ -55,10 +52,31 @@ def composition(capabilities: Capabilities, choose: Choose) -> Program | None:
     return draft.finish(extra)[0]
 
 
+def odd(oddity: Callable[[Draft], None], capabilities: Capabilities, choose: Choose) -> Program | None:
+    """One of the `ODDITIES`, behind a piece. None where it could not be written."""
+    draft = Draft(choose)
+    _grow(draft, choose(capabilities.pieces))
+    return draft.finish()[0] if _add(draft, oddity) else None
+
+
 def _grow(draft: Draft, piece: Piece) -> bool:
+    return _add(draft, lambda draft: build(draft, piece.pattern, {}))
+
+
+def _continue(draft: Draft, piece: Piece) -> bool:
+    """The piece on the latest result; not where it begins something, or does not fit."""
+    latest = draft.floats()[:1] if piece.follows else []
+    names = [name for name, arg in arguments(piece.pattern).items() if not arg.constant]
+    return bool(latest) and any(
+        _add(draft, lambda d: build(d, piece.pattern, dict.fromkeys(names, latest[0]))) for _ in range(4)
+    )
+
+
+def _add(draft: Draft, write: Callable[[Draft], Any]) -> bool:
+    """Whether it could be written; the draft is as before where it could not."""
     state = draft.state()
     try:
-        build(draft, piece.pattern, {})
+        write(draft)
     except UnfitError:
         draft.back_to(state)
         return False
@@ -92,9 +110,13 @@ def _counted(draft: Draft) -> None:
     draft.call(aten.mul.Tensor, x, count)
 
 
+ODDITIES: tuple[Callable[[Draft], None], ...] = (_masked, _indexed, _counted)
+"""Integers and masks, which no quantizer may touch."""
+
+
 def by_dice(seed: int) -> Choose:
     """Choices of a random number generator."""
-    dice = random.Random(seed)
+    dice = random.Random(seed)  # noqa: S311  # it has to repeat, not to be secret
     return lambda options: options[dice.randrange(len(options))]
 
 
@@ -124,4 +146,3 @@ def random_programs(capabilities: Capabilities, examples: int, seed: int) -> Ite
 
     collect()
     yield from found
-

@@ -11,7 +11,7 @@ from torch.fx import Node
 from quant2e.pattern import short_name
 from quant2e.plan import DerivedFrom, Edge, Output, Plan
 from quant2e.specs import ANNOTATION
-from quantizers.conformance.annotations import MOVING, Annotated, finding
+from quantizers.conformance.annotated import MOVING, Annotated, finding
 from quantizers.conformance.report import Finding
 
 WEIGHTED = frozenset(
@@ -26,9 +26,11 @@ def islands(a: Annotated, plan: Plan) -> Iterator[Finding]:
         if node.op != "call_function":
             continue
         yield from _partly(a, plan, node)
-        yield from _requantized(a, plan, node)
+        yield from _requantized(plan, node)
         if str(node.target) in MOVING and Output(node.name) in plan and not _near_computation(a, plan, node):
-            yield finding("island", node, "it moves values that are quantized for it alone: no integer op is next to it")
+            yield finding(
+                "island", node, "it moves values that are quantized for it alone: no integer op is next to it"
+            )
 
 
 def _float_operands(a: Annotated, node: Node) -> list[Node]:
@@ -77,7 +79,9 @@ def _partly(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
     names = ", ".join(f"'{source.name}'" for source in left)
     activations = [source for source in quantized if not a.is_constant(source)]
     if activations:
-        yield finding("island", node, f"{names} is float, and '{activations[0].name}' is quantized: the op computes in float")
+        yield finding(
+            "island", node, f"{names} is float, and '{activations[0].name}' is quantized: the op computes in float"
+        )
     elif _is_integer(_output_spec(plan, node)):
         yield finding("island", node, f"its result is quantized, and {names} is float: the op computes in float")
 
@@ -101,10 +105,10 @@ def weight_only(a: Annotated, plan: Plan) -> Iterator[tuple[Node, bool]]:
             continue
         x, w = node.args[:2]
         if isinstance(x, Node) and isinstance(w, Node) and _is_integer(_spec(plan, w, node)):
-            yield node, _spec(plan, x, node) is not None
+            yield node, is_inner(x) or _spec(plan, x, node) is not None
 
 
-def _requantized(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
+def _requantized(plan: Plan, node: Node) -> Iterator[Finding]:
     own = plan.group_of(Output(node.name))
     if own is None or isinstance(plan.groups[own].spec, DerivedFrom):
         return
@@ -115,7 +119,9 @@ def _requantized(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
         specs = plan.groups[own].spec, plan.groups[other].spec
         if all(_is_integer(spec) and not getattr(spec, "is_dynamic", False) for spec in specs):
             yield finding(
-                "requantized", node, f"its result is quantized by '{node.name}', and with other numbers for '{user.name}'"
+                "requantized",
+                node,
+                f"its result is quantized by '{node.name}', and with other numbers for '{user.name}'",
             )
 
 

@@ -46,6 +46,10 @@ def _is_int32(node: Any) -> bool:
     return isinstance(node, Node) and torch.int32 in node.args
 
 
+FAINT = 0.1
+"""Generated models give results near 1. A signal weaker than this (a relu's zeros, say) counts as this strong."""
+
+
 def sqnr(wanted: Tensor, found: Tensor) -> float:
     """Signal to noise in dB; infinite for equal tensors, -infinite where ``found`` is not finite."""
     signal, noise = wanted.double(), (wanted - found).double()
@@ -54,13 +58,15 @@ def sqnr(wanted: Tensor, found: Tensor) -> float:
     power = float(noise.square().sum())
     if power == 0:
         return math.inf
-    return 10 * math.log10(max(float(signal.square().sum()), 1e-30) / power)
+    return 10 * math.log10(max(float(signal.square().sum()), FAINT**2 * signal.numel()) / power)
 
 
 def worst(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> tuple[float, int]:
     """The smallest SQNR of pairs of tensors, and where; integers are left out."""
     pairs = [
-        (sqnr(a, b), i) for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a.is_floating_point() and a.numel()
+        (sqnr(a, b), i)
+        for i, (a, b) in enumerate(zip(wanted, found, strict=True))
+        if a.is_floating_point() and a.numel()
     ]
     return min(pairs, default=(math.inf, 0))
 

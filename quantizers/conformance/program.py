@@ -1,9 +1,9 @@
 """A generated model, as a value: straight-line calls of ATen ops that print, run, and can be made smaller.
 
-    x0: float32[2, 4, 8, 8]
-    v0 = conv2d.default(x0, weight[8, 4, 3, 3], bias[8], [1, 1], [1, 1])
-    v1 = relu.default(v0)
-    return v1
+x0: float32[2, 4, 8, 8]
+v0 = conv2d.default(x0, weight[8, 4, 3, 3], bias[8], [1, 1], [1, 1])
+v1 = relu.default(v0)
+return v1
 """
 
 from __future__ import annotations
@@ -129,17 +129,16 @@ class Program:
         return self._name(item.index) if isinstance(item, Ref) else str(item)
 
     def smaller(self, shapes: Sequence[Shape | None]) -> Iterator[Program]:
-        """Programs with one step or one output less. The result of a step that goes becomes an input.
+        """Programs with one output only, or one step less; the result of a step that goes becomes an input.
 
         ``shapes``: of every value, None for what cannot be an input (integers, lists of tensors).
         """
+        for output in self.outputs if len(self.outputs) > 1 else ():
+            yield self._pruned((output,))
         for number in reversed(range(len(self.steps))):
             shape = shapes[len(self.inputs) + number]
             if shape is not None:
                 yield self._without(number, shape)
-        for i in range(len(self.outputs)):
-            if len(self.outputs) > 1:
-                yield self._pruned(self.outputs[:i] + self.outputs[i + 1 :])
 
     def _without(self, number: int, shape: Shape) -> Program:
         old, new = len(self.inputs) + number, len(self.inputs)
@@ -154,7 +153,9 @@ class Program:
             for i, step in enumerate(self.steps)
             if i != number
         )
-        grown = Program((*self.inputs, Given(shape)), steps, tuple(moved(i) for i in self.outputs))
+        # What the step read is returned in its place, or nothing would be left of a chain without its last op.
+        left = [i for out in self.outputs for i in (self.steps[number].refs() if out == old else (out,))]
+        grown = Program((*self.inputs, Given(shape)), steps, tuple(dict.fromkeys(map(moved, left))))
         return grown._pruned(grown.outputs)
 
     def _pruned(self, outputs: tuple[int, ...]) -> Program:

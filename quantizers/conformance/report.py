@@ -106,7 +106,11 @@ class Conformance:
 
     def __str__(self) -> str:
         counts = Counter(f.kind for f in self.errors)
-        verdict = "passed" if self.passed else "FAILED: " + (", ".join(f"{n} {k}" for k, n in counts.items()) or "nothing ran")
+        verdict = (
+            "passed"
+            if self.passed
+            else "FAILED: " + (", ".join(f"{n} {k}" for k, n in counts.items()) or "nothing ran")
+        )
         lines = [f"{self.quantizer}: {verdict} ({self.examples} graphs, seed {self.seed})"]
         width = max(map(len, self.reached), default=0)
         lines += [f"  {rule:<{width}}  {count} times" for rule, count in self.reached.items()]

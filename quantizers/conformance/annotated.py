@@ -16,15 +16,15 @@ from quant2e.interop import node_tensor, read_plan
 from quant2e.observe import make_observers
 from quant2e.pattern import short_name
 from quant2e.plan import DerivedFrom, Edge, Output, Plan
+from quant2e.qparams import plain_dtype
 from quant2e.specs import ANNOTATION, INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quantizers.conformance.report import Finding
 from quantizers.families import moves
 from quantizers.provenance import Provenance
 
-_STORED = {torch.quint8: torch.uint8, torch.qint8: torch.int8, torch.qint32: torch.int32}
-
 MOVING = frozenset(str(t) for choice in moves.choices for t in choice.targets) | {
-    f"aten.{name}" for name in ("cat.default", "concat.default", "stack.default", "max_pool2d.default", "max_pool1d.default")
+    f"aten.{name}"
+    for name in ("cat.default", "concat.default", "stack.default", "max_pool2d.default", "max_pool1d.default")
 }
 """Ops whose results are values of their operands: their integers are moved, not computed."""
 
@@ -73,7 +73,7 @@ class Annotated:
         for node, note in self.notes():
             inputs = getattr(note, "input_qspec_map", None)
             for key, spec in (inputs or {}).items() if hasattr(inputs, "items") else ():
-                if isinstance(key, Node) and spec is not None:
+                if isinstance(key, Node) and spec is not None and self.nodes.get(key.name) is key:
                     yield node, key, spec
             if getattr(note, "output_qspec", None) is not None:
                 yield node, None, note.output_qspec
@@ -97,7 +97,9 @@ def _operands(a: Annotated) -> Iterator[Finding]:
     for node, note in a.notes():
         inputs = getattr(note, "input_qspec_map", None)
         if not hasattr(inputs, "items") or not hasattr(note, "output_qspec"):
-            yield finding("malformed annotation", node, f"a {type(note).__name__} without input_qspec_map and output_qspec")
+            yield finding(
+                "malformed annotation", node, f"a {type(note).__name__} without input_qspec_map and output_qspec"
+            )
             continue
         for key in inputs or ():
             if isinstance(key, Node) and key in node.all_input_nodes:
@@ -111,7 +113,10 @@ def _operands(a: Annotated) -> Iterator[Finding]:
 def _shares(a: Annotated) -> Iterator[Finding]:
     specs = {(n if operand is None else (operand, n)): spec for n, operand, spec in a.specs()}
     floats = {
-        (key, node) for node, note in a.notes() for key, s in (getattr(note, "input_qspec_map", None) or {}).items() if s is None
+        (key, node)
+        for node, note in a.notes()
+        for key, s in (getattr(note, "input_qspec_map", None) or {}).items()
+        if s is None
     }
     for place, spec in specs.items():
         node = place if isinstance(place, Node) else place[1]
@@ -119,7 +124,9 @@ def _shares(a: Annotated) -> Iterator[Finding]:
         while hasattr(spec, "edge_or_node"):
             target = spec.edge_or_node
             if (wrong := _wrong_reference(a, target)) is not None:
-                yield finding("another graph", node, f"{_place(path[-1])} shares with {wrong}, which is not in this graph")
+                yield finding(
+                    "another graph", node, f"{_place(path[-1])} shares with {wrong}, which is not in this graph"
+                )
                 break
             if target in path:
                 yield finding("cyclic share", node, " => ".join(map(_place, [*path, target])))
@@ -132,9 +139,13 @@ def _shares(a: Annotated) -> Iterator[Finding]:
             spec = specs[target]
         for source in getattr(specs[place], "derived_from", ()):
             if (wrong := _wrong_reference(a, source)) is not None:
-                yield finding("another graph", node, f"{_place(place)} derives from {wrong}, which is not in this graph")
+                yield finding(
+                    "another graph", node, f"{_place(place)} derives from {wrong}, which is not in this graph"
+                )
             elif source not in specs:
-                yield finding("dangling share", node, f"{_place(place)} derives from {_place(source)}, which has no spec")
+                yield finding(
+                    "dangling share", node, f"{_place(place)} derives from {_place(source)}, which has no spec"
+                )
 
 
 def _wrong_reference(a: Annotated, place: Any) -> str | None:
@@ -157,7 +168,9 @@ def _tensors(a: Annotated) -> Iterator[Finding]:
         place = "its output" if operand is None else f"operand '{source.name}'"
         tensor = a.tensor(source)
         if tensor is not None and not tensor.is_floating_point():
-            yield finding("integer tensor", node, f"{place} is {str(tensor.dtype).removeprefix('torch.')}, and has a spec")
+            yield finding(
+                "integer tensor", node, f"{place} is {str(tensor.dtype).removeprefix('torch.')}, and has a spec"
+            )
         elif (operand is None or not a.is_constant(source)) and (why := a.provenance.objection(source)) is not None:
             yield finding("mask", node, f"{place} has a spec, and is {why}")
 
@@ -169,15 +182,26 @@ def _axes(a: Annotated) -> Iterator[Finding]:
         source = node if operand is None else operand
         tensor, axis = a.tensor(source), getattr(spec, "ch_axis", None)
         if axis is None or (tensor is not None and not -tensor.dim() <= axis < tensor.dim()):
-            yield finding("wrong axis", node, f"ch_axis={axis} of '{source.name}', which has {getattr(tensor, 'ndim', '?')} axes")
+            yield finding(
+                "wrong axis", node, f"ch_axis={axis} of '{source.name}', which has {getattr(tensor, 'ndim', '?')} axes"
+            )
             continue
         weight = node.args[1] if len(node.args) > 1 else None
         summed = _SUMS_OVER.get(short_name(node.target), ())
-        grouped = axis == 0 and tensor is not None and tensor.dim() > 2 and tensor.shape[0] == node.kwargs.get("groups", _at(node, 6))
+        grouped = (
+            axis == 0
+            and tensor is not None
+            and tensor.dim() > 2
+            and tensor.shape[0] == node.kwargs.get("groups", _at(node, 6))
+        )
         if operand is weight and axis in summed and not grouped:
-            yield finding("wrong axis", node, f"the weight has a scale for each index of axis {axis}, over which the op sums")
+            yield finding(
+                "wrong axis", node, f"the weight has a scale for each index of axis {axis}, over which the op sums"
+            )
         if not a.is_constant(source):
-            yield finding("wrong axis", node, f"'{source.name}' is an activation, with a scale for each index of axis {axis}")
+            yield finding(
+                "wrong axis", node, f"'{source.name}' is an activation, with a scale for each index of axis {axis}"
+            )
 
 
 def _at(node: Node, index: int) -> Any:
@@ -186,7 +210,7 @@ def _at(node: Node, index: int) -> Any:
 
 def _ranges(a: Annotated) -> Iterator[Finding]:
     for node, _operand, spec in a.specs():
-        dtype = _STORED.get(getattr(spec, "dtype", None), getattr(spec, "dtype", None))  # type: ignore[arg-type]
+        dtype = _plain(getattr(spec, "dtype", None))
         low, high = getattr(spec, "quant_min", None), getattr(spec, "quant_max", None)
         bounds = INTEGER_BOUNDS.get(dtype) if isinstance(dtype, torch.dtype) else None
         if not isinstance(low, int) or not isinstance(high, int) or bounds is None:
@@ -194,7 +218,9 @@ def _ranges(a: Annotated) -> Iterator[Finding]:
         if low >= high:
             yield finding("bad range", node, f"quant_min={low} is not below quant_max={high}")
         elif not bounds[0] <= low <= high <= bounds[1]:
-            yield finding("bad range", node, f"{low}..{high} does not fit {dtype}, which holds {bounds[0]}..{bounds[1]}")
+            yield finding(
+                "bad range", node, f"{low}..{high} does not fit {dtype}, which holds {bounds[0]}..{bounds[1]}"
+            )
         elif not low <= 0 <= high:
             yield finding("bad range", node, f"{low}..{high} leaves out 0")
 
@@ -220,6 +246,11 @@ def against_plan(a: Annotated, plan: Plan) -> Iterator[Finding]:
         yield from _scales_around(a, plan, node)
 
 
+def _plain(value: Any) -> Any:
+    """Torch's quantized dtypes as the dtypes that store them; anything else as it is."""
+    return plain_dtype(value) if isinstance(value, torch.dtype) else value
+
+
 def _observers(a: Annotated, plan: Plan) -> Iterator[Finding]:
     def owner(index: int) -> Node:
         point = plan.groups[index].points[0]
@@ -237,7 +268,7 @@ def _observers(a: Annotated, plan: Plan) -> Iterator[Finding]:
         measured = getattr(observer, "activation_post_process", observer)
         for name in ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "is_dynamic"):
             said, done = getattr(group.spec, name, None), getattr(measured, name, None)
-            said, done = _STORED.get(said, said), _STORED.get(done, done)  # type: ignore[call-overload]
+            said, done = _plain(said), _plain(done)
             if said is not None and done is not None and said != done:
                 yield finding("observer", owner(index), f"its spec says {name}={said}, and its observer has {done}")
                 break
