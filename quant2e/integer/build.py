@@ -71,7 +71,7 @@ class Builder:
             self._place = before
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """One ATen op; its ``val`` is worked out where the operands' are known."""
+        """One ATen op; its ``val`` is worked out where the operands' are known: fake tensors, or real ones in a graph of such."""
         assert self._place is not None
         node = self.gm.graph.call_function(target, args, kwargs)
         copy_provenance(node, self._place, value=self._value(node))
@@ -82,9 +82,8 @@ class Builder:
             known = operand.meta.get("val")
             if known is None:
                 raise LookupError(operand.name)
-            if isinstance(known, Tensor) and not hasattr(known, "fake_mode"):
-                return known.to("meta") if self._fake is None else self._fake.from_tensor(known, static_shapes=True)
-            return known
+            real = isinstance(known, Tensor) and not hasattr(known, "fake_mode")
+            return self._fake.from_tensor(known, static_shapes=True) if real and self._fake is not None else known
 
         assert callable(node.target)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import get_args
 
@@ -13,6 +14,7 @@ from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.errors import Quant2eError
 from quant2e.graph_module import copy_graph
 from quant2e.integer.build import Builder, Record
+from quant2e.integer.functional import exposed, use_functional_ops
 from quant2e.integer.moves import UNLESS_TRAINING
 from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
 from quant2e.integer.requantization import Requantization
@@ -44,17 +46,17 @@ def to_integer(
         raise Quant2eError(f"requantization={requantization!r}: choose one of {', '.join(get_args(Requantization))}")
     if INTEGER in converted.meta:
         raise Quant2eError("this graph computes in integers already")
-    gm = copy_graph(converted)
+    gm = copy_graph(converted, compiled=False)
     if not any(n.target in QUANTIZE | DEQUANTIZE for n in gm.graph.nodes if n.op == "call_function"):
         raise Quant2eError("this graph has no quantize or dequantize ops: convert a prepared model first")
-    run(gm, (fold_weights,))
+    run(gm, (fold_weights, use_functional_ops), compiled=False)
     float_ops = [node.name for node in gm.graph.nodes if _computes_float(node)]
     targets = {node.name: str(node.target) for node in gm.graph.nodes}
     asked = _asked(gm)
-    ctx = Context(gm, Builder(gm, requantization), constant_nodes(gm.graph))
+    ctx = Context(gm, Builder(gm, requantization), constant_nodes(gm.graph), exposed=exposed(gm))
     constants = {node.name for node in ctx.constants}
     rewrite(ctx)
-    run(gm, (remove_dead_code, _remove_idle_dropout, remove_dead_code, prune_unused_attributes))
+    run(gm, (remove_dead_code, _remove_idle_dropout, remove_dead_code, prune_unused_attributes), compiled=False)
     gm.graph.lint()
     gm.recompile()
     verdicts = tuple(
@@ -84,19 +86,37 @@ def _computes_float(node: Node) -> bool:
     if node.op != "call_function" or node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
         return False
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point() and "getitem" not in str(node.target)
+    values = value if isinstance(value, list | tuple) else [value]
+    floats = any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+    return floats and node.target is not operator.getitem
 
 
 def _asked(gm: GraphModule) -> set[str]:
-    """Ops that the quantizer annotated; without a record of it, those between a dequantize and a quantize op."""
+    """Ops that the quantizer annotated and whose result it wants in integers.
+
+    Those with a quantize op behind them, or behind ops it annotated. Without a record of annotations: those between a
+    dequantize and a quantize op.
+    """
     ledger = gm.meta.get(LEDGER)
     if isinstance(ledger, Ledger) and ledger.report.verdicts:
-        return {v.op.name for v in ledger.report.verdicts if v.quantized}
+        annotated = {v.op.name for v in ledger.report.verdicts if v.quantized}
+        wanted: set[str] = set()
+        for node in reversed(gm.graph.nodes):
+            readers = [u for user in node.users for u in _readers(user)]
+            if node.name in annotated and any(u.target in QUANTIZE or u.name in wanted for u in readers):
+                wanted.add(node.name)
+        return wanted
     return {
         node.name
         for node in gm.graph.nodes
-        if any(n.target in DEQUANTIZE for n in node.all_input_nodes) and any(u.target in QUANTIZE for u in node.users)
+        if any(n.target in DEQUANTIZE for n in node.all_input_nodes)
+        and any(u.target in QUANTIZE for user in node.users for u in _readers(user))
     }
+
+
+def _readers(user: Node) -> list[Node]:
+    """A user, or the users of one of several results."""
+    return list(user.users) if user.target is operator.getitem else [user]
 
 
 def _reason(ctx: Context, name: str) -> str:

@@ -1,6 +1,8 @@
 """Scales that are found at run time: quantize in float at the boundary, multiply integers, dequantize.
 
 scale, zero_point = choose(x);   acc = Σ (q(x) - zero_point) * w;   y = float32(acc) * (scale * scale_w) + bias
+
+One scale for the tensor, or one for each token: each line along the last dimension.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.dataflow import operand
-from quant2e.integer.build import Builder, NoIntegerFormError
+from quant2e.integer.build import Builder, NoIntegerFormError, Record
 from quant2e.integer.grid import Grid
 from quant2e.integer.values import Context, Value, rank
 
@@ -20,7 +22,7 @@ aten = torch.ops.aten
 
 
 class DynamicStored(Value):
-    """Integers whose scale (0-D or [1] float64) and zero point (int64) are nodes."""
+    """Integers whose scale and zero point are nodes: 0-D or [1], or [..., 1] with one for each token."""
 
     def __init__(self, node: Node, integers: Node, scale: Node, zero_point: Node, low: int, high: int) -> None:
         super().__init__(node)
@@ -62,8 +64,11 @@ class DynamicProduct(Value):
         axis: int,
         bias: Tensor | None,
         kind: str,
+        constants: dict[str, Tensor],
+        attributes: dict[str, Any],
     ) -> None:
         super().__init__(node)
+        self.constants, self.attributes = constants, attributes
         self._acc, self._activation, self._weight_scale = acc, activation, weight_scale
         self._axis, self._bias, self._kind = axis, bias, kind
         self._real: Node | None = None
@@ -78,7 +83,30 @@ class DynamicProduct(Value):
             ctx.integer[self.node.name] = f"dynamic {self._kind}, int32 accumulator"
             with ctx.b.at(self.node):
                 self._real = self._dequantized(ctx.b)
+            self._record(ctx, self._real)
         return self._real
+
+    def _record(self, ctx: Context, real: Node) -> None:
+        if "weight" not in self.constants:
+            return
+        known = {"weight_scale": torch.as_tensor(self._weight_scale)} | (
+            {} if self._bias is None else {"bias": self._bias}
+        )
+        ctx.b.record(
+            Record(
+                name=self.node.name,
+                kind=f"dynamic_{self._kind}",
+                inputs={
+                    "x": self._activation.integers.name,
+                    "scale": self._activation.scale.name,
+                    "zero_point": self._activation.zero_point.name,
+                },
+                output=real.name,
+                constants=self.constants | known,
+                attributes=self.attributes | {"channel_axis": self._axis, "out_dtype": "float32"},
+                accumulator=None if self._kind == "grouped_linear" else self._acc.name,
+            )
+        )
 
     def _dequantized(self, b: Builder) -> Node:
         along = [-1 if i == self._axis else 1 for i in range(rank(self.node))]
@@ -115,6 +143,35 @@ def choose_parameters(b: Builder, node: Node, *, symmetric: bool) -> tuple[Node,
         zero = b.call(aten.neg.default, b.cast(steps, torch.int32))
         zero = b.cast(b.clamp(b.call(aten.add.Tensor, zero, low), low, high), torch.int64)
     return b.cast(scale, torch.float64), zero
+
+
+def choose_per_token(b: Builder, node: Node, *, symmetric: bool) -> tuple[Node, Node]:
+    """``choose_qparams_per_token``, ``choose_qparams_per_token_asymmetric`` in ATen: [..., 1] each, bit for bit."""
+    x = operand(node, 0)
+    if symmetric:
+        peak = b.cast(b.call(aten.amax.default, b.call(aten.abs.default, x), [-1], True), torch.float32)
+        scale = b.call(aten.div.Tensor, b.call(aten.clamp_min.default, peak, 1e-5), 127)
+        return scale, b.call(aten.zeros_like.default, scale)
+    low = b.call(aten.clamp_max.default, b.call(aten.amin.default, x, [-1], True), 0.0)
+    high = b.call(aten.clamp_min.default, b.call(aten.amax.default, x, [-1], True), 0.0)
+    scale = b.call(aten.div.Tensor, b.call(aten.sub.Tensor, high, low), 255.0)
+    scale = b.call(aten.clamp_min.default, scale, torch.finfo(torch.float32).eps)
+    steps_low, steps_high = b.call(aten.div.Tensor, low, scale), b.call(aten.div.Tensor, high, scale)
+    of_low, of_high = b.call(aten.add.Tensor, steps_low, -128), b.call(aten.add.Tensor, steps_high, 127)
+    from_low = b.call(aten.gt.Scalar, b.call(aten.add.Tensor, of_low, of_high), 0)
+    zero = b.call(
+        aten.where.self, from_low, b.call(aten.rsub.Scalar, steps_low, -128), b.call(aten.rsub.Scalar, steps_high, 127)
+    )
+    zero = b.call(aten.round.default, b.clamp(zero, -128, 127))
+    return b.cast(scale, torch.float64), b.cast(zero, torch.int64)
+
+
+def quantize_per_token(b: Builder, node: Node, x: Node, scale: Node, zero_point: Node) -> Node:
+    """``quantize_per_token`` in ATen: here the zero point is added before rounding."""
+    low, high, dtype = (operand(node, i) for i in (3, 4, 5))
+    steps = b.call(aten.mul.Tensor, x, b.call(aten.reciprocal.default, scale))
+    steps = b.call(aten.round.default, b.call(aten.add.Tensor, steps, zero_point))
+    return b.cast(b.clamp(steps, low, high), dtype)
 
 
 def quantize_dynamic(b: Builder, node: Node, x: Node, scale: Node, zero_point: Node) -> Node:

@@ -33,10 +33,12 @@ def _sum(ctx: Context, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
     if not isinstance(right, Node) or not isinstance(left, Node):
         return tables.unary(ctx, node)
+    if (function := tables.joint(ctx, node)) is not None:
+        return function
     alpha = operand(node, "alpha")
     if not isinstance(alpha, int | float):
         raise NoIntegerFormError(node, "alpha is no number")
-    sign = -1 if node.target in (aten.sub.Tensor, aten.sub_.Tensor) else 1
+    sign = -1 if node.target is aten.sub.Tensor else 1
     factors = (1.0, float(alpha) * sign)
     parts: list[Part] = []
     inputs: dict[str, str] = {}
@@ -75,6 +77,8 @@ def _product(ctx: Context, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
     if not isinstance(right, Node) or not isinstance(left, Node):
         return tables.unary(ctx, node)
+    if (function := tables.joint(ctx, node)) is not None:
+        return function
     sides = [_on_grid(ctx, ctx.value(side, node)) for side in (left, right)]
     span = sides[0][3] * sides[1][3]
     dtype = torch.int32 if span < 2**31 else torch.int64

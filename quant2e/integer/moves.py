@@ -8,13 +8,14 @@ The second and third hold because quantization never reverses an order.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from quant2e.dataflow import is_in_place, operand
+from quant2e.dataflow import operand
 from quant2e.integer.build import NoIntegerFormError, Record
 from quant2e.integer.grid import Grid
 from quant2e.integer.values import Context, Stored, Value, grid_attributes
@@ -37,6 +38,14 @@ MOVES = frozenset(
 )  # fmt: skip
 """Every value of the result is one of the first operand's."""
 
+CUTS = frozenset(
+    {
+        aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+        aten.tensor_split.sections, aten.tensor_split.indices,
+    }
+)  # fmt: skip
+"""Give several tensors, all of values of the first operand."""
+
 UNLESS_TRAINING = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
 """Give their operand back in evaluation mode."""
 _CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default})
@@ -53,6 +62,9 @@ class Moved(Value):
     @property
     def grid(self) -> Grid | None:
         return self.source.grid
+
+    def unit(self) -> float:
+        return self.source.unit()
 
     def _quantized(self, ctx: Context, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
@@ -78,6 +90,9 @@ class Clamped(Value):
         grid = self.source.grid
         return grid if grid is not None and all(math.isinf(v) or v == 0 for v in (self.low, self.high)) else None
 
+    def unit(self) -> float:
+        return self.source.unit()
+
     def _quantized(self, ctx: Context, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
         ctx.integer[self.node.name] = "clamp of integers"
@@ -98,6 +113,56 @@ class Clamped(Value):
         return out
 
 
+class Padded(Moved):
+    """A border of one value around others: an integer of the grid, rounded as any other."""
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        x = self.source.quantized(ctx, grid)
+        ctx.integer[self.node.name] = "pads integers"
+        border = grid.bound(float(operand(self.node, "value") or 0.0))
+        out = ctx.b.call(aten.constant_pad_nd.default, x, operand(self.node, "pad"), border)
+        ctx.b.record(
+            Record(
+                name=self.node.name,
+                kind="pad",
+                inputs={"x": x.name},
+                output=out.name,
+                constants={},
+                attributes={"pad": list(operand(self.node, "pad")), "border": border} | grid_attributes(grid),
+            )
+        )
+        return out
+
+
+class Piece(Value):
+    """One of the tensors into which another is cut."""
+
+    def __init__(self, node: Node, source: Moved) -> None:
+        super().__init__(node)
+        self.source = source
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.source.grid
+
+    def unit(self) -> float:
+        return self.source.unit()
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        return ctx.b.call(operator.getitem, self.source.quantized(ctx, grid), self.node.args[1])
+
+
+class FirstOf(Value):
+    """The results of an op that gives several, of which only the ``first`` has integers."""
+
+    def __init__(self, node: Node, first: Value) -> None:
+        super().__init__(node)
+        self.first = first
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        raise NoIntegerFormError(self.node, "it has several results")
+
+
 class Joined(Value):
     """A concatenation: every operand on the scale of the result."""
 
@@ -109,6 +174,9 @@ class Joined(Value):
     def grid(self) -> Grid | None:
         grids = {source.grid for source in self.sources}
         return grids.pop() if len(grids) == 1 else None
+
+    def unit(self) -> float:
+        return max(source.unit() for source in self.sources)
 
     def _quantized(self, ctx: Context, grid: Grid) -> Node:
         parts = [source.quantized(ctx, grid) for source in self.sources]
@@ -130,6 +198,24 @@ class Joined(Value):
 
 def _moved(ctx: Context, node: Node) -> Value:
     return Moved(node, ctx.value(node.args[0], node))
+
+
+def _piece(ctx: Context, node: Node) -> Value:
+    source = ctx.value(node.args[0], node)
+    if isinstance(source, FirstOf) and node.args[1] == 0:
+        return Moved(node, source.first, drop=True)
+    if not isinstance(source, Moved):
+        raise NoIntegerFormError(node, "it takes one of several results")
+    return Piece(node, source)
+
+
+def _padded(ctx: Context, node: Node) -> Value:
+    mode = operand(node, "mode")
+    if mode not in (None, "constant"):
+        raise NoIntegerFormError(node, f"it pads in mode {mode!r}, for which torch has no integer kernel")
+    if not isinstance(operand(node, "value") or 0.0, int | float):
+        raise NoIntegerFormError(node, "what it pads with is no constant")
+    return Padded(node, ctx.value(node.args[0], node))
 
 
 def _dropout(ctx: Context, node: Node) -> Value:
@@ -161,9 +247,6 @@ def clamp(low: float | str, high: float | str) -> Callable[[Context, Node], Valu
 
     def form(ctx: Context, node: Node) -> Value:
         source = ctx.value(node.args[0], node)
-        mutated = operand(node, 0)
-        if is_in_place(node) and isinstance(mutated, Node) and len(mutated.users) > 1:
-            raise NoIntegerFormError(node, "it writes to a tensor that others read")
         return Clamped(node, source, bound(node, low, -math.inf), bound(node, high, math.inf))
 
     return form
@@ -178,12 +261,15 @@ FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
     **dict.fromkeys(MOVES, _moved),
     **dict.fromkeys(UNLESS_TRAINING, _dropout),
     **dict.fromkeys(_CASTS, _cast),
-    **dict.fromkeys((aten.relu.default, aten.relu_.default), clamp(0, math.inf)),
-    **dict.fromkeys((aten.relu6.default, aten.relu6_.default), clamp(0, 6)),
-    **dict.fromkeys((aten.hardtanh.default, aten.hardtanh_.default), clamp("min_val", "max_val")),
-    **dict.fromkeys((aten.clamp.default, aten.clamp_.default), clamp("min", "max")),
-    **dict.fromkeys((aten.clamp_min.default, aten.clamp_min_.default), clamp("min", math.inf)),
-    **dict.fromkeys((aten.clamp_max.default, aten.clamp_max_.default), clamp(-math.inf, "max")),
+    aten.relu.default: clamp(0, math.inf),
+    aten.relu6.default: clamp(0, 6),
+    aten.hardtanh.default: clamp("min_val", "max_val"),
+    aten.clamp.default: clamp("min", "max"),
+    aten.clamp_min.default: clamp("min", math.inf),
+    aten.clamp_max.default: clamp(-math.inf, "max"),
+    **dict.fromkeys(CUTS, _moved),
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _padded),
+    operator.getitem: _piece,
     aten.cat.default: _joined,
     aten.concat.default: _joined,
     aten.stack.default: _joined,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.dataflow import operand
+from quant2e.integer import varying
 from quant2e.integer.build import NoIntegerFormError, Record
 from quant2e.integer.grid import Grid
 from quant2e.integer.values import Context, Part, Value, Wide, grid_attributes, rank
@@ -80,10 +81,9 @@ def _source(ctx: Context, node: Node) -> tuple[Node, Grid, Sequence[Any]]:
     return value.quantized(ctx, value.grid), value.grid, shape
 
 
-def _static(node: Node, sizes: Sequence[Any]) -> list[int]:
-    if not all(type(size) is int for size in sizes):
-        raise NoIntegerFormError(node, "how many values it averages depends on the input's shape")
-    return [int(size) for size in sizes]
+def _static(sizes: Sequence[Any]) -> list[int] | None:
+    """Sizes as numbers; None when one of them is known at run time only."""
+    return [int(size) for size in sizes] if all(type(size) is int for size in sizes) else None
 
 
 def _average(
@@ -161,7 +161,10 @@ def _mean(ctx: Context, node: Node) -> Value:
 def _total(
     ctx: Context, node: Node, x: Node, grid: Grid, shape: Sequence[Any], dims: list[int], *, keepdim: bool, mean: bool
 ) -> Value:
-    count = math.prod(_static(node, [shape[d] for d in dims]))
+    sizes = _static([shape[d] for d in dims])
+    if sizes is None:
+        return varying.total(ctx, node, x, grid, dims, keepdim=keepdim, mean=mean)
+    count = math.prod(sizes)
     dtype = torch.int32 if count * (grid.quant_max - grid.quant_min) < 2**31 else torch.int64
     with ctx.b.at(node):
         raw = ctx.b.call(aten.sum.dim_IntList, x, dims, keepdim, dtype=dtype)
@@ -204,8 +207,12 @@ def _average_pool(ctx: Context, node: Node) -> Value:
     counted = bool(operand(node, "count_include_pad"))
     count: float | Tensor = override or math.prod(kernel)
     if not override and (ceil or (any(padding) and not counted)):
-        inputs = _static(node, shape[-spatial:])
-        outputs = _static(node, node.meta["val"].shape[-spatial:])
+        inputs = _static(shape[-spatial:])
+        outputs = _static(node.meta["val"].shape[-spatial:])
+        if inputs is None or outputs is None:
+            return varying.windows(
+                ctx, node, x, grid, _window_sums(ctx, node, x, grid, (kernel, stride, padding), ceil), counted=counted
+            )
         count = torch.ones([], dtype=torch.float64)
         for line in zip(inputs, outputs, kernel, stride, padding, strict=True):
             count = count.unsqueeze(-1) * _counts(*line, counted=counted)
@@ -254,7 +261,9 @@ def _adaptive_pool(ctx: Context, node: Node) -> Value:
     first = len(shape) - spatial
     if all(size == 1 for size in outputs):
         return _total(ctx, node, x, grid, shape, list(range(first, len(shape))), keepdim=True, mean=True)
-    inputs = _static(node, shape[first:])
+    inputs = _static(shape[first:])
+    if inputs is None:
+        return varying.adaptive(ctx, node, x, grid, outputs)
     windows = [_lines(n, out) for n, out in zip(inputs, outputs, strict=True)]
     count = torch.ones([], dtype=torch.float64)
     most = 1

@@ -3,6 +3,7 @@
     acc = Σ (x - zero_point_x) * (w - zero_point_w) + bias,        bias = round(b / (scale_x * scale_w))
 
 in int32, or in int64 where a bound on the sum says that int32 could overflow, and where torch has no int32 kernel.
+What a bias between two integers leaves is requantized with the sum, as fraction bits (`quant2e.integer.bias`).
 Padding pads with zeros after the zero point is gone, so it stands for the real number zero.
 """
 
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.dataflow import operand
-from quant2e.integer.build import NoIntegerFormError
+from quant2e.integer.bias import bias_fraction, bias_integers
+from quant2e.integer.build import NoIntegerFormError, Record
 from quant2e.integer.dynamic import DynamicProduct, DynamicStored
 from quant2e.integer.grid import Grid
 from quant2e.integer.values import Context, Part, Value, Wide, rank
@@ -41,16 +43,40 @@ class Product(Wide):
             ctx.integer.setdefault(self.node.name, f"{self.kind}, read in float")
             with ctx.b.at(self.node):
                 self._real = dequantized_sum(ctx, self.node, self._parts)
+            self._record(ctx, self._real)
         return self._real
+
+    def _record(self, ctx: Context, real: Node) -> None:
+        """A sum that is dequantized: ``float32(acc) * scale``."""
+        part = self._parts[0]
+        if len(self._parts) > 1 or self.forms:
+            return
+        ctx.b.record(
+            Record(
+                name=self.node.name,
+                kind=f"float_{self.kind}",
+                inputs=self.inputs,
+                output=real.name,
+                constants=self.constants | {"scale": float32_scale(part)},
+                attributes=self.attributes | {"out_dtype": "float32"},
+                accumulator=(part.accumulator or part.node).name,
+            )
+        )
+
+
+def float32_scale(part: Part) -> Tensor:
+    """What one unit of a sum is worth, each product in float32: 0-D, or one for each output channel."""
+    scale = torch.ones((), dtype=torch.float32)
+    for factor in part.scales:
+        scale = scale * torch.as_tensor(factor).to(torch.float32)
+    return scale
 
 
 def dequantized_sum(ctx: Context, node: Node, parts: list[Part]) -> Node:
     """``Σ acc * scale`` in the float dtype of ``node``."""
     total: Node | None = None
     for part in parts:
-        scale = torch.ones((), dtype=torch.float32)
-        for factor in part.scales:
-            scale = scale * torch.as_tensor(factor).to(torch.float32)
+        scale = float32_scale(part)
         by: Node | float = (
             float(scale)
             if scale.dim() == 0
@@ -65,13 +91,6 @@ def dequantized_sum(ctx: Context, node: Node, parts: list[Part]) -> Node:
 
 def _spread(values: Tensor, axis: int | None, dims: int) -> Tensor:
     return values.reshape([-1 if i == axis else 1 for i in range(dims)])
-
-
-def bias_integers(bias: Tensor, x_scale: float, w_scale: float | Tensor) -> Tensor:
-    """``round(bias * (1 / (scale_w * scale_x)))`` in float32, ties to even, as int64: what ExecuTorch hands to XNNPACK."""
-    scale = w_scale * x_scale
-    inverse = 1.0 / scale
-    return torch.round(bias.to(torch.float32) * inverse).to(torch.float64).to(torch.int64)
 
 
 def _bias(ctx: Context, node: Node, name: str | int) -> Tensor | None:
@@ -122,16 +141,21 @@ def _write(
             dtype = torch.int64 if wide or span >= INT32 else torch.int32
             acc = call(activation.shifted(ctx, dtype), (laid_out or weight).node(ctx, node, dtype), None)
             acc = ctx.b.cast(acc, torch.int32) if span < INT32 else acc
-            return DynamicProduct(node, acc, activation, out_scale, axis, bias, kind)
+        known = attributes | {"weight_zero_point": weight.zero_point_list()}
+        return DynamicProduct(node, acc, activation, out_scale, axis, bias, kind, {"weight": weight.integers}, known)
     grid: Grid = activation.grid
     integers = activation.quantized(ctx, grid)
     bias_q = None if bias is None else bias_integers(bias, grid.scale, out_scale)
+    fraction = None
     largest = reach.to(torch.float64) * grid.span + (0 if bias_q is None else bias_q.abs().to(torch.float64))
     span = int(largest.max())
-    constants = {"weight": weight.integers} | ({} if bias_q is None else {"bias": bias_q})
+    if bias is not None and bias_q is not None:
+        fraction = bias_fraction(bias, bias_q, grid.scale, out_scale, span)
+    constants = {"weight": weight.integers}
     with ctx.b.at(node):
         dtype = torch.int64 if wide or span >= INT32 else torch.int32
         kept = None if bias_q is None else bias_q.to(torch.int32 if int(bias_q.abs().max()) < INT32 else torch.int64)
+        constants |= {} if kept is None else {"bias": kept}
         bias_node = None if kept is None else ctx.b.cast(ctx.b.constant(kept, f"{node.name}_bias"), dtype)
         acc = call(
             ctx.b.shifted(integers, grid.zero_point, dtype), (laid_out or weight).node(ctx, node, dtype), bias_node
@@ -140,8 +164,14 @@ def _write(
             ctx.b.notes.append(f"'{node.name}': sums in int64: they can reach {span:.4g}, and int32 holds {INT32:.4g}")
         elif wide:
             acc = ctx.b.cast(acc, torch.int32)
-    part = Part(acc, (grid.scale, out_scale), span, axis if isinstance(out_scale, Tensor) else None, owner=node.name)
+        part = Part(
+            acc, (grid.scale, out_scale), span, axis if isinstance(out_scale, Tensor) else None, owner=node.name
+        )
+        if fraction is not None:
+            part = fraction.added(ctx.b, part, axis, rank(node), f"{node.name}_bias_fraction")
+            constants["bias_fraction"] = fraction.integers
     known = attributes | {
+        "bias_fraction_bits": 0 if fraction is None else fraction.bits,
         "channel_axis": axis,
         "zero_point": grid.zero_point,
         "weight_zero_point": weight.zero_point_list(),
@@ -230,6 +260,8 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
     x_span = activation.span if dynamic else activation.grid.span
     parts: list[Part] = []
     integers = activation.integers if dynamic else activation.quantized(ctx, activation.grid)
+    constants = {"weight": weight.without_zero_point(), "weight_scale": scales}
+    attributes: dict[str, Any] = {"group_size": size}
     with ctx.b.at(node):
         x = activation.shifted(ctx, torch.int32) if dynamic else ctx.b.shifted(integers, activation.grid.zero_point)
         w = weight.node(ctx, node, torch.int32)
@@ -238,21 +270,27 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
             ws = ctx.b.call(aten.slice.Tensor, w, 1, g * size, (g + 1) * size)
             span = int(weight.centred()[:, g * size : (g + 1) * size].abs().sum(1).max()) * x_span
             scale = scales[:, g].contiguous()
-            bias_node = None
+            bias_node = fraction = None
             if g == 0 and bias is not None and not dynamic:
                 bias_q = bias_integers(bias, activation.grid.scale, scale)
                 span += int(bias_q.abs().max())
                 bias_node = ctx.b.constant(bias_q.clamp(-INT32, INT32 - 1).to(torch.int32), f"{node.name}_bias")
+                fraction = bias_fraction(bias, bias_q, activation.grid.scale, scale, span)
             if span >= INT32:
                 raise NoIntegerFormError(node, f"the sum over a group of {size} can reach {span:.4g}, beyond int32")
             acc = ctx.b.call(aten.linear.default, xs, ws, bias_node)
             factors = (scale,) if dynamic else (activation.grid.scale, scale)
-            parts.append(Part(acc, factors, span, rank(node) - 1, owner=node.name))
+            part = Part(acc, factors, span, rank(node) - 1, owner=node.name)
+            if fraction is not None:
+                part = fraction.added(ctx.b, part, rank(node) - 1, rank(node), f"{node.name}_bias_fraction")
+            parts.append(part)
         if dynamic:
             total = dequantized_sum(ctx, node, parts)
-            return DynamicProduct(node, total, activation, 1.0, rank(node) - 1, bias, "linear")
-    attributes = {"zero_point": activation.grid.zero_point, "group_size": size}
-    constants = {"weight": weight.integers, "weight_scale": scales} | ({} if bias is None else {"float_bias": bias})
+            return DynamicProduct(
+                node, total, activation, 1.0, rank(node) - 1, bias, "grouped_linear", constants, attributes
+            )
+    attributes["zero_point"] = activation.grid.zero_point
+    constants |= {} if bias is None else {"float_bias": bias}
     return Product(
         node, parts, kind="grouped_linear", inputs={"x": integers.name}, constants=constants, attributes=attributes
     )

@@ -16,9 +16,15 @@ from torch.fx import Node
 
 from quant2e.dataflow import operand
 from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
-from quant2e.integer import boundary, elementwise, embedding, moves, pooling, products, softmax, tables
+from quant2e.integer import bag, boundary, elementwise, embedding, moves, pooling, products, softmax, tables
 from quant2e.integer.build import NoIntegerFormError
-from quant2e.integer.dynamic import DynamicStored, choose_parameters, quantize_dynamic
+from quant2e.integer.dynamic import (
+    DynamicStored,
+    choose_parameters,
+    choose_per_token,
+    quantize_dynamic,
+    quantize_per_token,
+)
 from quant2e.integer.grid import DEQUANTIZE_STATIC, QUANTIZE_STATIC, Grid, grid_of
 from quant2e.integer.values import Context, Stored, Value
 
@@ -33,9 +39,13 @@ FORMS: Mapping[Any, Form] = {
     **pooling.FORMS,
     **softmax.FORMS,
     **embedding.FORMS,
+    **bag.FORMS,
     **products.FORMS,
 }
 """ATen op → its integer form."""
+
+PER_TOKEN = frozenset({qd.choose_qparams_per_token.default, qd.choose_qparams_per_token_asymmetric.default})
+"""Choose a scale for each line along the last dimension."""
 
 _SHAPE_READERS = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int})
 
@@ -60,7 +70,7 @@ def _one(ctx: Context, node: Node) -> None:
         _quantize(ctx, node)
     elif node.target in DEQUANTIZE:
         _dequantize(ctx, node)
-    elif node.target in CHOOSE_QPARAMS:
+    elif node.target in CHOOSE_QPARAMS | PER_TOKEN:
         _choose(ctx, node)
     elif node not in ctx.constants:
         _float_op(ctx, node)
@@ -70,18 +80,26 @@ def _float_op(ctx: Context, node: Node) -> None:
     known = [operand for operand in node.all_input_nodes if operand in ctx.values]
     form = FORMS.get(node.target)
     try:
+        if node in ctx.exposed:
+            raise NoIntegerFormError(node, "an op writes to its result in place")
         if form is not None:
-            ctx.values[node] = form(ctx, node)
+            value = form(ctx, node)
+            ctx.values[node] = _clamped_function(node, value)
             return
         reason = "it has no integer form" if known else "its operands are not quantized"
     except NoIntegerFormError as error:
         reason = str(error)
-    if node.target is operator.getitem:
-        return
     if known:
         ctx.keep(node, reason)
-    elif _is_float(node):
+    elif _is_float(node) and node.target is not operator.getitem:
         ctx.left.setdefault(node.name, reason)
+
+
+def _clamped_function(node: Node, value: Value) -> Value:
+    """A clamp of a function is a function as well: one table for both."""
+    if isinstance(value, moves.Clamped) and isinstance(value.source, tables.Function):
+        return tables.Function(node, value.source.root, {value.source.node: value.source})
+    return value
 
 
 def _is_float(node: Node) -> bool:
@@ -94,6 +112,7 @@ def _quantize(ctx: Context, node: Node) -> None:
     assert isinstance(x, Node)
     grid = grid_of(node) if node.target is QUANTIZE_STATIC else None
     value = ctx.values.get(x)
+    because = ""
     if grid is not None and value is not None:
         try:
             integers = value.quantized(ctx, grid)
@@ -101,11 +120,14 @@ def _quantize(ctx: Context, node: Node) -> None:
                 ctx.integer.setdefault(value.node.name, "requantization")
         except NoIntegerFormError as error:
             ctx.failed[error.node.name] = str(error)
+            because = f"'{error.node.name}' has no integer form here"
         else:
             node.replace_all_uses_with(integers)
             return
     if value is not None:
+        before, ctx.why = ctx.why, because or ctx.why
         real = value.real(ctx)
+        ctx.why = before
         node.replace_input_with(x, real)
         x = real
     with ctx.b.at(node):
@@ -114,6 +136,8 @@ def _quantize(ctx: Context, node: Node) -> None:
         elif node.target is qd.quantize_per_tensor.tensor:
             scale, zero_point = operand(node, 1), operand(node, 2)
             node.replace_all_uses_with(quantize_dynamic(ctx.b, node, x, scale, zero_point))
+        elif node.target is qd.quantize_per_token.default:
+            node.replace_all_uses_with(quantize_per_token(ctx.b, node, x, operand(node, 1), operand(node, 2)))
         elif (written := boundary.quantize_other(ctx.b, node, x)) is not None:
             node.replace_all_uses_with(written)
 
@@ -123,7 +147,7 @@ def _dequantize(ctx: Context, node: Node) -> None:
     assert isinstance(source, Node)
     if node.target is DEQUANTIZE_STATIC and (grid := grid_of(node)) is not None:
         ctx.values[node] = Stored(node, source, grid)
-    elif node.target is qd.dequantize_per_tensor.tensor:
+    elif node.target in (qd.dequantize_per_tensor.tensor, qd.dequantize_per_token.default):
         scale, zero_point, low, high = (operand(node, i) for i in range(1, 5))
         ctx.values[node] = DynamicStored(node, source, scale, zero_point, low, high)
     elif node.target in (qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default):
@@ -135,10 +159,10 @@ def _choose(ctx: Context, node: Node) -> None:
     assert isinstance(x, Node)
     if (value := ctx.values.get(x)) is not None:
         node.replace_input_with(x, value.real(ctx))
-    if node.target not in (qd.choose_qparams.tensor, qd.choose_qparams_symmetric.tensor):
-        return
+    symmetric = node.target in (qd.choose_qparams_symmetric.tensor, qd.choose_qparams_per_token.default)
     with ctx.b.at(node):
-        parts = choose_parameters(ctx.b, node, symmetric=node.target is qd.choose_qparams_symmetric.tensor)
+        choose = choose_per_token if node.target in PER_TOKEN else choose_parameters
+        parts = choose(ctx.b, node, symmetric=symmetric)
     for user in list(node.users):
         if user.target is operator.getitem:
             user.replace_all_uses_with(parts[operand(user, 1)])

@@ -7,6 +7,7 @@ ops that only move values, with clamps and with maxima, so these compute on the 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,8 @@ class Context:
 
     ``values``: float node → its integers. ``constants``: nodes that depend on parameters only. ``integer``: float ops
     whose integer form was written. ``left``: float ops that stay, and why. ``failed``: ops whose result cannot be
-    requantized in integers, and why.
+    requantized in integers, and why. ``exposed``: float nodes that an op writes to in place, where others see it.
+    ``why``: the reason of an op that computes in float because floats are asked of it.
     """
 
     gm: GraphModule
@@ -40,6 +42,8 @@ class Context:
     integer: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    exposed: frozenset[Node] = frozenset()
+    why: str = "its result is not quantized"
 
     def value(self, operand: Any, of: Node) -> Value:
         """The integers of an operand; raises `NoIntegerFormError` when it has none."""
@@ -94,11 +98,20 @@ class Value(ABC):
 
     def real(self, ctx: Context) -> Node:
         """The float value: the float node itself, on dequantized operands."""
-        ctx.keep(self.node, "its result is not quantized")
+        ctx.keep(self.node, ctx.why)
         return self.node
 
     def parts(self, ctx: Context) -> list[Part]:
         """The value as a sum of integers with scales. Raises `NoIntegerFormError` when it is not one."""
+        raise NoIntegerFormError(self.node, f"the result of '{self.node.name}' is no sum of integers")
+
+    def unit(self) -> float:
+        """How far apart the value's numbers lie: its scale, the largest one where there are several.
+
+        Raises `NoIntegerFormError` when its numbers do not lie on scales.
+        """
+        if self.grid is not None:
+            return self.grid.scale
         raise NoIntegerFormError(self.node, f"the result of '{self.node.name}' is no sum of integers")
 
 
@@ -107,6 +120,7 @@ class Part:
     """Integers that stand for ``sign * node * Π scales / count``; a 1-D scale runs along ``axis``.
 
     ``span``: the largest magnitude. ``narrow``: straight from a tensor of 8 bits. ``owner``: the op that summed them up.
+    ``accumulator``: the int32 or int64 sums themselves, where ``node`` is them with fraction bits.
     """
 
     node: Node
@@ -117,6 +131,12 @@ class Part:
     sign: int = 1
     count: float | Tensor = 1
     owner: str = ""
+    accumulator: Node | None = None
+
+    def unit(self) -> float:
+        """What one of the integers is worth; the most, where that varies."""
+        factors = [torch.as_tensor(s).to(torch.float64).abs().max() for s in self.scales]
+        return float(math.prod(factors) / torch.as_tensor(self.count).to(torch.float64).min())
 
     def term(self, grid: Grid, dims: int) -> Term:
         """The part in steps of ``grid``."""
@@ -213,8 +233,11 @@ class Wide(Value):
     def parts(self, ctx: Context) -> list[Part]:
         return self._parts
 
+    def unit(self) -> float:
+        return max(part.unit() for part in self._parts)
+
     def _quantized(self, ctx: Context, grid: Grid) -> Node:
-        terms = [part.term(grid, rank(self.node)) for part in self._parts]
+        terms = [part.term(grid, 0 if part.axis is None else rank(self.node)) for part in self._parts]
         if len(terms) == 1 and terms[0].sign > 0:
             out, constants = requantize(ctx.b, terms[0], grid, self.node)
         else:
@@ -231,10 +254,16 @@ class Wide(Value):
                 output=out.name,
                 constants=self.constants | constants,
                 attributes=self.attributes | grid_attributes(grid),
-                accumulator=self._parts[0].node.name if len(self._parts) == 1 else None,
+                accumulator=self._accumulator(),
             )
         )
         return out
+
+    def _accumulator(self) -> str | None:
+        """The node with the sums, where there is one."""
+        if len(self._parts) > 1:
+            return None
+        return (self._parts[0].accumulator or self._parts[0].node).name
 
 
 def accumulator_text(parts: Sequence[Part]) -> str:

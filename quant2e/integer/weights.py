@@ -54,6 +54,10 @@ class Weight:
         wide = self.integers.to(torch.int32)
         return wide if zero is None else wide - zero.to(torch.int32)
 
+    def without_zero_point(self) -> Tensor:
+        """The integers themselves when all zero points are 0, else `centred`."""
+        return self.integers if self._zero_points() is None else self.centred()
+
     def zero_point_list(self) -> int | list[int]:
         """Zero points as plain data: one number, or one per channel."""
         zero = torch.as_tensor(self.zero_point)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.fx.node import map_arg
 
 from quant2e import to_integer
 from quant2e.dialect import qd
+from quant2e.graph_module import CapturedModule
 from tests.quant2e.integer.reference import Grid
 
 aten = torch.ops.aten
@@ -70,9 +72,11 @@ class Writer:
 
     def __init__(self) -> None:
         self.graph = Graph()
-        self.gm = GraphModule({}, self.graph)
+        self.gm = CapturedModule({}, self.graph)
+        self.gm.inputs = None
         self.graph = self.gm.graph
         self.inputs: list[Tensor] = []
+        self.integer: GraphModule | None = None
 
     def _add(self, node: Node, value) -> Node:
         node.meta["val"] = value
@@ -82,6 +86,11 @@ class Writer:
         node = self.graph.call_function(target, args, kwargs)
         real_args, real_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
         return self._add(node, target(*real_args, **real_kwargs))
+
+    def pick(self, several: Node, index: int) -> Node:
+        """One of several results."""
+        node = self.graph.call_function(operator.getitem, (several, index))
+        return self._add(node, several.meta["val"][index])
 
     def plain(self, x: Tensor) -> Node:
         self.inputs.append(x)
@@ -112,14 +121,15 @@ class Writer:
         return self.op(qd.dequantize_per_channel.default, node, scales, zeros, axis, low, high, w.dtype)
 
     def finish(self, *results: Node) -> GraphModule:
+        self.results = [result.meta["val"] for result in results]
         self.graph.output(tuple(results))
-        self.gm.recompile()
+        vars(self.gm).pop("_code", None)  # compiled when it is called
         return self.gm
 
 
 def run_integer(writer: Writer, results, mode: str, inputs=None) -> list[np.ndarray]:
     """The integer graph's results; strict, and no float op but the multiply of ``float32`` (checked)."""
-    gm = to_integer(writer.finish(*results), requantization=mode, strict=True)
+    gm = writer.integer = to_integer(writer.finish(*results), requantization=mode, strict=True)
     averages = any(n.target in MEANS for n in writer.graph.nodes)
     assert_integer(gm, mode, FLOAT_STEPS | {aten.add.Tensor} if averages else FLOAT_STEPS)
     outs = gm(*(writer.inputs if inputs is None else inputs))
@@ -127,6 +137,9 @@ def run_integer(writer: Writer, results, mode: str, inputs=None) -> list[np.ndar
 
 
 FLOAT_STEPS = {aten.mul.Tensor, aten.round.default, aten.clamp.default, aten._to_copy.default}
+PLAIN = {operator.getitem, operator.mul}
+"""Python's own: one of several results, products of sizes."""
+
 MEANS = {aten.mean.dim, *(getattr(aten, f"adaptive_avg_pool{n}d").default for n in (1, 2, 3))}
 """A mean on the grid of its operand may add an offset in float, as XNNPACK does."""
 
@@ -136,17 +149,22 @@ def assert_integer(gm: GraphModule, mode: str, float_steps=frozenset(FLOAT_STEPS
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
-        assert str(node.target).startswith("aten."), node.format_node()
+        assert str(node.target).startswith("aten.") or node.target in PLAIN, node.format_node()
         value = node.meta.get("val")
         assert value is not None, node.format_node()
-        if value.dtype.is_floating_point:
+        if node.target in PLAIN or type(value) is int:  # a piece, or a size
+            continue
+        for one in value if isinstance(value, list | tuple) else [value]:
+            assert isinstance(one, Tensor), node.format_node()
+            assert mode == "float32" or not one.dtype.is_floating_point, node.format_node()
+        if isinstance(value, Tensor) and value.dtype.is_floating_point:
             assert mode == "float32", node.format_node()
             assert node.target in float_steps, node.format_node()
 
 
 def difference_from_qdq(writer: Writer, found: list[np.ndarray]) -> tuple[int, int, int]:
     """Outputs, how many differ from the Q/DQ graph, and by how many steps at the most."""
-    outs = [out.numpy().astype(np.int64) for out in writer.gm(*writer.inputs)]
+    outs = [out.numpy().astype(np.int64) for out in writer.results]
     gaps = np.concatenate([np.abs(a - b).flatten() for a, b in zip(outs, found, strict=True)])
     return gaps.size, int((gaps > 0).sum()), int(gaps.max(initial=0))
 

@@ -69,6 +69,30 @@ def accumulate(op, arrays):
     return convolution(x, weight, attributes) + np.reshape(bias, [1, -1, 1, 1])
 
 
+def with_fraction(acc, arrays, attributes):
+    """The sum with the fraction bits of its bias, where it has some."""
+    bits = attributes.get("bias_fraction_bits", 0)
+    if not bits:
+        return acc
+    return (acc << bits) + shaped(arrays["const_bias_fraction"], attributes["channel_axis"], acc.ndim)
+
+
+def real(op, arrays):
+    """A layer that answers in float: the sum is dequantized."""
+    attributes, axis = op["attributes"], op["attributes"]["channel_axis"]
+    if op["kind"] == "dynamic_linear":
+        x = arrays["in_x"].astype(np.int64) - arrays["in_zero_point"]
+        acc = x @ arrays["const_weight"].astype(np.int64).T
+        scale = shaped(arrays["const_weight_scale"], axis, acc.ndim) * arrays["in_scale"].astype(np.float32)
+    else:
+        acc = accumulate({"kind": "linear", "attributes": attributes}, arrays)
+        scale = shaped(arrays["const_scale"], axis, acc.ndim)
+    np.testing.assert_array_equal(acc, arrays["accumulator"])
+    acc = acc if op["kind"] == "dynamic_linear" else with_fraction(acc, arrays, attributes)
+    out = acc.astype(np.float32) * scale
+    return out + shaped(arrays["const_bias"], axis, acc.ndim) if op["kind"] == "dynamic_linear" else out
+
+
 def convolution(x, weight, attributes):
     (sh, sw), (ph, pw), groups = attributes["stride"], attributes["padding"], attributes["groups"]
     padded = np.pad(x, [(0, 0), (0, 0), (ph, ph), (pw, pw)])
@@ -107,7 +131,15 @@ def run(op, arrays, mode):
         acc = accumulate(op, arrays)
         if "accumulator" in arrays:
             np.testing.assert_array_equal(acc, arrays["accumulator"])
-        return saturate(to_steps(acc, arrays, attributes, mode), attributes)
+        return saturate(to_steps(with_fraction(acc, arrays, attributes), arrays, attributes, mode), attributes)
+    if kind in ("float_linear", "dynamic_linear"):
+        return real(op, arrays)
+    if kind == "thresholds":
+        return arrays["const_values"][np.searchsorted(arrays["const_thresholds"], arrays["in_x"], side="right")]
+    if kind == "pad":
+        sizes = list(zip(attributes["pad"][::2], attributes["pad"][1::2], strict=True))[::-1]
+        sizes = [(0, 0)] * (arrays["in_x"].ndim - len(sizes)) + sizes
+        return np.pad(arrays["in_x"], sizes, constant_values=attributes["border"])
     if kind == "sum":
         return saturate(add(op, arrays, mode), attributes)
     if kind == "mul":

@@ -21,7 +21,7 @@ class Grid:
         return max(self.low, min(self.high, int(steps) + self.zero_point))
 
     def quantize(self, x):
-        return self.saturate(np.clip(np.rint(F(x) * F(1.0 / self.scale)), -1e6, 1e6))
+        return self.saturate(np.clip(np.rint(F(x) * F(1.0 / self.scale)), -1e9, 1e9))
 
 
 def c_divide(a, b):
@@ -78,7 +78,7 @@ def requantize(acc, scales, grid, mode, count=1):
         ratio = F(ratio / F(grid.scale))
         if count != 1:
             ratio = F(ratio * F(F(1) / F(count)))
-        return grid.saturate(np.clip(np.rint(F(F(acc) * ratio)), -1e6, 1e6))
+        return grid.saturate(np.clip(np.rint(F(F(acc) * ratio)), -1e9, 1e9))
     ratio = math.prod(float(s) for s in scales) / grid.scale / count
     step = {
         "fixed_point": multiply_by_quantized_multiplier,

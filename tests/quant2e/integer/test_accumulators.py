@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from quant2e import Quant2eError, quantize
+from quant2e import Quant2eError, integer_report, quantize
+from quant2e.dialect import qd
 from quant2e.integer import Overflow, simulate_accumulator, to_integer
-from quant2e.integer.accumulators import simulate
+from quant2e.integer.accumulators import matrices, simulate
+from quant2e.integer.trace import tensors
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
-from tests.quant2e.integer.graphs import Writer, aten
+from tests.quant2e.integer.graphs import Draw, Writer, aten
 from tests.quant2e.integer.reference import Grid
 
 
@@ -47,9 +49,10 @@ def test_24_bits_overflow_beyond_eight_million():
     assert simulate(rows, weight, "int24") == Overflow("", 1, 1, 1, 9677400, 8388607, 16777216)
 
 
-def written(x, grid, weight, **conv):
+def written(x, grid, weight, *, transposed=False, **conv):
     writer = Writer()
     target = aten.linear.default if weight.dim() == 2 else aten.conv2d.default
+    target = aten.conv_transpose2d.input if transposed else target
     more = (None, *conv["args"]) if conv else ()
     node = writer.op(target, writer.input(x, grid), writer.weight(weight, 0.01, None), *more)
     out = Grid(1.0, 0, -128, 127)
@@ -108,3 +111,83 @@ def test_another_accumulator_is_refused():
     gm = written(x, unsigned(0), torch.ones(1, 4, dtype=torch.int8))
     with pytest.raises(Quant2eError, match="choose one of pairs16, int16, int24"):
         simulate_accumulator(gm, [x], "int8")
+
+
+def test_a_transposed_convolution_is_simulated():
+    x = torch.tensor([[[[255, 255], [0, 0]]]], dtype=torch.uint8)
+    weight = torch.full((1, 1, 1, 2), 127, dtype=torch.int8)
+    # rows of three outputs: 255·127, (255 + 255)·127 = 64,770, 255·127; and three zeros
+    gm = written(x, unsigned(0), weight, transposed=True, args=([1, 1], [0, 0]))
+    found = simulate_accumulator(gm, [x], "pairs16")
+    assert found == (Overflow("conv_transpose2d_input", 6, 1, 1, 64770, 32767, 32003),)
+    # without its zero point 255 is 55 and 0 is −200: 400 · 127 = 50,800 in one output, 110 · 127 in another
+    gm = written(x, unsigned(200), weight, transposed=True, args=([1, 1], [0, 0]))
+    assert simulate_accumulator(gm, [x], "int16") == (Overflow("conv_transpose2d_input", 6, 1, 1, 50800, 32767, 65536),)
+
+
+def test_the_sums_simulated_are_those_of_the_graph():
+    """Rows times weights, without an accumulator's limits, are the accumulators: over strides, groups, dilations, crops."""
+    for seed in range(60):
+        draw = Draw(seed)
+        transposed, groups = seed % 2 == 1, draw.pick(1, 2)
+        stride, dilation, kernel, padding = (
+            [draw.int(lo, hi), draw.int(lo, hi)] for lo, hi in ((1, 3), (1, 2), (1, 3), (0, 1))
+        )
+        extra = [draw.int(0, max(s, d) - 1) for s, d in zip(stride, dilation, strict=True)]
+        a, grid = draw.grid(), draw.grid()
+        x = draw.integers([2, 2 * groups, 5, 6], a)
+        w = draw.weight([2 * groups, 3, *kernel] if transposed else [3 * groups, 2, *kernel])
+        axis, channels = (1, 3) if transposed else (0, 3 * groups)
+        zeros = torch.from_numpy(draw.rng.integers(-9, 9, channels))
+        writer = Writer()
+        weight = writer.weight(w, torch.full([channels], 2.0**-7), axis, zeros)
+        dq = writer.input(x, a)
+        if transposed:
+            node = writer.op(aten.conv_transpose2d.input, dq, weight, None, stride, padding, extra, groups, dilation)
+        else:
+            node = writer.op(aten.conv2d.default, dq, weight, None, stride, padding, dilation, groups)
+        gm = to_integer(writer.finish(writer.q(node, grid)))
+        (record,) = [r for r in integer_report(gm).records if r.kind == "convolution"]
+        seen = tensors(gm, {record.inputs["x"], record.accumulator}, x)
+        acc = seen[record.accumulator].long()
+        sums = torch.cat([r @ w for r, w in matrices(record, {"x": seen[record.inputs["x"]]}, "int24")], 1)
+        assert torch.equal(sums.reshape(acc.shape[0], *acc.shape[2:], -1).movedim(-1, 1), acc), seed
+
+
+def test_two_activations_are_simulated_matrix_by_matrix():
+    x, y = torch.full([2, 1, 3], 255, dtype=torch.uint8), torch.full([2, 3, 1], 227, dtype=torch.uint8)
+    y[1] = 0
+    writer = Writer()
+    node = writer.op(aten.matmul.default, writer.input(x, unsigned(0)), writer.input(y, unsigned(100)))
+    gm = to_integer(writer.finish(writer.q(node, unsigned(0))), strict=True)
+    # as s8 227 is 99 and 0 is −128: 255 · 99 · 2 = 50,490 and −255 · 128 · 2 = −65,280; the third product stands alone
+    assert simulate_accumulator(gm, [(x, y)], "pairs16") == (Overflow("matmul_default", 2, 2, 2, 65280, 32767, 32512),)
+    # without zero points 127 and −100: 3 · 255 · 127 = 97,155, 3 · 25,500 = 76,500
+    assert simulate_accumulator(gm, [(x, y)], "int16") == (Overflow("matmul_default", 2, 2, 2, 97155, 32767, 65536),)
+
+
+def test_each_group_of_a_group_wise_layer_has_its_own_accumulator():
+    x = torch.full([1, 4], 255, dtype=torch.uint8)
+    w = torch.tensor([[7, 7, -8, -8]], dtype=torch.int8)
+    writer = Writer()
+    scales, zeros = torch.full([1, 2], 0.5), torch.zeros([1, 2], dtype=torch.int64)
+    dw = writer.op(
+        qd.dequantize_per_channel_group.default, writer.constant(w), writer.constant(scales), writer.constant(zeros),
+        -8, 7, torch.int8, 2, torch.float32,
+    )  # fmt: skip
+    node = writer.op(aten.linear.default, writer.input(x, unsigned(0)), dw)
+    gm = to_integer(writer.finish(writer.q(node, unsigned(0))), strict=True)
+    # two sums, 255 · 14 and −255 · 16 = −4,080
+    assert simulate_accumulator(gm, [x], "int16") == (Overflow("linear_default", 2, 0, 0, 4080, 32767, 0),)
+
+
+@pytest.mark.parametrize("is_dynamic", [True, False])
+def test_layers_that_answer_in_float_are_simulated_too(is_dynamic):
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic))
+    net = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+    quantized = quantize(net, (x,), quantizer, None if is_dynamic else [x], use_reference_representation=True)
+    found = simulate_accumulator(quantized.module, [x], "int24")
+    assert [(o.name, o.sums, o.overflowing) for o in found] == [("linear", 128, 0), ("linear_1", 16, 0)]
+    assert all(o.peak > 1000 for o in found)

@@ -146,14 +146,25 @@ def test_embeddings_and_float_islands():
     assert {v.name: (v.integer, v.annotated) for v in integer_report(gm).verdicts} == {
         "embedding": (True, True),
         "linear": (True, True),
-        "gelu": (False, True),
-        "linear_1": (True, True),
+        "gelu": (True, True),
+        "linear_1": (True, False),  # annotated, and read in float: nobody asks for its integers
     }
     torch.testing.assert_close(gm(ids), quantized(ids), rtol=1e-4, atol=2e-3)
-    with pytest.raises(
-        Quant2eError, match=r"1 quantized ops have no integer form \(float32\):\n  'gelu' .*is not quantized by itself"
-    ):
-        to_integer(quantized.module, strict=True)
+
+
+def test_what_has_no_integer_form_is_listed_with_its_reason_and_refused_by_strict():
+    torch.manual_seed(0)
+    ids = torch.randint(0, 20, (3, 7))
+    quantized = quantize(Text().eval(), (ids,), x86(), [ids])
+    with pytest.raises(Quant2eError) as caught:
+        to_integer(quantized.module, requantization="power_of_two", strict=True)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "2 quantized ops have no integer form (power_of_two):"
+    assert "'linear' (aten.linear.default): its scale changes by" in lines[1]
+    assert lines[2] == "  'gelu' (aten.gelu.default): 'linear' has no integer form here"
+    gm = to_integer(quantized.module, requantization="power_of_two")
+    assert [v.name for v in integer_report(gm).left] == ["linear", "gelu"]
+    torch.testing.assert_close(gm(ids), quantized(ids))
 
 
 def test_convert_makes_it_and_leaves_its_inputs_alone():

@@ -8,6 +8,7 @@ import torch
 
 from quant2e import Quant2eError, integer_report, to_integer
 from quant2e.dialect import qd
+from quant2e.integer.bias import bias_fraction, bias_integers
 from tests.quant2e.integer import reference
 from tests.quant2e.integer.graphs import CASES, Draw, Tally, Writer, aten, run_integer
 
@@ -60,14 +61,10 @@ def weight_and_scale(draw, shape, axis, outputs):
 
 
 def bias_for(draw, x_scale, scales, per_channel):
-    """A float bias, its integers at scale_x · scale_w (what ExecuTorch hands to XNNPACK), and whether it is one of them.
-
-    A bias between two integers is rounded, which moves outputs near a tie: that is part of the arithmetic, and not
-    counted as a difference from the Q/DQ graph.
-    """
+    """A float bias, and its integers at scale_x · scale_w: what ExecuTorch hands to XNNPACK."""
     kind = draw.pick("none", "any", "on the grid")
     if kind == "none":
-        return None, np.zeros(len(scales), dtype=np.int64), True
+        return None, np.zeros(len(scales), dtype=np.int64)
     step = np.array(scales, dtype=np.float64) * x_scale
     values = draw.rng.normal(0, 0.3, len(scales)) if kind == "any" else draw.rng.integers(-300, 300, len(scales)) * step
     values = torch.from_numpy(values).to(torch.float32)
@@ -75,15 +72,26 @@ def bias_for(draw, x_scale, scales, per_channel):
         inverse = np.float32(1) / (np.array(scales, dtype=np.float32) * np.float32(x_scale))
     else:  # numbers: the reciprocal in float64
         inverse = np.array([np.float32(1.0 / (s * x_scale)) for s in scales], dtype=np.float32)
-    return values, np.rint(values.numpy() * inverse).astype(np.int64), kind != "any"
+    return values, np.rint(values.numpy() * inverse).astype(np.int64)
 
 
-def requantized(acc, x_scale, scales, grid, mode, axis):
+def fraction_bits(writer):
+    """Fraction bits of the bias, as the graph says."""
+    return integer_report(writer.integer).records[0].attributes["bias_fraction_bits"]
+
+
+def requantized(acc, x_scale, scales, grid, mode, axis, bias, bias_q, bits):
+    """Outputs of sums ``acc``; with ``bits``, what the integers of the bias leave of it is added in that many bits."""
     acc = np.moveaxis(acc, axis, 0)
+    left = np.zeros(len(scales)) if bias is None else bias.numpy() / (np.array(scales) * x_scale) - bias_q
+    assert bits > 0 or (np.abs(left) < 2.0**-9 + np.abs(bias_q) * 2.0**-20).all()
+    fractions = np.rint(left * 2**bits).astype(np.int64) if bits else np.zeros(len(scales), dtype=np.int64)
     out = np.stack(
         [
-            reference.each(a, lambda v, s=s: reference.requantize(v, (x_scale, s), grid, mode))
-            for a, s in zip(acc, scales, strict=True)
+            reference.each(
+                (a << bits) + f, lambda v, s=s: reference.requantize(v, (x_scale, s, 2.0**-bits), grid, mode)
+            )
+            for a, s, f in zip(acc, scales, fractions, strict=True)
         ]
     )
     return np.moveaxis(out, 0, axis)
@@ -116,7 +124,7 @@ def test_convolution(spatial, transposed):
         x_grid, grid = draw.grid(), draw.grid()
         x = draw.integers([draw.int(1, 2), per_in * groups, *size], x_grid)
         w, weight, centred, scales = weight_and_scale(draw, shape, 1 if transposed else 0, outputs)
-        bias, bias_q, on_grid = bias_for(draw, x_grid.scale, scales, weight[1] is not None)
+        bias, bias_q = bias_for(draw, x_grid.scale, scales, weight[1] is not None)
         activation = draw.pick("none", "relu", "relu6", "hardtanh", "clamp")
 
         writer = Writer()
@@ -136,9 +144,10 @@ def test_convolution(spatial, transposed):
         else:
             acc = reference.convolution(centred_x, centred, stride, padding, dilation, groups)
         acc = acc + bias_q.reshape([1, -1] + [1] * spatial)
-        expected = clamped(requantized(acc, x_grid.scale, scales, grid, draw.mode, 1), grid, activation)
+        steps = requantized(acc, x_grid.scale, scales, grid, draw.mode, 1, bias, bias_q, fraction_bits(writer))
+        expected = clamped(steps, grid, activation)
         np.testing.assert_array_equal(found[0], expected, err_msg=f"seed {seed}")
-        tally.add(writer, found, draw.mode, counted=on_grid)
+        tally.add(writer, found, draw.mode)
     tally.check()
 
 
@@ -154,16 +163,16 @@ def test_linear(form):
         grid = draw.grid(draw.scale(2**-14, 2**-10) if "s16" in form else None)
         x = draw.integers([*lead, k], x_grid)
         w, weight, centred, scales = weight_and_scale(draw, [n, k], 0, n)
-        bias, bias_q, on_grid = bias_for(draw, x_grid.scale, scales, weight[1] is not None)
+        bias, bias_q = bias_for(draw, x_grid.scale, scales, weight[1] is not None)
         activation = draw.pick("none", "relu", "clamp")
         writer = Writer()
         dq, dw = writer.input(x, x_grid), writer.weight(w, *weight)
         if right:
             dw = writer.op(aten.t.default, dw)
         if form == "addmm" and bias is None:
-            bias, bias_q, on_grid = torch.zeros(n), np.zeros(n, dtype=np.int64), True
+            bias, bias_q = torch.zeros(n), np.zeros(n, dtype=np.int64)
         if form in ("mm", "matmul"):
-            bias, bias_q, on_grid = None, np.zeros(n, dtype=np.int64), True
+            bias, bias_q = None, np.zeros(n, dtype=np.int64)
         b = None if bias is None else writer.constant(bias)
         y = {
             "addmm": lambda: writer.op(aten.addmm.default, b, dq, dw),
@@ -172,9 +181,11 @@ def test_linear(form):
         }.get(form, lambda: writer.op(aten.linear.default, dq, dw, b))()
         found = run_integer(writer, [writer.q(fused(writer, y, activation), grid)], draw.mode)
         acc = (x.numpy().astype(np.int64) - x_grid.zero_point) @ centred.T + bias_q
-        expected = clamped(requantized(acc, x_grid.scale, scales, grid, draw.mode, acc.ndim - 1), grid, activation)
+        bits = fraction_bits(writer)
+        steps = requantized(acc, x_grid.scale, scales, grid, draw.mode, acc.ndim - 1, bias, bias_q, bits)
+        expected = clamped(steps, grid, activation)
         np.testing.assert_array_equal(found[0], expected, err_msg=f"seed {seed}")
-        tally.add(writer, found, draw.mode, counted=on_grid)
+        tally.add(writer, found, draw.mode)
     tally.check()
 
 
@@ -291,3 +302,19 @@ def test_power_of_two_does_not_round_a_scale_silently():
     assert [(v.name, v.reason) for v in left] == [
         ("linear_default", "its scale changes by 0.004, which is not a power of two")
     ]
+
+
+def test_a_bias_has_fraction_bits_where_it_needs_them_and_there_is_room():
+    scale = torch.tensor([2.0**-10, 2.0**-12])
+    bias = torch.tensor([3.0 * 2**-10, 5.25 * 2**-12])  # with s_x = 1: 3 and 5.25 units
+    integers = bias_integers(bias, 1.0, scale)
+    assert integers.tolist() == [3, 5]
+    few = bias_fraction(bias, integers, 1.0, scale, span=1000)  # 10 bits; 2**31 leaves 21, and 16 are enough
+    assert (few.bits, few.integers.tolist()) == (16, [0, 2**14])
+    many = bias_fraction(bias, integers, 1.0, scale, span=2**26)
+    assert (many.bits, many.integers.tolist()) == (4, [0, 4])
+    wide = bias_fraction(bias, integers, 1.0, scale, span=2**40)  # an int64 accumulator
+    assert wide.bits == 16
+    assert bias_fraction(bias, integers, 1.0, scale, span=2**31 - 2) is None  # no room
+    on_grid = torch.tensor([7.0, -123456.0]) * scale
+    assert bias_fraction(on_grid, bias_integers(on_grid, 1.0, scale), 1.0, scale, span=1000) is None

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from quant2e import Quant2eError, capture, quantize
 from quant2e.integer import dump_vectors, integer_report, to_integer
 from tests.quant2e.integer.graphs import MODES, Draw, Writer, aten
 from tests.quant2e.integer.numpy_kernels import check
-from tests.quant2e.integer.test_graph import Net, X, xnnpack
+from tests.quant2e.integer.test_graph import Net, X, x86, xnnpack
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,54 @@ def test_other_kinds_are_checked_by_numpy_kernels(mode, tmp_path):
     assert found == expected
 
 
+class Text(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.b(F.gelu(self.a(x)))
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True])
+def test_fused_activations_biases_between_integers_and_float_answers_are_checked_by_numpy_kernels(is_dynamic, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(5, 12)
+    quantized = quantize(Text().eval(), (x,), x86(is_dynamic=is_dynamic), [x])
+    gm = to_integer(quantized.module, requantization="fixed_point", strict=True)
+    found = check(dump_vectors(gm, x, tmp_path))
+    if is_dynamic:
+        assert found == {"dynamic_linear": 2}
+    else:
+        assert found == {"linear": 1, "thresholds": 1, "float_linear": 1}
+        bits = [r.attributes["bias_fraction_bits"] for r in integer_report(gm).records if r.kind.endswith("linear")]
+        assert all(8 <= b <= 16 for b in bits)
+
+
+def test_the_page_for_hardware_engineers_runs(tmp_path, monkeypatch, capsys):
+    """The code of docs/hardware_engineer.md, block by block, on a model of its reader."""
+    page = (Path(__file__).parents[3] / "docs" / "hardware_engineer.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10), nn.ReLU(), nn.Linear(10, 4))
+    inputs = torch.randn(2, 3, 8, 8)
+    names = {"model": model.eval(), "example_inputs": (inputs,), "calibration_data": [inputs]}
+    for block in blocks:
+        exec(compile(block, "hardware_engineer.md", "exec"), names)
+    listing = json.loads((tmp_path / "vectors" / "vectors.json").read_text())
+    assert [op["kind"] for op in listing["ops"]] == ["convolution", "linear", "linear"]
+    assert "x the limit" in capsys.readouterr().out
+    # the loop of the page is a check: it fails on a wrong number
+    file = tmp_path / "vectors" / next(op["file"] for op in listing["ops"] if op["kind"] == "linear")
+    arrays = dict(np.load(file))
+    arrays["out"][0, 0] ^= 1
+    np.savez(file, **arrays)
+    with pytest.raises(AssertionError):
+        exec(compile(blocks[2], "hardware_engineer.md", "exec"), names)
+
+
 def test_a_wrong_kernel_is_caught(network, tmp_path):
     gm = to_integer(network.module)
     index = dump_vectors(gm, X, tmp_path)
@@ -72,7 +124,7 @@ def test_the_listing_says_what_is_in_each_file(network, tmp_path):
     assert first["arrays"] == {
         "in_x": {"shape": [4, 3, 8, 8], "dtype": "int8"},
         "const_weight": {"shape": [8, 3, 3, 3], "dtype": "int8"},
-        "const_bias": {"shape": [8], "dtype": "int64"},
+        "const_bias": {"shape": [8], "dtype": "int32"},
         "const_ratio": {"shape": [8], "dtype": "float32"},
         "out": {"shape": [4, 8, 8, 8], "dtype": "int8"},
         "accumulator": {"shape": [4, 8, 8, 8], "dtype": "int32"},
