@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Unpack
 
+import torch
+from torch import Tensor
+
 from quant2e.errors import AnnotationError
 from quant2e.observer import ObserverOptions, PerChannelMinMaxObserver
 from quant2e.ranges import MinMax
@@ -12,15 +15,24 @@ from quant2e.ranges import MinMax
 class PerGroupMinMaxObserver(PerChannelMinMaxObserver):
     """The smallest and largest value of each ``group_size`` neighbours along the last dimension of a matrix.
 
-    Its parameters have the shape ``[rows, columns / group_size]``. Raises `AnnotationError` for groups of fewer than 2.
+    Its parameters have the shape ``[rows, columns / group_size]``. ``scale_dtype``: the dtype in which a backend stores the
+    scales of groups, bfloat16 say; scales are rounded to it. Raises `AnnotationError` for groups of fewer than 2.
     """
 
-    def __init__(self, group_size: int, **options: Unpack[ObserverOptions]) -> None:
+    def __init__(
+        self, group_size: int, scale_dtype: torch.dtype | None = None, **options: Unpack[ObserverOptions]
+    ) -> None:
         if group_size < 2:
             raise AnnotationError(f"group_size={group_size}: a group has at least 2 values")
         super().__init__(**options)
         self.group_size = group_size
+        self.scale_dtype = scale_dtype
         self.estimator = MinMax(group_size=group_size)
+
+    @torch.no_grad()
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        scale, zero_point = super().calculate_qparams()
+        return (scale if self.scale_dtype is None else scale.to(self.scale_dtype).to(scale.dtype)), zero_point
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups of {self.group_size}"

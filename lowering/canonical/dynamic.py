@@ -22,6 +22,8 @@ _ATEN = torch.ops.aten
 DYNAMIC_CONSUMERS = (_ATEN.linear.default, _ATEN.conv2d.default)
 """Ops that XNNPACK computes on activations quantized at run time."""
 
+_WEIGHTS = (qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default)
+
 
 def chooser_of(dequantize: object) -> Node | None:
     """The ``choose_qparams`` node behind a dequantized activation; None for a static one."""
@@ -69,7 +71,7 @@ def per_row(module: GraphModule) -> int:
             continue
         dequantize, weight = node.args[:2]
         chooser = chooser_of(dequantize)
-        if chooser is None or not _int8(chooser) or weight.target is not qd.dequantize_per_channel.default:
+        if chooser is None or not _int8(chooser) or weight.target not in _WEIGHTS:
             continue
         x = chooser.all_input_nodes[0]
         if x not in chains:

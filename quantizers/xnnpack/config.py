@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 
 from quant2e.config import QuantizationConfig
+from quant2e.errors import AnnotationError
+from quant2e.group_observer import PerGroupMinMaxObserver
 from quant2e.specs import QuantizationSpec
 from quantizers.observers import activation_observer, weight_observer
 
@@ -29,12 +31,25 @@ def get_symmetric_quantization_config(
     act_qmax: int = 127,
     weight_qmin: int = -127,
     weight_qmax: int = 127,
+    group_size: int | None = None,
 ) -> QuantizationConfig:
     """int8 activations (affine, per tensor) and int8 weights (symmetric, per tensor or per output channel).
 
     ``is_dynamic``: activations get their parameters at run time, and results stay float. Equal arguments give equal
     configs. ``is_qat``: the specs make fake-quantizers, for `quant2e.prepare_qat_pt2e`.
+    ``weight_qmin=-8, weight_qmax=7`` is what XNNPACK stores in 4 bits, with ``is_dynamic`` only. ``group_size``: one scale
+    for so many neighbours in a row of a weight, a multiple of 32; 4 bits unless bounds are given.
+    Raises `AnnotationError` for groups that are trained.
     """
+    if group_size is not None:
+        if is_qat:
+            raise AnnotationError(f"group_size={group_size} with is_qat=True: there are no fake-quantizers of groups")
+        if (weight_qmin, weight_qmax) == (-127, 127):
+            weight_qmin, weight_qmax = -8, 7
+        observer = PerGroupMinMaxObserver.with_args(group_size=group_size, scale_dtype=torch.bfloat16, eps=WEIGHT_EPS)
+    else:
+        observer = weight_observer(is_per_channel, is_qat).with_args(eps=WEIGHT_EPS)
+    per_channel = is_per_channel or group_size is not None
     activation = QuantizationSpec(
         dtype=torch.int8,
         observer_or_fake_quant_ctr=activation_observer(is_dynamic, is_qat).with_args(
@@ -47,10 +62,10 @@ def get_symmetric_quantization_config(
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
-        observer_or_fake_quant_ctr=weight_observer(is_per_channel, is_qat).with_args(eps=WEIGHT_EPS),
+        observer_or_fake_quant_ctr=observer,
         quant_min=weight_qmin,
         quant_max=weight_qmax,
-        qscheme=torch.per_channel_symmetric if is_per_channel else torch.per_tensor_symmetric,
-        ch_axis=0 if is_per_channel else None,
+        qscheme=torch.per_channel_symmetric if per_channel else torch.per_tensor_symmetric,
+        ch_axis=0 if per_channel else None,
     )
     return QuantizationConfig(activation, None if is_dynamic else activation, weight, None, is_qat)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.fx import Node
 
 from quant2e.dataflow import operand
@@ -71,6 +72,17 @@ def dense_2d(match: Match) -> bool | str:
     before = operand_value(node, 0)
     depthwise = groups > 1 and (before is None or before.shape[1] == groups)
     return "XNNPACK has no dynamic depthwise convolution" if depthwise else True
+
+
+def of_four_bits(match: Match, group_size: int | None) -> bool | str:
+    """A linear whose weight XNNPACK can store in 4 bits: pairs of values, or groups of a multiple of 32."""
+    weight, node = match.edges["w"]
+    if spatial(node):
+        return "XNNPACK has weights of 4 bits for linear only"
+    tensor = weight.meta.get("val")
+    columns = tensor.shape[-1] if isinstance(tensor, Tensor) else operand_value(node, 0).shape[-1]  # type: ignore[union-attr]
+    step = group_size or 2
+    return True if columns % step == 0 else f"its {columns} inputs are no multiple of {step}, as 4 bits need"
 
 
 def of_several(match: Match) -> bool | str:

@@ -17,7 +17,7 @@ from quant2e.config import QuantizationConfig
 from quant2e.dataflow import Constants, operand
 from quant2e.errors import AnnotationError
 from quant2e.pattern import Match, roots, short_name
-from quant2e.specs import PER_CHANNEL_SCHEMES
+from quant2e.specs import PER_CHANNEL_SCHEMES, group_size_of
 from quantizers.clamps import clamps_as_fused
 from quantizers.composites import composites
 from quantizers.configurable import ConfigurableQuantizer
@@ -28,7 +28,7 @@ from quantizers.provenance import SENTINEL, Provenance, Source
 from quantizers.rule import Rule
 from quantizers.scalars import WITH_NUMBERS, scalars_as_tensors
 from quantizers.xnnpack.config import WEIGHT_EPS, get_symmetric_quantization_config
-from quantizers.xnnpack.rules import CLAMPS, ELEMENTWISE, PRODUCTS, dynamic_rules, static_rules
+from quantizers.xnnpack.rules import CLAMPS, ELEMENTWISE, PRODUCTS, dynamic_rules, is_four_bits, static_rules
 
 _FLOAT = "XNNPACK computes it in float"
 _BETWEEN = "it stands between ops that XNNPACK computes in float"
@@ -74,6 +74,8 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
     """
 
     has_linear: ClassVar[bool] = True
+    takes_groups: ClassVar[bool] = True
+    recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic", "w4a8-dynamic", "w4a8-dynamic-g32")
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     float_ops: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(_FLOAT_OPS, _FLOAT),
@@ -108,6 +110,9 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
             raise AnnotationError(
                 f"the weight is {weight.qscheme}; XNNPACK ignores zero points of weights: use a symmetric one"
             )
+        if weight is not None:
+            weight = self._stored(weight, activation.is_dynamic)
+            config = replace(config, weight=weight)
         if activation.is_dynamic and weight is not None and weight.qscheme not in PER_CHANNEL_SCHEMES:
             self._own_notes.append("dynamic: weights are per channel, since XNNPACK takes no per-tensor weights there")
             wide = replace(
@@ -118,6 +123,25 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
             )
             return replace(config, weight=wide)
         return config
+
+    def _stored(self, weight: Any, is_dynamic: bool) -> Any:
+        """The weight with scales as XNNPACK stores them; raises for weights of 4 bits that it has no kernel for."""
+        size = group_size_of(weight)
+        if size is None:
+            if is_four_bits(weight) and not is_dynamic:
+                raise AnnotationError(
+                    "a weight in [-8, 7] is stored in 4 bits, which XNNPACK multiplies with activations quantized at run "
+                    "time only: use is_dynamic=True, or weight_qmin=-7 for 4 bits stored in 8"
+                )
+            return weight
+        if not is_dynamic or not is_four_bits(weight) or size % 32:
+            raise AnnotationError(
+                f"weights in [{weight.quant_min}, {weight.quant_max}] and groups of {size}: XNNPACK takes groups of a "
+                "multiple of 32 with weights in [-8, 7] and activations quantized at run time; use "
+                "get_symmetric_quantization_config(is_dynamic=True, group_size=32)"
+            )
+        rounded = weight.observer_or_fake_quant_ctr.with_args(scale_dtype=torch.bfloat16)
+        return replace(weight, observer_or_fake_quant_ctr=rounded)
 
     def table(self, config: Any) -> Sequence[Rule]:
         """The rules of the delegate for one configuration."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quant2e.pattern import Either, Match, Op, op
-from quant2e.specs import PER_CHANNEL_SCHEMES
+from quant2e.specs import PER_CHANNEL_SCHEMES, group_size_of
 from quantizers import families as f
 from quantizers.rule import Derived, Follow, Rule, Same, accumulator_scale
 from quantizers.xnnpack import limits
@@ -70,9 +70,24 @@ def static_rules(config: Any, alone: Callable[[Match], bool | str] | None = None
     )
 
 
+def is_four_bits(weight: Any) -> bool:
+    """Whether XNNPACK stores a weight in 4 bits: it looks at the bounds alone."""
+    return weight is not None and (weight.quant_min, weight.quant_max) == (-8, 7)
+
+
 def dynamic_rules(config: Any) -> tuple[Rule, ...]:
     """Products with activations quantized at run time; results stay float."""
     product = {"x": config.input_activation, "w": config.weight}
+    if is_four_bits(config.weight):
+        size = group_size_of(config.weight)
+
+        def limit(match: Match) -> bool | str:
+            return limits.of_four_bits(match, size)
+
+        return (
+            Rule(f.linear, product, None, limit, "dynamic linear"),
+            Rule(f.conv2d | _CONVOLUTION, product, None, limit, "dynamic conv2d"),
+        )
     return (
         Rule(f.linear, product, name="dynamic linear"),
         Rule(f.conv2d | _CONVOLUTION, product, None, limits.dense_2d, "dynamic conv2d"),
