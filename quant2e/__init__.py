@@ -32,13 +32,10 @@ from quant2e.fake_quant import (
     FakeQuantizeBase,
     FixedQParamsFakeQuantize,
     FusedMovingAvgObsFakeQuantize,
-    LearnableFakeQuantize,
     disable_fake_quant,
     disable_observer,
-    disable_range_learning,
     enable_fake_quant,
     enable_observer,
-    enable_range_learning,
 )
 from quant2e.fake_quant_defaults import (
     default_dynamic_fake_quant,
@@ -65,6 +62,7 @@ from quant2e.graph_module import (
 from quant2e.group_observer import PerGroupMinMaxObserver
 from quant2e.health import Finding, check_data
 from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
+from quant2e.learned_fake_quant import LearnableFakeQuantize, disable_range_learning, enable_range_learning
 from quant2e.model import QuantizedModel, quantize
 from quant2e.observer import (
     FixedQParamsObserver,
@@ -93,7 +91,7 @@ from quant2e.partitions import (
 )
 from quant2e.pattern import Arg, constant, op
 from quant2e.plan import Edge, Group, Output, Plan
-from quant2e.prepare import prepare_pt2e
+from quant2e.prepare import prepare_pt2e, prepare_qat_pt2e
 from quant2e.progress import ProgressLine
 from quant2e.quantizer import Quantizer
 from quant2e.racing import Race, race
@@ -110,6 +108,7 @@ from quant2e.specs import (
 )
 from quant2e.statistics import Statistics, load_statistics, resolve, save_statistics
 from quant2e.storage import load, save
+from quant2e.train_eval import freeze_batch_norm
 
 __all__ = [
     "AnnotationError",
@@ -207,6 +206,7 @@ __all__ = [
     "enable_observer",
     "enable_range_learning",
     "find_sequential_partitions",
+    "freeze_batch_norm",
     "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
     "fused_wt_fake_quant_range_neg_127_to_127",
     "get_block_size",
@@ -221,6 +221,7 @@ __all__ = [
     "move_exported_model_to_train",
     "op",
     "prepare_pt2e",
+    "prepare_qat_pt2e",
     "quantize",
     "race",
     "resolve",

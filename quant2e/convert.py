@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from quant2e.encodings import Encoding, OnGrid, PerChannel, PerGroup, PerTensor, encode
 from quant2e.errors import CalibrationError, Quant2eError, where
 from quant2e.graph_module import copy_graph
-from quant2e.in_place import own_written_tensors
+from quant2e.in_place import own_tensors, own_written_tensors
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX
 from quant2e.passes import run
@@ -24,6 +24,8 @@ from quant2e.passes.constants import constant_nodes, evaluate
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import attribute_path, fold_weights
 from quant2e.passes.split_dequantize import split_dequantize
+from quant2e.passes.train_batch_norm import FUSED
+from quant2e.qat import end_training
 from quant2e.qdq import Alike, quantize_at, round_at
 from quant2e.report import tensor_bytes
 from quant2e.verify import check
@@ -37,12 +39,16 @@ def convert_pt2e(
     ``use_reference_representation``: the graph computes in integers, as `quant2e.to_integer` writes it, in place of
     float ops between dequantize and quantize.
     ``fold_quantize``: keep weights as integers; False leaves them float, in front of their quantize op.
-    ``prepared`` is not changed and can be converted again. Raises `CalibrationError` that names every op whose tensor
+    A model trained after `prepare_qat_pt2e` has its batch norms folded here, into the weights it was trained with; it shares
+    no tensor with the result. ``prepared`` is not changed and can be converted again. Raises `CaptureError` for a trained
+    model with other ops in training mode, and `CalibrationError` that names every op whose tensor
     saw no data or has no usable range.
     """
     if not isinstance(prepared, GraphModule):
         raise Quant2eError(f"convert_pt2e takes what prepare_pt2e returned, not a {type(prepared).__name__}")
     gm = copy_graph(prepared, compiled=False)
+    trained = FUSED in gm.meta
+    notes = end_training(gm) if trained else []
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX)]
     ledger = prepared.meta.get(LEDGER)
     if not calls and not isinstance(ledger, Ledger):
@@ -50,7 +56,7 @@ def convert_pt2e(
     own_written_tensors(gm)
     encodings = _encode_all(gm, calls)
     constants = constant_nodes(gm.graph)
-    notes = _notes(gm, calls, encodings)
+    notes += _notes(gm, calls, encodings)
     alike = Alike()
     for call in calls:
         encoding = encodings[str(call.target)]
@@ -68,7 +74,12 @@ def convert_pt2e(
         gm.delete_submodule(name)
     clean = (split_dequantize, remove_dead_code, prune_unused_attributes)
     run(gm, (fold_weights, *clean) if fold_quantize else clean, compiled=False)
+    if trained:
+        own_tensors(gm, trainable=False)  # training may go on, in tensors that are the prepared model's
     gm.recompile()
+    for module in gm.modules():
+        module.training = False  # as the graph is, whatever rebuilt it set
+    gm.converted = True
     check(gm)
     if isinstance(ledger, Ledger):
         report = replace(ledger.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
@@ -119,6 +130,7 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
         first.setdefault(str(call.target), call)
     for name, call in first.items():
         observer: Any = gm.get_submodule(name)
+        observer = getattr(observer, "activation_post_process", observer)
         encoding = encodings[name]
         if encoding is None:
             continue

@@ -19,9 +19,13 @@ from quant2e.observer import (
     UniformQuantizationObserverBase,
 )
 from quant2e.observer_base import ObserverFactory
-from quant2e.qparams import FLOAT32_EPS, FLOAT_QPARAMS
+from quant2e.qparams import FLOAT32_EPS, FLOAT_QPARAMS, SYMMETRIC_SCHEMES
+from quant2e.ranges import SENTINEL
 from quant2e.specs import PER_CHANNEL_SCHEMES
-from quant2e.straight_through import fake_quantize, learned_fake_quantize
+from quant2e.straight_through import fake_quantize
+
+_KERNEL_SMALLEST = 1e-4
+"""Below 6.1e-5 torch's kernel replaces a scale by another."""
 
 
 class FakeQuantizeBase(nn.Module, ABC):
@@ -154,6 +158,9 @@ class FakeQuantize(FakeQuantizeBase):
             scale, zero_point = observer.running_qparams()
         else:
             scale, zero_point = observer.calculate_qparams()
+        self._store(scale, zero_point)
+
+    def _store(self, scale: Tensor, zero_point: Tensor) -> None:
         for buffer, value in ((self.scale, scale), (self.zero_point, zero_point)):
             if buffer.shape != value.shape:
                 buffer.resize_(value.shape)
@@ -200,10 +207,12 @@ class FakeQuantize(FakeQuantizeBase):
 
 
 class FusedMovingAvgObsFakeQuantize(FakeQuantize):
-    """`FakeQuantize` with a moving average, under the name that PT2E's configurations use. Its default range is 0..255.
+    """`FakeQuantize` with a moving average, observed and quantized in one pass by torch's kernel while it trains.
 
-    PT2E's module of that name takes its scale from other formulas in training than convert does (its kernel knows no
-    smallest scale); this one does not.
+    The kernel takes a symmetric scale by a formula of its own (``|min| / 128`` or ``max / 127``, where convert has 127.5 steps
+    on either side), so training is PT2E's to the bit. In evaluation, and at conversion, the scale is convert's. Where the two
+    would differ by more than that (fewer than 8 bits, ranges below the smallest scale, NaN) the kernel is not used.
+    The default range is 0..255, PT2E's.
     """
 
     def __init__(
@@ -214,10 +223,65 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         **observer_kwargs: Any,
     ) -> None:
         super().__init__(observer, quant_min, quant_max, **observer_kwargs)
-        if not hasattr(self.activation_post_process, "averaging_constant"):
-            raise AnnotationError(
-                f"{type(self.activation_post_process).__name__} keeps no moving average; use FakeQuantize with it"
-            )
+        inner = self.activation_post_process
+        if not hasattr(inner, "averaging_constant"):
+            raise AnnotationError(f"{type(inner).__name__} keeps no moving average; use FakeQuantize with it")
+        symmetric = self.qscheme in SYMMETRIC_SCHEMES
+        ours = isinstance(inner, UniformQuantizationObserverBase) and not self.is_dynamic
+        close = not symmetric or (self.dtype == torch.int8 and self.quant_max - self.quant_min >= 254)
+        self._kernel_fits = ours and close and self.qscheme != FLOAT_QPARAMS
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self._refresh()
+        elif self._kernel_fits and self.observer_enabled[0] == 1 and (made := self._by_kernel(x)) is not None:
+            return made
+        return super().forward(x)
+
+    def _by_kernel(self, x: Tensor) -> Tensor | None:
+        """One pass over ``x``; None, with everything as before, where the kernel's scale would not be near convert's."""
+        observer = self.activation_post_process
+        whole = not self.is_per_channel
+        if x.dtype != torch.float32 or x.numel() == 0 or observer.frozen or x.device != self.scale.device:
+            return None
+        if not whole and self.ch_axis != 0:
+            return None  # the kernel takes the first axis only
+        kept = [buffer.clone() for buffer in (observer.min_val, observer.max_val)]
+        made = torch.fused_moving_avg_obs_fake_quant(
+            x,
+            self.observer_enabled,
+            self.fake_quant_enabled,
+            observer.min_val,
+            observer.max_val,
+            self.scale,
+            self.zero_point,
+            observer.averaging_constant,
+            self.quant_min,
+            self.quant_max,
+            self.ch_axis,
+            not whole,
+            self.qscheme in SYMMETRIC_SCHEMES,
+        )
+        floor = max(observer.eps, _KERNEL_SMALLEST)
+        extremes = torch.stack([self.scale.amin(), -observer.min_val.amin(), observer.max_val.amax()]).tolist()
+        if extremes[0] > floor and all(abs(value) < SENTINEL for value in extremes):
+            observer.counts[0] += x.numel()
+            return made
+        for buffer, before in zip((observer.min_val, observer.max_val), kept, strict=True):
+            buffer.resize_(before.shape).copy_(before)
+        return None
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Take the scale that convert will write."""
+        observer = self.activation_post_process
+        if isinstance(observer, UniformQuantizationObserverBase) and self._observed():
+            self._store(*observer.running_qparams())
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """What forward uses in evaluation, and convert writes."""
+        self._refresh()
+        return super().calculate_qparams()
 
 
 class FixedQParamsFakeQuantize(FakeQuantize):
@@ -233,132 +297,6 @@ class FixedQParamsFakeQuantize(FakeQuantize):
 
     def _observe(self, x: Tensor) -> None:
         """Nothing to learn."""
-
-
-class LearnableFakeQuantize(FakeQuantizeBase):
-    """Fake quantization whose scale and zero point are trained with the weights (LSQ, LSQ+).
-
-    They start from what ``observer`` measures and are None before the first data; `enable_range_learning` stops observing
-    and gives them gradients. ``use_grad_scaling``: LSQ's scaling of those gradients (see `straight_through`).
-    The zero point of a symmetric scheme stays 0.
-    """
-
-    scale: nn.Parameter | None
-    zero_point: nn.Parameter | None
-    learning_enabled: Tensor
-    eps: Tensor
-
-    def __init__(
-        self,
-        observer: Callable[..., Any],
-        quant_min: int = 0,
-        quant_max: int = 255,
-        use_grad_scaling: bool = False,
-        **observer_kwargs: Any,
-    ) -> None:
-        super().__init__()
-        self._adopt(observer(quant_min=quant_min, quant_max=quant_max, **observer_kwargs))
-        if observer_kwargs.get("is_dynamic"):
-            raise AnnotationError("a learned scale is static: drop is_dynamic, or use FakeQuantize")
-        self.is_dynamic = False
-        self.use_grad_scaling = use_grad_scaling
-        self.register_buffer("eps", torch.tensor([getattr(self.activation_post_process, "eps", FLOAT32_EPS)]))
-        self.register_buffer("learning_enabled", torch.tensor([0], dtype=torch.uint8))
-        self.register_parameter("scale", None)
-        self.register_parameter("zero_point", None)
-        self._initialized = False
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether the zero point is 0 and stays so."""
-        return self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-
-    def enable_range_learning(self) -> None:
-        """Train scale and zero point; stop observing."""
-        self.learning_enabled[0] = 1
-        self.disable_observer()
-        self._set_gradients()
-
-    def disable_range_learning(self) -> None:
-        """Keep scale and zero point as they are."""
-        self.learning_enabled[0] = 0
-        self._set_gradients()
-
-    def enable_observer(self, enabled: bool = True) -> None:
-        """Observe instead of learning."""
-        self.observer_enabled[0] = 1 if enabled else 0
-        if enabled:
-            self.disable_range_learning()
-
-    def allocate(self) -> None:
-        """Make the parameters before any data, so that an optimizer built now knows them. Per-tensor schemes only."""
-        if self.scale is None and not self.is_per_channel:
-            self._make(torch.ones(1, device=self.eps.device), torch.zeros(1, device=self.eps.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.observer_enabled[0] == 1 or not self._initialized:
-            self._observe(x.detach())
-        if self.fake_quant_enabled[0] == 1:
-            self._need_data()
-            assert self.scale is not None
-            assert self.zero_point is not None
-            x = learned_fake_quantize(
-                x,
-                self.scale,
-                self.zero_point * 0 if self.symmetric else self.zero_point,
-                self.quant_min,
-                self.quant_max,
-                axis=self.ch_axis if self.is_per_channel else None,
-                smallest_scale=float(self.eps),
-                scale_gradients=self.use_grad_scaling,
-            )
-        return x
-
-    @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
-        self.activation_post_process(x)
-        if not self._observed():
-            return
-        scale, zero_point = self.activation_post_process.calculate_qparams()
-        if self.scale is None or self.zero_point is None:
-            self._make(scale, zero_point)
-        else:
-            # Through ``data``: an optimizer may hold these parameters.
-            self.scale.data = scale.to(self.scale.device).clone()
-            self.zero_point.data = zero_point.to(self.scale.device).float()
-        self._initialized = True
-
-    def _make(self, scale: Tensor, zero_point: Tensor) -> None:
-        self.scale = nn.Parameter(scale.detach().clone().float())
-        self.zero_point = nn.Parameter(zero_point.detach().clone().float())
-        self._set_gradients()
-
-    def _set_gradients(self) -> None:
-        for parameter in (self.scale, self.zero_point):
-            if parameter is not None:
-                parameter.requires_grad_(bool(self.learning_enabled[0] == 1))
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """What forward uses: float32 scales of at least ``eps``, int64 zero points within the range."""
-        self._need_data()
-        assert self.scale is not None
-        assert self.zero_point is not None
-        zero = torch.clamp(torch.round(self.zero_point.detach()), self.quant_min, self.quant_max).to(torch.int64)
-        return torch.clamp(self.scale.detach(), min=self.eps), torch.zeros_like(zero) if self.symmetric else zero
-
-    def extra_repr(self) -> str:
-        return (
-            f"{self.dtype}, [{self.quant_min}, {self.quant_max}], {self.qscheme}, "
-            f"learning_enabled={bool(self.learning_enabled)}, use_grad_scaling={self.use_grad_scaling}"
-        )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if (saved := state_dict.get(prefix + "scale")) is not None:
-            if self.scale is None or self.scale.shape != saved.shape:
-                self._make(torch.ones_like(saved), torch.zeros_like(saved))
-            self._initialized = True
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._set_gradients()
 
 
 def enable_fake_quant(module: nn.Module) -> None:
@@ -383,15 +321,3 @@ def disable_observer(module: nn.Module) -> None:
     """Keep all scales as they are: ``model.apply(disable_observer)``, some steps before the end of training."""
     if isinstance(module, FakeQuantizeBase):
         module.disable_observer()
-
-
-def enable_range_learning(module: nn.Module) -> None:
-    """Train scales and zero points: ``model.apply(enable_range_learning)``. Of `LearnableFakeQuantize` only."""
-    if isinstance(module, LearnableFakeQuantize):
-        module.enable_range_learning()
-
-
-def disable_range_learning(module: nn.Module) -> None:
-    """Stop training scales and zero points."""
-    if isinstance(module, LearnableFakeQuantize):
-        module.disable_range_learning()

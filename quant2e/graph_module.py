@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
+from quant2e.errors import CaptureError
 from quant2e.graph_state import GraphState, graph_from_state, graph_state
 from quant2e.inputs import Inputs, guard_calls, read_inputs
 from quant2e.train_eval import set_training
@@ -38,13 +39,24 @@ class CapturedModule(GraphModule):
     """
 
     inputs: Inputs | None
+    converted: bool = False
+    """Made by `convert_pt2e`: its weights are integers, and cannot be trained."""
 
     def __init__(self, root: Module | dict[str, Any], graph: Graph, class_name: str = "GraphModule") -> None:
         super().__init__(root, graph, class_name)
         self.inputs = getattr(root, "inputs", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph. Raises `CaptureError` when the inputs are not such as the graph was captured for."""
+        """Run the graph.
+
+        Raises `CaptureError` when the inputs are not such as the graph was captured for, or a converted graph, switched to
+        training, is run with gradients: its integer weights have none.
+        """
+        if self.converted and self.training and torch.is_grad_enabled():
+            raise CaptureError(
+                "a converted model cannot be trained: its weights are integers, without gradients. Train the model that "
+                "prepare_qat_pt2e returned and convert it again; to run this one in training mode, use torch.no_grad()"
+            )
         if self.inputs is not None and not torch.compiler.is_dynamo_compiling():
             self.inputs.check(args, kwargs)
         return super().__call__(*args, **kwargs)

@@ -88,3 +88,26 @@ def own_written_tensors(gm: GraphModule) -> None:
         table: dict[str, Any] = next((t for t in (owner._parameters, owner._buffers) if name in t), owner.__dict__)
         copy = copies[id(value)]
         table[name] = nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+
+
+def own_tensors(gm: GraphModule, *, trainable: bool = True) -> None:
+    """Give ``gm`` its own copies of all its tensors, so that training it, or what it came from, changes no other model.
+
+    Tied parameters stay tied. ``trainable=False``: parameters lose their gradients.
+    """
+    copies: dict[int, Tensor] = {}
+
+    def own(value: Tensor) -> Tensor:
+        if id(value) not in copies:
+            copy = value.detach().clone()
+            if isinstance(value, nn.Parameter):
+                copy = nn.Parameter(copy, value.requires_grad and trainable)
+            copies[id(value)] = copy
+        return copies[id(value)]
+
+    for module in gm.modules():
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+        for table in tables:
+            for name, value in table.items():
+                if isinstance(value, Tensor):
+                    table[name] = own(value)

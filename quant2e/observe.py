@@ -9,7 +9,7 @@ for each other group among its uses. Both edits of the graph, this one and `quan
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import AnnotationError
+from quant2e.fake_quant import FixedQParamsFakeQuantize
 from quant2e.observer import FixedQParamsObserver
 from quant2e.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.specs import PER_CHANNEL_SCHEMES
@@ -25,7 +26,7 @@ from quant2e.specs import PER_CHANNEL_SCHEMES
 OBSERVER_PREFIX = "activation_post_process_"
 """Submodules of this name are observers: the name that tools of the ecosystem look for."""
 
-PROVENANCE = ("nn_module_stack", "stack_trace", "torch_fn", "seq_nr")
+PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "seq_nr")
 """Metadata that says where a node came from; copied to the nodes created on its behalf."""
 
 
@@ -87,8 +88,11 @@ def _make_plain(spec: Any, points: Sequence[Point]) -> nn.Module:
     return made
 
 
-def make_observers(plan: Plan) -> list[nn.Module]:
-    """One observer per group of the plan, in its order. Sources of derived groups are made first."""
+def make_observers(plan: Plan, *, training: bool = False) -> list[nn.Module]:
+    """One observer per group of the plan, in its order. Sources of derived groups are made first.
+
+    ``training``: parameters known in advance are fake-quantized with, as in PT2E.
+    """
     made: dict[int, nn.Module] = {}
     pending = list(reversed(range(len(plan.groups))))
     while pending:
@@ -101,17 +105,17 @@ def make_observers(plan: Plan) -> list[nn.Module]:
             continue
         pending.pop()
         if index not in made:
-            made[index] = _make(group, [made[source] for source in sources if source is not None])
+            made[index] = _make(group, [made[source] for source in sources if source is not None], training)
     return [made[i] for i in range(len(plan.groups))]
 
 
-def _make(group: Group, sources: list[nn.Module]) -> nn.Module:
+def _make(group: Group, sources: list[nn.Module], training: bool) -> nn.Module:
     spec = group.spec
     if isinstance(spec, DerivedFrom):
         return DerivedObserver(spec, sources)
     if hasattr(spec, "observer_or_fake_quant_ctr"):
         return _make_plain(spec, group.points)
-    return FixedQParamsObserver(
+    fixed = FixedQParamsObserver.with_args(
         scale=spec.scale,
         zero_point=spec.zero_point,
         dtype=spec.dtype,
@@ -119,6 +123,8 @@ def _make(group: Group, sources: list[nn.Module]) -> nn.Module:
         quant_max=spec.quant_max,
         qscheme=spec.qscheme if spec.qscheme is not None else torch.per_tensor_affine,
     )
+    made: nn.Module = FixedQParamsFakeQuantize(fixed) if training else fixed()
+    return made
 
 
 def copy_provenance(node: Node, source: Node, *, value: Any = None) -> None:
@@ -141,7 +147,7 @@ class _Inserter:
 
     def insert(self, after: Node, group: int, origin: Node) -> Node:
         graph = self._gm.graph
-        name = self._register(group)
+        name = self.register(group)
         if after.op == "placeholder" and self._first_op is not None:
             place = graph.inserting_before(self._first_op)
         else:
@@ -151,7 +157,8 @@ class _Inserter:
         copy_provenance(call, origin, value=after.meta.get("val"))
         return call
 
-    def _register(self, group: int) -> str:
+    def register(self, group: int) -> str:
+        """The name of a group's observer, which becomes a submodule when it has none yet."""
         if group not in self.names:
             # The same instance may stand for several groups when a quantizer's callback merged them.
             observer = self._observers[group]
@@ -163,28 +170,31 @@ class _Inserter:
         return self.names[group]
 
 
-def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> dict[int, str]:
+def observe(
+    gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module], *, uncalled: Collection[int] = ()
+) -> dict[int, str]:
     """Insert an observer call for every group at every tensor it is used on. Changes ``gm`` in place.
 
-    ``observers``: group index → observer; a group that is missing stays float.
-    Returns the name under which each group's observer is registered.
+    ``observers``: group index → observer; a group that is missing stays float. ``uncalled``: groups whose observer becomes
+    a submodule and is called nowhere. Returns the name under which each group's observer is registered.
     """
     nodes = list(gm.graph.nodes)
     named = {node.name: node for node in nodes}
     inserter = _Inserter(gm, observers)
+    called = {index for index in observers if index not in uncalled}
     head = dict(named)
     on_edge: dict[tuple[str, int], Node] = {}
     own = {
         point.node: index
         for index, group in enumerate(plan.groups)
-        if index in observers
+        if index in called
         for point in group.points
         if isinstance(point, Output)
     }
     edges: dict[str, list[tuple[Node, int]]] = defaultdict(list)
     for index, group in enumerate(plan.groups):
         for point in group.points:
-            if isinstance(point, Edge) and index in observers and own.get(point.src) != index:
+            if isinstance(point, Edge) and index in called and own.get(point.src) != index:
                 edges[point.dst].append((named[point.src], index))
     for node in nodes:
         order = {src: i for i, src in enumerate(_sources(node))} if node.name in edges else {}
@@ -199,6 +209,8 @@ def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> 
             head[node.name] = inserter.insert(node, own[node.name], node)
             for user in users:
                 user.replace_input_with(node, head[node.name])
+    for index in uncalled:
+        inserter.register(index)
     gm.recompile()
     return dict(inserter.names)
 

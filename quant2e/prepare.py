@@ -15,9 +15,10 @@ from torch.fx import GraphModule, Node
 
 from quant2e.callback import call_back
 from quant2e.capture import as_graph_module
+from quant2e.dialect import DEQUANTIZE
 from quant2e.errors import AnnotationError, Quant2eError, where
 from quant2e.graph_module import CapturedModule, copy_graph
-from quant2e.in_place import own_written_tensors
+from quant2e.in_place import own_tensors, own_written_tensors
 from quant2e.interop import read_plan
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX, make_observers, observe
@@ -25,7 +26,9 @@ from quant2e.passes import run
 from quant2e.passes.constants import constant_nodes, evaluate
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.inline_regions import opaque_regions
+from quant2e.passes.train_batch_norm import FUSED
 from quant2e.plan import DerivedFrom, Plan
+from quant2e.qat import Trained, ready_to_learn, train_through_norms, training_report
 from quant2e.report import Report, judge, tensor_bytes
 from quant2e.specs import ANNOTATION
 from quant2e.survey import survey
@@ -42,36 +45,75 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     Raises `CaptureError` for a graph in training mode, `AnnotationError` and `PlanError` for annotations that are
     wrong alone or together.
     """
+    return _prepare(model, quantizer, training=False)
+
+
+def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphModule:
+    """Insert the fake-quantizers that ``quantizer`` asks for, for quantization-aware training.
+
+    ``model``: what `capture` or ``torch.export`` made of a model in training (or eval) mode; it is not changed, nor are its
+    tensors: the result has parameters of its own, so build the optimizer from ``prepared.parameters()``. ``quantizer``: as
+    for `prepare_pt2e`, with configurations for training (``is_qat=True``), or some for training and some for calibration.
+
+    Batch norms behind a quantized weight train as they will be deployed (see `passes.train_batch_norm`) and are folded by
+    `convert_pt2e`. Raises as `prepare_pt2e` does.
+    """
+    return _prepare(model, quantizer, training=True)
+
+
+def _prepare(model: GraphModule | ExportedProgram, quantizer: Any, *, training: bool) -> GraphModule:
     own = as_graph_module(model, compiled=False)
     gm: GraphModule = own
     if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in gm.graph.nodes):
         raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
-    check_eval(gm)
+    if training:
+        _check_trainable(gm)
+        own_tensors(gm)
+    else:
+        check_eval(gm)
     if LEDGER in gm.meta:  # converted before: the annotations of that time are about other nodes
         for node in gm.graph.nodes:
             node.meta.pop(ANNOTATION, None)
     ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), own.inputs
-    run(gm, (fold_batch_norm,), compiled=False)
+    if not training:
+        run(gm, (fold_batch_norm,), compiled=False)
     gm = _annotate(gm, quantizer)
     plan = read_plan(gm)  # before a copy: annotations refer to nodes, the plan to names
     if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one
         gm = copy_graph(gm, compiled=False)
         gm.inputs = inputs
-    own_written_tensors(gm)
-    constants = constant_nodes(gm.graph)
-    plan, observers = call_back(gm, quantizer, plan, make_observers(plan))
+    if not training:
+        own_written_tensors(gm)
+    constants = frozenset(constant_nodes(gm.graph))
+    plan, observers = call_back(gm, quantizer, plan, make_observers(plan, training=training))
     report = Report(
-        verdicts=judge(ops, gm, plan, frozenset(constants), _explainer(quantizer)),
+        verdicts=judge(ops, gm, plan, constants, _explainer(quantizer)),
         notes=(*_plan_notes(plan), *_region_notes(gm), *_quantizer_notes(quantizer)),
         float_bytes=float_bytes,
     )
+    trained = train_through_norms(gm, plan, observers) if training else Trained(plan, observers)
+    plan, observers = trained.plan, trained.observers
     device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
     for observer in observers.values():
         observer.to(device)
-    _observe_constants(gm, plan, observers, frozenset(constants))
-    names = observe(gm, plan, observers)
+    _observe_constants(gm, plan, observers, constants | trained.scaled(gm))
+    names = observe(gm, plan, observers, uncalled=trained.uncalled)
+    if training:
+        ready_to_learn(observers)
+        report = training_report(report, trained)
+        gm.meta[FUSED] = trained.records(names)
     gm.meta[LEDGER] = Ledger(plan, tuple(names.get(i, "") for i in range(len(plan.groups))), report)
     return gm
+
+
+def _check_trainable(gm: GraphModule) -> None:
+    """A quantized graph has integer weights: what is trained is the prepared one."""
+    quantized = next((node for node in gm.graph.nodes if node.target in DEQUANTIZE), None)
+    if quantized is not None and LEDGER in gm.meta:
+        raise Quant2eError(
+            f"this model is converted already ({where(quantized)}), and integers are not trained: "
+            "train the model that prepare_qat_pt2e returned and convert it again"
+        )
 
 
 def _annotate(gm: GraphModule, quantizer: Any) -> GraphModule:

@@ -84,7 +84,9 @@ class QuantizationSpec(QuantizationSpecBase):
 
     def __post_init__(self) -> None:
         _check_range(self.dtype, self.quant_min, self.quant_max)
-        _check_axis(self.qscheme, self.ch_axis)
+        factory = getattr(self.observer_or_fake_quant_ctr, "p", self.observer_or_fake_quant_ctr)
+        if self.ch_axis is not None or not hasattr(getattr(factory, "func", factory), "enable_fake_quant"):
+            _check_axis(self.qscheme, self.ch_axis)  # the observer inside a fake-quantizer brings an axis of its own
 
 
 def group_size_of(spec: Any) -> int | None:

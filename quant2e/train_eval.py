@@ -13,8 +13,8 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
-from quant2e.errors import CaptureError, where
-from quant2e.passes.effects import argument, aten, flag_of, trains
+from quant2e.errors import CaptureError, Quant2eError, where
+from quant2e.passes.effects import BATCH_NORMS, argument, aten, flag_of, trains
 
 _COUNT = "quant2e_batch_count"
 """Key in a batch norm's metadata: what to restore of the increment of ``num_batches_tracked`` that evaluation drops; None
@@ -23,6 +23,10 @@ _COUNTING = frozenset({aten.batch_norm.default, aten.native_batch_norm.default, 
 
 _ATTENTION_DROPOUT = "quant2e_attention_dropout"
 """Key in an attention's metadata: its dropout probability in training."""
+
+
+FROZEN = "quant2e_frozen"
+"""Key in a batch norm's metadata: it keeps its statistics in training as well."""
 
 
 def set_training(graph: Graph, mode: bool) -> bool:
@@ -39,17 +43,39 @@ def set_training(graph: Graph, mode: bool) -> bool:
         if _set_attention_dropout(node, mode):
             changed = True
         name = flag_of(node)
-        if name is None or bool(argument(node, name)) == mode:
+        wanted = mode and not node.meta.get(FROZEN)
+        if name is None or bool(argument(node, name)) == wanted:
             continue
-        _set_argument(node, name, mode)
+        _set_argument(node, name, wanted)
         changed = True
         if (path := _count_path(node)) is not None:
-            if mode:
+            if wanted:
                 if (increment := _restore_count(node, path, counts.get(path))) is not None:
                     counts[path] = increment
             else:
                 _drop_count(node, counts.pop(path, None))
     return changed
+
+
+def freeze_batch_norm(model: GraphModule, frozen: bool = True) -> GraphModule:
+    """Let the batch norms of a captured model normalise by their running statistics and keep them, in training too.
+
+    In place, until ``freeze_batch_norm(model, False)``; ``train()`` and ``eval()`` leave it so. Scale and shift are still
+    trained. For the last part of quantization-aware training (Krishnamoorthi, arXiv:1806.08342, section 3.2.2).
+    Raises `Quant2eError` for a module that is no captured graph.
+    """
+    if not isinstance(model, GraphModule):
+        raise Quant2eError(
+            f"freeze_batch_norm takes a captured or prepared model, not a {type(model).__name__}; eager modules have eval()"
+        )
+    for module in model.modules():
+        if isinstance(module, GraphModule):
+            norms = [node for node in module.graph.nodes if node.target in BATCH_NORMS and flag_of(node) is not None]
+            for node in norms:
+                node.meta[FROZEN] = frozen
+            if norms and set_training(module.graph, is_training_graph(module) if frozen else module.training):
+                module.recompile()
+    return model
 
 
 def training_nodes(gm: GraphModule) -> Iterator[Node]:

@@ -25,6 +25,7 @@ from quant2e.interop import node_tensor
 from quant2e.pattern import Match, explain, roots, short_name, solutions
 from quant2e.quantizer import Quantizer
 from quant2e.specs import ANNOTATION, QuantizationAnnotation
+from quantizers.behind_norms import as_if_folded
 from quantizers.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
 from quantizers.provenance import Provenance, Source, is_float
 from quantizers.rule import Follow, Rule, parts
@@ -91,8 +92,9 @@ class RuleQuantizer(Quantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate all matches."""
-        run = _Pass(self, model)
-        self._why, self.trials = run.run(), run.trials
+        with as_if_folded(model):
+            run = _Pass(self, model)
+            self._why, self.trials = run.run(), run.trials
         return model
 
     def validate(self, model: GraphModule) -> None:

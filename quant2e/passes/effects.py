@@ -53,16 +53,16 @@ _SCALAR_FUNCTIONS = frozenset(
     {operator.getitem, torch.sym_float, torch.sym_int, torch.sym_max, torch.sym_min, torch.sym_not}
 )
 
-_NORMS = frozenset(
+BATCH_NORMS = frozenset(
     {
         aten._native_batch_norm_legit.default,
         aten._native_batch_norm_legit.no_stats,
         aten.batch_norm.default,
         aten.cudnn_batch_norm.default,
-        aten.instance_norm.default,
         aten.native_batch_norm.default,
     }
 )
+_NORMS = BATCH_NORMS | {aten.instance_norm.default}
 
 TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
 """Names, in ATen schemas, of the flag that says whether the op behaves as in training."""

@@ -33,10 +33,10 @@ _CONV = frozenset(
         aten.conv3d.padding,
     }
 )
-_TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
-_GENERAL = frozenset({aten.convolution.default})
-_LINEAR = frozenset({aten.linear.default})
-_MACS = _CONV | _TRANSPOSED | _GENERAL | _LINEAR
+TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
+GENERAL = frozenset({aten.convolution.default})
+LINEAR = frozenset({aten.linear.default})
+_MACS = _CONV | TRANSPOSED | GENERAL | LINEAR
 
 _NORMS = frozenset(
     {
@@ -117,7 +117,7 @@ def _fold(gm: GraphModule) -> tuple[Fold, ...]:
                 _place(gm, match, "bias", old_bias, bias, claims),
             )
         for name, node in zip(("weight", "bias"), placed[key], strict=True):
-            _set_operand(mac, name, node)
+            set_operand(mac, name, node)
         _bypass(norm)
         mac.meta[FOLDED] = [*mac.meta.get(FOLDED, ()), norm.name]
         folds.append(
@@ -139,7 +139,7 @@ def _find(gm: GraphModule) -> list[_Match]:
     for norm in gm.graph.nodes:
         if norm.target not in _NORMS or not _is_affine(norm, constants):
             continue
-        mac = _producer(norm)
+        mac = producer(norm)
         if mac is None:
             continue
         weight, bias = argument(mac, "weight"), argument(mac, "bias")
@@ -165,14 +165,14 @@ def _is_affine(norm: Node, constants: set[Node]) -> bool:
     return all(u.target is operator.getitem and (u.args[1] == 0 or not u.users) for u in norm.users)
 
 
-def _producer(norm: Node) -> Node | None:
+def producer(norm: Node) -> Node | None:
     """The op whose channels are the norm's, when the norm is all that reads it."""
     axis, node = 1, argument(norm, "input")
     while isinstance(node, Node) and len(node.users) == 1 and isinstance(node.meta.get("val"), Tensor):
         rank = node.meta["val"].dim()
         if node.target in _MACS:
-            spatial = 0 if node.target in _LINEAR else _weight_rank(node) - 2
-            channels = rank - 1 if node.target in _LINEAR else rank - spatial - 1
+            spatial = 0 if node.target in LINEAR else _weight_rank(node) - 2
+            channels = rank - 1 if node.target in LINEAR else rank - spatial - 1
             return node if rank >= 2 and channels == axis else None
         source = _axis_before(node, axis, rank)
         if source is None:
@@ -213,10 +213,10 @@ def _folded_tensors(gm: GraphModule, match: _Match) -> tuple[Tensor, Tensor]:
     w, b, mean, var, eps = value["w"], value["b"], value["running_mean"], value["running_var"], argument(norm, "eps")
     gain = torch.ones_like(mean) if value["weight"] is None else value["weight"]
     shift = torch.zeros_like(mean) if value["bias"] is None else value["bias"]
-    if mac.target in _LINEAR:
+    if mac.target in LINEAR:
         weight, bias = fuse_linear_bn_weights(w, b, mean, var, eps, gain, shift)
         return weight.data, bias.data
-    transposed = mac.target in _TRANSPOSED or (mac.target in _GENERAL and argument(mac, "transposed"))
+    transposed = mac.target in TRANSPOSED or (mac.target in GENERAL and argument(mac, "transposed"))
     groups = argument(mac, "groups")
     if not transposed or groups == 1:
         weight, bias = fuse_conv_bn_weights(w, b, mean, var, eps, gain, shift, transpose=transposed)
@@ -257,15 +257,15 @@ def _place(gm: GraphModule, match: _Match, role: str, old: Node | None, tensor: 
     parameter = torch.nn.Parameter(tensor, requires_grad)
     if old is not None and old.op == "get_attr":
         if _is_exclusive(claims[id(attribute(gm, str(old.target)))]):
-            _assign(gm, str(old.target), parameter)
+            assign(gm, str(old.target), parameter)
             return old
-        base = f"{old.target}_{_label(match.norm)}"
+        base = f"{old.target}_{label_of(match.norm)}"
     elif weight.op == "get_attr":
         base = str(weight.target).rpartition(".")[0] + f".{role}"
     else:
         base = f"{match.mac.name}_{role}"
-    path = _free(gm, base.removeprefix("."))
-    _assign(gm, path, parameter)
+    path = free_path(gm, base.removeprefix("."))
+    assign(gm, path, parameter)
     with gm.graph.inserting_after(old if old is not None else weight):
         node = gm.graph.get_attr(path)
     mode = getattr(match.mac.meta["val"], "fake_mode", None)
@@ -277,14 +277,14 @@ def _requires_grad(gm: GraphModule, node: Node) -> bool:
     return node.op == "get_attr" and bool(attribute(gm, str(node.target)).requires_grad)
 
 
-def _label(norm: Node) -> str:
+def label_of(norm: Node) -> str:
     """Short name of a norm: its module's, or its node's."""
     mean = argument(norm, "running_mean")
     module = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else ""
     return module.replace(".", "_") or norm.name
 
 
-def _free(gm: GraphModule, base: str) -> str:
+def free_path(gm: GraphModule, base: str) -> str:
     """``base``, or ``base_1``, ... : an attribute path that is not taken. An attribute that is None is free."""
     path, suffix = base, 0
     while _taken(gm, path):
@@ -300,7 +300,7 @@ def _taken(gm: GraphModule, path: str) -> bool:
     return value is not None
 
 
-def _assign(gm: GraphModule, path: str, parameter: torch.nn.Parameter) -> None:
+def assign(gm: GraphModule, path: str, parameter: torch.nn.Parameter) -> None:
     """Put a parameter at ``path``, in place of a parameter, buffer or constant. Other owners of the old one keep it."""
     prefix, _, name = path.rpartition(".")
     owner = gm.get_submodule(prefix)
@@ -309,7 +309,8 @@ def _assign(gm: GraphModule, path: str, parameter: torch.nn.Parameter) -> None:
     owner.register_parameter(name, parameter)
 
 
-def _set_operand(mac: Node, name: str, value: Node) -> None:
+def set_operand(mac: Node, name: str, value: Node | None) -> None:
+    """Replace an operand of an ATen node, positional or keyword."""
     assert isinstance(mac.target, OpOverload)
     position = [declared.name for declared in mac.target._schema.arguments].index(name)
     if name in mac.kwargs or position > len(mac.args):

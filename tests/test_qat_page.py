@@ -1,0 +1,15 @@
+"""The code of docs/qat.md, run as it stands; what it prints is what the page shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PAGE = (Path(__file__).parents[1] / "docs" / "qat.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_code_runs_and_prints_what_the_page_shows(capsys):
+    (_, code), (_, shown) = BLOCK.findall(PAGE)
+    exec(compile(code, "qat.md", "exec"), {"__name__": "qat"})
+    assert capsys.readouterr().out.strip() == shown.strip()
