@@ -142,8 +142,11 @@ class FakeQuantize(FakeQuantizeBase):
             self._observe(x.detach())
         if self.fake_quant_enabled[0] == 1:
             self._need_data()
-            axis = self.ch_axis if self.is_per_channel else None
-            x = fake_quantize(x, self.scale, self.zero_point, self.quant_min, self.quant_max, axis=axis)
+            size = getattr(self.activation_post_process, "group_size", None) or None
+            axis = self.ch_axis if self.is_per_channel and size is None else None
+            x = fake_quantize(
+                x, self.scale, self.zero_point, self.quant_min, self.quant_max, axis=axis, group_size=size
+            )
         return x
 
     @torch.no_grad()

@@ -20,8 +20,9 @@ from quant2e import (
     MinMaxObserver,
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
+    PerGroupMinMaxObserver,
 )
-from quant2e.encodings import Dynamic, PerChannel, PerTensor, encode
+from quant2e.encodings import Dynamic, PerChannel, PerGroup, PerTensor, encode
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.qparams import fake_quantize_per_channel, fake_quantize_per_tensor
 
@@ -166,6 +167,21 @@ def test_forward_is_what_convert_writes_per_channel(axis):
     assert e.axis == axis
     expected = fake_quantize_per_channel(X, e.scale, e.zero_point, axis, e.quant_min, e.quant_max, e.dtype)
     assert torch.equal(y, expected)
+
+
+def test_groups_train_and_encode():
+    fq = FakeQuantize(observer=PerGroupMinMaxObserver, group_size=5, dtype=torch.int8, quant_min=-8, quant_max=7)
+    x = X.clone().requires_grad_()
+    y = fq(x)
+    y.sum().backward()
+    e = encode(fq)
+    assert isinstance(e, PerGroup)
+    assert e.scale.shape == (6, 2)
+    expected = fake_quantize_per_channel(
+        X.reshape(12, 5), e.scale.flatten(), e.zero_point.flatten(), 0, -8, 7, torch.int8
+    )
+    assert torch.equal(y, expected.view_as(X))
+    assert x.grad.abs().sum() > 0
 
 
 def test_the_smallest_scale_holds_in_training_as_it_does_in_convert():
