@@ -22,7 +22,9 @@ from quant2e.integer.values import Context, Value, grid_attributes
 aten = torch.ops.aten
 
 BITS = 22
-"""Bits of the multiplier."""
+"""Bits of the multiplier; fewer for a ratio so small that the shift ends first."""
+
+MOST_SHIFT = 33
 
 
 class Quotient(Value):
@@ -47,8 +49,8 @@ class Quotient(Value):
         if ctx.b.requantization == "power_of_two":
             raise NoIntegerFormError(self.node, "it divides by a number that is known at run time only: no shift")
         ratio = self.scale / grid.scale
-        shift = BITS - math.frexp(ratio)[1]
-        if not 0 <= shift <= 33:
+        shift = min(BITS - math.frexp(ratio)[1], MOST_SHIFT)
+        if shift < 0:
             raise NoIntegerFormError(self.node, f"its scale changes by {ratio:.3g}, beyond 64 bits")
         multiplier = round(math.ldexp(ratio, shift))
         with ctx.b.at(self.node):

@@ -261,7 +261,7 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
     parts: list[Part] = []
     integers = activation.integers if dynamic else activation.quantized(ctx, activation.grid)
     constants = {"weight": weight.without_zero_point(), "weight_scale": scales}
-    attributes: dict[str, Any] = {"group_size": size}
+    attributes: dict[str, Any] = {"group_size": size, "bias_fraction_bits": 0}
     with ctx.b.at(node):
         x = activation.shifted(ctx, torch.int32) if dynamic else ctx.b.shifted(integers, activation.grid.zero_point)
         w = weight.node(ctx, node, torch.int32)
@@ -276,6 +276,7 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
                 span += int(bias_q.abs().max())
                 bias_node = ctx.b.constant(bias_q.clamp(-INT32, INT32 - 1).to(torch.int32), f"{node.name}_bias")
                 fraction = bias_fraction(bias, bias_q, activation.grid.scale, scale, span)
+                constants["bias"] = bias_q
             if span >= INT32:
                 raise NoIntegerFormError(node, f"the sum over a group of {size} can reach {span:.4g}, beyond int32")
             acc = ctx.b.call(aten.linear.default, xs, ws, bias_node)
@@ -283,6 +284,7 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
             part = Part(acc, factors, span, rank(node) - 1, owner=node.name)
             if fraction is not None:
                 part = fraction.added(ctx.b, part, rank(node) - 1, rank(node), f"{node.name}_bias_fraction")
+                constants["bias_fraction"], attributes["bias_fraction_bits"] = fraction.integers, fraction.bits
             parts.append(part)
         if dynamic:
             total = dequantized_sum(ctx, node, parts)
@@ -290,7 +292,6 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
                 node, total, activation, 1.0, rank(node) - 1, bias, "grouped_linear", constants, attributes
             )
     attributes["zero_point"] = activation.grid.zero_point
-    constants |= {} if bias is None else {"float_bias": bias}
     return Product(
         node, parts, kind="grouped_linear", inputs={"x": integers.name}, constants=constants, attributes=attributes
     )

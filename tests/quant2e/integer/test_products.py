@@ -245,6 +245,12 @@ def test_linear_with_group_wise_weights():
         span = max(a.high - a.zero_point, a.zero_point - a.low)
         spans = [int(reach[:, g].max()) * span + (int(np.abs(bias_q).max()) if g == 0 else 0) for g in range(groups)]
         top = [float(scales[:, g].max()) * a.scale / grid.scale for g in range(groups)]
+        bits = fraction_bits(writer)
+        left = np.zeros(n)
+        if bits:
+            left = bias.numpy() / (scales[:, 0].double().numpy() * a.scale) - bias_q
+            spans[0], top[0] = (spans[0] + 1) << bits, top[0] / 2**bits
+        fractions = np.rint(left * 2**bits).astype(np.int64)
         for row in range(3):
             for o in range(n):
                 sums = [
@@ -257,7 +263,9 @@ def test_linear_with_group_wise_weights():
                     + (int(bias_q[o]) if g == 0 else 0)
                     for g in range(groups)
                 ]
-                expected[row, o] = grouped(sums, [a.scale * float(s) for s in scales[o]], top, spans, grid, draw.mode)
+                sums[0] = (sums[0] << bits) + int(fractions[o])
+                units = [a.scale * float(s) / (2**bits if g == 0 else 1) for g, s in enumerate(scales[o])]
+                expected[row, o] = grouped(sums, units, top, spans, grid, draw.mode)
         np.testing.assert_array_equal(found[0], expected, err_msg=f"seed {seed}")
         tally.add(writer, found, draw.mode)
     tally.check()

@@ -22,8 +22,8 @@ from tests.quant2e.integer.graphs import CASES, Draw, Tally, Writer, aten, diffe
 
 def divided(acc, scale, count, grid):
     """An integer division by the count, half up, with a ratio of 22 bits."""
-    mantissa, exponent = math.frexp(scale / grid.scale)
-    ratio = Fraction(round(mantissa * 2**22)) * Fraction(2) ** (exponent - 22)
+    shift = min(22 - math.frexp(scale / grid.scale)[1], 33)
+    ratio = Fraction(round(scale / grid.scale * 2.0**shift)) / 2**shift
     return grid.saturate(math.floor(Fraction(int(acc)) * ratio / count + Fraction(1, 2)))
 
 
