@@ -7,6 +7,7 @@ from lowering.delegation import Delegation, Leftover, Partition
 from lowering.executorch import ExecuTorchProgram, to_executorch
 from lowering.inductor import InductorProgram, to_inductor
 from lowering.inductor_report import InductorReport, LoweredOp
+from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.verify import Bound, Verification, verify
 
 __all__ = [
@@ -17,9 +18,12 @@ __all__ = [
     "InductorReport",
     "Leftover",
     "LoweredOp",
+    "OnnxProgram",
+    "OnnxReport",
     "Partition",
     "Verification",
     "to_executorch",
     "to_inductor",
+    "to_onnx",
     "verify",
 ]

@@ -1,0 +1,166 @@
+"""From the Q/DQ graph to an ONNX file, run in onnxruntime and compared with the graph it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from lowering.onnx.form import CONVENTIONS, in_form
+from lowering.onnx.integers import sizes, use_integers
+from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
+from lowering.onnx.translation import OPSET, translations
+from lowering.signature import signature_of
+from lowering.verify import Inputs, as_inputs, compare_within_noise, graph_of
+from quant2e.atomic import atomic_file
+from quant2e.errors import LoweringError
+
+_PROTOBUF_LIMIT = 2**31 - 1
+
+
+def to_onnx(
+    model: Any,
+    example_inputs: Any = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    target: str = "onnxruntime",
+    verify: bool = True,
+    verify_inputs: Iterable[Any] = (),
+) -> OnnxProgram:
+    """Write a Q/DQ graph as an ONNX file with QuantizeLinear and DequantizeLinear, opset 21.
+
+    ``model``: a QuantizedModel (its example inputs and dynamic shapes are used unless given), a converted or captured
+    GraphModule, or an nn.Module in eval mode. ``example_inputs``: a tuple of positional inputs, or a dict of keyword
+    inputs. ``path``: of the file, which appears whole or not at all. ``dynamic_shapes``: as for ``torch.export``.
+    ``target``: ``"onnxruntime"`` (u8 activations, s8 weights, int32 biases) or ``"tensorrt"`` (s8 with zero points of
+    0, float biases; a graph that is not so is refused). ``verify``: run the file in onnxruntime on the example inputs
+    and on ``verify_inputs``, compare it with the Q/DQ graph, and list what ran on integers.
+
+    Raises `LoweringError`, before a file is written, when onnx, onnxscript or onnxruntime is missing, when the graph
+    cannot be exported or held by the target, and when the file does not compute what its graph says.
+    """
+    if path is None:
+        raise LoweringError("to_onnx needs the path of the file to write")
+    if target not in CONVENTIONS:
+        raise LoweringError(f"target {target!r}: to_onnx writes for {', '.join(map(repr, CONVENTIONS))}")
+    reference = graph_of(model)
+    inputs = _example_inputs(model, example_inputs)
+    shapes = dynamic_shapes if dynamic_shapes is not None else getattr(model, "dynamic_shapes", None)
+    with _undisturbed():
+        _require(verify)
+        module = _export(reference, inputs, shapes).module(check_guards=False)
+        in_form(module, CONVENTIONS[target])
+        exported = _export(module, inputs, shapes)
+        with atomic_file(Path(path)) as part:
+            report = _write(exported, part, target)
+            program = OnnxProgram(part, report, signature_of(exported))
+            if verify:
+                program.report = _verified(program, reference, [inputs, *map(as_inputs, verify_inputs)])
+        program.path = Path(path)
+    return program
+
+
+def _write(exported: ExportedProgram, path: Path, target: str) -> OnnxReport:
+    from onnxscript import ir
+
+    onnx_model = _to_onnx_ir(exported)
+    use_integers(onnx_model, unsigned=CONVENTIONS[target].unsigned)
+    constants = sizes(onnx_model)
+    if sum(constants.values()) > _PROTOBUF_LIMIT:
+        raise LoweringError(f"the constants have {sum(constants.values()):,} bytes; an ONNX file holds 2 GiB")
+    onnx_model.metadata_props["quant2e.target"] = target
+    ir.save(onnx_model, path)
+    return OnnxReport(opset=OPSET, convention=target, size=path.stat().st_size, constants=constants)
+
+
+def _to_onnx_ir(exported: ExportedProgram) -> Any:
+    import torch.onnx
+
+    try:
+        made = torch.onnx.export(
+            exported, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=translations()
+        )
+    except Exception as error:
+        raise LoweringError(f"torch.onnx cannot export this graph: {error}") from error
+    assert made is not None
+    return made.model
+
+
+def _verified(program: OnnxProgram, reference: Any, batches: list[Inputs]) -> OnnxReport:
+    """The report with what ran on integers and the comparison; raises `LoweringError` beyond the bound."""
+    verification = compare_within_noise(program, reference, batches)
+    verification.check("the ONNX file")
+    if program.report.convention != "onnxruntime":
+        note = f"compared in onnxruntime; {program.report.convention} was not run here"
+        return replace(program.report, verification=verification, notes=(note,))
+    kernels, floats = kernels_of(program.path)
+    return replace(
+        program.report,
+        verification=verification,
+        integer_kernels=kernels,
+        float_products=floats,
+        notes=notes_on(kernels),
+    )
+
+
+def _example_inputs(model: Any, given: Any) -> Inputs:
+    """Positional and keyword inputs to export with."""
+    example = given if given is not None else getattr(model, "example_inputs", None)
+    if example is None:
+        raise LoweringError("to_onnx needs example_inputs: a tuple of positional inputs, or a dict of keywords")
+    args, kwargs = as_inputs(example)
+    if given is None and isinstance(extra := getattr(model, "example_kwargs", None), dict):
+        kwargs = {**kwargs, **extra}
+    return args, kwargs
+
+
+def _require(verify: bool) -> None:
+    """Import what is needed; raise `LoweringError` when it is not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+
+        if verify:
+            import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise LoweringError(f"ONNX export needs {error.name}: pip install quant2e[onnx]") from error
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Exporting leaves logging handlers and levels, warning filters and the environment as they were."""
+    root, quiet = logging.getLogger(), [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    handlers, level, levels, environment = list(root.handlers), root.level, [x.level for x in quiet], dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in quiet:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+            for logger, before in zip(quiet, levels, strict=True):
+                logger.setLevel(before)
+            for name in set(os.environ) - set(environment):
+                del os.environ[name]
+
+
+def _export(module: Any, inputs: Inputs, shapes: Any) -> ExportedProgram:
+    args, kwargs = inputs
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise LoweringError(
+            f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}"
+        ) from error

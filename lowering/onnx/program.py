@@ -1,0 +1,181 @@
+"""An ONNX file, what onnxruntime makes of it, and how it compares with the graph it came from."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lowering.signature import Signature
+from lowering.verify import Verification
+from quant2e.errors import LoweringError
+
+INTEGER_KERNELS = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "QAttention",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearGlobalAveragePool",
+        "QLinearLeakyRelu",
+        "QLinearMatMul",
+        "QLinearMul",
+        "QLinearReduceMean",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+    }
+)
+"""onnxruntime's ops that compute on integers."""
+
+FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "ConvTranspose", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
+"""onnxruntime's ops that multiply floats."""
+
+EXACT = {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
+"""Session options: kernels of u8 × s8 that do not saturate where the processor has no VNNI, and activations that stay
+float where weights have four bits in blocks."""
+
+_WHY = {
+    "MatMulNBits": (
+        "MatMulNBits quantizes activations to 8 bits, which the graph does not say, unless the session option "
+        "session.qdq_matmulnbits_accuracy_level is 1, as it is here"
+    ),
+    "": (
+        "on x86 without VNNI, u8 × s8 kernels of onnxruntime saturate unless the session option "
+        "session.x64quantprecision is 1, as it is here"
+    ),
+}
+
+
+def notes_on(kernels: Mapping[str, int]) -> tuple[str, ...]:
+    """What somebody who runs the file elsewhere has to know, given the integer kernels in it."""
+    return tuple(dict.fromkeys(_WHY.get(name, _WHY[""]) for name in sorted(kernels)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnnxReport:
+    """What an ONNX file holds and what onnxruntime runs of it on integers.
+
+    ``opset``; ``size``: bytes of the file; ``constants``: bytes of its constants by dtype; ``integer_kernels``: ops of
+    onnxruntime's optimized graph that compute on integers, with how many there are; ``float_products``: those that
+    multiply floats, by name; ``notes``: what to know. ``kernels`` and ``verification`` are None where nothing was run.
+    """
+
+    opset: int
+    convention: str
+    size: int
+    constants: Mapping[str, int]
+    integer_kernels: Mapping[str, int] | None = None
+    float_products: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    verification: Verification | None = None
+
+    def __str__(self) -> str:
+        held = ", ".join(f"{size:,} {name}" for name, size in sorted(self.constants.items(), key=lambda item: -item[1]))
+        lines = [f"ONNX, opset {self.opset}, for {self.convention}: {self.size:,} bytes; constants: {held} bytes"]
+        if self.integer_kernels is not None:
+            kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.integer_kernels.items()))
+            lines.append(f"onnxruntime runs on integers: {kernels or 'nothing'}")
+        lines += [f"float product: {name}" for name in self.float_products]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.verification is not None:
+            lines.append(f"against its Q/DQ graph: {self.verification}")
+        return "\n".join(lines)
+
+
+class OnnxProgram:
+    """An ONNX file. ``path``: where it is; ``report``: what is in it and how it compares with its graph.
+
+    Calling it runs it in onnxruntime on the CPU: it takes and returns what the model takes and returns.
+    """
+
+    def __init__(self, path: Path, report: OnnxReport, signature: Signature) -> None:
+        self.path = path
+        self.report = report
+        self._signature = signature
+        self._session: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on positional and keyword inputs; keywords in any order. Raises `LoweringError` on other inputs."""
+        flat = self._signature.flatten(args, kwargs)
+        if self._session is None:
+            self._session = session(self.path)
+        return run(self._session, flat, self._signature)
+
+
+def session(path: Path, optimized: Path | None = None) -> Any:
+    """An onnxruntime session on the CPU, with kernels that do not saturate; ``optimized``: where to write its graph.
+
+    Raises `LoweringError` when onnxruntime cannot load the file.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    for name, setting in EXACT.items():
+        options.add_session_config_entry(name, setting)
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise LoweringError(f"onnxruntime cannot load {path}: {error}") from error
+
+
+def run(loaded: Any, flat: list[Any], signature: Signature) -> Any:
+    """Outputs of a session as the model returns them."""
+    tensors = [value for value in flat if isinstance(value, Tensor)]
+    names = [given.name for given in loaded.get_inputs()]
+    if len(tensors) < len(names):
+        raise LoweringError(f"the ONNX model takes {names}, and there are {len(tensors)} tensors")
+    feeds = {name: value.numpy() for name, value in zip(names, tensors, strict=False)}
+    try:
+        results = loaded.run(None, feeds)
+    except Exception as error:
+        raise LoweringError(f"onnxruntime refused the inputs: {error}") from error
+    return pytree.tree_unflatten([torch.from_numpy(result) for result in results], signature.out_spec)
+
+
+def kernels_of(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """What onnxruntime's optimized graph computes on integers, by op; and the names of its products of floats."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session(path, optimized)
+        graph = onnx.load(os.fspath(optimized), load_external_data=False).graph
+    return _integers(graph), tuple(_floats(graph))
+
+
+def _integers(graph: Any) -> dict[str, int]:
+    return dict(Counter(node.op_type for node in graph.node if node.op_type in INTEGER_KERNELS))
+
+
+def _floats(graph: Any) -> Iterator[str]:
+    """Products of floats by name, each with the reason as far as the graph tells it."""
+    made = {name: node.op_type for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type not in FLOAT_PRODUCTS:
+            continue
+        x, weight = (made.get(name) == "DequantizeLinear" for name in node.input[:2])
+        why = "neither operand is quantized"
+        if x and weight:
+            why = "its operands are quantized and its result is not"
+        elif x or weight:
+            why = "one of its operands is not quantized"
+        yield f"{node.op_type} '{node.name or node.output[0]}': {why}"
