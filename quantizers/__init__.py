@@ -20,6 +20,7 @@ from quantizers.recipes import Numbers, Scheme, recipe
 from quantizers.rule import Derived, Follow, Rule, Same
 from quantizers.rule_quantizer import RuleQuantizer
 from quantizers.text import annotations_text
+from quantizers.torchao import as_torchao
 from quantizers.x86_inductor import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
@@ -44,6 +45,7 @@ __all__ = [
     "X86InductorQuantizer",
     "XNNPACKQuantizer",
     "annotations_text",
+    "as_torchao",
     "get_default_x86_inductor_quantization_config",
     "get_embedding_operators_config",
     "get_embedding_quantization_config",

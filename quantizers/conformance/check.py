@@ -17,7 +17,7 @@ from quantizers.conformance.generate import ODDITIES, by_dice, odd, random_progr
 from quantizers.conformance.program import Program
 from quantizers.conformance.report import WARNINGS, Conformance, Finding
 
-ATTEMPTS = 24
+ATTEMPTS = 8
 """How often a graph for one alternative of a rule is drawn, until the rule applies to one."""
 
 SHRUNK, TRIES = 2, 30
@@ -53,8 +53,8 @@ def check(
         seed,
         time.monotonic() + seconds,
     )
-    search.cover_rules()
     search.cover_oddities()
+    search.cover_rules()
     search.compose(examples)
     search.judge_rules()
     return search.report()

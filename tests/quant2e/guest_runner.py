@@ -200,16 +200,20 @@ def compare(program, captured, make, batches):
     return facts
 
 
+def initialize(model):
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+
+
 def main(guests):
     results = {}
     for name, (model, shape) in MODELS.items():
-        torch.manual_seed(0)
-        for parameter in model.parameters():
-            nn.init.uniform_(parameter, -0.5, 0.5)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.running_mean)
-                nn.init.uniform_(module.running_var, 0.5, 2.0)
+        initialize(model)
         batches = data(shape)
         model.eval()
         program = torch.export.export(model, batches[0])

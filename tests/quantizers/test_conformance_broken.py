@@ -7,7 +7,7 @@ from tests.quantizers.broken import BROKEN, Sound
 
 
 def test_the_sound_one_passes():
-    report = check(Sound, examples=4)
+    report = check(Sound, examples=2, seconds=600)
     assert report.passed, report
     assert all(report.reached.values())
 
@@ -15,7 +15,7 @@ def test_the_sound_one_passes():
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_found(mistake):
     quantizer, kind, rule, op, words = BROKEN[mistake]
-    report = check(quantizer, examples=3)
+    report = check(quantizer, examples=2, seconds=600)
     assert not report.passed
     found = [f for f in report.errors if f.kind == kind]
     assert found, report
