@@ -1,4 +1,4 @@
-"""Additions that Inductor would fuse into an int8 kernel, and must not. Each rewrite keeps the eager result.
+"""Additions that Inductor fuses into an int8 kernel, and those it must not. Each rewrite keeps the eager result.
 
 A residual addition behind an int8 linear or convolution becomes a part of that kernel, which adds into the memory
 of the other operand. That is sound where the other operand is a buffer of the program that nothing reads any more.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.inductor_graph import call, operands
+from lowering.inductor_graph import call, operands, replace
 from lowering.inductor_weights import weight_of
 from quant2e.dialect import qd
 
@@ -21,6 +21,7 @@ _ADDITIONS = {
     aten.add.Tensor: (aten.mul.Tensor, aten.sub.Tensor),
     aten.add_.Tensor: (aten.mul_.Tensor, aten.sub_.Tensor),
 }
+_DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
 _MAY_ALIAS = frozenset(
     {
         aten.dropout.default,
@@ -37,6 +38,13 @@ _MAY_ALIAS = frozenset(
     }
 )
 """Ops that return their operand's memory in some cases, or are left out in some."""
+
+
+def idle_dropouts(gm: GraphModule) -> None:
+    """``dropout(x)``, not training => ``x``: the patterns do not look through it for what is added behind it."""
+    for node in list(gm.graph.nodes):
+        if node.target in _DROPOUTS and operands(node)["train"] is False and isinstance(node.args[0], Node):
+            replace(gm, node, node.args[0])
 
 
 def plain_additions(gm: GraphModule) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.inductor_additions import plain_additions, separate_additions
+from lowering.inductor_additions import idle_dropouts, plain_additions, separate_additions
 from lowering.inductor_graph import call, constant, operands, replace
 from lowering.inductor_lookup import gathered_rows
+from lowering.inductor_one_dimension import convolutions_in_two_dimensions
 from lowering.inductor_weights import (
     activation_of,
     explicit_zero_points,
@@ -303,6 +304,7 @@ def one_dequantize_per_user(gm: GraphModule) -> None:
 
 
 REWRITES: tuple[Callable[[GraphModule], None], ...] = (
+    idle_dropouts,
     positional_arguments,
     constant_parameters,
     folded_weights,
@@ -318,5 +320,6 @@ REWRITES: tuple[Callable[[GraphModule], None], ...] = (
     plain_additions,
     single_precision,
     dequantize_last,
+    convolutions_in_two_dimensions,
     separate_additions,
 )

@@ -16,6 +16,7 @@ from quant2e.dataflow import operand
 from quant2e.pattern import Match, Op, Pattern, op, short_name
 from quantizers import families as f
 from quantizers.conditions import in_eval_mode, same_shape, spatial
+from quantizers.provenance import literal
 from quantizers.rule import Follow, Rule, Same
 
 aten = torch.ops.aten
@@ -27,11 +28,17 @@ def _no_more_than_2d(node: Node) -> bool | str:
     return True if spatial(node) <= 2 else "Inductor lowers convolutions in one and two dimensions only"
 
 
+def _two_numbers(node: Node) -> bool | str:
+    bounds = (literal(node, "min"), literal(node, "max"))
+    return True if all(isinstance(b, int | float) for b in bounds) else "it has one bound, which no kernel takes in"
+
+
 _CONVOLUTION = op(aten.convolution.default, when=_no_more_than_2d)(f.x, f.w, f.b)
-_CONV_2D = f.conv2d | _CONVOLUTION
+_CONV = f.conv2d | _CONVOLUTION | f.conv1d
 _CONV_UNARY = op(
     aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default, aten.silu.default
 )
+_CLAMP = op(aten.clamp.default, when=_two_numbers)
 _LINEAR_UNARY = op(aten.relu.default, aten.gelu.default)
 _IDLE = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
 
@@ -39,7 +46,22 @@ FUSED = {"conv": "relu, relu6, hardtanh, hardswish and silu", "linear": "relu an
 """Activations that become part of an int8 kernel."""
 
 ACTIVATIONS = frozenset(
-    ["elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "mish", "relu6", "sigmoid", "silu", "tanh"]
+    [
+        "clamp",
+        "clamp_max",
+        "clamp_min",
+        "elu",
+        "gelu",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "mish",
+        "relu6",
+        "sigmoid",
+        "silu",
+        "tanh",
+    ]
 )
 """Activations that users put behind a kernel."""
 
@@ -57,8 +79,7 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
     reshapes = op(aten.flatten.using_ints, aten.view.default, aten.reshape.default)(f.x)
     return (
         Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
-        # int8 conv1d has no fused activation but relu.
-        Rule(_CONV_UNARY(_CONV_2D) | f.relu(f.conv1d) | _CONV_2D | f.conv1d, product, name="conv"),
+        Rule(_CONV_UNARY(_CONV) | _CLAMP(_CONV) | _CONV, product, name="conv"),
         Rule(_added(_IDLE(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
         Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
         Rule(op(aten.matmul.default, aten.bmm.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
