@@ -91,7 +91,11 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
 
 def dynamic_rules(config: Any) -> tuple[Rule, ...]:
     """Linear, with activations that get their parameters at run time."""
-    return (Rule(f.linear, {"x": config.input_activation, "w": config.weight}, name="dynamic linear"),)
+    product = {"x": config.input_activation, "w": config.weight}
+    return (
+        Rule(_added(_IDLE(f.linear) | f.linear), product, None, _equal_shapes, "dynamic linear + add"),
+        Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="dynamic linear"),
+    )
 
 
 def half_rules(config: Any) -> tuple[Rule, ...]:

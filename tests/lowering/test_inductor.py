@@ -178,6 +178,13 @@ WRONG = {
     "weight scales along the inputs": lambda m, x, image: F.linear(u8(x), m.columns()),
     "signed convolution": lambda m, x, image: F.conv2d(on_grid(image, (0.03, 5)), m.conv()),
     "convolutions in one dimension": lambda m, x, image: F.conv1d(u8(image[0]), m.line(), padding=1),
+    "in one dimension, and an addition": lambda m, x, image: F.conv1d(u8(image[0]), m.line(), padding=1) + image[0],
+    **{
+        f"in one dimension, {act.__name__}": lambda m, x, image, act=act: u8(
+            act(F.conv1d(u8(image[0]), m.line(), padding=1))
+        )
+        for act in (F.relu6, F.hardswish, F.silu, F.relu)
+    },
     "in three dimensions": lambda m, x, image: F.conv3d(u8(image[None]), m.cube(), padding=1),
 }
 

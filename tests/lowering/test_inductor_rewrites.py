@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowering.inductor_additions import plain_additions, separate_additions
+from lowering.inductor_additions import idle_dropouts, plain_additions, separate_additions
 from lowering.inductor_graph import private_copy
 from lowering.inductor_lookup import gathered_rows
 from lowering.inductor_rewrites import (
@@ -60,6 +60,21 @@ def targets(gm):
     return [
         str(node.target).removeprefix("quantized_decomposed.") for node in gm.graph.nodes if node.op == "call_function"
     ]
+
+
+def test_idle_dropouts_go():
+    model = graph(
+        lambda m, x: m.d(F.linear(x, m.w())) + F.dropout(x, 0.5, False), X, w=weight(16, 16), d=nn.Dropout(0.1)
+    )
+    copy = private_copy(model)
+    idle_dropouts(copy)
+    copy.recompile()
+    assert not any("dropout" in target for target in targets(copy))
+    assert torch.equal(copy(X)[0], model(X))
+    training = torch.export.export(Fn(lambda m, x: F.dropout(x, 0.5, True)), (X,), strict=False).module()
+    copy = private_copy(training)
+    idle_dropouts(copy)
+    assert targets(copy) == ["aten.dropout.default"]
 
 
 def narrow(x):

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 
+import lowering
 from quant2e import AnnotationError, Quant2eError, quantize
 from quant2e.specs import ANNOTATION
 from quantizers import QuantizationConfig, X86InductorQuantizer
@@ -63,6 +65,58 @@ def test_matmul_is_quantized_where_it_is_named():
     assert lines(Attention(), TOKENS, quantizer)[3] == "matmul: transpose a, transpose_3 a  [matmul]"
 
 
+class Lines(nn.Module):
+    """A layer with an activation, another layer behind it, so that integers are wanted there."""
+
+    def __init__(self, layer, act):
+        super().__init__()
+        self.first, self.act, self.second = copy.deepcopy(layer), act, copy.deepcopy(layer)
+
+    def forward(self, x):
+        return self.second(self.act(self.first(x)))
+
+
+LAYERS = {
+    "conv1d": (nn.Conv1d(4, 4, 3, padding=1), (torch.randn(1, 4, 9),)),
+    "conv2d": (nn.Conv2d(4, 4, 3, padding="same"), (torch.randn(1, 4, 9, 9),)),
+    "linear": (nn.Linear(8, 8), (torch.randn(2, 3, 8),)),
+}
+ACTS = {
+    "relu": nn.ReLU(), "relu_": nn.ReLU(inplace=True), "relu6": nn.ReLU6(), "hardtanh": nn.Hardtanh(-1, 2),
+    "clamp": Of(lambda m, x: x.clamp(0, 6)), "hardswish": nn.Hardswish(), "hardswish_": nn.Hardswish(inplace=True),
+    "silu": nn.SiLU(), "gelu": nn.GELU(), "gelu, tanh": nn.GELU(approximate="tanh"), "leaky_relu": nn.LeakyReLU(0.1),
+    "leaky_relu_": nn.LeakyReLU(0.1, inplace=True), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "elu": nn.ELU(),
+    "clamp_min": Of(lambda m, x: x.clamp_min(0)),
+}  # fmt: skip
+RELUS = {"relu", "relu_"}
+FUSED = {
+    "conv1d": RELUS | {"relu6", "hardtanh", "clamp", "hardswish", "hardswish_", "silu"},
+    "conv2d": RELUS | {"relu6", "hardtanh", "clamp", "hardswish", "hardswish_", "silu"},
+    "linear": RELUS | {"gelu", "gelu, tanh"},
+}
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_activations(layer, act):
+    """Fused where a kernel takes them in; else float behind the kernel, with integers on neither side of them."""
+    module, example = LAYERS[layer]
+    quantizer = static()
+    gm = annotated(Lines(module, ACTS[act]), example, quantizer)
+    noted = {n.name: n.meta[ANNOTATION] for n in gm.graph.nodes if ANNOTATION in n.meta}
+    kernels = [name for name in noted if name.startswith(layer)]
+    assert len(kernels) == 2
+    others = {name: note for name, note in noted.items() if name not in kernels}
+    assert (len(others) == 1) is (act in FUSED[layer])
+    assert all(not note.input_qspec_map and note.output_qspec is None for note in others.values())
+    assert noted[kernels[0]].output_qspec is None
+    if act not in FUSED[layer]:
+        ((_, why),) = reasons(gm, quantizer).items()
+        taken = "relu and gelu" if layer == "linear" else "relu, relu6, hardtanh, hardswish and silu"
+        assert f"int8 kernel of '{kernels[0]}' returns" in why
+        assert f"takes in {taken}, not " in why
+
+
 C1, C2 = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
 FIRST = ["conv2d: inputs_0 a, c1_weight w0  [conv]"]
 
@@ -109,6 +163,44 @@ FIRST = ["conv2d: inputs_0 a, c1_weight w0  [conv]"]
 )  # fmt: skip
 def test_ops(model, example, expected):
     assert lines(model, example) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_activations_are_fused_by_inductor_where_the_rules_say_so():
+    """One program with every activation behind every layer: as many fusions as the table has."""
+    torch.manual_seed(0)
+    count = {layer: len(FUSED[layer]) for layer in LAYERS}
+    models = {
+        f"{layer} {i}": Lines(LAYERS[layer][0], ACTS[act])
+        for layer in LAYERS
+        for i, act in enumerate(sorted(FUSED[layer]))
+    }
+    layers = [name.split()[0] for name in models]
+    names = [f"m{i}" for i in range(len(models))]
+    together = Of(
+        lambda m, line, image, rows: [
+            getattr(m, name)({"conv1d": line, "conv2d": image, "linear": rows}[layer])
+            for name, layer in zip(names, layers, strict=True)
+        ],
+        **dict(zip(names, models.values(), strict=True)),
+    ).eval()
+    example = tuple(LAYERS[layer][1][0] for layer in ("conv1d", "conv2d", "linear"))
+    counters.clear()
+    program = lowering.to_inductor(quantize(together, example, static(), [example]))
+    assert program.report.leftovers == ()
+    assert program.verification.sqnr_db > 50
+    assert counters["inductor"]["qconv_unary_matcher_count"] == count["conv1d"] + count["conv2d"]
+    assert counters["inductor"]["qlinear_unary_matcher_count"] == count["linear"]
+
+
+def test_a_dropout_in_eval_mode_stands_before_an_addition():
+    model = Of(lambda m, x: m.norm(m.d(m.l(x)) + x), l=nn.Linear(8, 8), d=nn.Dropout(0.1), norm=nn.LayerNorm(8))
+    assert lines(model, ROWS) == [
+        "linear: inputs_0 a, l_weight w0  [linear + add]",
+        "dropout:  [linear + add]",
+        "add:  [linear + add]",
+    ]
 
 
 def test_dynamic_is_linear_only():
