@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from quant2e import AnnotationError, Quantizer, capture, convert_pt2e, prepare_pt2e, quantize
+from quant2e import AnnotationError, Quantizer, capture, convert_pt2e, prepare_pt2e, prepare_qat_pt2e, quantize
+from quant2e.fake_quant import FakeQuantizeBase
+from quant2e.ledger import LEDGER
 from quant2e.specs import ANNOTATION, QuantizationAnnotation
 from quantizers import (
     ComposableQuantizer,
@@ -263,6 +265,38 @@ def test_static_dynamic_and_weight_only_in_one_graph():
     kinds = {v.op.name: v.kind for v in result.report.verdicts}
     assert kinds == {"embedding": "weight-only", "linear": "dynamic", "tanh": "float", "linear_1": "static"}
     assert (result(*ids) - net(*ids)).abs().max() < 0.05
+
+
+def test_training_static_dynamic_and_weight_only_in_one_graph():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(16, 8)
+            self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, ids):
+            return self.third(torch.tanh(self.second(torch.tanh(self.first(self.table(ids))))))
+
+    composed = ComposableQuantizer(
+        [
+            EmbeddingQuantizer().set_global("w8"),
+            XNNPACKQuantizer().set_module_name("first", "w8a8-dynamic").set_module_name("second", "w8a8"),
+            XNNPACKQuantizer().set_global("w8a8-qat"),
+        ]
+    )
+    torch.manual_seed(0)
+    net, ids = Mixed().train(), (torch.arange(6).reshape(2, 3),)
+    prepared = prepare_qat_pt2e(capture(net, ids), composed)
+    trains = [name for name, module in prepared.named_modules() if isinstance(module, FakeQuantizeBase)]
+    assert len(trains) == 3  # input, weight and output of the third linear
+    prepared(*ids).sum().backward()
+    converted = convert_pt2e(prepared.eval())
+    kinds = {v.op.name: v.kind for v in converted.meta[LEDGER].report.verdicts}
+    assert kinds == {
+        "embedding": "weight-only", "linear": "dynamic", "linear_1": "static", "linear_2": "static",
+        "tanh": "float", "tanh_1": "float",
+    }  # fmt: skip
+    assert (converted(*ids) - net.eval()(*ids)).abs().max() < 0.05
 
 
 # ------------------------------------------------------------ what a composition can do
