@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from torch.fx import GraphModule
 
 from lowering.canonical.attention import plain_attention
+from lowering.canonical.concat import distinct_operands
 from lowering.canonical.constants import fold_constants
 from lowering.canonical.dynamic import per_row, spread_weight_scale
 from lowering.canonical.edit import drop_unused
@@ -35,6 +36,7 @@ EXACT: tuple[Rewrite, ...] = (
     one_view,
     quantize_moves,
     one_grid,
+    distinct_operands,
 )
 """Rewrites that keep every result, bit for bit up to the order of float additions."""
 

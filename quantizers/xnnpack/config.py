@@ -43,7 +43,9 @@ def get_symmetric_quantization_config(
     """
     if group_size is not None:
         if is_qat:
-            raise AnnotationError(f"group_size={group_size} with is_qat=True: there are no fake-quantizers of groups")
+            raise AnnotationError(
+                f"group_size={group_size} with is_qat=True: no configuration for training has groups; train per channel"
+            )
         if (weight_qmin, weight_qmax) == (-127, 127):
             weight_qmin, weight_qmax = -8, 7
         observer = PerGroupMinMaxObserver.with_args(group_size=group_size, scale_dtype=torch.bfloat16, eps=WEIGHT_EPS)

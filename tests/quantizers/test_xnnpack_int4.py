@@ -96,7 +96,7 @@ def test_by_name(recipe):
             {"group_size": 32, "is_dynamic": True, "weight_qmin": -127, "weight_qmax": 126},
             r"weights in \[-127, 126\] and groups",
         ),
-        ({"group_size": 32, "is_dynamic": True, "is_qat": True}, "no fake-quantizers of groups"),
+        ({"group_size": 32, "is_dynamic": True, "is_qat": True}, "no configuration for training has groups"),
     ],
 )
 def test_what_xnnpack_cannot_store_is_refused(arguments, message):

@@ -1,0 +1,30 @@
+"""cat([dequantize(q), dequantize(q)])  =  cat([dequantize(q), dequantize'(q)])        one dequantize for each operand.
+
+XNNPACK's partitioner counts the nodes that a concatenation reads, and takes it from two on.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.canonical.edit import emit
+from quant2e.dialect import DEQUANTIZE
+
+_ATEN = torch.ops.aten
+
+
+def distinct_operands(module: GraphModule) -> int:
+    """Give operands that are concatenated with themselves a dequantize of their own; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.cat.default:
+            continue
+        operands, seen = list(node.args[0]), set()
+        for index, operand in enumerate(operands):
+            if isinstance(operand, Node) and operand in seen and operand.target in DEQUANTIZE:
+                operands[index] = emit(node, operand.target, *operand.args, **operand.kwargs)
+                count += 1
+            seen.add(operand)
+        node.args = (operands, *node.args[1:])
+    return count

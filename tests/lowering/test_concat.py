@@ -1,0 +1,19 @@
+"""A tensor that is concatenated with itself runs in the delegate."""
+
+import torch
+from torch import nn
+
+import lowering
+from quant2e import quantize
+from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
+from tests.quantizers.models import IMAGE, Of
+
+
+def test_one_tensor_twice_is_concatenated_in_the_delegate():
+    model = Of(
+        lambda m, x: (lambda h: m.d(torch.cat([h, h, h], 1)))(m.c(x)), c=nn.Conv2d(3, 4, 1), d=nn.Conv2d(12, 2, 1)
+    )
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    report = lowering.to_executorch(quantize(model.eval(), IMAGE, quantizer, [IMAGE])).report
+    assert (len(report.partitions), report.leftovers, report.rewrites["distinct_operands"]) == (1, (), 2)
+    assert report.verification.max_steps == 0
