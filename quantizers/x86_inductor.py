@@ -156,13 +156,13 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         """Why an op stays float; of an activation behind an int8 kernel, that it costs no more than arithmetic."""
         producer = next(iter(node.all_input_nodes), None)
         kernel = None if producer is None or ANNOTATION not in producer.meta else short_name(producer.target)
-        fused = next((told for kind, told in FUSED.items() if kernel and kernel.startswith(kind)), None)
+        fused = next((names for kind, names in FUSED.items() if kernel and kernel.startswith(kind)), ())
         name = short_name(node.target).removesuffix("_")
-        if producer is None or fused is None or name not in ACTIVATIONS:
+        if producer is None or not fused or name in fused or name not in ACTIVATIONS:
             return super().uncovered(node, config)
         return (
             f"computed in float on what the int8 kernel of '{producer.name}' returns, without being quantized between: "
-            f"that kernel takes in {fused}, not {name}"
+            f"that kernel takes in {', '.join(fused[:-1])} and {fused[-1]}, not {name}"
         )
 
     def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, Any]) -> None:

@@ -42,7 +42,7 @@ _CLAMP = op(aten.clamp.default, when=_two_numbers)
 _LINEAR_UNARY = op(aten.relu.default, aten.gelu.default)
 _IDLE = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
 
-FUSED = {"conv": "relu, relu6, hardtanh, hardswish and silu", "linear": "relu and gelu"}
+FUSED = {"conv": ("relu", "relu6", "hardtanh", "hardswish", "silu"), "linear": ("relu", "gelu")}
 """Activations that become part of an int8 kernel."""
 
 ACTIVATIONS = frozenset(

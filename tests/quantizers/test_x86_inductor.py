@@ -194,6 +194,12 @@ def test_activations_are_fused_by_inductor_where_the_rules_say_so():
     assert counters["inductor"]["qlinear_unary_matcher_count"] == count["linear"]
 
 
+def test_an_activation_is_not_fused_where_its_operand_is_used_again():
+    quantizer = static()
+    gm = annotated(Of(lambda m, x: (lambda y: F.gelu(y) + y)(m.l(x)), l=nn.Linear(8, 8)), ROWS, quantizer)
+    assert reasons(gm, quantizer)["gelu"] == "Inductor computes it in float, fused with its neighbours"
+
+
 def test_a_dropout_in_eval_mode_stands_before_an_addition():
     model = Of(lambda m, x: m.norm(m.d(m.l(x)) + x), l=nn.Linear(8, 8), d=nn.Dropout(0.1), norm=nn.LayerNorm(8))
     assert lines(model, ROWS) == [
