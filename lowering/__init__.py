@@ -4,7 +4,7 @@ In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program 
 """
 
 from lowering.delegation import Delegation, Leftover, Partition
-from lowering.executorch import ExecuTorchProgram, to_executorch
+from lowering.executorch import ExecuTorchProgram, Method, to_executorch
 from lowering.inductor import InductorProgram, to_inductor
 from lowering.inductor_report import InductorReport, LoweredOp
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
@@ -18,6 +18,7 @@ __all__ = [
     "InductorReport",
     "Leftover",
     "LoweredOp",
+    "Method",
     "OnnxProgram",
     "OnnxReport",
     "Partition",

@@ -10,6 +10,7 @@ import torch
 from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
 
 from quant2e.errors import LoweringError
 
@@ -79,6 +80,28 @@ def signature_of(exported: ExportedProgram) -> Signature:
     # constants that torch.export drops from the signature are leaves without a placeholder
     tensors += [None] * (in_spec.num_leaves - len(tensors))
     return Signature(in_spec=in_spec, out_spec=out_spec, tensors=tuple(tensors))
+
+
+def check_bounded(exported: ExportedProgram) -> None:
+    """Raise `LoweringError` naming every dynamic size of an input that has no upper bound: memory is planned for it."""
+    names = set(exported.graph_signature.user_inputs)
+    open_ended = [
+        f"dimension {dim} of '{node.name}'"
+        for node in exported.graph.nodes
+        if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor)
+        for dim, size in enumerate(node.meta["val"].shape)
+        if isinstance(size, SymInt) and _upper(exported, size) == int_oo
+    ]
+    if open_ended:
+        raise LoweringError(
+            f"{', '.join(open_ended)} may be of any size, and the target plans memory for the largest: give an upper bound, "
+            f'as in dynamic_shapes=({{{0}: torch.export.Dim("batch", max=64)}},)'
+        )
+
+
+def _upper(exported: ExportedProgram, size: SymInt) -> Any:
+    found = exported.range_constraints.get(size.node.expr)
+    return found.upper if found is not None else size.node.shape_env.bound_sympy(size.node.expr).upper
 
 
 def _range(exported: ExportedProgram, size: int | SymInt) -> tuple[int, int]:

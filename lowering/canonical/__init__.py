@@ -10,29 +10,46 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule
 
+from lowering.canonical.activations import open_activations
 from lowering.canonical.attention import plain_attention
 from lowering.canonical.concat import distinct_operands
 from lowering.canonical.constants import fold_constants
-from lowering.canonical.dynamic import per_row, spread_weight_scale
+from lowering.canonical.dynamic import per_row, short_group_scales, spread_weight_scale
 from lowering.canonical.edit import drop_unused
 from lowering.canonical.embedding import gather_then_dequantize
-from lowering.canonical.layer_norm import open_layer_norm
+from lowering.canonical.matmul import batched_matmul
 from lowering.canonical.movement import one_grid, quantize_moves
-from lowering.canonical.pooling import explicit_pooling, keep_mean_dims
+from lowering.canonical.normalization import open_normalizations
+from lowering.canonical.pieces import implicit_expand, slice_pieces
+from lowering.canonical.pooling import explicit_pooling, keep_mean_dims, pad_before_average, pool_images
+from lowering.canonical.projection import split_projections
+from lowering.canonical.reductions import open_reductions
 from lowering.canonical.reshape import one_view
+from lowering.canonical.scalars import tensor_operands
 from lowering.canonical.select import slice_selects
+from lowering.canonical.upsample import repeat_nearest
 
 Rewrite = Callable[[GraphModule], int]
 
 EXACT: tuple[Rewrite, ...] = (
     plain_attention,
-    open_layer_norm,
+    batched_matmul,
+    open_normalizations,
+    open_activations,
+    pool_images,
+    keep_mean_dims,
+    open_reductions,
     gather_then_dequantize,
     fold_constants,
     spread_weight_scale,
+    pad_before_average,
     explicit_pooling,
-    keep_mean_dims,
+    repeat_nearest,
+    slice_pieces,
     slice_selects,
+    split_projections,
+    implicit_expand,
+    tensor_operands,
     one_view,
     quantize_moves,
     one_grid,
@@ -40,7 +57,7 @@ EXACT: tuple[Rewrite, ...] = (
 )
 """Rewrites that keep every result, bit for bit up to the order of float additions."""
 
-DECLARED: tuple[Rewrite, ...] = (per_row,)
+DECLARED: tuple[Rewrite, ...] = (short_group_scales, per_row)
 """Rewrites that change numbers, because the target computes that way; what lowers with them says so."""
 
 

@@ -13,7 +13,8 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.canonical.edit import constant, emit, shape_of
+from lowering.canonical.edit import constant, emit, number, shape_of
+from lowering.canonical.matmul import product
 
 _ATEN = torch.ops.aten
 _LOWEST = torch.finfo(torch.float32).min
@@ -58,40 +59,16 @@ def _attention(module: GraphModule, node: Node, masks: dict[Node, tuple[Node, No
             return None
     scale = given.get("scale")
     factor = float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(int(shape_of(query)[-1]))
-    scaled = emit(node, _ATEN.mul.Tensor, query, constant(module, node, "attention_scale", torch.tensor([factor])))
-    scores = _matmul(node, scaled, emit(node, _ATEN.transpose.int, key, -2, -1))
+    scaled = emit(node, _ATEN.mul.Tensor, query, number(module, node, factor))
+    scores = product(node, scaled, emit(node, _ATEN.transpose.int, key, -2, -1))
     if not isinstance(mask, Node):
-        return _matmul(node, emit(node, _ATEN.softmax.int, scores, -1), value)
+        return product(node, emit(node, _ATEN.softmax.int, scores, -1), value)
     if mask not in masks:
         masks[mask] = _finite(mask, node, causal=bool(given.get("is_causal")))
     bias, seen = masks[mask]
     weights = emit(node, _ATEN.softmax.int, emit(node, _ATEN.add.Tensor, scores, bias), -1)
-    result = _matmul(node, weights, value)
+    result = product(node, weights, value)
     return result if given.get("is_causal") else emit(node, _ATEN.mul.Tensor, result, seen)
-
-
-def _matmul(like: Node, a: Node, b: Node) -> Node:
-    """Batched product over the last two dimensions, through three dimensions: what XNNPACK has a kernel for."""
-    if len(shape_of(a)) == 3:
-        return emit(like, _ATEN.bmm.default, a, b)
-    left = _reshaped(like, a, [(a, 0, 1), (a, 2), (a, 3)])
-    right = _reshaped(like, b, [(b, 0, 1), (b, 2), (b, 3)])
-    product = emit(like, _ATEN.bmm.default, left, right)
-    return _reshaped(like, product, [(a, 0), (a, 1), (a, 2), (b, 3)])
-
-
-def _reshaped(like: Node, x: Node, sizes: list[tuple[Node, *tuple[int, ...]]]) -> Node:
-    """``x`` with each size the product of some sizes of a tensor; the first unknown one is -1."""
-    arguments: list[int | Node] = []
-    for source, *dims in sizes:
-        known = [shape_of(source)[dim] for dim in dims]
-        if all(isinstance(size, int) for size in known):
-            arguments.append(math.prod(int(size) for size in known))
-        elif -1 not in arguments:
-            arguments.append(-1)
-        else:
-            arguments.append(emit(like, _ATEN.sym_size.int, source, dims[0]))
-    return emit(like, _ATEN.reshape.default, x, arguments)
 
 
 def _finite(mask: Node, like: Node, *, causal: bool) -> tuple[Node, Node]:

@@ -22,7 +22,8 @@ _ATEN = torch.ops.aten
 DYNAMIC_CONSUMERS = (_ATEN.linear.default, _ATEN.conv2d.default)
 """Ops that XNNPACK computes on activations quantized at run time."""
 
-_WEIGHTS = (qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default)
+_GROUPS = qd.dequantize_per_channel_group.default
+_WEIGHTS = (qd.dequantize_per_channel.default, _GROUPS)
 
 
 def chooser_of(dequantize: object) -> Node | None:
@@ -82,6 +83,24 @@ def per_row(module: GraphModule) -> int:
         )
         node.replace_input_with(dequantize, row)
     return len(chains)
+
+
+def short_group_scales(module: GraphModule) -> int:
+    """Round the scales of weights in groups to bfloat16, which is how a program file stores them; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.linear.default:
+            continue
+        weight = node.args[1]
+        if not isinstance(weight, Node) or weight.target is not _GROUPS or chooser_of(node.args[0]) is None:
+            continue
+        scales = tensor_at(module, weight.args[1])
+        if scales is None or torch.equal(scales, scales.bfloat16().to(scales.dtype)):
+            continue
+        short = constant(module, weight, "group_scales", scales.detach().bfloat16().to(scales.dtype))
+        weight.args = (weight.args[0], short, *weight.args[2:])
+        count += 1
+    return count
 
 
 def _int8(chooser: Node) -> bool:

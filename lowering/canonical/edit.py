@@ -44,6 +44,11 @@ def constant(module: GraphModule, like: Node, name: str, value: Tensor) -> Node:
     return node
 
 
+def number(module: GraphModule, like: Node, value: float) -> Node:
+    """A float32 constant of one element right before ``like``, which broadcasts against any shape."""
+    return constant(module, like, "number", torch.tensor([value], dtype=torch.float32))
+
+
 def tensor_at(module: GraphModule, node: object) -> Tensor | None:
     """The parameter or buffer a ``get_attr`` node reads; None for anything else."""
     if not isinstance(node, Node) or node.op != "get_attr":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.canonical.edit import constant, emit, tensor_at
+from lowering.canonical.edit import constant, emit, shape_of, tensor_at
 from quant2e.dialect import qd
 
 _ATEN = torch.ops.aten
@@ -55,6 +55,8 @@ def _rows(module: GraphModule, node: Node, dequantize: Node) -> Node | None:
         )
         scales = constant(module, node, "embedding_scale", torch.tensor(scale, dtype=torch.float32))
         return _cast(emit(node, _ATEN.mul.Tensor, values, scales), node, dtype)
+    if dequantize.target is qd.dequantize_per_channel_group.default:
+        return _group_rows(module, node, dequantize)
     if dequantize.target is not qd.dequantize_per_channel.default:
         return None
     table, scales_at, zeros_at, axis = dequantize.args[:4]
@@ -74,6 +76,34 @@ def _rows(module: GraphModule, node: Node, dequantize: Node) -> Node | None:
     return _cast(emit(node, _ATEN.mul.Tensor, values, scales), node, dtype)
 
 
+def _group_rows(module: GraphModule, node: Node, dequantize: Node) -> Node | None:
+    """Rows of a table with a scale per group of columns."""
+    table, scales_at, zeros_at, *_, group, dtype = dequantize.args
+    scale_of, zero_of = tensor_at(module, scales_at), tensor_at(module, zeros_at)
+    if scale_of is None or (zeros_at is not None and zero_of is None) or not isinstance(group, int):
+        return None
+    values = _gather(node, _node(table))
+    columns = int(shape_of(values)[-1])
+    rank = len(shape_of(values))
+    grouped = emit(node, _ATEN.unflatten.int, values, rank - 1, [columns // group, group])
+    zeros = torch.zeros((), dtype=torch.int64)
+    if zero_of is not None and zero_of.any():
+        zeros = zero_of.reshape(len(scale_of), -1, 1)
+    centred = _centred(module, node, grouped, zeros, gather=zeros.dim() == 3)
+    scales = _gather(node, constant(module, node, "embedding_scales", scale_of.reshape(len(scale_of), -1).contiguous()))
+    scaled = emit(node, _ATEN.mul.Tensor, centred, emit(node, _ATEN.unsqueeze.default, scales, rank))
+    return _cast(emit(node, _ATEN.flatten.using_ints, scaled, rank - 1, rank), node, dtype)
+
+
+def _gather_any(node: Node, table: Node) -> Node:
+    """`_gather`; rows of more than one dimension are flattened for it, and taken apart again."""
+    if len(shape_of(table)) == 2:
+        return _gather(node, table)
+    shape = [int(size) for size in shape_of(table)[1:]]
+    rows = _gather(node, emit(node, _ATEN.flatten.using_ints, table, 1))
+    return emit(node, _ATEN.unflatten.int, rows, len(shape_of(rows)) - 1, shape)
+
+
 def _node(arg: object) -> Node:
     assert isinstance(arg, Node)
     return arg
@@ -85,7 +115,7 @@ def _centred(module: GraphModule, node: Node, values: Node, zeros: torch.Tensor,
     if not zeros.any():
         return values
     offset = constant(module, node, "embedding_zero_points", zeros.to(torch.float32))
-    return emit(node, _ATEN.sub.Tensor, values, _gather(node, offset) if gather else offset)
+    return emit(node, _ATEN.sub.Tensor, values, _gather_any(node, offset) if gather else offset)
 
 
 def _cast(node: Node, like: Node, dtype: object) -> Node:

@@ -1,17 +1,29 @@
 """mean(x, [2, 3])  =  squeeze(mean(x, [2, 3], keepdim=True)), and average pooling to 1×1 is that mean.
 
-XNNPACK has a kernel for the mean over height and width that keeps both dimensions, and for no other mean. Adaptive
-pooling to a size that divides the input's is pooling with one window.
+    pool1d(x)          =  squeeze(pool2d(unsqueeze(x, 2)), 2)
+    avg_pool2d, padded =  avg_pool2d(pad(x))   where the padding counts
+
+XNNPACK has a kernel for the mean over height and width that keeps both dimensions, and pools images only, averaging what
+is inside. Adaptive pooling to a size that divides the input's is pooling with one window.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from lowering.canonical.edit import emit, shape_of
+from quant2e.dataflow import operand
 
 _ATEN = torch.ops.aten
+_SEQUENCE_POOLS: Mapping[Any, Any] = {
+    _ATEN.max_pool1d.default: _ATEN.max_pool2d.default,
+    _ATEN.avg_pool1d.default: _ATEN.avg_pool2d.default,
+    _ATEN.adaptive_avg_pool1d.default: _ATEN.adaptive_avg_pool2d.default,
+}
 
 
 def keep_mean_dims(module: GraphModule) -> int:
@@ -55,6 +67,53 @@ def _pooled(node: Node, x: Node) -> Node | None:
         return None
     window = [int(i) // int(o) for i, o in pairs]
     return emit(node, _ATEN.avg_pool2d.default, x, window, window, [0, 0], False, False)
+
+
+def pool_images(module: GraphModule) -> int:
+    """Rewrite pooling of sequences as pooling of images of height 1; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        x = operand(node, 0) if node.op == "call_function" and node.target in _SEQUENCE_POOLS else None
+        if not isinstance(x, Node):
+            continue
+        image = emit(node, _ATEN.unsqueeze.default, x, -2)
+        if node.target is _ATEN.adaptive_avg_pool1d.default:
+            pooled = emit(node, _ATEN.adaptive_avg_pool2d.default, image, [1, *operand(node, "output_size")])
+        else:
+            pooled = emit(node, _SEQUENCE_POOLS[node.target], image, *_as_image(node))
+        node.replace_all_uses_with(emit(node, _ATEN.squeeze.dims, pooled, [-2]))
+        module.graph.erase_node(node)
+        count += 1
+    return count
+
+
+def _as_image(node: Node) -> list[Any]:
+    """Arguments of a pool over sequences, for images of height 1."""
+    kernel = list(operand(node, "kernel_size"))
+    arguments = [[1, *kernel], [1, *(operand(node, "stride") or kernel)], [0, *operand(node, "padding")]]
+    if node.target is _ATEN.max_pool1d.default:
+        return [*arguments, [1, *operand(node, "dilation")], operand(node, "ceil_mode")]
+    return [*arguments, operand(node, "ceil_mode"), operand(node, "count_include_pad")]
+
+
+def pad_before_average(module: GraphModule) -> int:
+    """Rewrite average pooling whose padding counts as padding and pooling; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.avg_pool2d.default:
+            continue
+        padding = operand(node, "padding")
+        if not any(padding) or not operand(node, "count_include_pad") or operand(node, "ceil_mode"):
+            continue
+        height, width = padding if len(padding) == 2 else padding * 2
+        padded = emit(node, _ATEN.constant_pad_nd.default, node.args[0], [width, width, height, height], 0.0)
+        kernel = operand(node, "kernel_size")
+        stride, divisor = operand(node, "stride") or kernel, operand(node, "divisor_override")
+        pooled = emit(node, _ATEN.avg_pool2d.default, padded, kernel, stride, [0, 0], False, False, divisor)
+        node.replace_all_uses_with(pooled)
+        module.graph.erase_node(node)
+        count += 1
+    return count
 
 
 def explicit_pooling(module: GraphModule) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowering import to_executorch, verify
+from lowering.xnnpack_limits import check_limits
 from quant2e.dialect import qd
 from quant2e.errors import LoweringError
 from tests.lowering.graphs import Cnn, DynamicAttentionInput, Lookup, Weight, on_dynamic_grid, on_grid
@@ -130,6 +131,40 @@ def test_a_dynamic_program_computes_a_scale_per_row():
     assert program.report.per_row.sqnr_db > program.report.verification.sqnr_db
 
 
+class Groups(nn.Module):
+    """A 4-bit weight with a scale per group of columns, and a table of the same kind."""
+
+    def __init__(self, rows, columns, size, zero_point=0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.size = size
+        self.register_buffer("stored", torch.randint(-8, 8, (rows, columns), dtype=torch.int8))
+        self.register_buffer("scales", torch.rand(rows, columns // size) * 0.01 + 0.01)
+        self.register_buffer("zeros", torch.full((rows, columns // size), zero_point, dtype=torch.int8))
+
+    def forward(self):
+        args = (self.stored, self.scales, self.zeros, -8, 7, torch.int8, self.size, torch.float32)
+        return qd.dequantize_per_channel_group.default(*args)
+
+
+def test_4_bit_weights_in_groups_and_tables_in_groups():
+    weight, table, shifted = Groups(24, 64, 32), Groups(30, 64, 16), Groups(30, 64, 16, 3)
+    ids, x = torch.randint(0, 30, (2, 5)), torch.randn(2, 5, 64)
+
+    def function(ids, x):
+        return F.linear(on_dynamic_grid(x), weight()), F.embedding(ids, table()), F.embedding(ids, shifted())
+
+    reference = capture(Fn(function), ids, x)
+    program = to_executorch(reference, (ids, x))
+    (partition,) = program.report.partitions
+    assert partition.ops["aten.linear.default"] == 1
+    assert program.report.rewrites["short_group_scales"] == 1
+    # exact against the graph whose scales are bfloat16, as XNNPACK stores them
+    assert program.report.per_row.sqnr_db > 80
+    for got, expected in zip(program(ids, x)[1:], reference(ids, x)[1:], strict=True):
+        assert torch.equal(got, expected)
+
+
 # -------------------------------------------------------------------------------------------------------- embedding
 
 
@@ -211,6 +246,22 @@ def test_a_float_module_lowers_as_it_is():
 # -------------------------------------------------------------------------------------------------- what is refused
 
 
+COARSE, SYMMETRIC = Weight(torch.ones(2, 4)), Weight(torch.ones(2, 4))
+
+
+def int32_bias(zero_point):
+    bounds = -(2**31), 2**31 - 1
+    return qd.dequantize_per_tensor.default(torch.ones(2, dtype=torch.int32), 0.001, zero_point, *bounds, torch.int32)
+
+
+def in_groups(x, size, low, high):
+    scales = torch.ones(2, 4 // size)
+    stored = torch.ones(2, 4, dtype=torch.int8)
+    return qd.dequantize_per_channel_group.default(
+        stored, scales, torch.zeros_like(scales, dtype=torch.int8), low, high, torch.int8, size, x.dtype
+    )
+
+
 SHIFTED_CHANNELS, SHIFTED = Weight(torch.ones(2, 4), 0, 5), Weight(torch.ones(2, 4), None, 5)
 
 
@@ -233,11 +284,37 @@ SHIFTED_CHANNELS, SHIFTED = Weight(torch.ones(2, 4), 0, 5), Weight(torch.ones(2,
         (lambda x: on_grid(x, (1e-40, 0)) + 1, r"scale 1e-40 is not a positive, finite, normal"),
         (lambda x: on_grid(x, (float("inf"), 0)) + 1, r"scale inf is not"),
         (lambda x: on_grid(x, (0.1, 300)) + 1, r"zero point 300 is outside of \[-128, 127\]"),
+        (
+            lambda x: on_grid(F.relu(F.linear(on_grid(x, (1.0, 0)), COARSE())), (2e-5, 0)),
+            r"'linear'.*input 1 times scale of the weight 0\.01 is 500 times the scale of the result 2e-05; XNNPACK takes less than 256",
+        ),
+        (
+            lambda x: F.linear(on_grid(x, A), SYMMETRIC(), int32_bias(3)),
+            r"'linear'.*its bias has zero point 3; XNNPACK takes zero point 0 for int32",
+        ),
+        (
+            lambda x: x @ in_groups(x, 2, -8, 7).t(),
+            r"has groups of 2 of 4 columns; XNNPACK takes groups of a multiple of 32",
+        ),
+        (lambda x: x @ in_groups(x, 4, -128, 127).t(), r"has integers in \[-128, 127\] in groups.*4-bit weights only"),
     ],
 )
 def test_what_xnnpack_cannot_hold_is_refused_before_it_is_handed_over(function, message):
     with pytest.raises(LoweringError, match=message):
         to_executorch(capture(Fn(function), torch.randn(3, 4)), (torch.randn(3, 4),))
+
+
+def test_an_axis_that_xnnpack_does_not_take_is_noted():
+    weight = Weight(torch.randn(4, 4), axis=1)
+    module = capture(Fn(lambda x: F.linear(on_grid(x, A), weight())), torch.randn(3, 4))
+    (note,) = check_limits(module)
+    assert "a scale per channel along axis 1 of its weight; XNNPACK takes axis 0" in note
+    assert "quantize it with ch_axis=0" in note
+
+
+def test_a_size_without_a_bound_is_refused_with_the_bound_to_give():
+    with pytest.raises(LoweringError, match=r"dimension 0 of 'input' may be of any size.*Dim\(\"batch\", max=64\)"):
+        to_executorch(nn.ReLU(), (torch.randn(3, 4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
 
 
 def test_an_error_shows_the_users_line():
@@ -255,10 +332,10 @@ def test_an_op_without_a_kernel_is_refused():
 
 
 def test_a_program_that_is_wrong_on_purpose_is_refused(monkeypatch):
-    import lowering.executorch
+    import lowering.executorch.lower
 
     reference = capture(Cnn(), IMAGE)
-    monkeypatch.setattr(lowering.executorch, "EXACT", (*lowering.executorch.EXACT, _flip_bias))
+    monkeypatch.setattr(lowering.executorch.lower, "EXACT", (*lowering.executorch.lower.EXACT, _flip_bias))
     with pytest.raises(LoweringError, match=r"the ExecuTorch program does not compute .* FAILED: .* step\(s\)"):
         to_executorch(reference, (IMAGE,))
     unchecked = to_executorch(reference, (IMAGE,), verify=False)

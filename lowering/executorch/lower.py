@@ -1,0 +1,222 @@
+"""Q/DQ graphs ─▶ canonical form ─▶ limits checked ─▶ ExecuTorch's partitioners ─▶ a program, run and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from lowering.boundary import boundary_in, constants
+from lowering.canonical import DECLARED, EXACT, canonicalise
+from lowering.delegation import Delegation, Rejections, delegation_of
+from lowering.executorch.program import ExecuTorchProgram, Method
+from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends, undisturbed
+from lowering.executorch.xnnpack import forget_provenance, xnnpack_partitioner
+from lowering.signature import check_bounded, signature_of
+from lowering.verify import LEEWAY_DB, Bound, Inputs, as_inputs, compare, compare_within_noise, graph_of
+from lowering.xnnpack_limits import check_limits
+from quant2e.boundary import Boundary, boundary_of
+from quant2e.dataflow import is_in_place
+from quant2e.errors import LoweringError
+
+FORWARD = "forward"
+"""Name of the method of a program made of one model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """One method on its way: what it came from, and the canonical graph with what was done to it.
+
+    ``per_row``: the graph with a scale per row of dynamic activations, where there are any.
+    """
+
+    reference: Any
+    example: Inputs
+    exported: ExportedProgram
+    per_row: GraphModule | None
+    rewrites: Mapping[str, int]
+    notes: tuple[str, ...]
+    boundary: Boundary
+
+
+def to_executorch(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    partitioners: Sequence[Any] | None = None,
+    verify: bool = True,
+    verify_inputs: Iterable[Any] = (),
+) -> ExecuTorchProgram:
+    """Lower a Q/DQ graph to an ExecuTorch program.
+
+    ``model``: a QuantizedModel (its example inputs and dynamic shapes are used unless given), a converted or captured
+    GraphModule, or an nn.Module in eval mode. ``example_inputs``: a tuple of positional inputs, or a dict of keyword
+    inputs. ``dynamic_shapes``: as for ``torch.export``; every dynamic size needs an upper bound.
+    Several methods in one file: a dict of models by method name, and a dict by the same names for every other argument
+    that differs between them; tensors that methods share are stored once.
+    ``partitioners``: ExecuTorch partitioners in order of preference; XNNPACK's when None.
+    A graph that takes or returns integers (`quant2e.integer_boundary`) becomes a program that does, and the file
+    publishes their parameters: see ``program.constants``.
+    ``verify``: run the program in the runtime on the example inputs and on ``verify_inputs``, and compare it with the
+    Q/DQ graph. Raises `LoweringError` when ExecuTorch is missing, when the graph holds what the target cannot run,
+    when an op has no kernel in the runtime, and when the program disagrees with its graph.
+    """
+    given = {
+        "example_inputs": example_inputs,
+        "dynamic_shapes": dynamic_shapes,
+        "verify_inputs": verify_inputs,
+    }
+    per_method = _per_method(model, given)
+    with undisturbed():
+        require_executorch()
+        prepared = {
+            name: _prepare(one["model"], one["example_inputs"], one["dynamic_shapes"], xnnpack=partitioners is None)
+            for name, one in per_method.items()
+        }
+        program, unavailable = _lower(prepared, partitioners)
+    if verify and unavailable:
+        raise LoweringError(
+            f"the program needs {', '.join(unavailable)}, which the ExecuTorch runtime of this process does not have, so "
+            f"it cannot be compared with its Q/DQ graph here: install the backend, or pass verify=False"
+        )
+    if verify:
+        for name, method in program.methods.items():
+            batches = [prepared[name].example, *map(as_inputs, per_method[name]["verify_inputs"])]
+            method.report = _verified(method, prepared[name], batches)
+    return program
+
+
+def _per_method(model: Any, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was given, by method. For several methods, a dict with their names is one value for each."""
+    if not isinstance(model, Mapping):
+        return {FORWARD: {"model": model, **given}}
+    names = list(model)
+    if not names or not all(isinstance(name, str) and name.isidentifier() for name in names):
+        raise LoweringError(f"methods are named by identifiers, not {names}")
+    found: dict[str, dict[str, Any]] = {name: {"model": model[name]} for name in names}
+    for argument, value in given.items():
+        split = isinstance(value, Mapping) and set(value) <= set(names)
+        if isinstance(value, Mapping) and not split:
+            raise LoweringError(
+                f"{argument} has the keys {list(value)}; for several methods it is given by their names {names}"
+            )
+        for name in names:
+            found[name][argument] = value.get(name, _DEFAULTS[argument]) if split else value
+    return found
+
+
+_DEFAULTS: Mapping[str, Any] = {
+    "example_inputs": None,
+    "dynamic_shapes": None,
+    "verify_inputs": (),
+}
+
+
+def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: bool) -> _Prepared:
+    reference = graph_of(model)
+    example = _example_inputs(model, example_inputs)
+    shapes = dynamic_shapes if dynamic_shapes is not None else getattr(model, "dynamic_shapes", None)
+    exported = _export(reference, example, shapes)
+    check_bounded(exported)
+    module = exported.module(check_guards=False)
+    rewrites = canonicalise(module, EXACT)
+    notes = check_limits(module) if xnnpack else ()
+    declared = canonicalise(module, DECLARED) if xnnpack else {}
+    known = boundary_of(reference) if isinstance(reference, GraphModule) else Boundary()
+    return _Prepared(
+        reference=reference,
+        example=example,
+        exported=_export(module, example, shapes),
+        per_row=module if declared else None,
+        rewrites={**rewrites, **declared},
+        notes=notes,
+        boundary=known or boundary_in(module),
+    )
+
+
+def _verified(method: Method, prepared: _Prepared, batches: list[Inputs]) -> Delegation:
+    """The report with the comparisons; raises `LoweringError` when one is beyond its bound."""
+    what = "the ExecuTorch program"
+    if method.name != FORWARD:
+        what = f"the method '{method.name}' of {what}"
+    if prepared.per_row is None:
+        verification = compare_within_noise(method, prepared.reference, batches)
+        verification.check(what)
+        return replace(method.report, verification=verification)
+    rows = compare_within_noise(method, prepared.per_row, batches)
+    rows.check(f"{what} (reference: the graph with a scale per row of each dynamic activation)")
+    # the step from a scale per tensor to one per row is the target's; the program may add no more than its noise
+    declared = compare(prepared.per_row, prepared.reference, batches).sqnr_db
+    bound = Bound(sqnr_db=min(rows.bound.sqnr_db, declared) - LEEWAY_DB)
+    verification = compare(method, prepared.reference, batches, bound=bound)
+    verification.check(what)
+    return replace(method.report, verification=verification, per_row=rows)
+
+
+def _example_inputs(model: Any, given: Any) -> Inputs:
+    """Positional and keyword inputs to export with."""
+    example = given if given is not None else getattr(model, "example_inputs", None)
+    if example is None:
+        raise LoweringError("to_executorch needs example_inputs: a tuple of positional inputs, or a dict of keywords")
+    args, kwargs = as_inputs(example)
+    if given is None and isinstance(extra := getattr(model, "example_kwargs", None), dict):
+        kwargs = {**kwargs, **extra}
+    return args, kwargs
+
+
+def _export(module: Any, inputs: Inputs, shapes: Any) -> ExportedProgram:
+    args, kwargs = inputs
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            # in-place ops become plain ones, and nothing is decomposed
+            return exported.run_decompositions({}) if _writes(exported) else exported
+    except Exception as error:
+        raise LoweringError(
+            f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}"
+        ) from error
+
+
+def _writes(exported: ExportedProgram) -> bool:
+    return any(is_in_place(node) for node in exported.graph.nodes)
+
+
+def _lower(
+    prepared: Mapping[str, _Prepared], partitioners: Sequence[Any] | None
+) -> tuple[ExecuTorchProgram, list[str]]:
+    """The program, and the backends it needs that do not work in this process."""
+    from executorch.exir import to_edge_transform_and_lower
+
+    chosen = list(partitioners) if partitioners is not None else [xnnpack_partitioner()]
+    published: dict[str, Any] = {}
+    for name, one in prepared.items():
+        forget_provenance(one.exported.graph)
+        published |= constants(name, one.boundary)
+    try:
+        with Rejections().listening("executorch.backends") as rejections:
+            programs = {name: one.exported for name, one in prepared.items()}
+            edge = to_edge_transform_and_lower(programs, partitioner=chosen, constant_methods=published or None)
+        reports = {
+            name: delegation_of(edge.exported_program(name).graph_module, rejections.reasons, one.rewrites)
+            for name, one in prepared.items()
+        }
+        made = edge.to_executorch()
+    except Exception as error:
+        raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
+    check_program(made.executorch_program)
+    buffer = bytes(made.buffer)
+    methods = {
+        name: Method(
+            name,
+            replace(reports[name], size=len(buffer), notes=one.notes),
+            signature_of(one.exported),
+            one.boundary,
+        )
+        for name, one in prepared.items()
+    }
+    return ExecuTorchProgram(buffer, methods), unavailable_backends(made.executorch_program)

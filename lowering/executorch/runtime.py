@@ -1,0 +1,138 @@
+"""The ExecuTorch runtime of this process: is it there, what can it run, load a program with its structure verified."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowering.signature import TensorInput
+from quant2e.errors import LoweringError
+
+_DTYPES = {
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
+"""Numbers of dtypes in ExecuTorch's files, those of torch's ScalarType."""
+
+
+def require_executorch(*, runtime_only: bool = False) -> None:
+    """Import ExecuTorch with its quantized kernels; raise `LoweringError` when it is not installed.
+
+    ``runtime_only``: without the compiler, which takes seconds to import.
+    """
+    try:
+        import executorch.kernels.quantized
+        import executorch.runtime
+
+        if not runtime_only:
+            import executorch.exir  # noqa: F401
+    except ImportError as error:
+        raise LoweringError(f"ExecuTorch is not installed ({error}): pip install quant2e[executorch]") from error
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Importing and running ExecuTorch leaves logging handlers, warning filters and the environment as they were."""
+    root = logging.getLogger()
+    handlers, level, environment = list(root.handlers), root.level, dict(os.environ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            root.handlers[:] = handlers
+            root.setLevel(level)
+            for name in set(os.environ) - set(environment):
+                del os.environ[name]
+
+
+def load(source: bytes | Path) -> Any:
+    """A program from its bytes, which it keeps alive, or from a file. Raises `LoweringError` when it is damaged.
+
+    The runtime interprets the program: a delegate's blob and a list of kernels to call. No code of the file is run.
+    """
+    with undisturbed():
+        require_executorch(runtime_only=True)
+        from executorch.runtime import Runtime, Verification
+
+        try:
+            return Runtime.get().load_program(source, verification=Verification.InternalConsistency)
+        except RuntimeError as error:
+            what = f"{source}" if isinstance(source, Path) else "these bytes"
+            raise LoweringError(f"the ExecuTorch runtime cannot read {what}: {error}") from error
+
+
+def load_method(program: Any, name: str) -> Any:
+    """A method of a loaded program, ready to run. Raises `LoweringError`, with the backends that are missing here."""
+    with undisturbed():
+        try:
+            return program.load_method(name)
+        except RuntimeError as error:
+            raise LoweringError(f"the ExecuTorch runtime cannot load the method '{name}': {error}") from error
+
+
+def check_program(program: Any) -> None:
+    """Raise `LoweringError` for what the runtime of this process lacks: kernels of ops, and backends of delegates."""
+    from executorch.runtime import Runtime
+
+    runtime = Runtime.get()
+    wanted = {
+        f"{op.name}.{op.overload}" if op.overload else op.name
+        for plan in program.execution_plan
+        for op in plan.operators
+    }
+    missing = sorted(wanted - runtime.operator_registry.operator_names)
+    if missing:
+        raise LoweringError(
+            f"the ExecuTorch runtime has no kernel for {', '.join(missing)}: leave the ops around them in float, or "
+            f"give the partitioner of a backend that takes them"
+        )
+
+
+def unavailable_backends(program: Any) -> list[str]:
+    """Backends that delegates of a program need and that do not work in this process."""
+    from executorch.runtime import Runtime
+
+    registry = Runtime.get().backend_registry
+    wanted = {delegate.id for plan in program.execution_plan for delegate in plan.delegates}
+    return sorted(name for name in wanted if not registry.is_available(name))
+
+
+def set_threads(count: int) -> None:
+    """How many threads programs that are loaded from now on use. Programs loaded before must not be run any more."""
+    require_executorch(runtime_only=True)
+    from executorch.extension.pybindings import portable_lib
+
+    portable_lib._unsafe_reset_threadpool(count)
+
+
+def input_tensors(program: Any, method: str) -> tuple[TensorInput, ...]:
+    """What a method of a loaded program takes. The file holds the largest size of a dynamic dimension only."""
+    meta = program.metadata(method)
+    try:
+        infos = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
+    except RuntimeError as error:
+        raise LoweringError(f"the method '{method}' takes something that is not a tensor: {error}") from error
+    return tuple(
+        TensorInput(
+            name=f"input {index}",
+            dtype=_DTYPES[info.dtype()],
+            sizes=tuple((0, size) for size in info.sizes()),
+        )
+        for index, info in enumerate(infos)
+    )
