@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+F = nn.functional
+
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Convolution and batch norm."""
@@ -58,6 +60,92 @@ def mobilenet_v2() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
+class _Gate(nn.Module):
+    """Squeeze and excitation: each channel times a gate computed from the means of all channels."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, inner, 1), nn.Conv2d(inner, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        means = F.adaptive_avg_pool2d(x, 1)
+        return x * F.hardsigmoid(self.up(F.relu(self.down(means))))
+
+
+def _multiple_of_8(width: float) -> int:
+    """Nearest multiple of 8, not below 90 % of ``width``."""
+    rounded = max(8, int(width + 4) // 8 * 8)
+    return rounded if rounded >= 0.9 * width else rounded + 8
+
+
+def mobilenet_v3() -> nn.Module:
+    """Howard et al., "Searching for MobileNetV3", arXiv:1905.02244, table 1 (Large)."""
+    layers: list[nn.Module] = [*conv(3, 16, 3, 2), nn.Hardswish()]
+    width = 16
+    relu, swish = nn.ReLU, nn.Hardswish
+    # kernel, expanded width, width, gate, activation, stride
+    table: list[tuple[int, int, int, bool, type[nn.Module], int]] = [
+        (3, 16, 16, False, relu, 1),
+        (3, 64, 24, False, relu, 2),
+        (3, 72, 24, False, relu, 1),
+        (5, 72, 40, True, relu, 2),
+        *[(5, 120, 40, True, relu, 1)] * 2,
+        (3, 240, 80, False, swish, 2),
+        (3, 200, 80, False, swish, 1),
+        *[(3, 184, 80, False, swish, 1)] * 2,
+        (3, 480, 112, True, swish, 1),
+        (3, 672, 112, True, swish, 1),
+        (5, 672, 160, True, swish, 2),
+        *[(5, 960, 160, True, swish, 1)] * 2,
+    ]
+    for kernel, wide, out, gated, activation, stride in table:
+        body: list[nn.Module] = [*conv(width, wide, 1), activation()] if wide != width else []
+        body += [*conv(wide, wide, kernel, stride, wide), activation()]
+        body += [_Gate(wide, _multiple_of_8(wide / 4))] if gated else []
+        body += conv(wide, out, 1)
+        plain = stride > 1 or width != out
+        layers.append(nn.Sequential(*body) if plain else Residual(body, [], False))
+        width = out
+    layers += [*conv(width, 960, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers += [nn.Linear(960, 1280), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(1280, 1000)]
+    return nn.Sequential(*layers).eval()
+
+
+class _Encoder(nn.Module):
+    """A transformer block with the normalization in front, as in the vision transformer."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.second(x))
+
+
+class _VisionTransformer(nn.Module):
+    def __init__(self, layers: int, width: int, heads: int, patch: int, image: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
+        self.blocks = nn.Sequential(*[_Encoder(width, heads) for _ in range(layers)])
+        self.norm, self.head = nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def vit(layers: int = 12, width: int = 768, heads: int = 12, patch: int = 16, image: int = 224) -> nn.Module:
+    """Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929, table 1 (Base)."""
+    return _VisionTransformer(layers, width, heads, patch, image).eval()
+
+
 class _Hidden(nn.Module):
     """A transformer's last hidden state, as a tensor."""
 
@@ -70,11 +158,11 @@ class _Hidden(nn.Module):
         return hidden
 
 
-def bert_base() -> nn.Module:
+def bert_base(layers: int = 12) -> nn.Module:
     """Devlin et al., "BERT", arXiv:1810.04805: 12 layers, 768 wide; transformers' implementation."""
     from transformers import BertConfig, BertModel
 
-    config = BertConfig()
+    config = BertConfig(num_hidden_layers=layers)
     config._attn_implementation = "eager"
     return _Hidden(BertModel(config, add_pooling_layer=False)).eval()
 
@@ -92,6 +180,8 @@ def tokens(batch: int) -> tuple[Tensor, ...]:
 SHAPES: Mapping[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]]]] = {
     "ResNet-18": (resnet18, images),
     "MobileNetV2": (mobilenet_v2, images),
+    "MobileNetV3": (mobilenet_v3, images),
+    "ViT-B/16": (vit, images),
     "BERT-base": (bert_base, tokens),
 }
 """By name: the model, and its input for a batch size."""

@@ -1,0 +1,119 @@
+"""How many delegates a model becomes on ExecuTorch: with ExecuTorch's own quantizer and flow, and with ours.
+
+``python -m benchmarks.partitions`` lowers every model by both flows and writes ``benchmarks/results/partitions.md``; the
+rows are kept in ``partitions.json`` beside it, so that ``--models`` and ``--flows`` redo some of them. ``--small``: images
+of 64 × 64 and transformers of two narrow layers, for structure in minutes; a full run takes about half an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.programs import FLOWS, Inputs
+from benchmarks.shapes import SHAPES, bert_base, mobilenet_v2, mobilenet_v3, resnet18, vit
+
+RESULTS = Path(__file__).parent / "results" / "partitions.md"
+TRANSFORMERS = ("ViT-B/16", "BERT-base")
+Make = Callable[[], tuple[nn.Module, Inputs]]
+
+
+def _images() -> Inputs:
+    return (torch.randn(1, 3, 64, 64),)
+
+
+SMALL: Mapping[str, Make] = {
+    "ResNet-18": lambda: (resnet18(), _images()),
+    "MobileNetV2": lambda: (mobilenet_v2(), _images()),
+    "MobileNetV3": lambda: (mobilenet_v3(), _images()),
+    "ViT-B/16": lambda: (vit(2, 64, 4, 16, 64), _images()),
+    "BERT-base": lambda: (bert_base(2), (torch.randint(0, 30_000, (1, 16)),)),
+}
+"""The same structures, smaller."""
+
+
+def full(name: str) -> Make:
+    """A model of the published size and one input."""
+    make, make_inputs = SHAPES[name]
+    return lambda: (make(), make_inputs(1))
+
+
+def schemes(name: str) -> tuple[str, ...]:
+    """How a model is quantized: transformers both ways."""
+    return ("static", "dynamic") if name in TRANSFORMERS else ("static",)
+
+
+def measure(name: str, make: Make, flow: str, scheme: str, size: str) -> dict[str, Any]:
+    """A row: what one flow makes of one model."""
+    torch.manual_seed(0)
+    model, inputs = make()
+    program = FLOWS[flow](model, inputs, scheme)
+    row = {key: value for key, value in asdict(program).items() if key != "buffer"}
+    return {"model": name, "scheme": scheme, "size": size, "flow": flow, **row, "bytes": len(program.buffer)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, the two flows side by side."""
+    before, after = FLOWS
+    lines = [
+        "# Delegates: before and after",
+        "",
+        f"Before: {before}, with its own quantizer; after: {after}. Written by `python -m benchmarks.partitions`.",
+        "Small: 64 × 64 images, transformers of two layers.",
+        "",
+        "| model | scheme | size | delegates before | kernels before | delegates after | kernels after | left after |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    keys = dict.fromkeys((row["model"], row["scheme"], row["size"]) for row in rows)
+    for key in keys:
+        found = {row["flow"]: row for row in rows if (row["model"], row["scheme"], row["size"]) == key}
+        cells = [cell for flow in (before, after) for cell in _counts(found.get(flow))]
+        left = found.get(after, {}).get("left", {})
+        lines.append(f"| {' | '.join((*key, *cells))} | {', '.join(f'{n} × {op}' for op, n in left.items()) or '–'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _counts(row: dict[str, Any] | None) -> tuple[str, str]:
+    return (str(len(row["delegates"])), str(sum(row["left"].values()))) if row else ("–", "–")
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--flows", nargs="*", default=list(FLOWS), choices=list(FLOWS))
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    chosen = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_grad_enabled(False)
+    kept = chosen.out.with_suffix(".json")
+    rows = {tuple(row[k] for k in ("model", "scheme", "size", "flow")): row for row in _read(kept)}
+    size = "small" if chosen.small else "full"
+    for name in chosen.models:
+        make = SMALL[name] if chosen.small else full(name)
+        for scheme in schemes(name):
+            for flow in chosen.flows:
+                row = measure(name, make, flow, scheme, size)
+                rows[name, scheme, size, flow] = row
+                print(name, scheme, flow, len(row["delegates"]), row["left"], f"{row['seconds']:.0f} s", flush=True)
+                kept.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+    order = list(SHAPES)
+    listed = sorted(rows.values(), key=lambda row: (row["size"], order.index(row["model"]), row["scheme"] != "static"))
+    chosen.out.write_text(table(listed))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
