@@ -425,7 +425,7 @@ def test_another_input_is_refused_before_it_runs(value, got):
 def test_dynamic_batch_and_length_of_attention():
     batch, length = torch.export.Dim("batch", min=1, max=4), torch.export.Dim("length", min=2, max=12)
     x = torch.randn(2, 6, 16)
-    # XNNPACK does not slice what it knows the size of at run time only, so the parts of the fused projection do not join; nor do views with two such sizes
+    # views with two sizes that are known at run time only do not join
     for sizes, delegates in (({0: batch}, 2), ({1: length}, 4)):
         program = to_executorch(Block(), (x,), dynamic_shapes=(sizes,))
         assert len(program.report.partitions) <= delegates
