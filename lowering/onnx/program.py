@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lowering.signature import Signature
@@ -139,11 +138,14 @@ def session(path: Path, optimized: Path | None = None) -> Any:
 
 def run(loaded: Any, flat: list[Any], signature: Signature) -> Any:
     """Outputs of a session as the model returns them."""
-    tensors = [value for value in flat if isinstance(value, Tensor)]
-    names = [given.name for given in loaded.get_inputs()]
-    if len(tensors) < len(names):
-        raise LoweringError(f"the ONNX model takes {names}, and there are {len(tensors)} tensors")
-    feeds = {name: value.numpy() for name, value in zip(names, tensors, strict=False)}
+    wanted = [given.name for given in loaded.get_inputs()]
+    pairs = [(spec.name, value) for spec, value in zip(signature.tensors, flat, strict=True) if spec is not None]
+    by_name = dict(pairs)
+    if len(wanted) == len(pairs) and not set(wanted) <= set(by_name):  # renamed, in the order of the model
+        by_name = dict(zip(wanted, (value for _, value in pairs), strict=True))
+    if missing := [name for name in wanted if name not in by_name]:
+        raise LoweringError(f"the ONNX model takes {wanted}, and {missing} are no inputs of the graph: {list(by_name)}")
+    feeds = {name: by_name[name].numpy() for name in wanted}
     try:
         results = loaded.run(None, feeds)
     except Exception as error:

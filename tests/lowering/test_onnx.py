@@ -277,3 +277,16 @@ def test_other_inputs_are_refused_and_nothing_global_changes(tmp_path):
     unchecked = to_onnx(source, (torch.randn(2, 3),), tmp_path / "y.onnx", verify=False)
     assert unchecked.report.verification is None
     assert unchecked.report.integer_kernels is None
+
+
+def test_inputs_by_keyword_and_inputs_that_nothing_reads(tmp_path):
+    class Keywords(nn.Module):
+        def forward(self, a, unused, *, b, c):
+            return on_grid(a, (0.1, 3)) - 2 * b
+
+    rows = [torch.full((2, 3), value) for value in (1.0, 2.0, 3.0, 4.0)]
+    keywords = {"a": rows[0], "unused": rows[1], "b": rows[2], "c": rows[3]}
+    source = capture(Keywords().eval(), (), keywords)
+    program = to_onnx(source, keywords, tmp_path / "k.onnx")
+    swapped = {"c": rows[0], "b": rows[1], "unused": rows[2], "a": rows[3]}
+    assert torch.equal(program(**swapped), source(**swapped))
