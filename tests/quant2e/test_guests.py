@@ -57,3 +57,21 @@ def test_bit_equal_to_the_guests_own_flow(library, guest, model):
     assert found["difference"] == 0.0
     assert found["equal"]
     assert (found["quantized"] == 0) == ((guest, model) in UNQUANTIZED)
+
+
+@pytest.mark.slow
+def test_the_table_of_docs_is_true():
+    """docs/guests.md lists every quantizer class of the installed sources, and says which import."""
+    if find_spec("executorch") is None or find_spec("torchao") is None:
+        pytest.skip("torchao or executorch is not installed")
+    survey = RUNNER.with_name("guest_survey.py")
+    run = subprocess.run([sys.executable, str(survey)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    page = (RUNNER.parents[2] / "docs" / "guests.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[:2] for line in page.splitlines() if line.startswith(("| torchao: ", "| executorch: "))]
+    told = [(name.removeprefix("| "), imported.removeprefix("no: ")) for name, imported in rows]
+    assert told == [
+        (f"{name.partition('.')[0]}: {name.rpartition('.')[2]}", error.replace("|", " ") or "yes")
+        for name, error in found.items()
+    ]
