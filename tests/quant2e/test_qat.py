@@ -496,7 +496,7 @@ def test_training_calibration_dynamic_and_weight_only_in_one_graph():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_learned_steps_train_and_convert(bits):
     torch.manual_seed(0)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
     act = QuantizationSpec(
         torch.int8,
         LearnableFakeQuantize.with_args(observer=MovingAverageMinMaxObserver, use_grad_scaling=True),
@@ -637,6 +637,7 @@ def _without_bias_grid(is_per_channel):
 # ---------------------------------------------------------------- lowering
 
 
+@pytest.mark.slow
 def test_the_delegate_takes_all_of_a_trained_network(tmp_path):
     pytest.importorskip("executorch")
     import lowering
