@@ -246,6 +246,11 @@ def against_plan(a: Annotated, plan: Plan) -> Iterator[Finding]:
         yield from _scales_around(a, plan, node)
 
 
+def _functional(node: Node) -> str:
+    """``aten.relu.default`` also for ``aten.relu_.default``."""
+    return str(node.target).replace("_.", ".")
+
+
 def _plain(value: Any) -> Any:
     """Torch's quantized dtypes as the dtypes that store them; anything else as it is."""
     return plain_dtype(value) if isinstance(value, torch.dtype) else value
@@ -290,7 +295,7 @@ def _scales_around(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
         group = plan.group_of(Edge(source.name, node.name))
         if group is None or a.is_constant(source) or getattr(plan.groups[group].spec, "is_dynamic", False):
             continue
-        if group == out and str(node.target).startswith("aten.") and str(node.target) not in KEEPS_RANGE:
+        if group == out and str(node.target).startswith("aten.") and _functional(node) not in KEEPS_RANGE:
             yield finding("shared across", node, f"its output has the scale of its operand '{source.name}'")
         if group != out and str(node.target) in MOVING:
             yield finding("mismatched scales", node, f"operand '{source.name}' and its output have scales of their own")

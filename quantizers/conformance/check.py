@@ -17,8 +17,8 @@ from quantizers.conformance.generate import ODDITIES, by_dice, odd, random_progr
 from quantizers.conformance.program import Program
 from quantizers.conformance.report import WARNINGS, Conformance, Finding
 
-ATTEMPTS = 8
-"""How often a graph for one alternative of a rule is drawn, until the rule applies to one."""
+ATTEMPTS, FOLLOWING = 8, 24
+"""How often a graph for one alternative of a rule is drawn, until the rule applies to one; of a rule that follows others."""
 
 SHRUNK, TRIES = 2, 30
 """So many findings of one kind get a smaller graph, in so many tries each: examining a graph takes its time."""
@@ -90,7 +90,7 @@ class _Search:
     def cover_rules(self) -> None:
         """Graphs of one piece, until each rule has applied."""
         for number, piece in enumerate(self.known.pieces):
-            for attempt in range(ATTEMPTS):
+            for attempt in range(FOLLOWING if piece.follows else ATTEMPTS):
                 if self._late() or (attempt and (not piece.rule or self.reached[piece.rule])):
                     break
                 program = single(piece, self.known, by_dice(self.seed + 1000 * number + attempt))

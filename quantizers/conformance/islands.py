@@ -27,7 +27,7 @@ def islands(a: Annotated, plan: Plan) -> Iterator[Finding]:
             continue
         yield from _partly(a, plan, node)
         yield from _requantized(plan, node)
-        if str(node.target) in MOVING and Output(node.name) in plan and not _near_computation(a, plan, node):
+        if _only_moves(node) and Output(node.name) in plan and not _near_computation(a, plan, node):
             yield finding(
                 "island", node, "it moves values that are quantized for it alone: no integer op is next to it"
             )
@@ -65,8 +65,13 @@ def _is_integer(spec: Any) -> bool:
     return isinstance(dtype, torch.dtype) and not dtype.is_floating_point
 
 
+def _only_moves(node: Node) -> bool:
+    """Whether it moves the values of one tensor. A join is a kernel of its own: backends begin a region with it."""
+    return str(node.target) in MOVING and short_name(node.target) not in ("cat", "concat", "stack")
+
+
 def _partly(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
-    if str(node.target) in MOVING and short_name(node.target) not in ("cat", "concat", "stack"):
+    if _only_moves(node):
         return
     weighted = short_name(node.target) in WEIGHTED
     operands = [source for source in _float_operands(a, node) if not is_inner(source) or a.is_constant(source)]
@@ -133,7 +138,7 @@ def _near_computation(a: Annotated, plan: Plan, start: Node) -> bool:
         behind = [user for user in node.users if _spec(plan, node, user) is not None and ANNOTATION in user.meta]
         before = [s for s in _float_operands(a, node) if _spec(plan, s, node) is not None and ANNOTATION in s.meta]
         for other in (*behind, *before):
-            if str(other.target) not in MOVING:
+            if not _only_moves(other):
                 return True
             if other not in seen:
                 seen.add(other)
