@@ -1,10 +1,12 @@
 """What a calibration batch costs over the float forward: float, ours and torchao's in turn, in one process.
 
 ``python -m benchmarks.calibration`` prints one row per model and batch size: the float forward in milliseconds, and
-the ratio to it of one observed batch with min-max and with histogram observers. Float is the model as its author wrote
-it. With one thread times are CPU time of this process, so that other programs do not count; with more, wall time.
-``--memory`` prints the peak memory of a calibration above that of the float forward instead, each in a process of
-its own.
+the ratio to it of one observed batch with min-max and with histogram observers, of ours, of ours with ``compiled=True``
+(when ``--compiled`` is given) and of torchao's. Float is the model as its author wrote it; "folded" is the captured
+graph that is observed, its batch norms folded, without observers: what observing alone costs shows against it. With
+one thread times are CPU time of this process, so that other programs do not count; with more, wall time. ``--memory``
+prints the peak memory of a calibration above that of the float forward instead, each in a process of its own.
+``--out`` also writes the table as Markdown and JSON.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import resource
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +29,10 @@ from torch import nn
 from torch.fx import GraphModule
 
 import quant2e
+from benchmarks.record import record
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import machine
+from quant2e import native
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 Call = Callable[[], object]
@@ -35,7 +40,7 @@ KINDS = ("min-max", "histogram")
 
 
 def ours(model: nn.Module, inputs: tuple[Any, ...], kind: str) -> GraphModule:
-    """The prepared model, for `quant2e.calibrate`."""
+    """The prepared model: calling it is what `quant2e.calibrate` does with a batch."""
     config = get_symmetric_quantization_config(is_per_channel=True)
     if kind == "min-max":
         spec = replace(config.input_activation, observer_or_fake_quant_ctr=quant2e.MinMaxObserver)
@@ -58,39 +63,53 @@ def torchao(model: nn.Module, inputs: tuple[Any, ...], kind: str) -> Call:
     return lambda: prepared(*inputs)
 
 
-def ratios(model: nn.Module, inputs: tuple[Any, ...], kind: str, rounds: int, peer: bool) -> list[float]:
-    """Milliseconds of the float forward, then medians of our and torchao's batch relative to it.
+def folded(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
+    """The graph that is observed, without observers."""
+    prepared = ours(model, inputs, KINDS[0])
+    for node in list(prepared.graph.nodes):
+        if node.op == "call_module":
+            node.replace_all_uses_with(node.args[0])
+            prepared.graph.erase_node(node)
+    prepared.recompile()
+    return prepared
 
-    One run of `quant2e.calibrate` pulls its batches from a generator that times the others in between.
-    """
-    others: list[Call] = [lambda: model(*inputs)] + ([torchao(model, inputs, kind)] if peer else [])
+
+def compiled(model: nn.Module, inputs: tuple[Any, ...], kind: str) -> Call:
+    """One batch by `quant2e.calibrate` with ``compiled=True``; the first call compiles, later ones use the same program."""
+    prepared = ours(model, inputs, kind)
+    return lambda: quant2e.calibrate(prepared, [inputs], compiled=True)
+
+
+def times_of(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
+    """Median seconds of each, called in turn, after one round that does not count."""
     now = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    times: list[list[float]] = [[] for _ in range(len(others) + 1)]
-
-    def batches() -> Iterator[tuple[Any, ...]]:
-        for number in range(rounds + 1):
-            for place, call in enumerate(others):
-                start = now()
-                call()
-                if number:
-                    times[place].append(now() - start)
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
             start = now()
-            yield inputs
+            call()
             if number:
-                times[-1].append(now() - start)
-
-    quant2e.calibrate(ours(model, inputs, kind), batches())
-    medians = [statistics.median(found) for found in times]
-    return [medians[0] * 1e3, medians[-1] / medians[0], *(median / medians[0] for median in medians[1:-1])]
+                found[name].append(now() - start)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
-def measure(name: str, batch: int, rounds: int, peer: bool) -> list[str]:
-    """A row: milliseconds of float, our ratio and torchao's for each kind."""
+def measure(name: str, batch: int, rounds: int, peer: bool, with_compiled: bool) -> dict[str, str]:
+    """A row: milliseconds of the float forward, and everything else relative to it."""
+    native.load()  # as `calibrate` does
     make, make_inputs = SHAPES[name]
     model, inputs = make(), make_inputs(batch)
-    found = [ratios(model, inputs, kind, rounds, peer) for kind in KINDS]
-    columns = [f"{one[place]:.2f}" if place < len(one) else "–" for place in (1, 2) for one in found]
-    return [name, str(batch), f"{statistics.mean(one[0] for one in found):.1f}", *columns]
+    bare = folded(model, inputs)
+    calls: dict[str, Call] = {"float": lambda: model(*inputs), "folded": lambda: bare(*inputs)}
+    for kind in KINDS:
+        prepared = ours(model, inputs, kind)
+        calls[kind] = lambda prepared=prepared: prepared(*inputs)  # type: ignore[misc]
+    for kind in KINDS if with_compiled else ():
+        calls[f"{kind} compiled"] = compiled(model, inputs, kind)
+    for kind in KINDS if peer else ():
+        calls[f"{kind} torchao"] = torchao(model, inputs, kind)
+    found = times_of(calls, rounds)
+    row = {"model": name, "batch": str(batch), "float ms": f"{found['float'] * 1e3:.1f}"}
+    return row | {key: f"{value / found['float']:.2f}" for key, value in found.items() if key != "float"}
 
 
 def _peak(name: str, batch: int, kind: str, answer: Any) -> None:
@@ -107,17 +126,17 @@ def _peak(name: str, batch: int, kind: str, answer: Any) -> None:
     answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def memory(name: str, batch: int) -> list[str]:
+def memory(name: str, batch: int) -> dict[str, str]:
     """A row: growth of the peak resident memory, in MB, by three batches of float and of each kind."""
     context = multiprocessing.get_context("spawn")
-    found = []
+    row = {"model": name, "batch": str(batch)}
     for kind in ("float", *KINDS):
         answer = context.Queue()
         process = context.Process(target=_peak, args=(name, batch, kind, answer))
         process.start()
-        found.append(answer.get())
+        row[f"{kind} MB"] = f"{answer.get():.0f}"
         process.join()
-    return [name, str(batch), *(f"{value:.0f}" for value in found)]
+    return row
 
 
 def main() -> None:
@@ -127,24 +146,34 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="also measure calibrate(compiled=True)")
     parser.add_argument("--without-peer", action="store_true", help="leave torchao out")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
+    parser.add_argument("--out", type=Path, help="also write PATH.md and PATH.json")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(chosen.threads)
     torch.set_grad_enabled(False)
     console = Console()
     console.print(str(machine()))
-    heads = ["model", "batch", "float MB", *(f"{kind} MB" for kind in KINDS)]
-    if not chosen.memory:
-        heads = ["model", "batch", "float ms", *KINDS, *(f"torchao {kind}" for kind in KINDS)]
-    made = Table(*heads, title="one calibration batch, relative to the float forward", title_justify="left")
+    rows = []
     for name in chosen.models:
         for batch in chosen.batches:
-            row = memory(name, batch) if chosen.memory else measure(name, batch, chosen.rounds, not chosen.without_peer)
-            made.add_row(*row)
-            console.print(" ".join(row))
+            if chosen.memory:
+                rows.append(memory(name, batch))
+            else:
+                rows.append(measure(name, batch, chosen.rounds, not chosen.without_peer, chosen.compiled))
+            console.print(" ".join(rows[-1].values()))
+    what = (
+        "peak memory of three calibration batches" if chosen.memory else "one calibration batch over the float forward"
+    )
+    lines = [list(row.values()) for row in rows]
+    made = Table(*rows[0], title=what, title_justify="left")
+    for line in lines:
+        made.add_row(*line)
     console.print(made)
+    if chosen.out:
+        record(chosen.out, what, machine(), list(rows[0]), lines)
 
 
 if __name__ == "__main__":

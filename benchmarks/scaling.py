@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from rich.table import Table
 from torch import nn
 
 import quant2e
+from benchmarks.record import record
 from benchmarks.shapes import images, linears, resnet18
 from benchmarks.timing import machine
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
@@ -98,31 +100,37 @@ def measure(name: str, layers: int, model: nn.Module, inputs: tuple[Any, ...], r
     )
 
 
-def table(rows: list[Row]) -> Table:
-    """One line per model."""
-    made = Table(title="prepare + convert, CPU seconds", title_justify="left")
-    for column in (
-        "model",
-        "prepare",
-        "convert",
-        "ms per layer",
-        "torchao prepare",
-        "torchao convert",
-        "torchao / ours",
-    ):
-        made.add_column(column, justify="left" if column == "model" else "right")
+TITLE = "prepare + convert, CPU seconds"
+HEADS = ("model", "prepare", "convert", "ms per layer", "torchao prepare", "torchao convert", "torchao / ours")
+
+
+def lines(rows: list[Row]) -> list[tuple[str, ...]]:
+    """One line per model, as `HEADS` says."""
+    made: list[tuple[str, ...]] = []
     for row in rows:
         own = row.prepare + row.convert
         peer = None if row.peer_prepare is None or row.peer_convert is None else row.peer_prepare + row.peer_convert
-        made.add_row(
-            row.name,
-            f"{row.prepare:.3f}",
-            f"{row.convert:.3f}",
-            f"{own / row.layers * 1e3:.2f}",
-            "–" if row.peer_prepare is None else f"{row.peer_prepare:.2f}",
-            "–" if row.peer_convert is None else f"{row.peer_convert:.2f}",
-            "–" if peer is None else f"{peer / own:.1f} ×",
+        made.append(
+            (
+                row.name,
+                f"{row.prepare:.3f}",
+                f"{row.convert:.3f}",
+                f"{own / row.layers * 1e3:.2f}",
+                "–" if row.peer_prepare is None else f"{row.peer_prepare:.2f}",
+                "–" if row.peer_convert is None else f"{row.peer_convert:.2f}",
+                "–" if peer is None else f"{peer / own:.1f} ×",
+            )
         )
+    return made
+
+
+def table(rows: list[Row]) -> Table:
+    """The lines, for a terminal."""
+    made = Table(title=TITLE, title_justify="left")
+    for column in HEADS:
+        made.add_column(column, justify="left" if column == "model" else "right")
+    for line in lines(rows):
+        made.add_row(*line)
     return made
 
 
@@ -132,6 +140,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[100, 200, 400, 800])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-up-to", type=int, default=400, help="largest chain to give to torchao; 0: never")
+    parser.add_argument("--out", type=Path, help="also write PATH.md and PATH.json")
     chosen = parser.parse_args()
     warnings.filterwarnings("ignore")
     console = Console()
@@ -143,6 +152,8 @@ def main() -> None:
         console.print(f"{rows[-1].name} done")
     rows.append(measure("ResNet-18", 21, resnet18(), images(1), chosen.rounds, chosen.peer_up_to > 0))
     console.print(table(rows))
+    if chosen.out:
+        record(chosen.out, TITLE, machine(), HEADS, lines(rows))
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ def calibrate(
     It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``settled`` (0.01 is 1 %) of
     its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
     `CHECKPOINT_EVERY` batches and at the end; when it exists, calibration goes on from there, skipping the batches it
-    has seen. ``compiled``: run the observed graph through ``torch.compile``; the statistics are the
-    same, and on the CPU the plain run is the faster one.
+    has seen. ``compiled``: run the observed graph through ``torch.compile``, for long runs; equal tensors give equal
+    statistics, but a compiled float op may differ from an eager one in the last bits.
 
     Under ``torch.distributed`` each rank feeds its own shard, and at the end every rank has the statistics of all:
     those that one process would have. Moving averages cannot be merged and are refused.

@@ -1,7 +1,8 @@
-"""The one-pass kernel of ``native.cpp``: built once per machine, by the first calibration, when there is a C++ compiler.
+"""The one-pass ops of ``native.cpp``: built once per machine, by the first calibration, when there is a C++ compiler.
 
-Without a compiler, on another device than the CPU, or with ``QUANT2E_NATIVE=0`` in the environment, the same numbers
-come from plain torch. Nothing is built or loaded by importing this module.
+They are ops of torch's dispatcher, ``torch.ops.quant2e.observe_...``, so that compiled graphs hold them as well. Without
+a compiler, on another device than the CPU, or with ``QUANT2E_NATIVE=0`` in the environment, the same numbers come from
+plain torch. Nothing is built, loaded or registered by importing this module.
 """
 
 from __future__ import annotations
@@ -13,24 +14,33 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 SOURCE = Path(__file__).with_name("native.cpp")
+KERNEL = Path(__file__).with_name("native_kernel.cpp")
 
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
-_WISHES = (("-march=native", "-fopenmp"), ("-fopenmp",), ())
-"""Flags to try in turn: not every compiler has OpenMP."""
+_WISHES = (("-march=native",), ())
+"""Flags to try in turn: not every compiler has them."""
 
 _BUILD_SECONDS = 120
 
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
-_COMMON = (_POINTER, _LONG, ctypes.c_float, ctypes.c_int, _POINTER, _POINTER, _POINTER)
-_ARGUMENTS = {
-    "quant2e_minmax": _COMMON,
-    "quant2e_average": (*_COMMON, ctypes.c_float),
-    "quant2e_histogram": (*_COMMON, _POINTER, _POINTER, ctypes.c_int),
+_TORCH = Path(torch.__file__).parent / "lib"
+
+_SEEN = "Tensor x, float limit, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) counts"
+SCHEMAS = {
+    "observe_minmax": f"({_SEEN}) -> ()",
+    "observe_average": f"({_SEEN}, float constant) -> ()",
+    "observe_histogram": f"({_SEEN}, Tensor(d!) histogram, Tensor(e!) peaks) -> ()",
 }
+"""``x``: float32 of any shape and strides. ``limit``: smallest magnitude of a mask sentinel. ``min_val``, ``max_val``:
+float32 scalars; ``counts``: int64 ``[4]``, see `ranges.TALLY`; ``histogram``: int64 ``[bins]``; ``peaks``: int64 ``[2, 256]``.
+"""
 
 
 def cache_folder() -> Path:
@@ -40,18 +50,18 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(base) / "quant2e"
 
 
-_ready: list[ctypes.CDLL] = []
-"""The loaded kernel, for the quickest answer: observers ask for it with every tensor."""
+_ready: list[Mapping[str, Any]] = []
+"""The loaded ops, for the quickest answer: observers ask for them with every tensor."""
 
 
-def loaded() -> ctypes.CDLL | None:
-    """The kernel when it has been loaded already; never builds it."""
+def loaded() -> Mapping[str, Any] | None:
+    """The ops by name when they have been loaded already; never builds them."""
     return _ready[0] if _ready else None
 
 
 @cache
-def load() -> ctypes.CDLL | None:
-    """The kernel, built now if this machine has not built it before; None where that is not possible.
+def load() -> Mapping[str, Any] | None:
+    """The ops by name, built now if this machine has not built them before; None where that is not possible.
 
     Asked once per process. Takes about a second the first time on a machine, and a millisecond after that.
     """
@@ -61,7 +71,7 @@ def load() -> ctypes.CDLL | None:
     if compiler is None:
         return None
     try:
-        _ready.append(_declared(_built(compiler)))
+        _ready.append(_registered(_built(compiler)))
     except (OSError, subprocess.SubprocessError, RuntimeError):
         return None
     return _ready[0]
@@ -72,12 +82,20 @@ def _compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _declared(path: Path) -> ctypes.CDLL:
+def _registered(path: Path) -> Mapping[str, Any]:
     library = ctypes.CDLL(str(path))
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int
-    return library
+    for name, schema in SCHEMAS.items():
+        # Any layout does: without the tag, a compiled graph would copy what is not laid out as it was when captured.
+        torch.library.define(f"quant2e::{name}", schema, tags=(torch.Tag.flexible_layout,))
+        torch.library.register_fake(f"quant2e::{name}", _nothing)
+    failed = library.quant2e_register()
+    if failed:
+        raise RuntimeError(f"torch refused the ops of {SOURCE.name}, at step {failed}")
+    return {name: getattr(torch.ops.quant2e, name).default for name in SCHEMAS}
+
+
+def _nothing(*_: Any) -> None:
+    """What tracing needs to know of the ops: they return nothing, and their schemas say what they write."""
 
 
 def _built(compiler: str) -> Path:
@@ -111,8 +129,9 @@ def _private(folder: Path) -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    """Of all that the compiled code depends on: source, flags, compiler, processor."""
-    parts = [SOURCE.read_bytes(), repr((_FLAGS, _WISHES)).encode(), compiler.encode(), _processor().encode()]
+    """Of all that the compiled code depends on: sources, flags, torch, compiler, processor."""
+    parts = [SOURCE.read_bytes(), KERNEL.read_bytes(), repr((_FLAGS, _WISHES, torch.__version__)).encode()]
+    parts += [compiler.encode(), _processor().encode()]
     parts.append(str(Path(compiler).resolve().stat().st_mtime_ns).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
@@ -127,7 +146,7 @@ def _processor() -> str:
 def _compile(compiler: str, target: Path) -> None:
     complaint = ""
     for wishes in _WISHES:
-        command = [compiler, *_FLAGS, *wishes, str(SOURCE), "-o", str(target), "-lm"]
+        command = [compiler, *_FLAGS, *wishes, str(SOURCE), "-o", str(target), f"-L{_TORCH}", "-ltorch_cpu", "-lm"]
         done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, check=False)  # noqa: S603 - the user's compiler
         if done.returncode == 0:
             return

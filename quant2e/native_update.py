@@ -1,4 +1,4 @@
-"""When an observer's update can be the kernel's, and the call."""
+"""When an observer's update can be one native op, and the call."""
 
 from __future__ import annotations
 
@@ -12,44 +12,40 @@ from quant2e.histogram import Histogram
 from quant2e.ranges import MinMax, MovingAverage, sentinel_of
 
 WORTH_LOADING = 1 << 16
-"""Tensors with fewer values do not cause the kernel to be loaded; once it is, they use it as well."""
+"""Tensors with fewer values do not cause the ops to be loaded; once they are, these use them as well."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LIMITS = {dtype: sentinel_of(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
 def kernel_of(estimator: Any) -> tuple[str, tuple[Any, ...]]:
-    """Name of the kernel's function for an estimator and its last arguments; an empty name when there is none."""
+    """Name of the native op for an estimator and its last arguments; an empty name when there is none."""
     if getattr(estimator, "axis", None) is not None or getattr(estimator, "group_size", None) is not None:
         return "", ()
     if type(estimator) is MinMax:
-        return "quant2e_minmax", ()
+        return "observe_minmax", ()
     if type(estimator) is MovingAverage:
-        return "quant2e_average", (estimator.averaging_constant,)
+        return "observe_average", (estimator.averaging_constant,)
     if type(estimator) is Histogram:
-        return "quant2e_histogram", (estimator.bins,)
+        return "observe_histogram", ()
     return "", ()
 
 
 def native_update(observer: Any, x: Tensor) -> bool:
-    """Update the buffers of ``observer`` with ``x`` by the kernel; False when that is not possible here."""
-    if type(x) is not Tensor or x.dtype not in _FLOATS or torch.compiler.is_compiling() or not x.is_cpu:
-        return False
-    count = x.numel()
-    library = native.loaded() or (native.load() if count >= WORTH_LOADING else None)
+    """Update the buffers of ``observer`` with ``x`` by a native op; False when that is not possible here."""
+    ops = native._ready[0] if native._ready else _worth_loading(x)
+    limit = _LIMITS.get(x.dtype)
     name, extra = observer.kernel
-    if library is None or not name or count == 0 or not observer._buffers["counts"].is_cpu:
+    if ops is None or limit is None or not name or type(x) is not Tensor or not x.is_cpu:
         return False
-    limit = sentinel_of(x.dtype)
-    values = x if x.is_contiguous() else _dense(x)
-    if values.dtype is not torch.float32:
-        values = values.detach().to(torch.float32)
-    buffers = [observer._buffers[part].data_ptr() for part in observer.statistics]
-    threads = torch.get_num_threads()
-    failed = getattr(library, name)(values.data_ptr(), count, limit, threads, *buffers, *extra)
-    return not failed
+    buffers = observer._buffers
+    state = [buffers[part] for part in observer.statistics]
+    if not state[0].is_cpu or torch.compiler.is_exporting():
+        return False
+    if x.requires_grad:
+        x = x.detach()
+    ops[name](x if x.dtype is torch.float32 else x.to(torch.float32), limit, *state, *extra)
+    return True
 
 
-def _dense(x: Tensor) -> Tensor:
-    """The values of ``x`` in any order, without a copy where memory holds each of them once."""
-    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
-    return x.detach().permute(order).contiguous()
+def _worth_loading(x: Tensor) -> Any:
+    return native.load() if x.numel() >= WORTH_LOADING and not torch.compiler.is_compiling() else None

@@ -50,8 +50,10 @@ def batches(kind):
             x = x.bfloat16()
         elif kind == "channels last":
             x = torch.randn(2, 3, 5, 7, generator=g).to(memory_format=torch.channels_last)
+        elif kind == "permuted":
+            x = torch.randn(3, 4, 5, 6, generator=g).permute(2, 0, 3, 1)
         elif kind == "strided":
-            x = torch.randn(40, 50, generator=g)[::2, 3:40]
+            x = torch.randn(2, 300, 400, generator=g)[:, ::2, 3:390].transpose(0, 2)
         elif kind == "expanded":
             x = torch.randn(1, 50, generator=g).expand(30, 50)
         elif kind == "empty":
@@ -61,7 +63,7 @@ def batches(kind):
 
 KINDS = (
     *("normal", "relu", "odd", "only odd", "constant", "negative zero", "vanishing", "huge", "shifted", "half"),
-    *("bfloat16", "channels last", "strided", "expanded", "empty"),
+    *("bfloat16", "channels last", "permuted", "strided", "expanded", "empty"),
 )
 
 
