@@ -129,7 +129,9 @@ class _Search:
             self.refused[rule].update(reasons)
         for key, ways in outcome.weighted.items():
             for quantized, node in ways.items():
-                self.weighted.setdefault(key, {}).setdefault(quantized, (node, program))
+                known = self.weighted.setdefault(key, {})
+                if quantized not in known or len(program.steps) < len(known[quantized][1].steps):
+                    known[quantized] = node, program
         for finding in outcome.findings:
             if finding.key not in self.findings:
                 self.findings[finding.key] = self._smallest(finding, program)

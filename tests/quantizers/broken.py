@@ -137,10 +137,10 @@ def remember_nodes(self, model):
 
 
 def spend_once(self, model):
-    if self.__dict__.setdefault("used", False):
-        for node in model.graph.nodes:
-            node.meta.pop(ANNOTATION, None)
-    self.used = True
+    annotated = [node for node in model.graph.nodes if getattr(node.meta.get(ANNOTATION), "rule", "")]
+    for node in annotated if self.__dict__.setdefault("used", False) else ():
+        del node.meta[ANNOTATION]
+    self.used |= bool(annotated)
 
 
 def readers_disagree(self, model):
