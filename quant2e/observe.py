@@ -29,6 +29,9 @@ OBSERVER_PREFIX = "activation_post_process_"
 PROVENANCE = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "seq_nr")
 """Metadata that says where a node came from; copied to the nodes created on its behalf."""
 
+FROM_NODE = "from_node"
+"""Metadata of torch.export: which op of the first exported graph a tensor is. Numeric debuggers match tensors by it."""
+
 
 class DerivedObserver(nn.Module):
     """Parameters computed from those of other observers. Observes nothing itself."""
@@ -136,6 +139,12 @@ def copy_provenance(node: Node, source: Node, *, value: Any = None) -> None:
         node.meta["val"] = value
 
 
+def stands_for(node: Node, tensor: Node) -> None:
+    """Give a new node that holds the tensor of another one, rounded or as integers, the identity of that tensor."""
+    if FROM_NODE in tensor.meta:
+        node.meta[FROM_NODE] = tensor.meta[FROM_NODE]
+
+
 class _Inserter:
     """Inserts observer calls; names the submodules in the order of their first call."""
 
@@ -155,6 +164,7 @@ class _Inserter:
         with place:
             call = graph.call_module(name, (after,))
         copy_provenance(call, origin, value=after.meta.get("val"))
+        stands_for(call, after)
         return call
 
     def register(self, group: int) -> str:

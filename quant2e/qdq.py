@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.dialect import qd
 from quant2e.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerChannel, PerGroup, PerTensor
-from quant2e.observe import copy_provenance
+from quant2e.observe import copy_provenance, stands_for
 from quant2e.specs import ANNOTATION
 
 aten = torch.ops.aten
@@ -125,6 +125,7 @@ def quantize_at(
             ops = _OPS[type(encoding)]
         q = gm.graph.call_function(ops[0], (x, *parameters))
         copy_provenance(q, observer_call, value=(alike or Alike())(x.meta.get("val"), encoding.dtype))
+        stands_for(q, observer_call)
     if isinstance(encoding, Dynamic):
         for node in (parameters[0].args[0], *parameters[:2], q):
             _mark(node, next((user for user in observer_call.users if _tag(user)), None))
@@ -189,6 +190,7 @@ def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, para
         with gm.graph.inserting_before(user):
             dq = gm.graph.call_function(op, (q, *parameters), out)
         copy_provenance(dq, user if user.op == "call_function" else call, value=value)
+        stands_for(dq, call)
         _mark(dq, user)
         user.replace_input_with(call, dq)
     gm.graph.erase_node(call)
@@ -202,5 +204,7 @@ def _half_precision(gm: GraphModule, call: Node, x: Node) -> None:
     copy_provenance(half, call, value=_meta_of(value, torch.float16))
     back = gm.graph.call_function(cast, (half, own))
     copy_provenance(back, call, value=_meta_of(value, own))
+    for node in (half, back):
+        stands_for(node, call)
     call.replace_all_uses_with(back)
     gm.graph.erase_node(call)

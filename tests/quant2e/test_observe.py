@@ -142,6 +142,7 @@ def test_new_nodes_know_where_they_come_from():
         assert call.meta["val"].shape == call.args[0].meta["val"].shape
         assert "nn_module_stack" in call.meta
         assert "stack_trace" in call.meta
+        assert call.meta["from_node"] == call.args[0].meta["from_node"]  # it holds that tensor
     paths = [list(c.meta["nn_module_stack"].values())[-1][0].replace("L['self'].", "") for c in calls]
     assert set(paths) == {"first", "second"}
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant2e import quantize
+from quant2e import capture, convert_pt2e, prepare_pt2e, quantize
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quantizers.models import IMAGE, ROWS, Of, annotated, reasons
 
@@ -151,3 +151,25 @@ def test_shuffled_channels_keep_one_scale():
     assert (
         len({g.scale for g in result.recipe.groups if g.encoding == "per_tensor"}) == 2
     )  # the input, and all the rest
+
+
+def test_numeric_debuggers_find_the_tensor_of_an_op_in_every_form_of_it():
+    gm = capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval(), IMAGE)
+    origins = {node.name: node.meta["from_node"] for node in gm.graph.nodes if node.op == "call_function"}
+    prepared = prepare_pt2e(gm, static())
+
+    def holding(module, name):
+        nodes = [node for node in module.graph.nodes if node.op in ("call_function", "call_module")]
+        return [n.name for n in nodes if n.meta.get("from_node") == origins[name]]
+
+    assert holding(prepared, "conv2d") == ["conv2d"]  # what the relu rounds is observed behind it
+    for name in ("relu", "conv2d_1"):
+        node, observer = holding(prepared, name)
+        assert node == name
+        assert observer.startswith("activation_post_process_")
+    prepared(*IMAGE)
+    converted = convert_pt2e(prepared)
+    for name in ("relu", "conv2d_1"):
+        assert [n.rstrip("_0123456789") for n in holding(converted, name)] == [
+            name.rstrip("_0123456789"), "quantize_per_tensor_default", "dequantize_per_tensor_default",
+        ]  # fmt: skip
