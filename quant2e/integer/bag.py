@@ -2,8 +2,8 @@
 
     acc[b] = Σ t[i] for i in bag b,        mean: an integer division by the number of indices (`quant2e.integer.division`)
 
-``t``: the rows on one scale. A table with a scale for each row is brought to the largest of these, over 2**8, ahead of
-time; a table with one scale is ``t`` already.
+``t``: the rows on one scale. A table with a scale for each row, or each group in a row, is brought to the largest of these,
+over 2**8, ahead of time; a table with one scale is ``t`` already.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ aten = torch.ops.aten
 
 SUM, MEAN = 0, 1
 EXTRA_BITS = 8
-"""How much finer the common scale of rows is than the largest of theirs."""
+"""How much finer the common scale is than the largest of the table's."""
 
 
 def on_one_scale(table: Weight) -> tuple[Tensor, float]:
     """Rows as int32 without zero points, and their scale."""
-    if not isinstance(table.scale, Tensor) or bool((table.scale == table.scale.flatten()[0]).all()):
-        return table.centred(), float(torch.as_tensor(table.scale).flatten()[0])
-    scales = table.scale.to(torch.float64).reshape(-1, 1)
+    scales, _ = table.by_row()
+    if bool((scales == scales[0, 0]).all()):
+        return table.centred(), float(scales[0, 0])
+    scales = scales.to(torch.float64).repeat_interleave(table.integers.shape[1] // scales.shape[1], 1)
     common = float(scales.max()) / 2**EXTRA_BITS
     return torch.round(table.centred().to(torch.float64) * scales / common).to(torch.int32), common
 
@@ -54,12 +55,14 @@ def _bags(b: Builder, indices: Node, offsets: Node | None, node: Node) -> tuple[
 
 def _embedding_bag(ctx: Context, node: Node) -> Value:
     table, mode = weight_of(ctx, operand(node, 0)), operand(node, "mode")
-    if table is None or table.integers.dim() != 2 or table.group_size:
-        raise NoIntegerFormError(node, "its table is not a matrix of integers with a scale for the table or each row")
+    if table is None or table.integers.dim() != 2:
+        raise NoIntegerFormError(node, "its table is not a matrix of integers")
     if isinstance(table.scale, Tensor) and table.axis not in (0, None):
-        raise NoIntegerFormError(node, "its table has scales within a row")
-    if mode not in (SUM, MEAN) or operand(node, "per_sample_weights") is not None:
-        raise NoIntegerFormError(node, "it takes the maximum, or weighs its rows")
+        raise NoIntegerFormError(node, "its table has scales along its columns")
+    if mode not in (SUM, MEAN):
+        raise NoIntegerFormError(node, "it takes the maximum of its rows")
+    if operand(node, "per_sample_weights") is not None:
+        raise NoIntegerFormError(node, "it weighs its rows with floats")
     if operand(node, "padding_idx") not in (None, -1):
         raise NoIntegerFormError(node, "it leaves out a padding index")
     rows, scale = on_one_scale(table)

@@ -15,6 +15,7 @@ from quant2e.errors import Quant2eError
 from quant2e.graph_module import copy_graph
 from quant2e.integer.build import Builder, Record
 from quant2e.integer.functional import exposed, use_functional_ops
+from quant2e.integer.grid import QUANTIZE_STATIC
 from quant2e.integer.moves import UNLESS_TRAINING
 from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
 from quant2e.integer.requantization import Requantization
@@ -94,8 +95,8 @@ def _computes_float(node: Node) -> bool:
 def _asked(gm: GraphModule) -> set[str]:
     """Ops that the quantizer annotated and whose result it wants in integers.
 
-    Those with a quantize op behind them, or behind ops it annotated. Without a record of annotations: those between a
-    dequantize and a quantize op.
+    Those with a quantize op behind them, or behind ops it annotated. An activation fused to a dynamic product gives floats,
+    for which a scale is found next: not asked. Without a record of annotations: those between a dequantize and a quantize op.
     """
     ledger = gm.meta.get(LEDGER)
     if isinstance(ledger, Ledger) and ledger.report.verdicts:
@@ -103,7 +104,8 @@ def _asked(gm: GraphModule) -> set[str]:
         wanted: set[str] = set()
         for node in reversed(gm.graph.nodes):
             readers = [u for user in node.users for u in _readers(user)]
-            if node.name in annotated and any(u.target in QUANTIZE or u.name in wanted for u in readers):
+            ends = QUANTIZE if any(n.target in DEQUANTIZE for n in node.all_input_nodes) else {QUANTIZE_STATIC}
+            if node.name in annotated and any(u.target in ends or u.name in wanted for u in readers):
                 wanted.add(node.name)
         return wanted
     return {

@@ -102,7 +102,7 @@ class DynamicProduct(Value):
                     "zero_point": self._activation.zero_point.name,
                 },
                 output=real.name,
-                constants=self.constants | known,
+                constants=known | self.constants,
                 attributes=self.attributes | {"channel_axis": self._axis, "out_dtype": "float32"},
                 accumulator=None if self._kind == "grouped_linear" else self._acc.name,
             )

@@ -261,7 +261,7 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
     parts: list[Part] = []
     integers = activation.integers if dynamic else activation.quantized(ctx, activation.grid)
     constants = {"weight": weight.without_zero_point(), "weight_scale": scales}
-    attributes: dict[str, Any] = {"group_size": size, "bias_fraction_bits": 0}
+    attributes: dict[str, Any] = {"group_size": size, "channel_axis": rank(node) - 1, "bias_fraction_bits": 0}
     with ctx.b.at(node):
         x = activation.shifted(ctx, torch.int32) if dynamic else ctx.b.shifted(integers, activation.grid.zero_point)
         w = weight.node(ctx, node, torch.int32)

@@ -58,6 +58,12 @@ class Weight:
         """The integers themselves when all zero points are 0, else `centred`."""
         return self.integers if self._zero_points() is None else self.centred()
 
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """Scales (float32) and zero points of a matrix whose scales do not run along its columns, [rows or 1, groups or 1]."""
+        groups = self.integers.shape[1] // self.group_size if self.group_size else 1
+        scale, zero = torch.as_tensor(self.scale), torch.as_tensor(self.zero_point)
+        return scale.to(torch.float32).reshape(-1, groups), zero.reshape(-1, groups)
+
     def zero_point_list(self) -> int | list[int]:
         """Zero points as plain data: one number, or one per channel."""
         zero = torch.as_tensor(self.zero_point)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +67,85 @@ def accumulate(op, arrays):
     zero = np.asarray(attributes["weight_zero_point"])
     if op["kind"] == "linear":
         return x @ (weight - zero.reshape(-1, 1)).T + bias
-    weight = weight - zero.reshape(-1, 1, 1, 1)
-    return convolution(x, weight, attributes) + np.reshape(bias, [1, -1, 1, 1])
+    if attributes["transposed"]:
+        acc = transposed_convolution(x, weight - zero.reshape(1, -1, 1, 1), attributes)
+    else:
+        acc = convolution(x, weight - zero.reshape(-1, 1, 1, 1), attributes)
+    return acc + np.reshape(bias, [1, -1, 1, 1])
+
+
+def bags(arrays):
+    """The sum of the rows in each bag."""
+    acc = np.zeros(arrays["out"].shape, dtype=np.int64)
+    np.add.at(acc, arrays["in_bag"], arrays["const_table"].astype(np.int64)[arrays["in_x"]])
+    return acc
+
+
+def windows(x, outputs, attributes):
+    """The sum over each window of an image, and how many values that is, without padding."""
+    lines = []
+    for i, (n, o) in enumerate(zip(x.shape[-len(outputs) :], outputs, strict=True)):
+        if attributes["pool"] == "adaptive":
+            lines.append([(j * n // o, -(-(j + 1) * n // o)) for j in range(o)])
+        else:
+            kernel, stride, padding = (attributes[name][i] for name in ("kernel", "stride", "padding"))
+            starts = [j * stride - padding for j in range(o)]
+            lines.append([(max(start, 0), min(start + kernel, n)) for start in starts])
+    acc, count = (np.zeros([*x.shape[: -len(outputs)], *outputs], dtype=np.int64) for _ in range(2))
+    for at in itertools.product(*map(range, outputs)):
+        ends = [line[j] for line, j in zip(lines, at, strict=True)]
+        taken = x[(..., *(slice(*pair) for pair in ends))]
+        acc[(..., *at)] = taken.sum(tuple(range(-len(outputs), 0)))
+        count[(..., *at)] = math.prod(stop - start for start, stop in ends)
+    return acc, count
+
+
+def quotient(op, arrays):
+    """An average over a number of values that is known at run time: an integer division."""
+    attributes = op["attributes"]
+    if attributes["pool"] == "bag":
+        lengths = np.bincount(arrays["in_bag"], minlength=len(arrays["out"]))
+        acc, count = bags(arrays), np.maximum(lengths, 1).reshape(-1, 1)
+    else:
+        x = arrays["in_x"].astype(np.int64) - attributes["zero_point"]
+        if attributes["pool"] == "sum":
+            dims = tuple(attributes["dims"])
+            acc, count = x.sum(dims, keepdims=attributes["keepdim"]), math.prod(x.shape[d] for d in dims)
+        else:
+            spatial = len(attributes.get("output_size") or attributes["kernel"])
+            acc, count = windows(x, arrays["out"].shape[-spatial:], attributes)
+    np.testing.assert_array_equal(acc, arrays["accumulator"])
+    whole = count * 2 ** attributes["shift"]
+    return (2 * acc * attributes["multiplier"] + whole) // (2 * whole)
+
+
+def group_sums(x, arrays, attributes):
+    """A product for each group of inputs."""
+    weight, size = arrays["const_weight"].astype(np.int64), attributes["group_size"]
+    groups = [slice(first, first + size) for first in range(0, weight.shape[1], size)]
+    return [x[..., group] @ weight[:, group].T for group in groups]
+
+
+def grouped(arrays, attributes, mode):
+    """The sum of the groups on the scale of the output."""
+    sums = group_sums(arrays["in_x"].astype(np.int64) - attributes["zero_point"], arrays, attributes)
+    sums[0] = with_fraction(sums[0] + arrays.get("const_bias", 0), arrays, attributes)
+    return weighted(sums, arrays, mode) if len(sums) > 1 else to_steps(sums[0], arrays, attributes, mode)
+
+
+def grouped_in_float(arrays, attributes):
+    """The sum of the groups, dequantized."""
+    sums = group_sums(arrays["in_x"].astype(np.int64) - arrays["in_zero_point"], arrays, attributes)
+    out = sum(acc.astype(np.float32) * scale for acc, scale in zip(sums, arrays["const_weight_scale"].T, strict=True))
+    return out * arrays["in_scale"].astype(np.float32) + arrays.get("const_bias", np.float32(0))
+
+
+def looked_up(arrays, groups):
+    """Rows of a table in float: each group of a row has a scale."""
+    table, scale, zero = (arrays[f"const_{name}"] for name in ("table", "scale", "zero_point"))
+    size = table.shape[1] // groups
+    values = (table - np.repeat(zero, size, 1)).astype(np.float32) * np.repeat(scale, size, 1)
+    return values[arrays["in_x"]]
 
 
 def with_fraction(acc, arrays, attributes):
@@ -110,6 +189,27 @@ def convolution(x, weight, attributes):
     return out
 
 
+def transposed_convolution(x, weight, attributes):
+    """Each input is spread over the outputs it reaches; then the padding is cut off."""
+    names = ("stride", "padding", "output_padding", "dilation")
+    (sh, sw), (ph, pw), (eh, ew), (dh, dw) = (attributes[name] for name in names)
+    (height, width), (kh, kw) = x.shape[2:], weight.shape[2:]
+    size = [(height - 1) * sh + dh * (kh - 1) + 1 + eh, (width - 1) * sw + dw * (kw - 1) + 1 + ew]
+    groups, per_group = attributes["groups"], weight.shape[1]
+    out = np.zeros([len(x), groups * per_group, *size], dtype=np.int64)
+    for c, o, i, j in np.ndindex(*weight.shape):
+        place = out[:, c // (len(weight) // groups) * per_group + o, i * dh :: sh, j * dw :: sw]
+        place[:, :height, :width] += x[:, c] * weight[c, o, i, j]
+    return out[:, :, ph : size[0] - ph, pw : size[1] - pw]
+
+
+def weighted(terms, arrays, mode):
+    """Terms of different scales, each times its multiplier."""
+    total = sum(t * arrays[f"const_multiplier_{i}"] for i, t in enumerate(terms))
+    shift = arrays["const_shift"]
+    return half_to_even(total, shift) if mode == "power_of_two" else (total + (1 << (shift - 1))) >> shift
+
+
 def add(op, arrays, mode):
     attributes = op["attributes"]
     terms = [arrays[f"in_x{i}"].astype(np.int64) - z for i, z in enumerate(attributes["zero_points"])]
@@ -119,9 +219,7 @@ def add(op, arrays, mode):
             for i, (t, sign) in enumerate(zip(terms, attributes["signs"], strict=True))
         ]
         return fixed_point(sum(parts), arrays["const_multiplier"], arrays["const_exponent"])
-    total = sum(t * arrays[f"const_multiplier_{i}"] for i, t in enumerate(terms))
-    shift = arrays["const_shift"]
-    return half_to_even(total, shift) if mode == "power_of_two" else (total + (1 << (shift - 1))) >> shift
+    return weighted(terms, arrays, mode)
 
 
 def run(op, arrays, mode):
@@ -134,6 +232,16 @@ def run(op, arrays, mode):
         return saturate(to_steps(with_fraction(acc, arrays, attributes), arrays, attributes, mode), attributes)
     if kind in ("float_linear", "dynamic_linear"):
         return real(op, arrays)
+    if kind == "dynamic_grouped_linear":
+        return grouped_in_float(arrays, attributes)
+    if kind == "grouped_linear":
+        return saturate(grouped(arrays, attributes, mode), attributes)
+    if kind == "quotient":
+        return saturate(quotient(op, arrays), attributes)
+    if kind == "bag":
+        return saturate(to_steps(bags(arrays), arrays, attributes, mode), attributes)
+    if kind == "float_lookup":
+        return looked_up(arrays, attributes["groups"])
     if kind == "thresholds":
         return arrays["const_values"][np.searchsorted(arrays["const_thresholds"], arrays["in_x"], side="right")]
     if kind == "pad":

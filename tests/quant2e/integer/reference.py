@@ -140,6 +140,13 @@ def add(steps, scales, signs, spans, grid, mode, *, narrow):
     return general_add(steps, ratios, signs, spans, grid)
 
 
+def divided(acc, scale, count, grid):
+    """An integer division by the count, half up, with a ratio of 22 bits."""
+    shift = min(22 - math.frexp(scale / grid.scale)[1], 33)
+    ratio = Fraction(round(scale / grid.scale * 2.0**shift)) / 2**shift
+    return grid.saturate(math.floor(Fraction(int(acc)) * ratio / count + Fraction(1, 2)))
+
+
 def convolution(x, w, stride, padding, dilation, groups):
     """x: [N, C, *size], w: [O, C / groups, *kernel], int64; one output at a time."""
     size, kernel = x.shape[2:], w.shape[2:]

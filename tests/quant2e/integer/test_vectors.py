@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant2e import Quant2eError, capture, quantize
-from quant2e.integer import dump_vectors, integer_report, to_integer
+from quant2e.dialect import qd
+from quant2e.integer import dump_vectors, integer_report, pooling, to_integer
 from tests.quant2e.integer.graphs import MODES, Draw, Writer, aten
 from tests.quant2e.integer.numpy_kernels import check
 from tests.quant2e.integer.test_graph import Net, X, x86, xnnpack
@@ -54,6 +55,52 @@ def test_other_kinds_are_checked_by_numpy_kernels(mode, tmp_path):
     assert found == expected
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_products_in_groups_and_transposed_are_checked_by_numpy_kernels(mode, tmp_path):
+    """Several groups, one, and transposed convolutions: in groups, with holes, with more than one zero point."""
+    draw = Draw(MODES.index(mode))
+    a, b, out = draw.grid(), draw.grid(), draw.grid()
+    writer = Writer()
+    x, image = writer.input(draw.integers([2, 5, 12], a), a), writer.input(draw.integers([2, 4, 3, 5], b), b)
+    results = []
+    for groups in (3, 1):
+        parts = [draw.weight([6, 12], -8, 7), draw.scales(6 * groups).reshape(6, groups), torch.zeros(6, groups).long()]
+        weight = writer.op(
+            qd.dequantize_per_channel_group.default, *map(writer.constant, parts), -8, 7, torch.int8, 12 // groups,
+            torch.float32,
+        )  # fmt: skip
+        bias = writer.constant(torch.from_numpy(draw.rng.normal(0, 0.1, 6)).float())
+        results.append(writer.op(aten.linear.default, x, weight, bias))
+    for groups, more in ((1, ([2, 1], [1, 0], [1, 0])), (2, ([1, 2], [0, 1], [0, 1]))):
+        weight = writer.weight(draw.weight([4, 3, 3, 2]), draw.scales(3), 1, torch.tensor([3, -5, 0]))
+        bias = writer.constant(torch.from_numpy(draw.rng.normal(0, 0.1, 3 * groups)).float())
+        results.append(writer.op(aten.conv_transpose2d.input, image, weight, bias, *more, groups, [2, 2]))
+    gm = to_integer(writer.finish(*(writer.q(y, out) for y in results)), requantization=mode, strict=True)
+    assert check(dump_vectors(gm, tuple(writer.inputs), tmp_path)) == {"grouped_linear": 2, "convolution": 2}
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "power_of_two"])
+def test_averages_over_what_varies_and_bags_are_checked_by_numpy_kernels(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(pooling, "_static", lambda sizes: None)
+    draw = Draw(MODES.index(mode))
+    a, out = draw.grid(), draw.grid()
+    writer = Writer()
+    x = writer.input(draw.integers([2, 3, 6, 7], a), a)
+    index, offsets = writer.plain(torch.tensor([4, 1, 1, 0, 3])), writer.plain(torch.tensor([0, 2, 2]))
+    table = writer.weight(draw.weight([5, 3]), draw.scales(5), 0)
+    results = [
+        writer.op(aten.mean.dim, x, [2, 3], True),
+        writer.op(aten.adaptive_avg_pool2d.default, x, [4, 3]),
+        writer.op(aten.avg_pool2d.default, x, [3, 2], [2, 2], [1, 1], True, False),
+        *(
+            writer.pick(writer.op(aten.embedding_bag.default, table, index, offsets, False, kind), 0)
+            for kind in (0, 1)  # sum, mean
+        ),
+    ]
+    gm = to_integer(writer.finish(*(writer.q(y, out) for y in results)), requantization=mode, strict=True)
+    assert check(dump_vectors(gm, tuple(writer.inputs), tmp_path)) == {"quotient": 4, "bag": 1}
+
+
 class Text(nn.Module):
     def __init__(self):
         super().__init__()
@@ -76,6 +123,15 @@ def test_fused_activations_biases_between_integers_and_float_answers_are_checked
         assert found == {"linear": 1, "thresholds": 1, "float_linear": 1}
         bits = [r.attributes["bias_fraction_bits"] for r in integer_report(gm).records if r.kind.endswith("linear")]
         assert all(8 <= b <= 16 for b in bits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_dynamic_products_in_groups_are_checked_by_numpy_kernels(bias, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 64)
+    quantized = quantize(nn.Linear(64, 5, bias=bias).eval(), (x,), xnnpack(is_dynamic=True, group_size=32))
+    gm = to_integer(quantized.module, strict=True)
+    assert check(dump_vectors(gm, x, tmp_path)) == {"dynamic_grouped_linear": 1}
 
 
 def test_the_page_for_hardware_engineers_runs(tmp_path, monkeypatch, capsys):
