@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lowering.inductor_choice import Engines, choose
 from lowering.inductor_compile import FakeInputs, Flat, compile_flat
 from lowering.inductor_graph import private_copy
 from lowering.inductor_guard import keep_from_patterns
@@ -45,12 +46,13 @@ class InductorProgram:
     report: InductorReport
     verification: Verification | None
 
-    def __init__(self, model: GraphModule, signature: Signature) -> None:
+    def __init__(self, model: GraphModule, signature: Signature, engines: Engines = "measured") -> None:
         original = private_copy(model)
         self._graph = private_copy(model)
         for rewrite in REWRITES:
             rewrite(self._graph)
         refused = keep_from_patterns(self._graph)
+        choices, float_bytes = choose(self._graph, refused, engines)
         one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
         self._signature = signature
         self._inputs = FakeInputs(signature.inputs, signature.symbols)
@@ -58,7 +60,7 @@ class InductorProgram:
         self.verification = None
         kernels: list[Kernel] = []
         self._general = self._compile(self._inputs, lambda graph: kernels.extend(int8_kernels(graph)))
-        self.report = build_report(original, kernels, refused)
+        self.report = build_report(original, kernels, refused, choices, float_bytes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program. Raises `LoweringError` when the inputs are not what the graph was captured for."""
@@ -96,14 +98,21 @@ class InductorProgram:
 
 
 def to_inductor(
-    model: Any, example_inputs: Any = None, *, dynamic_shapes: Any = None, verify: bool = True
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+    engines: Engines = "measured",
 ) -> InductorProgram:
     """Compile a quantized model with Inductor.
 
     ``model``: a QuantizedModel, or a captured GraphModule (Q/DQ or float). ``example_inputs``: a tensor, a tuple of
     positional inputs or a dict of keyword inputs; those of the QuantizedModel by default. ``dynamic_shapes``: as in
     ``torch.export``; needed only where the graph was captured without them. ``verify``: run the program and the
-    graph on the example inputs, and raise when they differ by more than `BOUND` allows.
+    graph on the example inputs, and raise when they differ by more than `BOUND` allows. ``engines``: what computes
+    each product. ``"measured"`` times the engines on each shape, on this machine; ``"onednn"`` and ``"float"`` are one engine for all; a dict from op names to engines decides for those ops.
+    The report has the choices and the times.
 
     The model is left as it is, and so is every setting of torch: Inductor's flags are set for the compilations alone.
     Raises `LoweringError` when the graph cannot be compiled, or computes something else once it is.
@@ -118,7 +127,7 @@ def to_inductor(
     if dynamic_shapes is not None:
         graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
     leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
-    program = InductorProgram(graph, Signature(graph, leaves))
+    program = InductorProgram(graph, Signature(graph, leaves), engines)
     if verify:
         program.verification = _verified(program, graph, example)
     return program

@@ -17,7 +17,7 @@ from lowering.inductor_graph import call, constant, operands
 from lowering.inductor_rewrites import ACTIVATION_DQ, MOVES
 from lowering.inductor_saturation import adds_in_16_bits, may_overflow
 from lowering.inductor_weights import CONVOLUTION, activation_of, weight_of
-from quant2e.dialect import qd
+from quant2e.dialect import DEQUANTIZE, qd
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ def arithmetic(gm: GraphModule, user: Node, dequantized: Node) -> None:
         gm.graph.erase_node(dequantized)
 
 
-def _dequantize_behind(node: Node | None) -> Node | None:
+def dequantize_behind(node: Node | None) -> Node | None:
     """The dequantize node that a weight or activation comes from, through a dtype conversion, transposes and views."""
     passed = (aten.to.dtype, *MOVES)
     while isinstance(node, Node) and node.target in passed and isinstance(node.args[0], Node):
@@ -56,13 +56,28 @@ def _dequantize_behind(node: Node | None) -> Node | None:
     return node
 
 
-def refusal(gm: GraphModule, node: Node) -> str | None:
-    """Why a convolution or matrix product must not become an int8 kernel; None when it may, or is not quantized."""
-    weight, activation = _dequantize_behind(weight_of(node)), _dequantize_behind(activation_of(node))
+def quantized_operands(node: Node) -> tuple[Node, Node] | None:
+    """The dequantize nodes of weight and activation of a quantized convolution or matrix product; None for others."""
+    weight, activation = dequantize_behind(weight_of(node)), dequantize_behind(activation_of(node))
     if weight is None or activation is None or weight.target is not qd.dequantize_per_channel.default:
         return None
-    if activation.target not in ACTIVATION_DQ:
+    return (weight, activation) if activation.target in ACTIVATION_DQ else None
+
+
+def is_weight_only(gm: GraphModule, node: Node) -> bool:
+    """Whether a convolution or matrix product has an integer weight, and an activation that is float."""
+    weight, activation = dequantize_behind(weight_of(node)), dequantize_behind(activation_of(node))
+    if weight is None or weight.target not in DEQUANTIZE or constant(gm, weight.args[0]) is None:
+        return False
+    return activation is None or activation.target not in DEQUANTIZE
+
+
+def refusal(gm: GraphModule, node: Node) -> str | None:
+    """Why a convolution or matrix product must not become an int8 kernel; None when it may, or is not quantized."""
+    found = quantized_operands(node)
+    if found is None:
         return None
+    weight, activation = found
     args, value, points = operands(weight), constant(gm, weight.args[0]), constant(gm, weight.args[2])
     if node.target in _TRANSPOSED or (node.target is aten.convolution.default and operands(node)["transposed"]):
         return "oneDNN's int8 convolution is not transposed"
@@ -112,7 +127,7 @@ def keep_from_patterns(gm: GraphModule) -> dict[str, str]:
     for node in list(gm.graph.nodes):
         reason = refusal(gm, node)
         if reason is not None:
-            activation = _dequantize_behind(activation_of(node))
+            activation = dequantize_behind(activation_of(node))
             assert activation is not None
             reasons[node.name] = reason
             for user in list(activation.users):

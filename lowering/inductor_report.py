@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lowering.engines import Choice
 from lowering.inductor_graph import TAG, constant, operands
 from lowering.inductor_rewrites import ACTIVATION_DQ
 from lowering.inductor_weights import CONVOLUTION, LINEAR, activation_of, weight_of
@@ -42,10 +43,14 @@ class LoweredOp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InductorReport:
-    """What Inductor made of each op that has a quantized operand, in graph order; ``notes`` concern the whole graph."""
+    """What Inductor made of each op that has a quantized operand, in graph order.
+
+    ``notes`` concern the whole graph. ``engines``: by op name, what was chosen to compute it, and the times measured.
+    """
 
     ops: tuple[LoweredOp, ...]
     notes: tuple[str, ...] = ()
+    engines: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
     def int8(self) -> tuple[LoweredOp, ...]:
@@ -164,7 +169,7 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str]) -> str:
     if weight is None:
         return "the weight is float"
     if activation is None:
-        return "weight-only: the activation is float, so the weight is dequantized at each call"
+        return "weight-only: the activation is float, and so is the copy of the weight that the program holds"
     if weight.target is qd.dequantize_per_tensor.default and constant(gm, operands(weight)["input"]) is None:
         return "both operands are activations: there is no int8 kernel for their product"
     if weight.target is qd.dequantize_per_channel_group.default:
@@ -182,8 +187,21 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str]) -> str:
     return "no int8 pattern of Inductor matched"
 
 
-def build_report(gm: GraphModule, kernels: Sequence[Kernel], refused: Mapping[str, str]) -> InductorReport:
-    """Report on ``gm``, the tagged copy before any rewrite, given what Inductor generated for it."""
+def build_report(
+    gm: GraphModule,
+    kernels: Sequence[Kernel],
+    refused: Mapping[str, str],
+    choices: Mapping[str, Choice],
+    float_bytes: int,
+) -> InductorReport:
+    """Report on ``gm``, the tagged copy before any rewrite, given what Inductor generated for it.
+
+    ``choices``: the engine of each product. ``float_bytes``: what float copies of weights take.
+    """
+    refused = {
+        **{n: f"{c.engine} is faster here: {c.reason}" for n, c in choices.items() if c.engine == "float"},
+        **refused,
+    }
     fused = _assign(gm, kernels)
     ops = []
     for node in gm.graph.nodes:
@@ -199,7 +217,10 @@ def build_report(gm: GraphModule, kernels: Sequence[Kernel], refused: Mapping[st
                 name=node.name, target=str(node.target), kernel=kernel or "float", reason=reason, place=where(node)
             )
         )
-    return InductorReport(ops=tuple(ops), notes=_notes(gm, len(kernels), len(fused)))
+    notes = [*_notes(gm, len(kernels), len(fused))]
+    if float_bytes:
+        notes.append(f"float copies of weights, for ops computed in float, take {float_bytes / 2**20:.1f} MiB")
+    return InductorReport(ops=tuple(ops), notes=tuple(notes), engines=choices)
 
 
 def _notes(gm: GraphModule, kernels: int, assigned: int) -> tuple[str, ...]:

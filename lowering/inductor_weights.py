@@ -134,3 +134,24 @@ def weights_by_output(gm: GraphModule) -> None:
         node.replace_input_with(weight, found)
         if not weight.users:
             gm.graph.erase_node(weight)
+
+
+def float_weight(gm: GraphModule, node: Node) -> int:
+    """``op(x, dq(w))`` => ``op(x, w')`` with ``w'`` a float constant; the bytes that it takes.
+
+    Inductor keeps a weight that is dequantized in the graph as integers, and dequantizes it at every call.
+    """
+    source, path = weight_of(node), []
+    assert source is not None, f"'{node.name}' has a weight"
+    while constant(gm, source) is None:
+        path.append(source)
+        source = next(iter(source.all_input_nodes))
+    value = constant(gm, source)
+    for step in reversed(path):
+        arguments = [constant(gm, arg) if isinstance(arg, Node) else arg for arg in step.args]
+        value = step.target(value, *arguments[1:], **step.kwargs)  # type: ignore[operator]
+    assert value is not None
+    old = path[0]
+    node.replace_input_with(old, add_constant(gm, node, "_float_weight", value))
+    gm.graph.eliminate_dead_code()
+    return value.nbytes

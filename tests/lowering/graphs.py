@@ -32,7 +32,9 @@ class Weight(nn.Module):
         super().__init__()
         self.axis = axis
         dims = [d for d in range(values.dim()) if d != axis] if axis is not None else list(range(values.dim()))
-        scale = values.abs().amax(dims, keepdim=True).clamp_min(1e-6) / 100
+        scale = (
+            values.abs().amax(dims, keepdim=True).clamp_min(1e-6) / 63
+        )  # a pair of products fits 16 bits on every machine
         stored = (values / scale + zero_point).round().clamp(-127, 127).to(torch.int8)
         self.register_buffer("stored", stored)
         self.register_buffer("scales", scale.flatten())
