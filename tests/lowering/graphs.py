@@ -26,15 +26,16 @@ def on_dynamic_grid(x: Tensor, chooser: object = qd.choose_qparams.tensor) -> Te
 
 
 class Weight(nn.Module):
-    """An int8 tensor that dequantizes when called: per channel along ``axis``, or per tensor where it is None."""
+    """An int8 tensor that dequantizes when called: per channel along ``axis``, or per tensor where it is None.
 
-    def __init__(self, values: Tensor, axis: int | None = 0, zero_point: int = 0) -> None:
+    ``steps``: the largest integer. With 63, two products with 8-bit activations fit 16 bits: exact on every machine.
+    """
+
+    def __init__(self, values: Tensor, axis: int | None = 0, zero_point: int = 0, steps: int = 63) -> None:
         super().__init__()
         self.axis = axis
         dims = [d for d in range(values.dim()) if d != axis] if axis is not None else list(range(values.dim()))
-        scale = (
-            values.abs().amax(dims, keepdim=True).clamp_min(1e-6) / 63
-        )  # a pair of products fits 16 bits on every machine
+        scale = values.abs().amax(dims, keepdim=True).clamp_min(1e-6) / steps
         stored = (values / scale + zero_point).round().clamp(-127, 127).to(torch.int8)
         self.register_buffer("stored", stored)
         self.register_buffer("scales", scale.flatten())
