@@ -82,7 +82,8 @@ class OneDnn:
         """A call of ``onednn.qlinear_pointwise`` or ``onednn.qconv_pointwise``."""
         x, weight, scales, points, bias = _operands(product)
         out = (0.05, 0, torch.uint8) if product.integers else (1.0, 0, torch.float32)
-        ops, no_activation = torch.ops.onednn, ("none", [], "")
+        ops = torch.ops.onednn
+        no_activation: tuple[str, list[float], str] = ("none", [], "")
         if product.is_linear:
             packed = ops.qlinear_prepack(weight, list(x.shape))
             return lambda: ops.qlinear_pointwise(x, 0.02, 3, packed, scales, points, bias, *out, *no_activation)

@@ -110,7 +110,8 @@ def _shape(node: Node | None) -> tuple[int, ...] | None:
     value: Any = node.meta.get("val") if node is not None else None
     if not isinstance(value, Tensor):
         return None
-    return tuple(size if isinstance(size, int) else int(size.node.hint or 1) for size in value.shape)
+    sizes: tuple[Any, ...] = tuple(value.shape)  # ints, and symbols for dynamic dimensions
+    return tuple(size if isinstance(size, int) else int(size.node.hint or 1) for size in sizes)
 
 
 def _becomes_integers(node: Node) -> bool:
