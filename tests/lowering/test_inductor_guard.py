@@ -6,7 +6,7 @@ import torch
 from lowering.inductor_graph import private_copy
 from lowering.inductor_guard import keep_from_patterns
 from quant2e.dialect import qd
-from tests.lowering.graphs import on_grid
+from tests.lowering.graphs import Weight, on_grid
 from tests.lowering.test_inductor_rewrites import Fn, weight
 
 F = torch.nn.functional
@@ -94,7 +94,9 @@ def test_without_vnni_only_what_cannot_saturate_is_int8(monkeypatch):
             args = (0.03, 0, low, high, UINT8)
             return F.linear(qd.dequantize_per_tensor.default(qd.quantize_per_tensor.default(x, *args), *args), m.w())
 
-        model = torch.export.export(Fn(function, w=weight(8, 16)).eval(), (X,), strict=False).module()
+        model = torch.export.export(
+            Fn(function, w=Weight(torch.randn(8, 16), steps=127)).eval(), (X,), strict=False
+        ).module()
         return keep_from_patterns(private_copy(model))
 
     assert reasons(0, 127) == {}

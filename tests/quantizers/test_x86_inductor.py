@@ -187,7 +187,7 @@ def test_activations_are_fused_by_inductor_where_the_rules_say_so():
     ).eval()
     example = tuple(LAYERS[layer][1][0] for layer in ("conv1d", "conv2d", "linear"))
     counters.clear()
-    program = lowering.to_inductor(quantize(together, example, static(), [example]))
+    program = lowering.to_inductor(quantize(together, example, static(), [example]), engines="onednn")
     assert program.report.leftovers == ()
     assert program.verification.sqnr_db > 50
     assert counters["inductor"]["qconv_unary_matcher_count"] == count["conv1d"] + count["conv2d"]
