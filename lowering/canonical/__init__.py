@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from lowering.canonical.activations import open_activations
 from lowering.canonical.attention import plain_attention
+from lowering.canonical.bags import open_bags
 from lowering.canonical.concat import distinct_operands
 from lowering.canonical.constants import fold_constants
 from lowering.canonical.dynamic import per_row, short_group_scales, spread_weight_scale
@@ -39,6 +40,7 @@ EXACT: tuple[Rewrite, ...] = (
     pool_images,
     keep_mean_dims,
     open_reductions,
+    open_bags,
     gather_then_dequantize,
     fold_constants,
     spread_weight_scale,

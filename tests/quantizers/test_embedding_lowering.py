@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import lowering
+from lowering.canonical import canonicalise
+from lowering.canonical.bags import open_bags
 from lowering.inductor_graph import private_copy
 from lowering.inductor_lookup import gathered_rows
 from quant2e import load, quantize
@@ -81,3 +83,74 @@ def test_the_compiled_program(kind):
     assert {op.reason for op in program.report.ops} == {
         "gathers integer rows, then dequantizes them: the result is float"
     }
+
+
+BAG_INPUTS = (torch.tensor([1, 2, 3, 39, 9, 9, 0, 3]), torch.tensor([0, 2, 2, 4, 8]), torch.rand(8))
+
+
+class OneBag(nn.Module):
+    """A bag; ids in two dimensions make bags of one length."""
+
+    def __init__(self, flat=True, weighted=False, **kwargs):
+        super().__init__()
+        self.flat, self.weighted = flat, weighted
+        self.bag = nn.EmbeddingBag(40, 32, **kwargs)
+
+    def forward(self, ids, offsets, weights):
+        if not self.flat:
+            return self.bag(ids.view(2, 4), None, weights.view(2, 4) if self.weighted else None)
+        return self.bag(ids, offsets, weights if self.weighted else None)
+
+
+CASES = [
+    ("offsets", "sum", None), ("offsets", "mean", 9), ("offsets", "max", 9), ("offsets", "mean", None),
+    ("closed", "sum", 9), ("closed", "max", None), ("weighted", "sum", 9),
+    ("one length", "sum", None), ("one length", "mean", 9), ("one length", "max", 9), ("one length", "max", None),
+    ("weighted, one length", "sum", 9),
+]  # fmt: skip
+
+
+def opened(case, shapes=None):
+    kind, mode, padding_idx = case
+    flat, weighted = "one length" not in kind, "weighted" in kind
+    model = OneBag(flat, weighted, mode=mode, padding_idx=padding_idx, include_last_offset=kind == "closed").eval()
+    module = torch.export.export(model, BAG_INPUTS, dynamic_shapes=shapes).module(check_guards=False)
+    assert canonicalise(module, [open_bags]) == {"open_bags": 1}
+    assert not any("embedding_bag" in str(node.target) for node in module.graph.nodes)
+    return module, model
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opened_bags_give_the_same_numbers(case):
+    module, model = opened(case)
+    torch.testing.assert_close(module(*BAG_INPUTS), model(*BAG_INPUTS))
+
+
+def test_opened_bags_of_any_number():
+    many, bags = torch.export.Dim("many", min=2, max=64), torch.export.Dim("bags", min=2, max=64)
+    module, model = opened(("offsets", "mean", 9), ({0: many}, {0: bags}, {0: many}))
+    for inputs in (BAG_INPUTS, (torch.tensor([9, 9, 5]), torch.tensor([0, 2]), torch.rand(3))):
+        torch.testing.assert_close(module(*inputs), model(*inputs))
+
+
+def test_a_bag_that_is_asked_for_its_sizes_stays():
+    class Sizes(nn.Module):
+        def forward(self, table, ids, offsets):
+            bags, _, sizes, _ = torch.embedding_bag(table, ids, offsets, False, 1)
+            return bags, sizes
+
+    module = torch.export.export(Sizes(), (torch.randn(40, 32), *IDS)).module(check_guards=False)
+    assert canonicalise(module, [open_bags]) == {}
+
+
+@pytest.mark.parametrize("kind", [(8, 0, True), (8, 0, False), (4, 16, True), (4, 16, False)])
+def test_the_executorch_program(kind):
+    quantized = result(kind, mode={True: "mean", False: "max"}[kind[2]], padding_idx=3)
+    program = lowering.to_executorch(quantized)
+    assert program.report.verification.sqnr_db > 100
+    for got, wanted in zip(program(*IDS), quantized(*IDS), strict=True):
+        torch.testing.assert_close(got, wanted)
+    tables = [one for one in quantized.module.state_dict().values() if one.shape == (40, 32)]
+    assert [one.dtype for one in tables] == [torch.int8, torch.int8]
+    assert all(one.numpy().tobytes() in program.buffer for one in tables)
+    assert len(program.buffer) < 40 * 32 * 4 * 2  # no float table besides
