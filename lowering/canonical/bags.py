@@ -77,6 +77,9 @@ def _one_length(offsets: Node, ids: Node) -> int | None:
     """How many rows every bag has, where the offsets are multiples of one number up to the number of ids."""
     if offsets.target is not _ATEN.arange.start_step or len(offsets.args) != 3:
         return None
+    start: Any
+    end: Any
+    step: Any
     start, end, step = (one.meta["val"] if isinstance(one, Node) else one for one in offsets.args)
     rows: Any = shape_of(ids)[0]
     whole = start == 0 and isinstance(step, int) and step > 0
