@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from lowering.canonical.activations import open_activations
 from lowering.canonical.attention import plain_attention
 from lowering.canonical.bags import open_bags
-from lowering.canonical.concat import distinct_operands
+from lowering.canonical.concat import distinct_operands, lone_operands
 from lowering.canonical.constants import fold_constants
 from lowering.canonical.dynamic import per_row, short_group_scales, spread_weight_scale
 from lowering.canonical.edit import drop_unused
@@ -52,6 +52,7 @@ EXACT: tuple[Rewrite, ...] = (
     split_projections,
     implicit_expand,
     tensor_operands,
+    lone_operands,
     one_view,
     quantize_moves,
     one_grid,

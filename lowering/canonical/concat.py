@@ -1,5 +1,7 @@
 """cat([dequantize(q), dequantize(q)])  =  cat([dequantize(q), dequantize'(q)])        one dequantize for each operand.
 
+    cat([x])  =  x        as DenseNet begins each block
+
 XNNPACK's partitioner counts the nodes that a concatenation reads, and takes it from two on.
 """
 
@@ -27,4 +29,19 @@ def distinct_operands(module: GraphModule) -> int:
                 count += 1
             seen.add(operand)
         node.args = (operands, *node.args[1:])
+    return count
+
+
+def lone_operands(module: GraphModule) -> int:
+    """Let readers of a concatenation of one tensor read that tensor; returns how many concatenations had any.
+
+    A result of the graph stays a tensor of its own.
+    """
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.cat.default or len(node.args[0]) != 1:
+            continue
+        readers = [user for user in node.users if user.op != "output"]
+        node.replace_all_uses_with(node.args[0][0], delete_user_cb=lambda user: user.op != "output")
+        count += bool(readers)
     return count

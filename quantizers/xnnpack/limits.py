@@ -85,11 +85,6 @@ def of_four_bits(match: Match, group_size: int | None) -> bool | str:
     return True if columns % step == 0 else f"its {columns} inputs are no multiple of {step}, as 4 bits need"
 
 
-def of_several(match: Match) -> bool | str:
-    """A concatenation of at least two tensors, which may be the same."""
-    return True if len(match.operands["x"]) > 1 else "XNNPACK concatenates at least two tensors"
-
-
 def pads_image(node: Node) -> bool | str:
     """A padding that the delegate computes with the convolution behind it: zeros, around the spatial dimensions."""
     if (answer := zero_padding(node)) is not True:

@@ -62,7 +62,7 @@ def static_rules(config: Any, alone: Callable[[Match], bool | str] | None = None
         Rule(f.relu(f.add(f.x, f.y)) | f.add(f.x, f.y), both, out, alone, "add"),
         Rule(f.sub(f.x, f.y), both, out, alone, "sub"),
         Rule(f.mul(f.x, f.y), both, out, alone, "mul"),
-        Rule(f.cat(f.x), {"x": Follow(act, inputs=True)}, Same("x"), limits.of_several, "cat"),
+        Rule(f.cat(f.x), {"x": Follow(act, inputs=True)}, Same("x"), name="cat"),
         Rule(_MAX_POOL(f.x), {"x": Follow(act)}, Same("x"), name="max_pool2d"),
         Rule(_MEAN(f.x) | _GLOBAL_POOL(f.x), {"x": Follow(act, inputs=True)}, out, name="mean"),
         Rule(_CLAMP(f.x), {"x": Follow(act)}, Same("x"), name="clamp"),

@@ -17,3 +17,14 @@ def test_one_tensor_twice_is_concatenated_in_the_delegate():
     report = lowering.to_executorch(quantize(model.eval(), IMAGE, quantizer, [IMAGE])).report
     assert (len(report.partitions), report.leftovers, report.rewrites["distinct_operands"]) == (1, (), 2)
     assert report.verification.max_steps == 0
+
+
+def test_a_concatenation_of_one_tensor_is_that_tensor():
+    model = Of(lambda m, x: m.d(torch.cat([m.c(x)], 1)), c=nn.Conv2d(3, 4, 1), d=nn.Conv2d(4, 2, 1))
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    quantized = quantize(model.eval(), IMAGE, quantizer, [IMAGE])
+    report = lowering.to_executorch(quantized).report
+    assert (len(report.partitions), report.leftovers, report.rewrites["lone_operands"]) == (1, (), 1)
+    assert report.verification.max_steps == 0
+    integers = quantize(model, IMAGE, quantizer, [IMAGE], use_reference_representation=True)
+    assert torch.equal(integers(*IMAGE), quantized(*IMAGE))
