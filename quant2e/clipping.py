@@ -19,25 +19,29 @@ _FINE = tuple(2.0 ** (i / 24) for i in range(-7, 8))
 
 
 class Clipping:
-    """Running sums over the bins of one histogram."""
+    """Running sums over the bins of several histograms."""
 
     def __init__(self, bins: Filling) -> None:
-        self.centers = (bins.edges[:-1] + bins.edges[1:]) / 2
+        self.centers = (bins.edges[:, :-1] + bins.edges[:, 1:]) / 2
         weighted = bins.count * self.centers
         sums = torch.stack([bins.count, weighted, weighted * self.centers])
-        self._below = torch.nn.functional.pad(sums.cumsum(1), (1, 0))
+        self._below = torch.nn.functional.pad(sums.cumsum(-1), (1, 0))
         # Zero is exact on every grid: a bin that stands out there (the zeros after a relu) loses nothing.
-        at_zero = bins.peak & (bins.edges[:-1] <= 0) & (bins.edges[1:] >= 0)
-        self._exact = float(bins.count[at_zero].sum())
+        at_zero = bins.peak & (bins.edges[:, :-1] <= 0) & (bins.edges[:, 1:] >= 0)
+        self._exact = (bins.count * at_zero).sum(1, keepdim=True)
 
     def error(self, grid: Grid, low: Tensor, high: Tensor) -> Tensor:
-        """Estimated summed squared error of the ranges ``[low, high]``, float64 ``[candidates]``."""
+        """Estimated summed squared error of the ranges ``[low, high]``: all float64 ``[histograms, candidates]``."""
         scale, zero_point = (v.to(torch.float64) for v in grid.qparams(low, high))
         least, most = (grid.quant_min - zero_point) * scale, (grid.quant_max - zero_point) * scale
-        inside = self._below[:, torch.searchsorted(self.centers, torch.stack([least, most]))]
-        rounded = (inside[0, 1] - inside[0, 0] - self._exact).clamp(min=0) * scale**2 / 12
-        above = self._below[:, -1:] - inside[:, 1]
-        return rounded + _squares(inside[:, 0], least) + _squares(above, most)
+        under, inside = self._up_to(least), self._up_to(most)
+        rounded = (inside[0] - under[0] - self._exact).clamp(min=0) * scale**2 / 12
+        return rounded + _squares(under, least) + _squares(self._below[..., -1:] - inside, most)
+
+    def _up_to(self, bound: Tensor) -> Tensor:
+        """The sums over the bins below each bound: ``[3, histograms, candidates]``."""
+        index = torch.searchsorted(self.centers, bound)
+        return self._below.gather(2, index.expand(3, *index.shape))
 
 
 def _squares(sums: Tensor, bound: Tensor) -> Tensor:
@@ -45,21 +49,28 @@ def _squares(sums: Tensor, bound: Tensor) -> Tensor:
     return (sums[2] - 2 * bound * sums[1] + bound**2 * sums[0]).clamp(min=0)
 
 
-def products(low: float, high: float, factors: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Bounds multiplied by each factor: each independently of the other, or together; a bound of 0 stays."""
-    if symmetric or low == 0 or high == 0:
-        return low * factors, high * factors
-    lows, highs = torch.meshgrid(low * factors, high * factors, indexing="ij")
-    return lows.flatten(), highs.flatten()
+def products(low: Tensor, high: Tensor, factors: Tensor, together: bool) -> tuple[Tensor, Tensor]:
+    """Bounds ``[histograms, 1]`` multiplied by each factor, both together or each independently of the other.
+
+    ``[histograms, factors]``, or ``[histograms, factors**2]``.
+    """
+    lows, highs = low * factors, high * factors
+    if together:
+        return lows, highs
+    lows, highs = torch.broadcast_tensors(lows.unsqueeze(2), highs.unsqueeze(1))
+    return lows.flatten(1), highs.flatten(1)
 
 
-def promising(bins: Filling, grid: Grid, low: float, high: float) -> tuple[float, float]:
-    """The range within ``[low, high]``, which includes 0, whose estimated error is smallest."""
+def promising(bins: Filling, grid: Grid, low: Tensor, high: Tensor, together: bool) -> tuple[Tensor, Tensor]:
+    """The ranges within ``[low, high]``, which include 0, whose estimated errors are smallest.
+
+    All float64 ``[histograms, 1]``. ``together``: both bounds shrink alike, as when the grid is symmetric or one is 0.
+    """
     estimate = Clipping(bins)
     best = low, high
     for factors in (_COARSE, _FINE):
-        lows, highs = products(*best, torch.tensor(factors, dtype=torch.float64), grid.symmetric)
-        lows, highs = lows.clamp(min=low), highs.clamp(max=high)
-        pick = int(torch.argmin(estimate.error(grid, lows, highs)))
-        best = float(lows[pick]), float(highs[pick])
+        lows, highs = products(*best, torch.tensor(factors, dtype=torch.float64), together)
+        lows, highs = torch.maximum(lows, low), torch.minimum(highs, high)
+        pick = torch.argmin(estimate.error(grid, lows, highs), 1, keepdim=True)
+        best = lows.gather(1, pick), highs.gather(1, pick)
     return best

@@ -19,6 +19,7 @@ from quant2e.graph_module import copy_graph
 from quant2e.in_place import own_tensors, own_written_tensors
 from quant2e.ledger import LEDGER, Ledger
 from quant2e.observe import OBSERVER_PREFIX
+from quant2e.observer import searchable
 from quant2e.passes import run
 from quant2e.passes.constants import constant_nodes, evaluate
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
@@ -27,6 +28,7 @@ from quant2e.passes.split_dequantize import split_dequantize
 from quant2e.passes.train_batch_norm import FUSED
 from quant2e.qat import end_training
 from quant2e.qdq import Alike, quantize_at, round_at
+from quant2e.range_search import searched_together
 from quant2e.report import tensor_bytes
 from quant2e.verify import check
 
@@ -54,7 +56,8 @@ def convert_pt2e(
     if not calls and not isinstance(ledger, Ledger):
         raise Quant2eError("this model has no observers: call prepare_pt2e on it, calibrate, and then convert")
     own_written_tensors(gm)
-    encodings = _encode_all(gm, calls)
+    with searched_together(searchable(prepared.modules())):
+        encodings = _encode_all(gm, calls)
     constants = constant_nodes(gm.graph)
     notes += _notes(gm, calls, encodings)
     alike = Alike()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from quant2e.errors import AnnotationError
-from quant2e.observer import ObserverOptions, PerChannelMinMaxObserver
+from quant2e.observer import PerChannelMinMaxObserver
 from quant2e.ranges import MinMax
+from quant2e.uniform_observer import ObserverOptions
 
 
 class PerGroupMinMaxObserver(PerChannelMinMaxObserver):

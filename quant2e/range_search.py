@@ -6,6 +6,10 @@ be derived again with another method without running data again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -14,12 +18,18 @@ from quant2e.clipping import products, promising
 from quant2e.errors import AnnotationError
 from quant2e.histogram import HistogramState
 from quant2e.qparams import Grid
-from quant2e.quantization_error import filling, reference
+from quant2e.quantization_error import Filling, fillings, reference
 
 _EVERYWHERE = tuple(i / 8 for i in range(1, 9))
 _CLOSE = tuple(1 + i / 32 for i in range(-1, 2))
 _CLOSER = tuple(1 + i / 96 for i in range(-1, 2))
 """Factors tried on the bounds: both together over the whole range, each around the promising one, and then the best."""
+
+_AT_A_TIME = 1 << 13
+"""Bins of all histograms that are searched together: with 17 candidates the temporaries stay in the cache."""
+
+_KNOWN: ContextVar[Mapping[tuple[int, Grid], tuple[Tensor, Tensor]] | None] = ContextVar("known", default=None)
+"""Ranges found already, by the identity of the counts; see `searched_together`."""
 
 
 def minmax(state: HistogramState) -> tuple[float, float]:
@@ -115,27 +125,52 @@ def mse(state: HistogramState, grid: Grid) -> tuple[float, float]:
     counts against the candidate (see `quantization_error.Reference`), so the result is never worse than `minmax` on
     the histogram.
     """
-    start = minmax(state)
-    low, high = min(start[0], 0.0), max(start[1], 0.0)
-    bins = filling(state)
-    mark = reference(bins, grid, grid.qparams(torch.tensor([low]), torch.tensor([high])))
-    lows, highs = _products(promising(bins, grid, low, high), _CLOSE, grid)
-    together = torch.tensor(_EVERYWHERE, dtype=torch.float64)
-    lows, highs = torch.cat([lows, low * together]), torch.cat([highs, high * together])
-    best, gain = start, 0.0
+    low, high = mse_ranges([state], grid)[0].tolist()
+    return low, high
+
+
+def mse_ranges(states: Sequence[HistogramState], grid: Grid) -> Tensor:
+    """What `mse` finds for each of ``states``, of the same number of bins: float64 ``[states, 2]``, on the CPU.
+
+    Bit for bit as one by one: no number depends on which histograms are searched together, and each is cut to a number of
+    bins that depends on itself only.
+    """
+    result = torch.empty(len(states), 2, dtype=torch.float64)
+    used = torch.stack([state.histogram.cpu() for state in states]) != 0
+    first = used.to(torch.int8).argmax(1)
+    size = used.shape[1] - used.flip(1).to(torch.int8).argmax(1) - first
+    alike: dict[tuple[bool, int], list[int]] = {}
+    for i, (state, n) in enumerate(zip(states, size.tolist(), strict=True)):
+        one_sided = float(state.min_val) >= 0 or float(state.max_val) <= 0
+        alike.setdefault((grid.symmetric or one_sided, 1 << (n - 1).bit_length()), []).append(i)
+    for (together, n), members in alike.items():
+        for part in torch.tensor(members).split(max(1, _AT_A_TIME // n)):
+            chosen = [states[i] for i in part.tolist()]
+            result[part] = _mse_ranges(chosen, fillings(chosen, first[part].tolist(), n), grid, together)
+    return result
+
+
+def _mse_ranges(states: Sequence[HistogramState], bins: Filling, grid: Grid, together: bool) -> Tensor:
+    best = torch.tensor([minmax(state) for state in states], dtype=torch.float64)
+    low, high = best[:, :1].clamp(max=0), best[:, 1:].clamp(min=0)
+    mark = reference(bins, grid, grid.qparams(low, high))
+    lows, highs = _products(promising(bins, grid, low, high, together), _CLOSE, together)
+    everywhere = torch.tensor(_EVERYWHERE, dtype=torch.float64)
+    lows, highs = torch.cat([lows, low * everywhere], 1), torch.cat([highs, high * everywhere], 1)
+    gain = torch.zeros(len(states), 1, dtype=torch.float64)
     for _ in range(2):
-        lows, highs = lows.clamp(low, 0.0), highs.clamp(0.0, high)
+        lows, highs = torch.maximum(lows, low).clamp(max=0), torch.minimum(highs, high).clamp(min=0)
         gains = mark.advantage(grid.qparams(lows, highs))
-        pick = int(torch.argmax(gains))
-        around = float(lows[pick]), float(highs[pick])
-        if float(gains[pick]) > gain:
-            best, gain = around, float(gains[pick])
-        lows, highs = _products(around, _CLOSER, grid)
+        pick = torch.argmax(gains, 1, keepdim=True)
+        around, found = (lows.gather(1, pick), highs.gather(1, pick)), gains.gather(1, pick)
+        best = torch.where(found > gain, torch.cat(around, 1), best)
+        gain = torch.maximum(gain, found)
+        lows, highs = _products(around, _CLOSER, together)
     return best
 
 
-def _products(around: tuple[float, float], factors: tuple[float, ...], grid: Grid) -> tuple[Tensor, Tensor]:
-    return products(*around, torch.tensor(factors, dtype=torch.float64), grid.symmetric)
+def _products(around: tuple[Tensor, Tensor], factors: tuple[float, ...], together: bool) -> tuple[Tensor, Tensor]:
+    return products(*around, torch.tensor(factors, dtype=torch.float64), together)
 
 
 def mean_of_maxima(state: HistogramState) -> tuple[float, float]:
@@ -166,15 +201,42 @@ def search(state: HistogramState, grid: Grid, method: str = "mse", percentile: f
     ``percentile`` matters to that method only. Raises `AnnotationError` for an unknown method.
     """
     check_method(method, percentile)
+    found = _KNOWN.get() if method == "mse" else None
+    if found is not None and (known := found.get((id(state.histogram), grid))) is not None:
+        return known
     device = state.min_val.device
     if state.min_val.dim() == 0:
         low, high = _search(state, grid, method, percentile)
         return torch.tensor(low, dtype=torch.float32, device=device), torch.tensor(
             high, dtype=torch.float32, device=device
         )
-    found = [_search(row, grid, method, percentile) for row in state.rows()]
-    bounds = torch.tensor(found, dtype=torch.float32, device=device).reshape(*state.min_val.shape, 2)
+    if method == "mse":
+        bounds = mse_ranges(state.rows(), grid).to(device, torch.float32).reshape(*state.min_val.shape, 2)
+    else:
+        rows = [_search(row, grid, method, percentile) for row in state.rows()]
+        bounds = torch.tensor(rows, dtype=torch.float32, device=device).reshape(*state.min_val.shape, 2)
     return bounds[..., 0], bounds[..., 1]
+
+
+@contextmanager
+def searched_together(wanted: Sequence[tuple[HistogramState, Grid]]) -> Iterator[None]:
+    """Search the least squared error for many whole tensors at once; inside, `search` hands out what was found.
+
+    It knows a state by its ``histogram``, the tensor itself, which must not change meanwhile.
+    """
+    batches: dict[tuple[int, Grid], list[HistogramState]] = {}
+    for state, grid in wanted:
+        batches.setdefault((state.histogram.numel(), grid), []).append(state)
+    known = {}
+    for (_, grid), states in batches.items():
+        for state, bounds in zip(states, mse_ranges(states, grid), strict=True):
+            low, high = bounds.to(state.min_val.device, torch.float32).unbind()
+            known[id(state.histogram), grid] = low, high
+    before = _KNOWN.set(known)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(before)
 
 
 def _search(state: HistogramState, grid: Grid, method: str, percentile: float) -> tuple[float, float]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from quant2e import range_search
 from quant2e.calibrate import calibrate
 from quant2e.capture import capture
 from quant2e.convert import convert_pt2e
@@ -502,3 +503,32 @@ def test_marks_of_a_pattern_reach_its_quantize_ops():
         ("dequantize_per_tensor_default_1", None),
     ]
     assert [mark for name, mark in tag_of(DYNAMIC)] == ["here"] * 6 + [None]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_histograms_are_searched_once_and_give_what_each_observer_says_alone(monkeypatch, symmetric):
+    scheme = torch.per_tensor_symmetric if symmetric else torch.per_tensor_affine
+    histogram = QuantizationSpec(torch.int8, HistogramObserver, -128, 127, scheme)
+    model = nn.Sequential(linear(), nn.ReLU(), nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).eval()
+    quantizer = products(act=histogram, output=histogram)
+    prepared = prepare_pt2e(capture(model, DATA[0]), quantizer)
+    calibrate(prepared, [torch.randn(2, 4) for _ in range(100)] + DATA)
+    ledger = ledger_of(prepared)
+    alone = {name: prepared.get_submodule(name).calculate_qparams() for name in ledger.observers if name}
+    searched, search_all = [], range_search.mse_ranges
+
+    def counted(states, grid):
+        searched.extend(state.histogram for state in states)
+        return search_all(states, grid)
+
+    monkeypatch.setattr(range_search, "mse_ranges", counted)
+    encodings = ledger_of(convert_pt2e(prepared)).encodings
+    histograms = [m.histogram for m in prepared.modules() if isinstance(m, HistogramObserver)]
+    assert len(histograms) >= 4
+    assert sorted(map(id, searched)) == sorted(map(id, histograms))
+    for name, encoding in zip(ledger.observers, encodings, strict=True):
+        scale, zero_point = alone[name]
+        assert torch.equal(
+            torch.as_tensor(encoding.scale).flatten(), scale.flatten().to(torch.as_tensor(encoding.scale))
+        )
+        assert torch.equal(torch.as_tensor(encoding.zero_point).flatten(), zero_point.flatten().long())

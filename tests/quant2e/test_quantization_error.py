@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from quant2e.histogram import Histogram
 from quant2e.qparams import Grid
-from quant2e.quantization_error import expected, filling, mean_over, pointwise, reference
+from quant2e.quantization_error import expected, filling, fillings, mean_over, pointwise, reference
 
 GRID = Grid(dtype=torch.int8, quant_min=-4, quant_max=3, qscheme=torch.per_tensor_affine)
 
@@ -52,6 +52,16 @@ def test_peaks_and_edges_of_a_histogram():
     assert torch.nonzero(bins.peak).flatten().tolist() == [3]
 
 
+def test_bins_of_several_histograms():
+    states = [Histogram(8).update(Histogram(8).init(), torch.tensor(x)) for x in ([0.5, 2.5, 2.5], [-1.0, -8.0])]
+    bins = fillings(states, [0, 0], 8)
+    assert bins.edges.tolist() == [[0.5, 1.0, 1.5, 2.0, 2.5, 2.5, 3.5, 4.0, 4.5], [-8, -8, -7, -6, -5, -4, -3, -2, -1]]
+    assert bins.count.tolist() == [[1, 0, 0, 0, 2, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 1]]
+    alone = [filling(state) for state in states]
+    assert [part.edges.tolist() for part in alone] == [bins.edges[0, :6].tolist(), bins.edges[1].tolist()]
+    assert [part.count.tolist() for part in alone] == [[1, 0, 0, 0, 2], bins.count[1].tolist()]
+
+
 def test_expected_error_is_close_to_the_datas():
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     state = Histogram().update(Histogram().init(), x)
@@ -69,5 +79,8 @@ def test_expected_error_is_close_to_the_datas():
 def test_the_advantage_is_never_overstated(data, factor):
     state = Histogram(32).update(Histogram(32).init(), torch.tensor(data))
     present, candidate = parameters((2.5, 0)), parameters((2.5 * factor, 0))
-    claimed = reference(filling(state), GRID, present).advantage(candidate)
+    bins = fillings([state] * 2, [int(state.histogram.nonzero()[0])] * 2, 32)
+    mark = reference(bins, GRID, [v.expand(2, 1) for v in present])
+    claimed, same = mark.advantage([v.expand(2, 1) for v in candidate])
+    assert claimed == same
     assert claimed <= expected(filling(state), GRID, present) - expected(filling(state), GRID, candidate) + 1e-9

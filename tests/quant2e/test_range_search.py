@@ -8,7 +8,7 @@ from quant2e.errors import AnnotationError
 from quant2e.histogram import Histogram
 from quant2e.qparams import Grid
 from quant2e.quantization_error import expected, filling
-from quant2e.range_search import METHODS, divergences, magnitudes, search
+from quant2e.range_search import METHODS, divergences, magnitudes, mse, mse_ranges, search, searched_together
 
 
 def grid(bits, symmetric):
@@ -63,7 +63,7 @@ def data_error(x, chosen, low, high):
 
 
 @pytest.mark.parametrize("name", DATA)
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_mse_is_never_worse_than_min_max(name, bits, symmetric):
     x, chosen = DATA[name], grid(bits, symmetric)
@@ -73,6 +73,31 @@ def test_mse_is_never_worse_than_min_max(name, bits, symmetric):
     on_histogram = [expected(filling(state), chosen, chosen.qparams(*r)).item() for r in (best, plain)]
     assert on_histogram[0] <= on_histogram[1]
     assert plain == (x.min(), x.max())
+
+
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bins", [2048, 100])
+def test_many_histograms_searched_together_give_the_ranges_of_each_alone(bits, symmetric, bins):
+    chosen, states = grid(bits, symmetric), [state_of(x, bins) for x in DATA.values()]
+    together = mse_ranges(states, chosen)
+    assert [tuple(row) for row in together.tolist()] == [mse(state, chosen) for state in states]
+    backwards = mse_ranges(states[::-1], chosen)
+    assert torch.equal(backwards.flip(0), together)
+
+
+def test_inside_searched_together_nothing_is_searched_again(monkeypatch):
+    chosen, other = grid(8, symmetric=False), grid(8, symmetric=True)
+    states = [state_of(DATA[name]) for name in ("normal", "relu", "negative", "normal")]
+    alone = [search(state, chosen) for state in states]
+    alike = search(states[0], other)
+    with searched_together([(state, chosen) for state in states] + [(states[0], other)]):
+        with monkeypatch.context() as patch:
+            patch.delattr("quant2e.range_search.mse_ranges")
+            assert [search(state, chosen) for state in states] == alone
+            assert search(states[0], other) == alike
+        assert search(states[1], other) == search(state_of(DATA["relu"]), other)  # not asked for beforehand
+        assert search(states[0], chosen, "minmax") != alone[0]
 
 
 def test_mse_finds_the_known_optimum():
