@@ -152,8 +152,8 @@ def quantize_per_tensor(
     x: Tensor, scale: float, zero_point: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
     """``clamp(round(x / scale) + zero_point)``, ties to even; floating ``x`` of any shape, result of ``dtype``."""
-    q = torch.round(_as_float32(x) * (1.0 / scale)) + zero_point
-    return torch.clamp(q, quant_min, quant_max).to(dtype)
+    q = _as_float32(x) * (1.0 / scale)
+    return q.round_().add_(zero_point).clamp_(quant_min, quant_max).to(dtype)
 
 
 def dequantize_per_tensor(q: Tensor, scale: float, zero_point: int, out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -173,9 +173,8 @@ def quantize_per_channel(
     x: Tensor, scales: Tensor, zero_points: Tensor, axis: int, quant_min: int, quant_max: int, dtype: torch.dtype
 ) -> Tensor:
     """As `quantize_per_tensor`, with ``scales`` and ``zero_points`` of shape ``[x.shape[axis]]``."""
-    inverse = _along(1.0 / scales, axis, x.dim())
-    q = torch.round(_as_float32(x) * inverse) + _along(zero_points, axis, x.dim())
-    return torch.clamp(q, quant_min, quant_max).to(dtype)
+    q = _as_float32(x) * _along(1.0 / scales, axis, x.dim())
+    return q.round_().add_(_along(zero_points, axis, x.dim())).clamp_(quant_min, quant_max).to(dtype)
 
 
 def dequantize_per_channel(

@@ -7,12 +7,15 @@ The float copy goes as soon as nothing else reads it.
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
-from quant2e.dialect import QUANTIZE
+from quant2e.dialect import QUANTIZE, qd
 from quant2e.passes.constants import constant_nodes, evaluate
 from quant2e.qdq import register_tensor
+from quant2e.qparams import quantize_per_channel
 
 
 def attribute_path(node: Node) -> str:
@@ -40,6 +43,16 @@ def is_quantize(node: Node) -> bool:
     return node.target in QUANTIZE or (namespace != "aten" and name.startswith("quantize_"))
 
 
+def _integers(gm: GraphModule, node: Node) -> Tensor:
+    """What a quantize op on a constant computes. Per channel by our own arithmetic: the same bits, in fewer passes."""
+    if node.target is not qd.quantize_per_channel.default or node.kwargs:
+        value: Tensor = evaluate(gm, node)
+        return value
+    x, scales, zero_points, *numbers = (evaluate(gm, arg) if isinstance(arg, Node) else arg for arg in node.args)
+    with torch.no_grad():
+        return quantize_per_channel(x, scales, zero_points, *numbers)
+
+
 def fold_weights(gm: GraphModule) -> bool:
     """Evaluate every quantize op on a constant and keep its integers as a buffer; True if there was any."""
     constants = constant_nodes(gm.graph)
@@ -47,7 +60,7 @@ def fold_weights(gm: GraphModule) -> bool:
     for node in list(gm.graph.nodes):
         if node not in constants or not is_quantize(node):
             continue
-        value = evaluate(gm, node)
+        value = _integers(gm, node)
         path = register_tensor(gm, f"{attribute_path(node)}_quantized", value)
         with gm.graph.inserting_before(node):
             integers = gm.graph.get_attr(path)

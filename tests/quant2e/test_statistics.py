@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 6, 5, 4, 3, 2])
 def test_resolving_is_calibrating_anew(method, bits):
     once = quant2e.calibrate(prepared(), data())
     before = scales(once)
@@ -286,3 +286,35 @@ def test_many_processes_are_one(tmp_path, size):
         kind = {k.__name__: k for k in KINDS}.get(case, HistogramObserver)
         alone = json.loads(json.dumps(buffers(quant2e.calibrate(prepared(quantizer=Linears(kind)), data()))))
         assert [one[case] for one in found] == [alone] * size, case
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from test_statistics import on_this_rank
+dist.init_process_group("gloo")
+rank, size = dist.get_rank(), dist.get_world_size()
+Path(sys.argv[2], f"{rank}.json").write_text(json.dumps(on_this_rank("HistogramObserver", rank, size)))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_torchrun(tmp_path, size):
+    script = tmp_path / "calibrate.py"
+    script.write_text(SCRIPT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    done = subprocess.run(
+        [*torchrun, str(script), str(Path(__file__).parent), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    alone = json.loads(json.dumps(buffers(quant2e.calibrate(prepared(quantizer=Linears(HistogramObserver)), data()))))
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(size)] == [alone] * size
