@@ -7,6 +7,8 @@ The float copy goes as soon as nothing else reads it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._ops import OpOverloadPacket
@@ -48,9 +50,9 @@ def _integers(gm: GraphModule, node: Node) -> Tensor:
     if node.target is not qd.quantize_per_channel.default or node.kwargs:
         value: Tensor = evaluate(gm, node)
         return value
-    x, scales, zero_points, *numbers = (evaluate(gm, arg) if isinstance(arg, Node) else arg for arg in node.args)
+    given: list[Any] = [evaluate(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
     with torch.no_grad():
-        return quantize_per_channel(x, scales, zero_points, *numbers)
+        return quantize_per_channel(*given)
 
 
 def fold_weights(gm: GraphModule) -> bool:
