@@ -210,7 +210,10 @@ class _Pass:
                 return f"'{node.name}' is already part of {self._owner(node)}"
             if isinstance(node.meta.get("val"), list | tuple):
                 # Each tensor that is picked from a split; embedding_bag and its kin answer with several, all of them float.
-                reasons = map(self._not_quantizable, parts(node) if rule.result is not None else ())
+                picked = parts(node) if rule.result is not None else []
+                if (taken := next((part for part in picked if ANNOTATION in part.meta), None)) is not None:
+                    return f"'{taken.name}' is already part of {self._owner(taken)}"
+                reasons = map(self._not_quantizable, picked)
                 if (reason := next(filter(None, reasons), None)) is not None:
                     return f"a tensor picked from '{node.name}' is {reason}"
                 continue

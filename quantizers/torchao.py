@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from quant2e.encodings import OnGrid, encode
+from quant2e.encodings import OnGrid, PerGroup, encode
 from quant2e.errors import Quant2eError
 from quant2e.interop import read_plan
 from quant2e.observe import DerivedObserver, make_observers
@@ -24,7 +24,7 @@ from quant2e.observer_base import ObserverBase
 from quant2e.passes.constants import evaluate
 from quant2e.passes.fold_weights import attribute_path
 from quant2e.plan import DerivedFrom, Edge, Output, Plan, Point
-from quant2e.qdq import round_at
+from quant2e.qdq import quantize_at, round_at
 from quant2e.specs import ANNOTATION, EdgeOrNode
 
 
@@ -38,7 +38,7 @@ def as_torchao(quantizer: Any) -> TorchaoQuantizer:
         from torchao.quantization.pt2e import observer
     except ImportError as error:
         raise Quant2eError("as_torchao needs torchao, which is not installed: pip install torchao") from error
-    for ours in (ObserverBase, DerivedObserver, _GridObserver):
+    for ours in (ObserverBase, DerivedObserver, _GridObserver, _GroupObserver):
         observer.ObserverBase.register(ours)
     return TorchaoQuantizer(quantizer)
 
@@ -125,9 +125,10 @@ def _numbers(spec: Any, theirs: Any) -> Any:
 
 
 def _convertible(observer: nn.Module) -> nn.Module:
-    """An observer that torchao's conversion can ask: one for a float tensor on a grid writes its nodes itself."""
-    derived = isinstance(observer, DerivedObserver) and observer.dtype.is_floating_point
-    return _GridObserver(observer) if derived else observer
+    """An observer that torchao's conversion can ask. What torchao has no nodes for writes its nodes itself."""
+    if isinstance(observer, DerivedObserver) and observer.dtype.is_floating_point:
+        return _GridObserver(observer)
+    return _GroupObserver(observer) if getattr(observer, "group_size", None) else observer
 
 
 class _GridObserver(nn.Module):
@@ -147,3 +148,23 @@ class _GridObserver(nn.Module):
         encoding, source = encode(self.derived[0]), node.all_input_nodes[0]
         assert isinstance(encoding, OnGrid), encoding
         round_at(model, node, evaluate(model, source), encoding, attribute_path(source))
+
+
+class _GroupObserver(nn.Module):
+    """For a weight with a scale for each group; torchao calls `convert` on it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.dtype, self.is_dynamic = inner.dtype, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x``, which is observed."""
+        seen: Tensor = self.inner(x)
+        return seen
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Put q/dq nodes with a scale for each group in place of the observer's call."""
+        encoding = encode(self.inner)
+        assert isinstance(encoding, PerGroup), encoding
+        quantize_at(model, node, encoding, attribute_path(node.all_input_nodes[0]))

@@ -77,8 +77,6 @@ def dense_2d(match: Match) -> bool | str:
 def of_four_bits(match: Match, group_size: int | None) -> bool | str:
     """A linear whose weight XNNPACK can store in 4 bits: pairs of values, or groups of a multiple of 32."""
     weight, node = match.edges["w"]
-    if spatial(node):
-        return "XNNPACK has weights of 4 bits for linear only"
     tensor = weight.meta.get("val")
     columns = tensor.shape[-1] if isinstance(tensor, Tensor) else operand_value(node, 0).shape[-1]  # type: ignore[union-attr]
     step = group_size or 2

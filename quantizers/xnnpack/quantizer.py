@@ -21,7 +21,7 @@ from quant2e.specs import PER_CHANNEL_SCHEMES, group_size_of
 from quantizers.clamps import clamps_as_fused
 from quantizers.composites import composites
 from quantizers.configurable import ConfigurableQuantizer
-from quantizers.families import MOVES
+from quantizers.families import MOVES, linear
 from quantizers.float_regions import float_tail, stands_between_float_ops
 from quantizers.observers import weight_observer
 from quantizers.provenance import SENTINEL, Provenance, Source
@@ -155,6 +155,8 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
 
     def uncovered(self, node: Node, config: Any) -> str:
         """As in the base class; also why a sum, difference or product with a number keeps its number."""
+        if is_four_bits(config.weight) and node.target in PRODUCTS and node.target not in linear.targets:
+            return "XNNPACK has weights of 4 bits for linear only"
         with_number = node.target in WITH_NUMBERS and not config.input_activation.is_dynamic
         return _BETWEEN if with_number and not self._is_worth_it(node) else super().uncovered(node, config)
 

@@ -84,10 +84,7 @@ def dynamic_rules(config: Any) -> tuple[Rule, ...]:
         def limit(match: Match) -> bool | str:
             return limits.of_four_bits(match, size)
 
-        return (
-            Rule(f.linear, product, None, limit, "dynamic linear"),
-            Rule(f.conv2d | _CONVOLUTION, product, None, limit, "dynamic conv2d"),
-        )
+        return (Rule(f.linear, product, None, limit, "dynamic linear"),)
     return (
         Rule(f.linear, product, name="dynamic linear"),
         Rule(f.conv2d | _CONVOLUTION, product, None, limits.dense_2d, "dynamic conv2d"),

@@ -39,6 +39,7 @@ def x86(**options):
 OURS = {
     "XNNPACK, static": xnnpack,
     "XNNPACK, dynamic": lambda: xnnpack(is_dynamic=True),
+    "XNNPACK, 4 bits in groups": lambda: xnnpack(is_dynamic=True, weight_qmin=-8, weight_qmax=7, group_size=32),
     "x86, static": x86,
     "x86, dynamic": lambda: x86(is_dynamic=True),
     "embedding": EmbeddingQuantizer,

@@ -47,6 +47,12 @@ def test_bit_equal_to_our_own_flow(quantizer, net, count):
     assert found == {"ours": "", "theirs": "", "equal": True, "scales": True, "quantized": count}
 
 
+@pytest.mark.slow
+def test_scales_in_groups():
+    found = results()["XNNPACK, groups: wide"]
+    assert found == {"ours": "", "theirs": "", "equal": True, "scales": True, "quantized": 2}
+
+
 def test_without_torchao_it_says_what_to_install(monkeypatch):
     imported = builtins.__import__
 

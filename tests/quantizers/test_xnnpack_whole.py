@@ -1,12 +1,15 @@
 """What XNNPACKQuantizer leaves float as a whole, and what it takes apart: composites, float tails, split tensors."""
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant2e import capture, convert_pt2e, prepare_pt2e, quantize
-from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
+from quant2e import QuantizationAnnotation, Quantizer, capture, convert_pt2e, prepare_pt2e, quantize
+from quant2e.specs import ANNOTATION
+from quantizers import ComposableQuantizer, XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quantizers.models import IMAGE, ROWS, Of, annotated, reasons
 
 CONV = nn.Conv2d(3, 4, 3)
@@ -173,3 +176,35 @@ def test_numeric_debuggers_find_the_tensor_of_an_op_in_every_form_of_it():
         assert [n.rstrip("_0123456789") for n in holding(converted, name)] == [
             name.rstrip("_0123456789"), "quantize_per_tensor_default", "dequantize_per_tensor_default",
         ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_what_another_quantizer_said_of_a_part_is_kept(name):
+    split, op = SPLITS[name]
+
+    class OfParts(Quantizer):
+        """Annotates what is picked from a split, and nothing else."""
+
+        def annotate(self, model):
+            for node in model.graph.nodes:
+                if node.target is operator.getitem:
+                    node.meta[ANNOTATION] = self.mine = QuantizationAnnotation(_annotated=True)
+            return model
+
+        def validate(self, model):
+            pass
+
+    gm = capture(Of(lambda m, x: split(m.c(x))[0] * 2, c=CONV).eval(), IMAGE)
+    first = OfParts()
+    ComposableQuantizer([first, static()]).annotate(gm)
+    picked = [node for node in gm.graph.nodes if node.target is operator.getitem]
+    assert first.mine in [node.meta[ANNOTATION] for node in picked]
+    assert ANNOTATION not in next(n for n in gm.graph.nodes if n.name == op).meta
+
+
+def test_four_bit_weights_are_for_linear_only_and_the_report_says_so():
+    model = Of(lambda m, x: m.l(m.c(x).flatten(1)), c=CONV, l=nn.Linear(4 * 36, 4))
+    four = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True, weight_qmin=-8, weight_qmax=7)
+    report = quantize(model.eval(), IMAGE, XNNPACKQuantizer().set_global(four)).report
+    assert report.of("conv2d").reason == "XNNPACK has weights of 4 bits for linear only"
+    assert report.of("linear").reason == "dynamic linear"

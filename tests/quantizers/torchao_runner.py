@@ -26,12 +26,18 @@ def xnnpack(**options):
     return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, **options))
 
 
+def in_groups():
+    return xnnpack(is_dynamic=True, weight_qmin=-8, weight_qmax=7, group_size=32)
+
+
 QUANTIZERS = {
     "XNNPACK": xnnpack,
     "XNNPACK, dynamic": lambda: xnnpack(is_dynamic=True),
     "x86": lambda: X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config()),
     "int32 bias": Sound,
 }
+WIDE = (torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), (2, 64))
+"""A linear with two groups of 32 inputs, and one with too few."""
 NETS = ("conv bn relu", "residual add", "cat", "cat of one tensor", "adaptive pool", "linear without bias")
 
 
@@ -42,12 +48,11 @@ def scales(gm):
 
 def main():
     found = {}
-    for net in NETS:
-        model, shape = MODELS[net]
+    for net, (model, shape) in {**{net: MODELS[net] for net in NETS}, "wide": WIDE}.items():
         initialize(model)
         batches = data(shape)
         program, captured = torch.export.export(model.eval(), batches[0]), capture(model, batches[0])
-        for name, make in QUANTIZERS.items():
+        for name, make in QUANTIZERS.items() if net in NETS else [("XNNPACK, groups", in_groups)]:
             mine, my_error = attempt(ours, captured, make(), batches)
             peer, peer_error = attempt(theirs, program, as_torchao(make()), batches)
             facts = {"ours": my_error, "theirs": peer_error}
