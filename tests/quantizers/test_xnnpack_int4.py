@@ -70,7 +70,7 @@ def test_what_4_bits_cannot_be_has_its_reason():
     }
     quantizer = set_to(PER_CHANNEL)
     assert reasons(annotated(nn.Conv2d(3, 4, 3), IMAGE, quantizer), quantizer) == {
-        "conv2d": "rule 'dynamic conv2d': XNNPACK has weights of 4 bits for linear only"
+        "conv2d": "XNNPACK has weights of 4 bits for linear only"
     }
 
 
