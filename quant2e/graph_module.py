@@ -217,7 +217,7 @@ def _copy_child(child: Module, leaf: Callable[[Any], Any], memo: dict[int, Any])
     clone = type(child).__new__(type(child))
     memo[id(child)] = clone
     own_dicts = (dict, set)
-    clone.__dict__.update({k: copy.copy(v) if isinstance(v, own_dicts) else v for k, v in vars(child).items()})
+    clone.__dict__.update({k: v.copy() if isinstance(v, own_dicts) else v for k, v in vars(child).items()})
     clone._modules = {}
     _fill(child, clone, leaf, memo)
     return clone

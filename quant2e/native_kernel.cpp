@@ -10,6 +10,10 @@
 #include <memory>
 #include <vector>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int64_t kChunk = 2048;    // a chunk, its bin numbers and the histogram stay in the first-level cache
@@ -113,6 +117,25 @@ void add_widened(const int64_t* from, Window old, int64_t* to, Window now, int b
     if (from[i]) to[(i + old.first) / factor - now.first] += from[i];
 }
 
+// Bin numbers of `n` values. Those of zero, half of all values behind a relu, may be counted here, in `a`, and left out:
+// returns how many numbers were written. `number` has room for 16 more than `n`.
+int64_t numbers_of(const float* x, int64_t n, float inverse, int32_t first, uint32_t* number, uint32_t* a) {
+  int64_t i = 0, m = 0;
+#ifdef __AVX512F__
+  const __m512 factor = _mm512_set1_ps(inverse);
+  const __m512i offset = _mm512_set1_epi32(first), zero = _mm512_set1_epi32(-first);
+  for (; i + 16 <= n; i += 16) {
+    const __m512i bin = _mm512_sub_epi32(_mm512_cvttps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor)), offset);
+    const __mmask16 others = _mm512_cmpneq_epi32_mask(bin, zero);
+    _mm512_storeu_si512(number + m, _mm512_maskz_compress_epi32(others, bin));
+    m += __builtin_popcount(others);
+  }
+  if (i > m) a[-first] += (uint32_t)(i - m);  // no value has this number when the window is elsewhere
+#endif
+  for (; i < n; ++i) number[m++] = (uint32_t)((int32_t)(x[i] * inverse) - first);
+  return m;
+}
+
 // The histogram of one thread: its own window, which grows as values come.
 struct Local {
   int bins = 0, copies = 1;
@@ -164,9 +187,9 @@ struct Local {
     counted += n;
     const float inverse = (float)std::ldexp(1.0, -win.exponent);
     const int32_t first = (int32_t)win.first;
-    alignas(32) uint32_t number[kChunk];
-    for (int64_t i = 0; i < n; ++i) number[i] = (uint32_t)((int32_t)(x[i] * inverse) - first);
+    alignas(64) uint32_t number[kChunk + 16];
     uint32_t* a = fast.get();
+    n = numbers_of(x, n, inverse, first, number, a);
     int64_t i = 0;
     if (copies == kCopies) {
       uint32_t *b = a + bins + kPadding, *c = b + bins + kPadding, *d = c + bins + kPadding;

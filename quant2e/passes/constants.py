@@ -19,13 +19,16 @@ Memory = tuple[str, int] | Node
 """Where a tensor lives: a storage, or the node that allocated it."""
 
 
+_MISSING = object()
+
+
 def attribute(module: torch.nn.Module, path: str) -> Any:
     """Value at a dotted path below ``module``. Raises `PassError` when there is none."""
     value: Any = module
     for name in path.split("."):
-        if not hasattr(value, name):
+        value = getattr(value, name, _MISSING)
+        if value is _MISSING:
             raise PassError(f"the graph reads the attribute '{path}', which its module does not have")
-        value = getattr(value, name)
     return value
 
 

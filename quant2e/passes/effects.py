@@ -7,7 +7,8 @@ whose schema is silent about it.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -82,13 +83,18 @@ def argument(node: Node, name: str, default: Any = None) -> Any:
     return default
 
 
+@cache
+def _flag_in(target: OpOverload) -> str | None:
+    names = [declared.name for declared in target._schema.arguments]
+    return next((name for name in TRAINING_ARGUMENTS if name in names), None)
+
+
 def flag_of(node: Node) -> str | None:
     """Name of the argument that puts the node into training mode; None when it behaves the same in both modes."""
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return None
-    names = [declared.name for declared in target._schema.arguments]
-    flag = next((name for name in TRAINING_ARGUMENTS if name in names), None)
+    flag = _flag_in(target)
     if flag is not None and target in _NORMS and argument(node, "running_mean") is None:
         return None  # a norm without running statistics uses those of the batch in both modes
     return flag
@@ -105,14 +111,30 @@ def trains(node: Node) -> bool:
     return bool(argument(node, "p", argument(node, "dropout", 1.0)))
 
 
-def _tensor_arguments(node: Node, select: Callable[[Any], bool]) -> Iterator[Node]:
-    assert isinstance(node.target, OpOverload)
-    for declared in node.target._schema.arguments:
-        if select(declared):
-            value = argument(node, declared.name)
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                if isinstance(item, Node):
-                    yield item
+def _tensors(node: Node, names: Iterable[str]) -> Iterator[Node]:
+    """The nodes among the arguments of these names."""
+    for name in names:
+        value = argument(node, name)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, Node):
+                yield item
+
+
+@cache
+def _written(target: OpOverload) -> tuple[str, ...]:
+    """Names of the arguments that the schema says are written."""
+    return tuple(a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+@cache
+def _shared(target: OpOverload) -> tuple[str, ...]:
+    """Names of the arguments whose memory the schema says the results may share."""
+    shared = [a for r in target._schema.returns if r.alias_info for a in r.alias_info.before_set]
+    return tuple(
+        a.name
+        for a in target._schema.arguments
+        if a.alias_info is not None and not a.alias_info.before_set.isdisjoint(shared)
+    )
 
 
 def subgraphs(node: Node) -> list[GraphModule]:
@@ -141,9 +163,9 @@ def writes(node: Node) -> list[Node]:
         return list(node.all_input_nodes) if inner else []
     if not isinstance(node.target, OpOverload) or node.target in _METADATA_WRITES:
         return []
-    written = list(_tensor_arguments(node, lambda a: a.alias_info is not None and a.alias_info.is_write))
+    written = list(_tensors(node, _written(node.target)))
     if trains(node):  # batch and instance norm update running statistics, unannotated in the schema
-        written += _tensor_arguments(node, lambda a: a.name in ("running_mean", "running_var"))
+        written += _tensors(node, ("running_mean", "running_var"))
     return written
 
 
@@ -157,10 +179,7 @@ def aliases(node: Node) -> list[Node]:
         return []
     if node.target in _SILENT_ALIASES:
         return list(node.all_input_nodes)
-    shared = [a for r in node.target._schema.returns if r.alias_info for a in r.alias_info.before_set]
-    return list(
-        _tensor_arguments(node, lambda a: a.alias_info is not None and not a.alias_info.before_set.isdisjoint(shared))
-    )
+    return list(_tensors(node, _shared(node.target)))
 
 
 def is_random(node: Node) -> bool:

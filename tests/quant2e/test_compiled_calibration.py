@@ -62,3 +62,18 @@ def test_the_same_statistics_without_leaving_the_compiled_graph(captured, monkey
             assert program.count(f"torch.ops.quant2e.{op}.default(") == times
     for name, value in plain.state_dict().items():
         assert torch.equal(compiled.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_grouped_convolutions_decide_the_memory_layout(groups, monkeypatch):
+    chosen = []
+
+    def compile_nothing(model, *, dynamic, options):
+        chosen.append((dynamic, options))
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=groups)).eval()
+    inputs = (torch.randn(1, 3, 8, 8),)
+    quant2e.calibrate(quant2e.prepare_pt2e(quant2e.capture(net, inputs), Convs()), [inputs], compiled=True)
+    assert chosen == [(False, {"layout_optimization": groups > 1})]
