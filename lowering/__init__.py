@@ -6,6 +6,7 @@ In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program 
 from lowering.delegation import Delegation, Leftover, Partition
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch
 from lowering.inductor import InductorProgram, to_inductor
+from lowering.inductor_package import InductorPackage, package_inductor
 from lowering.inductor_report import InductorReport, LoweredOp
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.verify import Bound, Verification, verify
@@ -14,6 +15,7 @@ __all__ = [
     "Bound",
     "Delegation",
     "ExecuTorchProgram",
+    "InductorPackage",
     "InductorProgram",
     "InductorReport",
     "Leftover",
@@ -23,6 +25,7 @@ __all__ = [
     "OnnxReport",
     "Partition",
     "Verification",
+    "package_inductor",
     "to_executorch",
     "to_inductor",
     "to_onnx",

@@ -1,25 +1,24 @@
 """Q/DQ graph => a compiled callable, through Inductor's int8 kernels (oneDNN on x86).
 
-copy the graph ─▶ rewrite what the patterns miss ─▶ guard what they get wrong ─▶ compile ─▶ run against the graph
+rewrite a copy of the graph (`inductor_rewritten`) ─▶ compile ─▶ run against the graph
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from lowering.inductor_choice import Engines, choose
+from lowering.inductor_choice import Engines
 from lowering.inductor_compile import FakeInputs, Flat, compile_flat
-from lowering.inductor_graph import private_copy
-from lowering.inductor_guard import keep_from_patterns
-from lowering.inductor_report import InductorReport, Kernel, build_report, int8_kernels
-from lowering.inductor_rewrites import REWRITES, one_dequantize_per_user
+from lowering.inductor_report import InductorReport, Kernel, int8_kernels
+from lowering.inductor_rewritten import Rewritten
 from lowering.inductor_signature import Signature
 from lowering.verify import Bound, Inputs, Verification, as_inputs, compare, compare_within_noise, graph_of
 from quant2e.errors import LoweringError
@@ -47,20 +46,14 @@ class InductorProgram:
     verification: Verification | None
 
     def __init__(self, model: GraphModule, signature: Signature, engines: Engines = "measured") -> None:
-        original = private_copy(model)
-        self._graph = private_copy(model)
-        for rewrite in REWRITES:
-            rewrite(self._graph)
-        refused = keep_from_patterns(self._graph)
-        choices, float_bytes = choose(self._graph, refused, engines)
-        one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
+        self._rewritten = Rewritten(model, engines)
         self._signature = signature
         self._inputs = FakeInputs(signature.inputs, signature.symbols)
         self._runs: dict[tuple[int, ...], Flat] = {}
         self.verification = None
         kernels: list[Kernel] = []
         self._general = self._compile(self._inputs, lambda graph: kernels.extend(int8_kernels(graph)))
-        self.report = build_report(original, kernels, refused, choices, float_bytes)
+        self.report = self._rewritten.report(kernels)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program. Raises `LoweringError` when the inputs are not what the graph was captured for."""
@@ -69,13 +62,9 @@ class InductorProgram:
         run = self._runs.get(sizes)
         if run is None:
             run = self._runs[sizes] = self._program_for(sizes, values)
-        taken = [
-            value.contiguous(memory_format=spec.memory_format) if isinstance(value, Tensor) else value
-            for spec, value in zip(self._signature.inputs, values, strict=True)
-            if spec.taken
-        ]
+        laid_out = zip(self._signature.inputs, self._signature.laid_out(values), strict=True)
         with torch.no_grad():
-            return self._signature.unflatten(run(*taken))
+            return self._signature.unflatten(run(*[value for spec, value in laid_out if spec.taken]))
 
     def _program_for(self, sizes: tuple[int, ...], values: Sequence[Any]) -> Flat:
         if self._inputs.accept(sizes):
@@ -83,18 +72,7 @@ class InductorProgram:
         return self._compile(FakeInputs(self._signature.at(values), {}), lambda _: None)
 
     def _compile(self, inputs: FakeInputs, inspect: Callable[[Graph], None]) -> Flat:
-        """Compile a copy of the rewritten graph, which Inductor may consume."""
-        graph = Graph()
-        outputs: Any = graph.graph_copy(self._graph.graph, {})
-        graph.output(tuple(leaf for leaf in outputs if isinstance(leaf, Node)))
-        places = [node for node in graph.nodes if node.op == "placeholder"]
-        for node, spec in zip(places, self._signature.inputs, strict=True):
-            if not spec.taken:
-                graph.erase_node(node)
-        for node in graph.nodes:
-            # values of the captured graph: other symbols, another shape environment
-            node.meta = {key: value for key, value in node.meta.items() if key != "val"}
-        return compile_flat(GraphModule(self._graph, graph), inputs.values, inspect)
+        return compile_flat(self._rewritten.flat(self._signature), inputs.values, inspect)
 
 
 def to_inductor(
@@ -117,20 +95,43 @@ def to_inductor(
     The model is left as it is, and so is every setting of torch: Inductor's flags are set for the compilations alone.
     Raises `LoweringError` when the graph cannot be compiled, or computes something else once it is.
     """
+    source = captured(model, example_inputs, dynamic_shapes, "to_inductor")
+    program = InductorProgram(source.graph, source.signature, engines)
+    if verify:
+        program.verification = verified(
+            program, source.graph, [source.known_example()], "the program that Inductor made"
+        )
+    return program
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A graph to compile. ``example``: inputs of one call, where there are any."""
+
+    graph: GraphModule
+    signature: Signature
+    example: Inputs | None
+
+    def known_example(self) -> Inputs:
+        """The example, to run the program on. Raises `LoweringError` when there is none."""
+        if self.example is None:
+            raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
+        return self.example
+
+
+def captured(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) -> Captured:
+    """What a user gave, as a graph to compile; captured again where ``dynamic_shapes`` ask for it."""
     graph = graph_of(model)
     if not isinstance(graph, GraphModule):
         raise LoweringError(
-            f"to_inductor takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "
+            f"{asker} takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "
             f"capture returned"
         )
     example = _example(model, example_inputs)
     if dynamic_shapes is not None:
         graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
     leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
-    program = InductorProgram(graph, Signature(graph, leaves), engines)
-    if verify:
-        program.verification = _verified(program, graph, example)
-    return program
+    return Captured(graph=graph, signature=Signature(graph, leaves), example=example)
 
 
 def _example(model: Any, example_inputs: Any) -> Inputs | None:
@@ -172,21 +173,22 @@ def _without_checks(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, nodes)
 
 
-def _verified(program: InductorProgram, graph: GraphModule, example: Inputs | None) -> Verification:
-    """Compare twice: a program that wrote to its constants in the first call computes something else in the second."""
-    if example is None:
-        raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
-    batches = [example, example]
+def verified(program: Callable[..., Any], graph: GraphModule, batches: Sequence[Inputs], what: str) -> Verification:
+    """Compare ``program`` with ``graph``; raises `LoweringError` beyond `BOUND`, calling the program ``what``.
+
+    The first batch is run twice: a program that wrote to its constants in the first call computes something else then.
+    """
+    batches = [batches[0], *batches]
     found = compare(program, graph, batches, bound=BOUND)
     if not found.passed:
         found = compare_within_noise(program, graph, batches)
-    found.check("the program that Inductor made")
-    _check_inputs_kept(program, graph, *example)
+    found.check(what)
+    _check_inputs_kept(program, graph, what, *batches[0])
     return found
 
 
 def _check_inputs_kept(
-    program: InductorProgram, graph: GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    program: Callable[..., Any], graph: GraphModule, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Raise `LoweringError` when the program writes to an input that the graph leaves alone."""
 
@@ -199,6 +201,6 @@ def _check_inputs_kept(
     for place, (got, wanted) in enumerate(zip(after(program), after(graph), strict=True)):
         if not torch.equal(got.nan_to_num(), wanted.nan_to_num()):
             raise LoweringError(
-                f"the program that Inductor made writes to tensor {place} of its inputs, and the Q/DQ graph does not: "
-                f"report this with the model; the Q/DQ graph itself is right"
+                f"{what} writes to tensor {place} of its inputs, and the Q/DQ graph does not: report this with the "
+                f"model; the Q/DQ graph itself is right"
             )

@@ -96,6 +96,51 @@ class Signature:
         assert self._out_spec is not None
         return pytree.tree_unflatten(flat, self._out_spec)
 
+    def laid_out(self, values: Sequence[Any]) -> list[Any]:
+        """Flat inputs in the layout that the program is compiled for: tensors are copied where theirs differs."""
+        return [
+            value.contiguous(memory_format=spec.memory_format) if isinstance(value, Tensor) else value
+            for spec, value in zip(self.inputs, values, strict=True)
+        ]
+
+    def structured(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword inputs, from one value per placeholder: the inverse of `flatten`."""
+        if self._in_spec is None:
+            return tuple(values), {}
+        args, kwargs = pytree.tree_unflatten(list(values), self._in_spec)
+        return tuple(args), dict(kwargs)
+
+    def resized(self, values: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+        """Flat inputs with the sizes ``symbols`` set to ``sizes``: values are repeated or cut along each such dimension."""
+        known = dict(zip(self.symbols, sizes, strict=True))
+        return [
+            _resized(value, spec.value.shape, known) if isinstance(spec.value, Tensor) else value
+            for spec, value in zip(self.inputs, values, strict=True)
+        ]
+
+    def specs(self) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+        """Structure of ``((positional…), {keyword: …})`` and of the output."""
+        assert self._out_spec is not None
+        if self._in_spec is not None:
+            return self._in_spec, self._out_spec
+        return pytree.tree_structure((tuple(range(len(self.inputs))), {})), self._out_spec
+
+    @property
+    def size_names(self) -> dict[Any, str]:
+        """For each of ``symbols``, where it is found first, such as ``x.shape[0]``."""
+        found: dict[Any, str] = {}
+        for spec in self.inputs:
+            sizes: Sequence[int | torch.SymInt] = spec.value.shape if isinstance(spec.value, Tensor) else ()
+            for dim, size in enumerate(sizes):
+                if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
+                    found.setdefault(size.node.expr, f"{spec.name}.shape[{dim}]")
+        return {symbol: found.get(symbol, str(symbol)) for symbol in self.symbols}
+
+    @property
+    def fixed_outputs(self) -> tuple[Any, ...]:
+        """Outputs that no op computes: numbers, strings, None."""
+        return tuple(leaf for leaf in self._outputs if not isinstance(leaf, Node))
+
     def at(self, values: Sequence[Any]) -> tuple[Input, ...]:
         """The inputs with their sizes fixed to those of ``values``."""
         return tuple(
@@ -124,6 +169,14 @@ class Signature:
                     f"a dynamic size is {found[symbol]}, outside of [{low:g}, {high:g}] that the graph was captured for"
                 )
         return tuple(found[symbol] for symbol in self.symbols)
+
+
+def _resized(value: Tensor, shape: Sequence[int | torch.SymInt], known: Mapping[Any, int]) -> Tensor:
+    for dim, size in enumerate(shape):
+        if isinstance(size, torch.SymInt):
+            wanted = int(size.node.expr.xreplace(known))
+            value = value.index_select(dim, torch.arange(wanted) % value.shape[dim])
+    return value
 
 
 def _captured_value(node: Node, example: Any) -> Any:

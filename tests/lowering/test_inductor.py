@@ -17,6 +17,7 @@ from torch._inductor import config as inductor_config
 import lowering.inductor
 from lowering import to_inductor, verify
 from lowering.inductor_graph import private_copy
+from lowering.inductor_rewrites import REWRITES
 from quant2e.dialect import qd
 from quant2e.errors import LoweringError
 from tests.lowering.graphs import Cnn, Lookup, Weight, on_dynamic_grid, on_grid
@@ -236,7 +237,7 @@ def test_a_program_that_computes_something_else_raises(monkeypatch):
                 node.args = (node.args[0], node.args[1] * 2, *node.args[2:])
 
     model, x = capture(Fn(dequantized_linear, w=weight(8, 8)), torch.randn(4, 8)), torch.randn(4, 8)
-    monkeypatch.setattr(lowering.inductor, "REWRITES", (*lowering.inductor.REWRITES, breaks))
+    monkeypatch.setattr("lowering.inductor_rewritten.REWRITES", (*REWRITES, breaks))
     with pytest.raises(LoweringError, match="does not compute what its Q/DQ graph says: FAILED"):
         to_inductor(model, (x,))
     assert to_inductor(model, (x,), verify=False).verification is None
