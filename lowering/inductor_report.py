@@ -23,6 +23,8 @@ _POOL = frozenset({aten.max_pool2d.default})
 _LOOKUP = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx})
 _POOL_KERNEL = "quantized.max_pool2d"
 _COMPUTE = CONVOLUTION | LINEAR | _POOL | _LOOKUP
+_WEIGHT_ONLY = "weight-only"
+_PRODUCTS = frozenset(str(target) for target in CONVOLUTION | LINEAR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +171,7 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str]) -> str:
     if weight is None:
         return "the weight is float"
     if activation is None:
-        return "weight-only: the activation is float, and so is the copy of the weight that the program holds"
+        return f"{_WEIGHT_ONLY}: the activation is float, and so is the copy of the weight that the program holds"
     if weight.target is qd.dequantize_per_tensor.default and constant(gm, operands(weight)["input"]) is None:
         return "both operands are activations: there is no int8 kernel for their product"
     if weight.target is qd.dequantize_per_channel_group.default:
@@ -217,10 +219,31 @@ def build_report(
                 name=node.name, target=str(node.target), kernel=kernel or "float", reason=reason, place=where(node)
             )
         )
-    notes = [*_notes(gm, len(kernels), len(fused))]
+    notes = [*_speed(choices, ops), *_notes(gm, len(kernels), len(fused))]
     if float_bytes:
         notes.append(f"float copies of weights, for ops computed in float, take {float_bytes / 2**20:.1f} MiB")
     return InductorReport(ops=tuple(ops), notes=tuple(notes), engines=choices)
+
+
+def _speed(choices: Mapping[str, Choice], ops: Sequence[LoweredOp]) -> Iterator[str]:
+    """What the times of the products say about the whole program beside a float one."""
+    computes = [op for op in ops if op.target in _PRODUCTS and not op.reason.startswith(_WEIGHT_ONLY)]
+    if computes and not any(op.int8 for op in computes):
+        yield (
+            "slower than float: no product runs on integers here, so the program does the float model's work and "
+            "quantizes beside it; the float model is the faster one on this machine"
+        )
+        return
+    measured = [choice.seconds for choice in choices.values() if "float" in choice.seconds]
+    taken = sum(choice.seconds[choice.engine] for choice in choices.values() if "float" in choice.seconds)
+    in_float = sum(seconds["float"] for seconds in measured)
+    if taken > in_float:
+        yield (
+            f"slower than float, by the times of its products: {taken * 1e6:.0f} microseconds, and "
+            f"{in_float * 1e6:.0f} in float"
+        )
+    if unknown := sum(not choice.seconds for choice in choices.values()):
+        yield f"{unknown} product(s) were given to an engine by the caller: not timed, and perhaps slower than float"
 
 
 def _notes(gm: GraphModule, kernels: int, assigned: int) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """A Q/DQ graph in the form that ONNX runtimes recognise; every dequantized value stays the same.
 
     q(x): s8 → dq                    =  q(x): u8, zero point + 128 → dq                  (onnxruntime)
+    input: s8 → dq                   =  input: s8 → dq → q: u8 → dq, and so for outputs  (onnxruntime)
     linear(x, dq(w), b)              =  x @ dq(wᵀ) + b                                   for x that Gemm does not take
     product(dq(x), dq(w), b)         =  product(dq(x), dq(w), dq(round(b / s_x·s_w)))    up to half a unit of the accumulator
 
@@ -67,6 +68,7 @@ def in_form(module: GraphModule, convention: Convention) -> None:
     gather_then_dequantize(module)
     if convention.unsigned:
         _unsigned_activations(module)
+        _unsigned_boundary(module)
     turned: dict[str, str] = {}
     for node in list(module.graph.nodes):
         if node.op != "call_function":
@@ -119,6 +121,33 @@ def _unsigned_activations(module: GraphModule) -> None:
             node.meta["val"] = node.meta["val"].to(torch.uint8)
         elif node.target is qd.choose_qparams.tensor:
             _unsigned_dynamic(node)
+
+
+def _unsigned_boundary(module: GraphModule) -> None:
+    """Let ops behind an s8 input and before an s8 output compute on u8: a kernel takes and gives one dtype."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or torch.int8 not in _args(node):
+            continue
+        if node.target is qd.dequantize_per_tensor.default and _args(node)[0].op == "placeholder":
+            readers = list(node.users)
+            moved = _through_unsigned(module, node, _args(node)[1:], after=True)
+            for reader in readers:
+                reader.replace_input_with(node, moved)
+        if node.target is qd.quantize_per_tensor.default and any(user.op == "output" for user in node.users):
+            node.update_arg(0, _through_unsigned(module, node, _args(node)[1:], after=False))
+
+
+def _through_unsigned(module: GraphModule, node: Node, grid: Any, *, after: bool) -> Node:
+    """Quantize and dequantize with the same steps as ``grid``, in u8: what ``node`` gives (``after``), or what it reads."""
+    scale, zero, low, high, _ = grid[:5]
+    moved = (scale, zero + 128, low + 128, high + 128, torch.uint8)
+    value = node if after else _args(node)[0]
+    place = node.next if after else node
+    with module.graph.inserting_before(place):
+        quantized = module.graph.call_function(qd.quantize_per_tensor.default, (value, *moved))
+        found = module.graph.call_function(qd.dequantize_per_tensor.default, (quantized, *moved))
+    quantized.meta["val"], found.meta["val"] = value.meta["val"].to(torch.uint8), value.meta["val"]
+    return found
 
 
 def _all(nodes: list[Node], target: Any) -> bool:

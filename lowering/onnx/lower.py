@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
+from lowering.boundary import constants
 from lowering.onnx.form import CONVENTIONS, in_form
 from lowering.onnx.integers import sizes, use_integers
 from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
@@ -21,6 +23,7 @@ from lowering.onnx.translation import OPSET, translations
 from lowering.signature import signature_of
 from lowering.verify import Inputs, as_inputs, compare_within_noise, graph_of
 from quant2e.atomic import atomic_file
+from quant2e.boundary import Boundary, boundary_of
 from quant2e.errors import LoweringError
 
 _PROTOBUF_LIMIT = 2**31 - 1
@@ -44,6 +47,8 @@ def to_onnx(
     ``target``: ``"onnxruntime"`` (u8 activations, s8 weights, int32 biases) or ``"tensorrt"`` (s8 with zero points of
     0, float biases; a graph that is not so is refused). ``verify``: run the file in onnxruntime on the example inputs
     and on ``verify_inputs``, compare it with the Q/DQ graph, and list what ran on integers.
+    A graph that takes or returns integers becomes a file that does; its metadata has their parameters, named as in a
+    ``.pte`` file: ``forward_input0_scale`` and so on.
 
     Raises `LoweringError`, before a file is written, when onnx, onnxscript or onnxruntime is missing, when the graph
     cannot be exported or held by the target, and when the file does not compute what its graph says.
@@ -60,8 +65,9 @@ def to_onnx(
         module = _export(reference, inputs, shapes).module(check_guards=False)
         in_form(module, CONVENTIONS[target])
         exported = _export(module, inputs, shapes)
+        boundary = boundary_of(reference) if isinstance(reference, GraphModule) else Boundary()
         with atomic_file(Path(path)) as part:
-            report = _write(exported, part, target)
+            report = _write(exported, part, target, boundary)
             program = OnnxProgram(part, report, signature_of(exported))
             if verify:
                 program.report = _verified(program, reference, [inputs, *map(as_inputs, verify_inputs)])
@@ -69,17 +75,18 @@ def to_onnx(
     return program
 
 
-def _write(exported: ExportedProgram, path: Path, target: str) -> OnnxReport:
+def _write(exported: ExportedProgram, path: Path, target: str, boundary: Boundary) -> OnnxReport:
     from onnxscript import ir
 
     onnx_model = _to_onnx_ir(exported)
     use_integers(onnx_model, unsigned=CONVENTIONS[target].unsigned)
-    constants = sizes(onnx_model)
-    if sum(constants.values()) > _PROTOBUF_LIMIT:
-        raise LoweringError(f"the constants have {sum(constants.values()):,} bytes; an ONNX file holds 2 GiB")
+    held = sizes(onnx_model)
+    if sum(held.values()) > _PROTOBUF_LIMIT:
+        raise LoweringError(f"the constants have {sum(held.values()):,} bytes; an ONNX file holds 2 GiB")
     onnx_model.metadata_props["quant2e.target"] = target
+    onnx_model.metadata_props.update({name: str(value) for name, value in constants("forward", boundary).items()})
     ir.save(onnx_model, path)
-    return OnnxReport(opset=OPSET, convention=target, size=path.stat().st_size, constants=constants)
+    return OnnxReport(opset=OPSET, convention=target, size=path.stat().st_size, constants=held)
 
 
 def _to_onnx_ir(exported: ExportedProgram) -> Any:

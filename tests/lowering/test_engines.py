@@ -1,5 +1,6 @@
 """Which engine computes a product: the choice from times, the products of a graph, and what a choice does to it."""
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,6 +11,7 @@ from lowering import engines, to_inductor
 from lowering.engines import ENGINES, Choice, Product, fastest
 from lowering.inductor_choice import choose, product_of
 from lowering.inductor_graph import private_copy
+from lowering.inductor_report import Kernel, build_report
 from quant2e.dialect import qd
 from quant2e.errors import LoweringError
 from tests.lowering.graphs import Weight, on_dynamic_grid, on_grid
@@ -188,6 +190,45 @@ def test_unknown_names(wanted, message):
     gm = private_copy(capture(lambda m, x: F.linear(u8(x), m.w()), torch.randn(4, 16), w=Weight(torch.randn(8, 16))))
     with pytest.raises(LoweringError, match=message):
         choose(gm, {}, wanted)
+
+
+def timed_report(*times, chosen="onednn"):
+    """The report on one linear per entry of ``times``: seconds of onednn and of float; None: not timed."""
+    layers = {f"l{i}": Weight(torch.randn(16, 16)) for i in range(len(times))}
+
+    def chain(m, x):
+        for name in layers:
+            x = F.linear(u8(x), getattr(m, name)())
+        return x
+
+    model = private_copy(capture(chain, torch.randn(2, 16), **layers))
+    names = [node.name for node in model.graph.nodes if "linear" in str(node.target)]
+    product = Product(x=(2, 16), weight=(16, 16))
+    choices = {
+        name: Choice(engine=chosen, product=product, seconds=dict(zip(("onednn", "float"), each or ())))  # noqa: B905
+        for name, each in zip(names, times, strict=True)
+    }
+    kernels = [Kernel("onednn.qlinear", name) for name in names if chosen == "onednn"]
+    return build_report(model, kernels, {}, choices, 0)
+
+
+@pytest.mark.parametrize(
+    ("times", "chosen", "note"),
+    [
+        (
+            [(2e-6, 1e-6), (1e-6, 1.5e-6)],
+            "onednn",
+            "slower than float, by the times of its products: 3 microseconds, and 2 in",
+        ),
+        ([(2e-6, 1e-6), (1e-6, 4e-6)], "onednn", ""),
+        ([(2e-6, 1e-6)], "float", "slower than float: no product runs on integers here"),
+        ([None, (1e-6, 2e-6)], "onednn", r"1 product\(s\) were given to an engine by the caller: not timed"),
+    ],
+)
+def test_a_program_that_is_slower_than_float_is_flagged(times, chosen, note):
+    notes = [text for text in timed_report(*times, chosen=chosen).notes if "float" in text]
+    assert bool(notes) == bool(note)
+    assert re.match(note, "".join(notes))
 
 
 @pytest.mark.inductor

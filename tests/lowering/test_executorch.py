@@ -506,3 +506,30 @@ def test_partitioners_may_be_none_at_all():
     program = to_executorch(capture(Fn(lambda x: F.linear(on_grid(x, A), weight())), x), (x,), partitioners=[])
     assert program.report.partitions == ()
     assert program.report.verification.sqnr_db > 100
+
+
+def test_a_backend_that_the_runtime_lacks_is_named():
+    from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
+    from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+
+    class NotInThisRuntime(BackendDetails):
+        @staticmethod
+        def preprocess(*_):
+            return PreprocessResult(processed_bytes=b"blob")
+
+    class TakesAll(Partitioner):
+        def partition(self, exported_program):
+            for node in exported_program.graph.nodes:
+                if node.op == "call_function":
+                    node.meta["delegation_tag"] = "all"
+            tags = {"all": DelegationSpec(NotInThisRuntime.__name__, [])}
+            return PartitionResult(tagged_exported_program=exported_program, partition_tags=tags)
+
+    x = torch.randn(2, 4)
+    graph = capture(nn.ReLU(), x)
+    with pytest.raises(LoweringError, match=r"needs NotInThisRuntime, which the ExecuTorch runtime .* verify=False"):
+        to_executorch(graph, (x,), partitioners=[TakesAll()])
+    program = to_executorch(graph, (x,), partitioners=[TakesAll()], verify=False)
+    assert [partition.backend for partition in program.report.partitions] == ["NotInThisRuntime"]
+    with pytest.raises(LoweringError, match="cannot load the method 'forward'"):
+        program(x)

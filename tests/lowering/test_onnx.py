@@ -116,6 +116,25 @@ def test_a_table_and_a_weight_that_is_used_twice(tmp_path, name):
     assert max(v.size for v in held.values() if v.dtype == np.float32) == 40
 
 
+def test_integers_at_the_boundary(tmp_path):
+    """int8 in and out, with parameters in the file; the ops at both ends compute on integers too."""
+    result, program = lowered(tmp_path, Residual(), IMAGE, xnnpack(), int8_boundary=True)
+    (x,), (y,) = result.boundary.inputs, result.boundary.outputs
+    model = onnx.load(program.path)
+    int8 = onnx.TensorProto.INT8
+    assert [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)] == [int8, int8]
+    published = {each.key: each.value for each in model.metadata_props}
+    assert float(published["forward_input0_scale"]) == x.scale
+    assert int(published["forward_output0_zp"]) == y.zero_point
+    assert program.report.integer_kernels == {"QGemm": 1, "QLinearAdd": 1, "QLinearConv": 3}
+    assert program.report.float_products == ()
+    for seed in range(3):
+        integers = x.quantize(torch.randn(IMAGE[0].shape, generator=torch.Generator().manual_seed(seed)) * 3)
+        got = program(integers)
+        assert got.dtype is torch.int8
+        assert torch.equal(got, result(integers))
+
+
 def test_reduced_ranges_are_kept(tmp_path):
     """0..127 stays 0..127: values beyond the calibrated range are clipped, between the two ops that kernels look for."""
     config = get_default_x86_inductor_quantization_config(reduce_range=True)
