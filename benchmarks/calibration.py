@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 import warnings
@@ -112,18 +111,25 @@ def measure(name: str, batch: int, rounds: int, peer: bool, with_compiled: bool)
     return row | {key: f"{value / found['float']:.2f}" for key, value in found.items() if key != "float"}
 
 
+def _resident(kind: str) -> float:
+    """MB of this process in memory, by Linux: ``VmRSS``, now, or ``VmHWM``, the most since it was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 1024
+
+
 def _peak(name: str, batch: int, kind: str, answer: Any) -> None:
     make, make_inputs = SHAPES[name]
     model, inputs = make(), make_inputs(batch)
     prepared = None if kind == "float" else ours(model, inputs, kind)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of making the model is another matter
+    before = _resident("VmRSS")
     with torch.no_grad():
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         if prepared is None:
             for _ in range(3):
                 model(*inputs)
         else:
             quant2e.calibrate(prepared, [inputs] * 3)
-    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    answer.put(_resident("VmHWM") - before)
 
 
 def memory(name: str, batch: int) -> dict[str, str]:
