@@ -16,7 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowering.kernels import few_rows
+
 Run = Callable[[], object]
+
+FEW_ROWS = "few_rows"
 
 SECONDS = 0.03
 """How long one engine is timed for one shape, at least; the fastest call counts."""
@@ -34,7 +38,8 @@ class Product:
 
     ``x``: shape of the activation, ``weight``: of the weight, output channels first. ``stride``, ``padding``,
     ``dilation``: one number per spatial dimension, empty for a linear layer. ``bias``: whether it has one.
-    ``integers``: whether the result is wanted as integers.
+    ``integers``: whether the result is wanted as integers. ``float_rows``: the activation is float, and only the weight
+    is quantized; then ``group``: inputs that share a scale, and ``packed``: whether two values fit in a byte.
     """
 
     x: tuple[int, ...]
@@ -45,6 +50,9 @@ class Product:
     groups: int = 1
     bias: bool = True
     integers: bool = False
+    float_rows: bool = False
+    group: int = 0
+    packed: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -54,17 +62,22 @@ class Product:
     def __str__(self) -> str:
         if self.is_linear:
             rows = torch.Size(self.x[:-1]).numel()
-            return f"linear {rows}x{self.weight[1]}x{self.weight[0]}"
+            kind = ("4-bit " if self.packed else "8-bit ") + "weight-only linear" if self.float_rows else "linear"
+            return f"{kind} {rows}x{self.weight[1]}x{self.weight[0]}"
         kind = "depthwise conv" if self.groups == self.weight[0] > 1 else "conv"
         return f"{kind} {'x'.join(map(str, self.x))} by {'x'.join(map(str, self.weight))}"
 
 
 class Engine(Protocol):
-    """A way to compute a product of an unsigned 8-bit activation and an int8 weight."""
+    """A way to compute a product of an integer weight with an unsigned 8-bit activation, or with float rows."""
 
     @property
     def name(self) -> str:
         """For reports and for choosing by hand."""
+        ...
+
+    def computes(self, product: Product) -> bool:
+        """Whether it can."""
         ...
 
     def prepare(self, product: Product) -> Run | None:
@@ -78,8 +91,14 @@ class OneDnn:
 
     name: str = "onednn"
 
+    def computes(self, product: Product) -> bool:
+        """Whether both operands are integers."""
+        return not product.float_rows
+
     def prepare(self, product: Product) -> Run | None:
         """A call of ``onednn.qlinear_pointwise`` or ``onednn.qconv_pointwise``."""
+        if not self.computes(product):
+            return None
         x, weight, scales, points, bias = _operands(product)
         out = (0.05, 0, torch.uint8) if product.integers else (1.0, 0, torch.float32)
         ops = torch.ops.onednn
@@ -98,10 +117,16 @@ class Float:
 
     name: str = "float"
 
+    def computes(self, product: Product) -> bool:
+        """Always."""
+        return True
+
     def prepare(self, product: Product) -> Run | None:
         """A call of the float op with what converts from and to integers."""
         integers, stored, _, _, bias = _operands(product)
         weight, x = stored.float(), integers.float()
+        if product.float_rows:
+            return lambda: torch.nn.functional.linear(x, weight, bias)
         if product.is_linear:
             compute: Callable[[], Tensor] = lambda: torch.nn.functional.linear(x, weight, bias)  # noqa: E731
         else:
@@ -120,7 +145,31 @@ class Float:
         return run
 
 
-ENGINES: tuple[Engine, ...] = (OneDnn(), Float())
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """Our kernel for float rows and integer weights."""
+
+    name: str = FEW_ROWS
+
+    def computes(self, product: Product) -> bool:
+        """Whether only the weight is quantized, and there is a C++ compiler."""
+        return product.float_rows and few_rows.load() is not None
+
+    def prepare(self, product: Product) -> Run | None:
+        """A call of `kernels.few_rows`."""
+        op = few_rows.load()
+        if op is None or not product.float_rows:
+            return None
+        integers, weight, _, _, bias = _operands(product)
+        outputs, inputs = product.weight
+        scale = torch.full((outputs, inputs // product.group), 0.01)
+        stored = few_rows.packed(weight.clamp(-8, 7)) if product.packed else weight
+        x, point = integers.float(), torch.zeros_like(scale)
+        added = torch.zeros(outputs) if bias is None else bias
+        return lambda: op(x, stored, scale, point, added, product.packed)
+
+
+ENGINES: tuple[Engine, ...] = (OneDnn(), FewRows(), Float())
 """In order of preference: a later one has to be clearly faster."""
 
 

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from lowering.engines import ENGINES, Choice, Engine, Product, fastest
 from lowering.inductor_graph import operands
 from lowering.inductor_guard import is_weight_only, quantized_operands
+from lowering.inductor_rows import compute_by_rows, rows_of
 from lowering.inductor_weights import CONVOLUTION, activation_of, float_weight, weight_of
 from quant2e.dialect import QUANTIZE, qd
 from quant2e.errors import LoweringError
@@ -26,43 +27,58 @@ aten = torch.ops.aten
 Engines = str | Mapping[str, str]
 """``"measured"``, the name of an engine, or a name for each op."""
 
-_FLOAT = "float"
+_FLOAT, _MEASURED = "float", "measured"
 
 
-def choose(gm: GraphModule, refused: Mapping[str, str], wanted: Engines) -> tuple[dict[str, Choice], int]:
-    """Choose for every product, and rewrite those that a float kernel computes.
+def choose(
+    gm: GraphModule, refused: Mapping[str, str], wanted: Engines, engines: Sequence[Engine] = ENGINES
+) -> tuple[dict[str, Choice], int]:
+    """Choose among ``engines`` for every product, and rewrite those that a float kernel, or one of ours, computes.
 
-    ``refused``: ops that no int8 kernel computes right. They and weight-only ops get a float weight without being
-    measured: the alternative is to dequantize the weight at every call. Returns the choices by op name, and the bytes of float weights made. Raises `LoweringError` for names of engines or ops that
-    do not exist.
+    ``refused``: ops that no int8 kernel computes right. They get a float weight without being measured: the alternative is
+    to dequantize the weight at every call. Returns the choices by op name, and the bytes of float weights made. Raises
+    `LoweringError` for names of engines or ops that do not exist.
     """
-    names = [engine.name for engine in ENGINES]
     products = {node.name: node for node in gm.graph.nodes if quantized_operands(node) is not None}
-    _check(wanted, names, products)
-    alone = [node for node in gm.graph.nodes if node.name in refused or is_weight_only(gm, node)]
-    size = sum(float_weight(gm, node) for node in alone)
+    alone = {node.name: node for node in gm.graph.nodes if node.name not in refused and is_weight_only(gm, node)}
+    _check(wanted, engines, {**products, **alone})
+    size = sum(float_weight(gm, node) for node in list(gm.graph.nodes) if node.name in refused)
     choices: dict[str, Choice] = {}
+    for name, node in alone.items():
+        rows = rows_of(gm, node)
+        if rows is not None:
+            choices[name] = _choice(name, rows.product, wanted, engines)
+        if rows is None or choices[name].engine == _FLOAT:
+            size += float_weight(gm, node)
+        else:
+            compute_by_rows(gm, node, rows)
     for name, node in products.items():
-        product = product_of(node)
+        product = product_of(node) if name not in refused else None
         if product is None:
             continue
-        choices[name] = _choice(name, product, wanted, ENGINES)
+        choices[name] = _choice(name, product, wanted, engines)
         if choices[name].engine == _FLOAT:
             size += float_weight(gm, node)
     return choices, size
 
 
 def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> Choice:
-    if wanted == "measured":
+    named = wanted if isinstance(wanted, str) else wanted.get(name, _MEASURED)
+    if named == _MEASURED:
         return fastest(product, engines)
-    named = wanted if isinstance(wanted, str) else wanted.get(name)
-    return fastest(product, engines) if named is None else Choice(engine=named, product=product, seconds={})
+    (engine,) = (engine for engine in engines if engine.name == named)
+    if engine.computes(product):
+        return Choice(engine=named, product=product, seconds={})
+    if not isinstance(wanted, str):
+        raise LoweringError(f"engines gives '{name}' to '{named}', which cannot compute a {product}")
+    return fastest(product, engines)  # the engine for all, which knows nothing of this kind
 
 
-def _check(wanted: Engines, names: Sequence[str], products: Mapping[str, Node]) -> None:
-    given = {wanted} - {"measured"} if isinstance(wanted, str) else set(wanted.values())
+def _check(wanted: Engines, engines: Sequence[Engine], products: Mapping[str, Node]) -> None:
+    names = [engine.name for engine in engines]
+    given = {wanted} - {_MEASURED} if isinstance(wanted, str) else set(wanted.values())
     if unknown := sorted(given - set(names)):
-        raise LoweringError(f"there is no engine '{unknown[0]}': give 'measured', or one of {', '.join(names)}")
+        raise LoweringError(f"there is no engine '{unknown[0]}': give '{_MEASURED}', or one of {', '.join(names)}")
     if not isinstance(wanted, str) and (missing := sorted(set(wanted) - set(products))):
         raise LoweringError(
             f"engines names the op '{missing[0]}', and the graph has no such quantized product; it has "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lowering.engines import ENGINES, FEW_ROWS
 from lowering.inductor import Captured, captured, verified
 from lowering.inductor_choice import Engines
 from lowering.inductor_compile import FakeInputs, load_package, package_flat
@@ -76,7 +77,8 @@ def package_inductor(
 
     ``path``: of the file, ending in ``.pt2``; it appears whole, after it was checked, or not at all. ``verify``: load the
     file, run it on the example inputs, and with dynamic sizes on their smallest and largest values too, and compare it
-    with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are the graph and its kernels.
+    with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are the graph and its kernels, but for
+    kernels of our own (``few_rows``), which the process that loads the file does not have.
 
     Raises `LoweringError` when the graph cannot be compiled, takes or returns what a package cannot, or computes
     something else once it is compiled.
@@ -85,7 +87,7 @@ def package_inductor(
         raise LoweringError(f"package_inductor needs the path of the file to write, ending in .pt2, not {path!r}")
     source = captured(model, example_inputs, dynamic_shapes, "package_inductor")
     _check_boundary(source.signature)
-    rewritten = Rewritten(source.graph, engines)
+    rewritten = Rewritten(source.graph, engines, [engine for engine in ENGINES if engine.name != FEW_ROWS])
     inputs = FakeInputs(source.signature.inputs, source.signature.symbols, whole=True)
     kernels: list[Kernel] = []
     with atomic_file(Path(path)) as part:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from lowering.engines import Choice
+from lowering.engines import FEW_ROWS, Choice
 from lowering.inductor_graph import TAG, constant, operands
 from lowering.inductor_rewrites import ACTIVATION_DQ
 from lowering.inductor_weights import CONVOLUTION, LINEAR, activation_of, weight_of
@@ -74,7 +74,7 @@ class InductorReport:
     def __str__(self) -> str:
         lines = [f"{len(self.int8)} of {len(self.ops)} ops with quantized operands run as int8 kernels"]
         lines += [f"  int8   {op.name}: {op.kernel}" for op in self.int8]
-        lines += [f"  float  {op.name}: {op.reason}" for op in self.leftovers]
+        lines += [f"  {'float ' if op.kernel == 'float' else 'weight'} {op.name}: {op.reason}" for op in self.leftovers]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -160,7 +160,7 @@ def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, str]:
     return fused
 
 
-def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str]) -> str:
+def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bool) -> str:
     if node.name in refused:
         return refused[node.name]
     if node.target in _POOL:
@@ -171,6 +171,8 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str]) -> str:
     if weight is None:
         return "the weight is float"
     if activation is None:
+        if by_rows:
+            return f"{_WEIGHT_ONLY}: float rows, and a weight that is read as the integers it is stored as"
         return f"{_WEIGHT_ONLY}: the activation is float, and so is the copy of the weight that the program holds"
     if weight.target is qd.dequantize_per_tensor.default and constant(gm, operands(weight)["input"]) is None:
         return "both operands are activations: there is no int8 kernel for their product"
@@ -201,7 +203,11 @@ def build_report(
     ``choices``: the engine of each product. ``float_bytes``: what float copies of weights take.
     """
     refused = {
-        **{n: f"{c.engine} is faster here: {c.reason}" for n, c in choices.items() if c.engine == "float"},
+        **{
+            n: c.reason if not c.seconds else f"float is faster here: {c.reason}"
+            for n, c in choices.items()
+            if c.engine == "float"
+        },
         **refused,
     }
     fused = _assign(gm, kernels)
@@ -213,10 +219,15 @@ def build_report(
         if not any(_dequantized(operand) for operand in operand_nodes):
             continue
         kernel = fused.get(node.name, "")
-        reason = "" if kernel else _reason(gm, node, refused)
+        by_rows = node.name in choices and choices[node.name].engine == FEW_ROWS
+        reason = "" if kernel else _reason(gm, node, refused, by_rows)
         ops.append(
             LoweredOp(
-                name=node.name, target=str(node.target), kernel=kernel or "float", reason=reason, place=where(node)
+                name=node.name,
+                target=str(node.target),
+                kernel=kernel or ("quant2e.few_rows_linear" if by_rows else "float"),
+                reason=reason,
+                place=where(node),
             )
         )
     notes = [*_speed(choices, ops), *_notes(gm, len(kernels), len(fused))]
@@ -227,7 +238,12 @@ def build_report(
 
 def _speed(choices: Mapping[str, Choice], ops: Sequence[LoweredOp]) -> Iterator[str]:
     """What the times of the products say about the whole program beside a float one."""
-    computes = [op for op in ops if op.target in _PRODUCTS and not op.reason.startswith(_WEIGHT_ONLY)]
+    alone = {name for name, choice in choices.items() if choice.product.float_rows}
+    computes = [
+        op
+        for op in ops
+        if op.target in _PRODUCTS and op.name not in alone and not op.reason.startswith(_WEIGHT_ONLY)
+    ]
     if computes and not any(op.int8 for op in computes):
         yield (
             "slower than float: no product runs on integers here, so the program does the float model's work and "

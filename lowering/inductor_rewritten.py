@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
+from lowering.engines import ENGINES, Engine
 from lowering.inductor_choice import Engines, choose
 from lowering.inductor_graph import private_copy
 from lowering.inductor_guard import keep_from_patterns
@@ -19,15 +20,18 @@ from lowering.inductor_signature import Signature
 
 
 class Rewritten:
-    """``model``, which stays as it is, rewritten for Inductor. Raises `LoweringError` for engines that do not exist."""
+    """``model``, which stays as it is, rewritten for Inductor. ``wanted``: the engines asked for, of ``engines``.
 
-    def __init__(self, model: GraphModule, engines: Engines) -> None:
+    Raises `LoweringError` for engines that do not exist.
+    """
+
+    def __init__(self, model: GraphModule, wanted: Engines, engines: Sequence[Engine] = ENGINES) -> None:
         self._original = private_copy(model)
         self._graph = private_copy(model)
         for rewrite in REWRITES:
             rewrite(self._graph)
         self._refused = keep_from_patterns(self._graph)
-        self._choices, self._float_bytes = choose(self._graph, self._refused, engines)
+        self._choices, self._float_bytes = choose(self._graph, self._refused, wanted, engines)
         one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
 
     def flat(self, signature: Signature) -> GraphModule:

@@ -14,7 +14,7 @@ from quant2e.dialect import QUANTIZE, qd
 aten = torch.ops.aten
 
 LINEAR = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default})
-_TRANSPOSES = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
+TRANSPOSES = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
 _PRODUCTS = LINEAR - {aten.linear.default}
 CONVOLUTION = frozenset(
     {
@@ -96,7 +96,7 @@ def per_channel_weights(gm: GraphModule) -> None:
     """
     for node in list(gm.graph.nodes):
         user, weight, axis = node, weight_of(node), 1 if node.target in _PRODUCTS else 0
-        if weight is not None and weight.target in _TRANSPOSES:
+        if weight is not None and weight.target in TRANSPOSES:
             user, axis = weight, 1 - axis
             weight = weight.args[0] if isinstance(weight.args[0], Node) else None
         if weight is None or weight.target is not qd.dequantize_per_tensor.default:

@@ -17,14 +17,14 @@ from quant2e.config import QuantizationConfig
 from quant2e.errors import AnnotationError
 from quant2e.observer import PlaceholderObserver
 from quant2e.pattern import short_name
-from quant2e.specs import ANNOTATION, PER_CHANNEL_SCHEMES, EdgeOrNode, QuantizationSpec
+from quant2e.specs import ANNOTATION, PER_CHANNEL_SCHEMES, EdgeOrNode, QuantizationSpec, group_size_of
 from quantizers.configurable import ConfigurableQuantizer
 from quantizers.isa import InstructionSet
 from quantizers.observers import activation_observer, weight_observer
 from quantizers.rule import Rule
 from quantizers.x86_policy import RangePolicy, check_policy, note, ranged
 from quantizers.x86_range import link
-from quantizers.x86_rules import ACTIVATIONS, FUSED, capabilities, dynamic_rules, half_rules, static_rules
+from quantizers.x86_rules import ACTIVATIONS, FUSED, capabilities, dynamic_rules, static_rules, weight_only_rules
 
 
 def get_default_x86_inductor_quantization_config(
@@ -74,13 +74,16 @@ class X86InductorQuantizer(ConfigurableQuantizer):
     """Annotates what Inductor lowers to oneDNN's int8 kernels on x86.
 
     Static: conv1d, conv2d and linear with fused activations and additions; cat, pooling and reshapes between them;
-    matmul where it is asked for by name. Dynamic: linear. Float16 weights: linear.
+    matmul where it is asked for by name. Dynamic: linear. Weight-only: linear, with int8 weights (``"w8"``), 4 bits in
+    groups (``"w4-g32"``) or float16 ones.
 
     ``isa``: the machine to quantize for, by name (``"avx512_vnni"``) or described; this one by default.
     ``range_policy``: what keeps int8 kernels exact there, see `quantizers.x86_policy.RangePolicy`.
     """
 
     has_linear: ClassVar[bool] = True
+    takes_groups: ClassVar[bool] = True
+    recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic", "w8", "w4-g32")
     float_ops: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             [
@@ -130,25 +133,28 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         activation, weight = config.input_activation, config.weight
         if _is_half(config):
             return config
-        if activation is None:
+        if weight is None or weight.dtype is not torch.int8 or weight.qscheme not in PER_CHANNEL_SCHEMES:
             raise AnnotationError(
-                "a config without input_activation is weight-only, which Inductor on x86 lowers for float16 weights of "
-                "linear only: get_x86_inductor_linear_dynamic_fp16_config()"
+                "the weight must be torch.int8 per channel or, for weight-only linear layers, in groups"
+            )
+        size = group_size_of(weight)
+        if activation is None:
+            return config
+        if size is not None:
+            raise AnnotationError(
+                f"weights in groups of {size}, and a quantized activation: int8 kernels know one weight scale per output "
+                "channel. Groups are for weight-only linear layers, 'w4-g32'"
             )
         if activation.dtype is not torch.uint8:
             raise AnnotationError(
                 f"input_activation has dtype {activation.dtype}; this backend computes on torch.uint8"
             )
-        if weight is None or weight.dtype is not torch.int8 or weight.qscheme not in PER_CHANNEL_SCHEMES:
-            raise AnnotationError(
-                "the weight must be torch.int8 per channel: Inductor lowers no other kind to integers"
-            )
         return config
 
     def table(self, config: Any) -> Sequence[Rule]:
         """The rules of the backend for one configuration."""
-        if _is_half(config):
-            return half_rules(config)
+        if config.input_activation is None:
+            return weight_only_rules(config)
         exact = ranged(config, self._range_policy, self._isa)
         return dynamic_rules(exact) if config.input_activation.is_dynamic else static_rules(exact)
 
@@ -158,6 +164,8 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         kernel = None if producer is None or ANNOTATION not in producer.meta else short_name(producer.target)
         fused = next((names for kind, names in FUSED.items() if kernel and kernel.startswith(kind)), ())
         name = short_name(node.target).removesuffix("_")
+        if config is None or config.input_activation is None:
+            return super().uncovered(node, config)
         if producer is None or not fused or name in fused or name not in ACTIVATIONS:
             return super().uncovered(node, config)
         return (
@@ -171,7 +179,7 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     def notes_on_configs(self) -> Sequence[str]:
         """Which ranges are used, and why."""
-        return [note(c, self._range_policy, self._isa) for c in self.configs() if not _is_half(c)]
+        return [note(c, self._range_policy, self._isa) for c in self.configs() if c.input_activation is not None]
 
     @classmethod
     def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:

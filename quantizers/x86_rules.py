@@ -7,6 +7,7 @@ that no kernel can take in costs nothing: it is computed in float behind the ker
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.fx import Node
 
 from quant2e.dataflow import operand
 from quant2e.pattern import Match, Op, Pattern, op, short_name
+from quant2e.specs import group_size_of
 from quantizers import families as f
 from quantizers.conditions import in_eval_mode, same_shape, spatial
 from quantizers.provenance import literal
@@ -98,9 +100,17 @@ def dynamic_rules(config: Any) -> tuple[Rule, ...]:
     )
 
 
-def half_rules(config: Any) -> tuple[Rule, ...]:
-    """Linear with weights in float16."""
-    return (Rule(f.linear, {"w": config.weight}, name="linear, float16 weight"),)
+def weight_only_rules(config: Any) -> tuple[Rule, ...]:
+    """Linear with weights in float16, in 8 bits or fewer per output channel, or in groups."""
+    kind = "float16 weight" if config.weight.dtype is torch.float16 else "weight only"
+    whole = partial(_whole_groups, group_size_of(config.weight))
+    return (Rule(f.linear, {"w": config.weight}, when=whole, name=f"linear, {kind}"),)
+
+
+def _whole_groups(group_size: int | None, match: Match) -> bool | str:
+    weight, _ = match.edges["w"]
+    columns = weight.meta["val"].shape[-1]
+    return group_size is None or columns % group_size == 0 or f"its {columns} inputs are no multiple of {group_size}"
 
 
 def capabilities(static: Any, dynamic: Any) -> Mapping[str, tuple[str, ...]]:

@@ -95,13 +95,18 @@ PRODUCTS = [
     Product(x=(3, 16), weight=(8, 16), bias=False, integers=True),
     Product(x=(2, 8, 9, 9), weight=(8, 1, 3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=8),
     Product(x=(1, 4, 9, 9), weight=(8, 4, 3, 3), stride=(1, 1), padding=(0, 1), dilation=(2, 2), integers=True),
+    Product(x=(3, 64), weight=(8, 64), float_rows=True, group=64),
+    Product(x=(1, 64), weight=(8, 64), float_rows=True, group=32, packed=True, bias=False),
 ]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.name)
 @pytest.mark.parametrize("product", PRODUCTS, ids=str)
-def test_engines_compute_every_product(engine, product):
-    engine.prepare(product)()
+def test_engines_compute_what_they_say(engine, product):
+    run = engine.prepare(product)
+    assert (run is not None) == engine.computes(product)
+    if run is not None:
+        run()
 
 
 # ------------------------------------------------------------------------------------------------------ products
@@ -172,9 +177,9 @@ def test_weights_without_a_kernel_are_not_dequantized_at_each_call():
         lambda m, x: F.linear(x, m.w()) @ m.v().t(), x, w=Weight(torch.randn(8, 16)), v=Weight(torch.randn(3, 8), None)
     )
     gm = private_copy(model)
-    choices, size = choose(gm, {}, "measured")
+    choices, size = choose(gm, {}, "float")
     gm.recompile()
-    assert (choices, size) == ({}, (8 * 16 + 3 * 8) * 4)
+    assert ({n: c.engine for n, c in choices.items()}, size) == ({"linear": "float"}, (8 * 16 + 3 * 8) * 4)
     assert not [node for node in gm.graph.nodes if "dequantize" in str(node.target)]
     assert torch.equal(gm(x)[0], model(x))
 
@@ -182,7 +187,7 @@ def test_weights_without_a_kernel_are_not_dequantized_at_each_call():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("fbgemm", "no engine 'fbgemm': give 'measured', or one of onednn, float"),
+        ("fbgemm", "no engine 'fbgemm': give 'measured', or one of onednn, few_rows, float"),
         ({"lin": "float"}, "names the op 'lin'.*it has linear"),
     ],
 )

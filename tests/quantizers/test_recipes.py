@@ -157,7 +157,11 @@ def test_the_observer_and_the_smallest_scale_of_the_backend_stay():
         (XNNPACKQuantizer, "w8", r"XNNPACKQuantizer does not run 'w8': .*weight-only.*It runs 'w8a8', 'w8a8-dynamic'"),
         (XNNPACKQuantizer, "a16w8", r"int16; XNNPACK computes on torch.int8 only.* It runs 'w8a8'"),
         (XNNPACKQuantizer, "w8a8-asym", "XNNPACK ignores zero points of weights"),
-        (X86InductorQuantizer, "w8", r"X86InductorQuantizer does not run 'w8': .*It runs 'w8a8', 'w8a8-dynamic'"),
+        (
+            X86InductorQuantizer,
+            "w4a8-g32",
+            r"groups of 32.*Groups are for weight-only .*It runs 'w8a8', 'w8a8-dynamic', 'w8'",
+        ),
         (X86InductorQuantizer, "a16w8", r"torch.int16; this backend computes on torch.uint8.*It runs 'w8a8'"),
         (X86InductorQuantizer, "w8a8-tensor", "must be torch.int8 per channel"),
         (X86InductorQuantizer, recipe("w8a8", activation={"symmetric": True, "range": (0, 127)}), "zero point at 128"),

@@ -225,7 +225,7 @@ def test_configs_are_values():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: static().set_global(QuantizationConfig(None, None, config().weight, None)), "is weight-only"),
+        (lambda: static().set_global("w8-tensor"), "must be torch.int8 per channel"),
         (lambda: static().set_global(QuantizationConfig(config().weight, None, config().weight, None)), "computes on torch.uint8"),
         (
             lambda: static().set_global(QuantizationConfig(config().input_activation, None, None, None)),

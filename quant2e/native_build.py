@@ -1,0 +1,111 @@
+"""Compiles the C++ of this project: once per machine, with the user's compiler, into a folder that is only the user's.
+
+No header of torch is used, only its stable C interface, so that any C++ compiler does, in about a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
+_WISHES = (("-march=native",), ())
+"""Flags to try in turn: not every compiler has them."""
+
+_BUILD_SECONDS = 120
+
+_TORCH = Path(torch.__file__).parent / "lib"
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: ``$QUANT2E_CACHE_DIR``, or quant2e's folder in the user's cache."""
+    chosen = os.environ.get("QUANT2E_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(chosen) if chosen else Path(base) / "quant2e"
+
+
+def built(source: Path, *included: Path, flags: tuple[str, ...] = ()) -> Path | None:
+    """The compiled library of ``source``, made now if it is not there yet; None without a compiler.
+
+    ``included``: the files it includes, which a library is bound to as well. ``flags``: for
+    this library. Switched off by ``QUANT2E_NATIVE=0``. Raises
+    OSError, RuntimeError and `subprocess.SubprocessError` when the compiler fails.
+    """
+    compiler = None if os.environ.get("QUANT2E_NATIVE") == "0" else _compiler()
+    if compiler is None:
+        return None
+    folder = _private(cache_folder())
+    path = folder / f"{source.stem}-{_fingerprint(compiler, (source, *included), flags)}.so"
+    if path.exists():
+        return path
+    handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
+    os.close(handle)
+    part = Path(name)
+    try:
+        _compile(compiler, source, part, flags)
+        part.replace(path)  # processes that build at the same time replace each other's equal file
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _compiler() -> str | None:
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def _private(folder: Path) -> Path:
+    """``folder``, made when missing; a fresh one when others could put a library there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = folder.stat()
+        mine = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+        if mine and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="quant2e-"))
+
+
+def _fingerprint(compiler: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
+    """Of all that the compiled code depends on: sources, flags, torch, compiler, processor."""
+    parts = [*(source.read_bytes() for source in sources), repr((_FLAGS, _WISHES, flags, torch.__version__)).encode()]
+    parts += [compiler.encode(), _processor().encode()]
+    parts.append(str(Path(compiler).resolve().stat().st_mtime_ns).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
+
+
+def _compile(compiler: str, source: Path, target: Path, flags: tuple[str, ...]) -> None:
+    complaint = ""
+    for wishes in _WISHES:
+        command = [
+            compiler,
+            *_FLAGS,
+            *flags,
+            *wishes,
+            str(source),
+            "-o",
+            str(target),
+            f"-L{_TORCH}",
+            "-ltorch_cpu",
+            "-lm",
+        ]
+        done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, check=False)  # noqa: S603 - the user's compiler
+        if done.returncode == 0:
+            return
+        complaint = done.stderr.decode(errors="replace")[-500:]
+    raise RuntimeError(f"{compiler} cannot compile {source.name}: {complaint}")
