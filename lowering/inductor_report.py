@@ -240,9 +240,7 @@ def _speed(choices: Mapping[str, Choice], ops: Sequence[LoweredOp]) -> Iterator[
     """What the times of the products say about the whole program beside a float one."""
     alone = {name for name, choice in choices.items() if choice.product.float_rows}
     computes = [
-        op
-        for op in ops
-        if op.target in _PRODUCTS and op.name not in alone and not op.reason.startswith(_WEIGHT_ONLY)
+        op for op in ops if op.target in _PRODUCTS and op.name not in alone and not op.reason.startswith(_WEIGHT_ONLY)
     ]
     if computes and not any(op.int8 for op in computes):
         yield (
