@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def measure(size: str, tokens: int, threads: int, rounds: int) -> dict[str, str]
         programs[scheme] = lowering.to_inductor(result)
         wanted, got = programs["float"](ids), programs[scheme](ids)
         noise[scheme] = float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
-    seconds = medians({name: lambda program=program: program(ids) for name, program in programs.items()}, rounds)
+    seconds = medians({name: partial(program, ids) for name, program in programs.items()}, rounds)
     speed = bandwidth()
     row = {"model": f"{size}, {weights / 1e6:.0f} M weights", "tokens": str(tokens), "threads": str(threads)}
     for name, value in seconds.items():
