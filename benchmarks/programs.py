@@ -1,6 +1,6 @@
 """The same model as an ExecuTorch program by two ways: ExecuTorch's own flow, and ours.
 
-Both calibrate on one random batch and lower to the XNNPACK delegate. ``static``: activations quantized with fixed
+Both calibrate on the batches they are given, or on the one they capture with, and lower to the XNNPACK delegate. ``static``: activations quantized with fixed
 scales; ``dynamic``: linears with activations quantized at run time; ``float``: nothing quantized. Weights have a scale
 per output channel.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,20 +45,21 @@ def _program(buffer: bytes, report: lowering.Delegation, seconds: float) -> Prog
     return Program(buffer=buffer, delegates=delegates, left=dict(left.most_common()), seconds=seconds)
 
 
-def ours(model: nn.Module, inputs: Inputs, scheme: str) -> Program:
+def ours(model: nn.Module, inputs: Inputs, scheme: str, calibration: Sequence[Inputs] = ()) -> Program:
     """Captured, quantized and lowered by us."""
     start = time.perf_counter()
     graph: Any = quant2e.capture(model, inputs)
     if scheme != "float":
         config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=scheme == "dynamic")
         graph = quant2e.prepare_pt2e(graph, XNNPACKQuantizer().set_global(config))
-        graph(*inputs)
+        for batch in calibration or [inputs]:
+            graph(*batch)
         graph = quant2e.convert_pt2e(graph)
     program = lowering.to_executorch(graph, inputs, verify=False)
     return _program(program.buffer, program.report, time.perf_counter() - start)
 
 
-def theirs(model: nn.Module, inputs: Inputs, scheme: str) -> Program:
+def theirs(model: nn.Module, inputs: Inputs, scheme: str, calibration: Sequence[Inputs] = ()) -> Program:
     """Captured, quantized by torchao with ExecuTorch's quantizer, and lowered as ExecuTorch documents it."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as peer
@@ -71,7 +72,8 @@ def theirs(model: nn.Module, inputs: Inputs, scheme: str) -> Program:
     if scheme != "float":
         config = peer.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=scheme == "dynamic")
         graph = prepare_pt2e(graph, peer.XNNPACKQuantizer().set_global(config))
-        graph(*inputs)
+        for batch in calibration or [inputs]:
+            graph(*batch)
         graph = convert_pt2e(graph)
     edge = to_edge_transform_and_lower(torch.export.export(graph, inputs), partitioner=[XnnpackPartitioner()])
     report = delegation_of(edge.exported_program().graph_module, {}, {})
@@ -81,4 +83,4 @@ def theirs(model: nn.Module, inputs: Inputs, scheme: str) -> Program:
     return _program(buffer, report, time.perf_counter() - start)
 
 
-FLOWS: Mapping[str, Callable[[nn.Module, Inputs, str], Program]] = {"ExecuTorch's flow": theirs, "quant2e": ours}
+FLOWS: Mapping[str, Callable[..., Program]] = {"ExecuTorch's flow": theirs, "quant2e": ours}
