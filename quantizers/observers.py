@@ -6,6 +6,7 @@ In training, activations and weights follow a moving average (constant 0.01), as
 from __future__ import annotations
 
 from quant2e.fake_quant import FakeQuantize, FusedMovingAvgObsFakeQuantize
+from quant2e.group_observer import PerGroupMinMaxObserver
 from quant2e.observer import (
     HistogramObserver,
     MinMaxObserver,
@@ -15,6 +16,9 @@ from quant2e.observer import (
     PlaceholderObserver,
 )
 from quant2e.observer_base import ObserverFactory
+
+TRAINED_AVERAGE = 0.01
+"""How fast ranges follow in training."""
 
 _EACH_BATCH = MovingAverageMinMaxObserver.with_args(averaging_constant=1)
 
@@ -32,6 +36,15 @@ def weight_observer(is_per_channel: bool, is_qat: bool) -> ObserverFactory:
         averages = MovingAveragePerChannelMinMaxObserver if is_per_channel else MovingAverageMinMaxObserver
         return FusedMovingAvgObsFakeQuantize.with_args(observer=averages)
     return (PerChannelMinMaxObserver if is_per_channel else MinMaxObserver).with_args()
+
+
+def group_observer(group_size: int, is_qat: bool) -> ObserverFactory:
+    """The observer, or fake-quantizer, of a weight with a scale for each ``group_size`` neighbours in a row."""
+    if is_qat:
+        return FakeQuantize.with_args(
+            observer=PerGroupMinMaxObserver, averaging_constant=TRAINED_AVERAGE, group_size=group_size
+        )
+    return PerGroupMinMaxObserver.with_args(group_size=group_size)
 
 
 def table_observer(is_qat: bool) -> ObserverFactory:

@@ -33,6 +33,7 @@ from quant2e.observer import (
     PerChannelMinMaxObserver,
 )
 from quant2e.specs import QuantizationSpec
+from quantizers.observers import group_observer
 
 _NUMBERS = re.compile(r"(?:w(?P<w>\d+)(?:a(?P<a>\d+))?|a(?P<a_first>\d+)w(?P<w_last>\d+))")
 _GRAMMAR = (
@@ -126,6 +127,9 @@ class Numbers:
 
     def _group_observer(self, own: Any, group_size: int) -> Any:
         given = own if self.observer is None else self.observer
+        if self.observer is None and _trains(own):
+            kept = {key: value for key, value in _arguments(own).items() if key != "observer"}
+            return group_observer(group_size, True).with_args(**kept, **({} if self.eps is None else {"eps": self.eps}))
         made = getattr(getattr(given, "p", given), "func", given)
         if made not in (MinMaxObserver, PerChannelMinMaxObserver, PerGroupMinMaxObserver):
             name = getattr(made, "__name__", made)

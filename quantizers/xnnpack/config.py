@@ -7,10 +7,8 @@ from functools import lru_cache
 import torch
 
 from quant2e.config import QuantizationConfig
-from quant2e.errors import AnnotationError
-from quant2e.group_observer import PerGroupMinMaxObserver
 from quant2e.specs import QuantizationSpec
-from quantizers.observers import activation_observer, weight_observer
+from quantizers.observers import activation_observer, group_observer, weight_observer
 
 ACTIVATION_EPS = 2**-12
 """Smallest scale of a static activation: the delegate bounds the ratios of scales."""
@@ -39,16 +37,11 @@ def get_symmetric_quantization_config(
     configs. ``is_qat``: the specs make fake-quantizers, for `quant2e.prepare_qat_pt2e`.
     ``weight_qmin=-8, weight_qmax=7`` is what XNNPACK stores in 4 bits, with ``is_dynamic`` only. ``group_size``: one scale
     for so many neighbours in a row of a weight, a multiple of 32; 4 bits unless bounds are given.
-    Raises `AnnotationError` for groups that are trained.
     """
     if group_size is not None:
-        if is_qat:
-            raise AnnotationError(
-                f"group_size={group_size} with is_qat=True: no configuration for training has groups; train per channel"
-            )
         if (weight_qmin, weight_qmax) == (-127, 127):
             weight_qmin, weight_qmax = -8, 7
-        observer = PerGroupMinMaxObserver.with_args(group_size=group_size, scale_dtype=torch.bfloat16, eps=WEIGHT_EPS)
+        observer = group_observer(group_size, is_qat).with_args(scale_dtype=torch.bfloat16, eps=WEIGHT_EPS)
     else:
         observer = weight_observer(is_per_channel, is_qat).with_args(eps=WEIGHT_EPS)
     per_channel = is_per_channel or group_size is not None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lowering
-from quant2e import AnnotationError, load, quantize
+from quant2e import AnnotationError, capture, convert_pt2e, load, prepare_qat_pt2e, quantize
 from quant2e.interop import attribute
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quantizers.models import IMAGE, annotated, reasons
@@ -74,6 +74,25 @@ def test_what_4_bits_cannot_be_has_its_reason():
     }
 
 
+@pytest.mark.parametrize("given", [config(is_dynamic=True, is_qat=True, group_size=32), "w4a8-dynamic-g32-qat"])
+def test_groups_are_trained_in_as_they_are_stored(given):
+    """What evaluation shows in training is what the converted graph computes, also after the weights have moved."""
+    prepared = prepare_qat_pt2e(capture(model().train(), ROWS), set_to(given))
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.1)
+    before = prepared(*ROWS)
+    for _ in range(3):
+        optimizer.zero_grad()
+        prepared(*ROWS).square().sum().backward()
+        optimizer.step()
+    prepared.eval()
+    trained = prepared(*ROWS)
+    assert not torch.equal(trained, before)
+    converted = convert_pt2e(prepared)
+    assert torch.equal(converted(*ROWS), trained)
+    scale = attribute(converted, "0.weight_scale")
+    assert (tuple(scale.shape), torch.equal(scale, scale.bfloat16().float())) == ((48, 2), True)
+
+
 @pytest.mark.parametrize("recipe", ["w4a8-dynamic", "w4a8-dynamic-g32"])
 def test_by_name(recipe):
     named, spelled = set_to(recipe), set_to(IN_GROUPS if recipe.endswith("g32") else PER_CHANNEL)
@@ -96,7 +115,6 @@ def test_by_name(recipe):
             {"group_size": 32, "is_dynamic": True, "weight_qmin": -127, "weight_qmax": 126},
             r"weights in \[-127, 126\] and groups",
         ),
-        ({"group_size": 32, "is_dynamic": True, "is_qat": True}, "no configuration for training has groups"),
     ],
 )
 def test_what_xnnpack_cannot_store_is_refused(arguments, message):
