@@ -85,6 +85,7 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
         Rule(_added(_IDLE(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
         Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
         Rule(op(aten.matmul.default, aten.bmm.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
+        Rule(f.mul(f.x, f.y), {"x": act, "y": act}, when=_equal_factors, name="mul", opt_in=True),
         Rule(pools, moved, Same("x"), name="pool"),
         Rule(f.cat(f.x), {"x": Follow(act, every=True)}, Same("x"), name="cat"),
         Rule(reshapes, moved, Same("x"), _before_a_kernel, "reshape"),
@@ -122,6 +123,13 @@ def capabilities(static: Any, dynamic: Any) -> Mapping[str, tuple[str, ...]]:
 def _equal_shapes(match: Match) -> bool | str:
     other, add = match.edges["y"]
     return same_shape(match, other, add)
+
+
+def _equal_factors(match: Match) -> bool | str:
+    (left, node), (right, _) = match.edges["x"], match.edges["y"]
+    return same_shape(match, left, node) is True and same_shape(match, right, node) is True or (
+        "its operands are not two tensors of its own shape"
+    )
 
 
 _KERNELS = frozenset({"conv1d", "conv2d", "convolution", "linear", "matmul"})

@@ -261,3 +261,17 @@ def test_what_scripts_read():
         n.name for n in gm.graph.nodes if ANNOTATION in n.meta and n.meta[ANNOTATION]._is_output_of_quantized_pattern
     ]
     assert ends == ["relu_", "relu6", "relu__1", "max_pool2d", "adaptive_avg_pool2d", "flatten", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("other", "asked", "quantized"),
+    [((4, 8), True, True), ((8,), True, False), ((4, 8), False, False)],
+)
+def test_products_of_tensors_are_quantized_where_they_are_asked_for(other, asked, quantized):
+    quantizer = static()
+    if asked:
+        quantizer.set_function_type_qconfig(torch.mul, config(reduce_range=False))
+    gm = annotated(Of(lambda _, x, y: x * y), (torch.randn(4, 8), torch.randn(other)), quantizer)
+    assert [n.name for n in gm.graph.nodes if ANNOTATION in n.meta] == ["mul"] * quantized
+    if asked and not quantized:
+        assert reasons(gm, quantizer) == {"mul": "rule 'mul': its operands are not two tensors of its own shape"}
