@@ -127,8 +127,10 @@ def _equal_shapes(match: Match) -> bool | str:
 
 def _equal_factors(match: Match) -> bool | str:
     (left, node), (right, _) = match.edges["x"], match.edges["y"]
-    return same_shape(match, left, node) is True and same_shape(match, right, node) is True or (
-        "its operands are not two tensors of its own shape"
+    return (
+        same_shape(match, left, node) is True
+        and same_shape(match, right, node) is True
+        or ("its operands are not two tensors of its own shape")
     )
 
 
