@@ -48,12 +48,14 @@ class Follow:
 
     The rule applies only where a producer that is quantized feeds one of the operands that follow: an op that moves
     values costs nothing inside a quantized region, and gains nothing outside. ``every``: all of those producers are.
-    ``inputs``: what the model is called with counts as quantized.
+    ``inputs``: what the model is called with counts as quantized; with ``read``, only where something quantized reads the
+    result, perhaps behind further ops that follow.
     """
 
     spec: Any
     every: bool = False
     inputs: bool = False
+    read: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,7 @@ class _Pass:
     computed: set[Node] = field(default_factory=set)
     trials: Trials = field(default_factory=Trials)
     written: dict[Node, WrittenInSight] = field(init=False)
+    following: frozenset[Any] = frozenset()
 
     def __post_init__(self) -> None:
         self.provenance = Provenance(self.gm)
@@ -142,6 +143,7 @@ class _Pass:
     def run(self) -> dict[str, str]:
         """Annotate; answer why the other float ops are not."""
         own, following = self._index()
+        self.following = frozenset(following)
         calls = list(self.choices)
         for node in reversed(calls):
             found = list(self._matches(own, node))
@@ -268,12 +270,27 @@ class _Pass:
         following = {name: spec for name, spec in rule.operands.items() if isinstance(spec, Follow)}
         quantized = {
             name: [
-                self.is_quantized(p) or (spec.inputs and p.op == "placeholder") for p, _ in match.operands.get(name, ())
+                self.is_quantized(p) or (spec.inputs and p.op == "placeholder" and (not spec.read or self._is_read(match.root)))
+                for p, _ in match.operands.get(name, ())
             ]
             for name, spec in following.items()
         }
         every = all(all(quantized[name]) for name, spec in following.items() if spec.every)
         return every and any(any(answers) for answers in quantized.values())
+
+    def _is_read(self, node: Node) -> bool:
+        """Whether an op that is annotated reads a node as integers, perhaps behind ops of rules that follow."""
+        waiting, seen = [node], {node}
+        while waiting:
+            current = waiting.pop()
+            for user in current.users:
+                spec = getattr(user.meta.get(ANNOTATION), "input_qspec_map", {}).get(current)
+                if spec is not None and not getattr(spec, "is_dynamic", False):
+                    return True
+                if user.target in self.following and ANNOTATION not in user.meta and user not in seen:
+                    seen.add(user)
+                    waiting.append(user)
+        return False
 
     def is_quantized(self, node: Node) -> bool:
         """Whether the output of a node is, or costs nothing to have, as integers."""

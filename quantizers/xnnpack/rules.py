@@ -53,7 +53,7 @@ def static_rules(config: Any, alone: Callable[[Match], bool | str] | None = None
     deconv = product | {"w": replace(weight, ch_axis=1) if per_channel else weight}
     limit = limits.ungrouped if per_channel else None
     padded = _clamped(f.conv1d(_PADDED, f.w, f.b)) | _clamped(f.conv2d(_PADDED, f.w, f.b))
-    both = {"x": act, "y": act}
+    both, read = {"x": act, "y": act}, Follow(act, inputs=True, read=True)
     return (
         Rule(padded, product, out, name="pad + conv"),
         Rule(_clamped(f.conv1d) | _clamped(f.conv2d) | _clamped(_CONVOLUTION), product, out, name="conv"),
@@ -63,10 +63,10 @@ def static_rules(config: Any, alone: Callable[[Match], bool | str] | None = None
         Rule(f.sub(f.x, f.y), both, out, alone, "sub"),
         Rule(f.mul(f.x, f.y), both, out, alone, "mul"),
         Rule(f.cat(f.x), {"x": Follow(act, inputs=True)}, Same("x"), name="cat"),
-        Rule(_MAX_POOL(f.x), {"x": Follow(act)}, Same("x"), name="max_pool2d"),
+        Rule(_MAX_POOL(f.x), {"x": read}, Same("x"), name="max_pool2d"),
         Rule(_MEAN(f.x) | _GLOBAL_POOL(f.x), {"x": Follow(act, inputs=True)}, out, name="mean"),
         Rule(_CLAMP(f.x), {"x": Follow(act)}, Same("x"), name="clamp"),
-        Rule(f.moves, {"x": Follow(act)}, Same("x"), name="moves"),
+        Rule(f.moves, {"x": read}, Same("x"), name="moves"),
     )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from quant2e import AnnotationError, Quant2eError, quantize
 from quant2e.interop import attribute
+from quant2e.specs import ANNOTATION
 from quantizers import QuantizationConfig, XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quantizers.models import IMAGE, ROWS, TOKENS, Attention, Of, Residual, annotated, annotations, reasons
 
@@ -142,7 +143,7 @@ CONV = nn.Conv2d(3, 4, 3)
             )
         ),
         (Of(lambda m, x: x + x), ROWS, ["add: inputs_0 a -> a  [add]"]),
-        (Of(lambda m, x: x - x.flip(0)), ROWS, ["sub: inputs_0 a, flip a -> a  [sub]"]),
+        (Of(lambda m, x: x - x.flip(0)), ROWS, ["flip: inputs_0 a -> = inputs_0>flip  [moves]", "sub: inputs_0 a, flip a -> a  [sub]"]),
         (Of(lambda m, x: torch.sub(x, x.flip(0), alpha=2)), ROWS, []),
         (Of(lambda m, x: F.relu(x * x)), ROWS, ["mul: inputs_0 a -> a  [mul]", "relu: mul = mul -> = mul>relu  [clamp]"]),
         # numbers become tensors
@@ -332,3 +333,27 @@ def test_capabilities():
         "dynamic linear", "dynamic conv2d",
     }  # fmt: skip
     assert able["linear"] == ("hardtanh|relu|relu6(linear(x, w, b?))", "linear(x, w, b?)")
+
+
+def test_moves_of_an_input_are_integers_where_a_kernel_reads_them():
+    def moved(m, x):
+        return (
+            m.linear(x.permute(0, 2, 1).reshape(6, 12)),
+            F.max_pool2d(x.unsqueeze(1), 2).flatten(1),
+            x.permute(0, 2, 1),
+        )
+
+    quantizer = static()
+    gm = annotated(Of(moved, linear=nn.Linear(12, 5)), (torch.randn(2, 12, 3),), quantizer)
+    assert [n.name for n in gm.graph.nodes if ANNOTATION in n.meta] == ["permute", "reshape", "linear"]
+    why = reasons(gm, quantizer)
+    nothing = "its input is not quantized, so there is nothing to continue"
+    assert why == {
+        name: f"rule '{rule}': {nothing}"
+        for name, rule in {
+            "unsqueeze": "moves",
+            "max_pool2d": "max_pool2d",
+            "flatten": "moves",
+            "permute_1": "moves",
+        }.items()
+    }
