@@ -1,6 +1,6 @@
 """Runs quantizers of other libraries through their own flow and through ours; prints what happened as JSON.
 
-A script, because importing these libraries changes global state: ``python guest_runner.py torchao|executorch``.
+A script, because importing these libraries changes global state: ``python guest_runner.py torchao|executorch|others``.
 """
 
 import copy
@@ -98,6 +98,24 @@ MODELS = {
 }
 
 
+RARE = {
+    **{name: MODELS[name] for name in ("residual add", "attention")},
+    "norms": (
+        Fn(lambda m, x: torch._softmax(m.a(x), -1, False), a=seq(nn.Linear(8, 8), nn.RMSNorm(8), nn.LayerNorm(8))),
+        (2, 5, 8),
+    ),
+    "conv1d bn relu": (
+        seq(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 3), nn.ReLU()),
+        (2, 4, 10),
+    ),
+    "weights alone": (
+        Fn(lambda m, x: m.b(m.a(x).transpose(1, 2))[0], a=nn.Conv1d(4, 8, 3), b=nn.GRU(8, 8, batch_first=True)),
+        (2, 4, 3),
+    ),
+}
+"""Small models on which each of the other quantizers finds something. They are exported strictly: Cadence needs the sources."""
+
+
 def torchao_guests():
     from torchao.quantization.pt2e.quantizer.embedding_quantizer import EmbeddingQuantizer
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
@@ -147,6 +165,46 @@ def executorch_guests():
         "xnnpack per tensor": xnnpack(),
         "xnnpack per channel": xnnpack(is_per_channel=True),
         "xnnpack dynamic": xnnpack(is_per_channel=True, is_dynamic=True),
+    }
+
+
+def other_guests():
+    """Every other quantizer that imports, but for Core ML's: it exports hundreds of patterns for a model, in many minutes."""
+    from executorch.backends.cadence.aot.quantizer import quantizer as cadence
+    from executorch.backends.example.example_quantizer import ExampleQuantizer
+    from executorch.backends.samsung.quantizer.quantizer import EnnQuantizer
+    from executorch.backends.vulkan.quantizer import vulkan_quantizer as vulkan
+    from torchao.quantization.pt2e.quantizer import arm_inductor_quantizer as arm
+    from torchao.quantization.pt2e.quantizer import xpu_inductor_quantizer as xpu
+    from torchao.quantization.pt2e.quantizer.composable_quantizer import ComposableQuantizer
+
+    def set_global(quantizer, config, **options):
+        return lambda: quantizer().set_global(config(**options))
+
+    known = torchao_guests()
+    cadences = (
+        "Default",
+        "Nop",
+        "RmsNormNop",
+        "WithLayerNorm",
+        "WakeWord",
+        "FusedConvRelu",
+        "W8A32Mixed",
+        "WithSoftmax",
+    )
+    cadences += tuple(f"With16Bit{op}Activations" for op in ("Linear", "Conv", "Matmul"))
+    return {
+        "arm static": set_global(arm.ArmInductorQuantizer, arm.get_default_arm_inductor_quantization_config),
+        "arm dynamic": set_global(
+            arm.ArmInductorQuantizer, arm.get_default_arm_inductor_quantization_config, is_dynamic=True
+        ),
+        "xpu": set_global(xpu.XPUInductorQuantizer, xpu.get_default_xpu_inductor_quantization_config),
+        "composable": lambda: ComposableQuantizer([known["embedding"](), known["x86 static"]()]),
+        "example": ExampleQuantizer,
+        "enn": EnnQuantizer,
+        "vulkan": set_global(vulkan.VulkanQuantizer, vulkan.get_symmetric_quantization_config),
+        "vulkan dynamic": set_global(vulkan.VulkanQuantizer, vulkan.get_symmetric_quantization_config, is_dynamic=True),
+        **{f"cadence {name}": getattr(cadence, f"Cadence{name}Quantizer") for name in cadences},
     }
 
 
@@ -210,14 +268,14 @@ def initialize(model):
             nn.init.uniform_(module.running_var, 0.5, 2.0)
 
 
-def main(guests):
+def main(guests, models=MODELS, strict=False):
     results = {}
-    for name, (model, shape) in MODELS.items():
+    for name, (model, shape) in models.items():
         initialize(model)
         batches = data(shape)
         model.eval()
-        program = torch.export.export(model, batches[0])
-        captured = capture(model, batches[0])
+        program = torch.export.export(model, batches[0], strict=strict)
+        captured = capture(program if strict else model, batches[0])
         for guest, make in guests.items():
             if guest == "embedding" and name != "embedding":
                 continue
@@ -227,4 +285,8 @@ def main(guests):
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(main({"torchao": torchao_guests, "executorch": executorch_guests}[sys.argv[1]]())))
+    library = sys.argv[1]
+    if library == "others":
+        print(json.dumps(main(other_guests(), RARE, strict=True)))
+    else:
+        print(json.dumps(main({"torchao": torchao_guests, "executorch": executorch_guests}[library]())))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.quant2e.guest_runner import MODELS
+from tests.quant2e.guest_runner import MODELS, RARE
 
 RUNNER = Path(__file__).with_name("guest_runner.py")
 GUESTS = {
@@ -24,13 +24,36 @@ REFUSED = {
     for model in ("residual add in place", "cat of cat")
 }
 UNQUANTIZED = {("xnnpack dynamic", "conv1d")}
+OTHERS = {
+    "arm static": (5, 8, 2, 0, 0),
+    "arm dynamic": (5, 8, 2, 0, 0),
+    "xpu": (5, 8, 2, 4, 0),
+    "composable": (5, 8, 2, 4, 0),
+    "example": (7, 14, 3, 0, 0),
+    "enn": (8, 26, 8, 5, 4),
+    "vulkan": (0, 4, 1, 0, 0),
+    "vulkan dynamic": (0, 8, 2, 0, 0),
+    "cadence Default": (10, 22, 4, 9, 4),
+    "cadence Nop": (0, 0, 0, 0, 0),
+    "cadence RmsNormNop": (0, 0, 0, 0, 0),
+    "cadence WithLayerNorm": (10, 22, 6, 9, 4),
+    "cadence WakeWord": (11, 24, 4, 9, 4),
+    "cadence FusedConvRelu": (9, 24, 4, 7, 4),
+    "cadence W8A32Mixed": (0, 0, 0, 0, 6),
+    "cadence WithSoftmax": (10, 22, 6, 9, 4),
+    "cadence With16BitLinearActivations": (0, 16, 4, 0, 0),
+    "cadence With16BitConvActivations": (8, 0, 0, 8, 4),
+    "cadence With16BitMatmulActivations": (0, 6, 0, 0, 0),
+}
+"""Dequantize ops of the other quantizers on each of `RARE`. Two of Cadence's quantize nothing, by design."""
 
 
 @cache
 def results(library):
     """One process for each library: importing it changes global state."""
-    if find_spec(library) is None or find_spec("torchao") is None:
-        pytest.skip(f"{library} is not installed")
+    needed = ("executorch", "torchao") if library == "others" else (library, "torchao")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        pytest.skip(f"{', '.join(missing)} not installed")
     run = subprocess.run(
         [sys.executable, str(RUNNER), library],
         capture_output=True,
@@ -57,6 +80,19 @@ def test_bit_equal_to_the_guests_own_flow(library, guest, model):
     assert found["difference"] == 0.0
     assert found["equal"]
     assert (found["quantized"] == 0) == ((guest, model) in UNQUANTIZED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guest", OTHERS)
+def test_the_other_quantizers_too(guest):
+    for model, count in zip(RARE, OTHERS[guest], strict=True):
+        found = results("others")[f"{guest}: {model}"]
+        assert found == {"ours": "", "theirs": "", "quantized": count, "equal": True, "difference": 0.0}, model
+
+
+def test_every_guest_that_imports_is_run():
+    others = {key.partition(":")[0] for key in results("others")}
+    assert others == set(OTHERS)
 
 
 @pytest.mark.slow
