@@ -127,11 +127,8 @@ def _equal_shapes(match: Match) -> bool | str:
 
 def _equal_factors(match: Match) -> bool | str:
     (left, node), (right, _) = match.edges["x"], match.edges["y"]
-    return (
-        same_shape(match, left, node) is True
-        and same_shape(match, right, node) is True
-        or ("its operands are not two tensors of its own shape")
-    )
+    equal = same_shape(match, left, node) is True and same_shape(match, right, node) is True
+    return True if equal else "its operands are not two tensors of its own shape"
 
 
 _KERNELS = frozenset({"conv1d", "conv2d", "convolution", "linear", "matmul"})
