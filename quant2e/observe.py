@@ -62,11 +62,10 @@ def _constructor_arguments(spec: Any) -> dict[str, Any]:
         found = {name: getattr(spec, name, None) for name in names}
     else:
         found = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "observer_or_fake_quant_ctr"}
-    # "ch_axis" is an argument of the per-channel observers alone, whatever library they come from.
-    if (
-        "PerChannel" not in _class_name(spec.observer_or_fake_quant_ctr)
-        and found.get("qscheme") not in PER_CHANNEL_SCHEMES
-    ):
+    # "ch_axis" is an argument of the per-channel observers alone, whatever library they come from. A fake-quantizer of
+    # channels takes it too; where its spec has none, as Core ML's, the observer that it was given has an axis of its own.
+    numbered = found.get("qscheme") in PER_CHANNEL_SCHEMES and found.get("ch_axis") is not None
+    if "PerChannel" not in _class_name(spec.observer_or_fake_quant_ctr) and not numbered:
         found.pop("ch_axis", None)
     return found
 

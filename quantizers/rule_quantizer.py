@@ -270,7 +270,8 @@ class _Pass:
         following = {name: spec for name, spec in rule.operands.items() if isinstance(spec, Follow)}
         quantized = {
             name: [
-                self.is_quantized(p) or (spec.inputs and p.op == "placeholder" and (not spec.read or self._is_read(match.root)))
+                self.is_quantized(p)
+                or (spec.inputs and p.op == "placeholder" and (not spec.read or self._is_read(match.root)))
                 for p, _ in match.operands.get(name, ())
             ]
             for name, spec in following.items()

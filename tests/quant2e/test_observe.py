@@ -1,6 +1,7 @@
 """Observers in the graph: where they stand, one per group, and that taking them out gives the graph back."""
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ from torch.fx import GraphModule
 
 from quant2e.capture import capture
 from quant2e.errors import AnnotationError
+from quant2e.fake_quant import FakeQuantize
 from quant2e.graph_module import copy_graph
 from quant2e.interop import read_plan
 from quant2e.observe import OBSERVER_PREFIX, make_observers, observe
-from quant2e.observer import MinMaxObserver
+from quant2e.observer import MinMaxObserver, PerChannelMinMaxObserver
 from quant2e.plan import DerivedFrom, Edge, Group, Output, Plan
 from quant2e.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec, SharedQuantizationSpec
 from quant2e.text import graph_text
@@ -171,3 +173,19 @@ def test_derived_observers_get_their_sources_in_the_order_written():
     assert on_b.sources == [on_w, on_x]
     long = tuple(Group(derived(Output(f"n{i + 1}")), (Output(f"n{i}"),)) for i in range(10_000))
     assert len(make_observers(Plan((*long, Group(ACT, (Output("n10000"),)))))) == 10_001
+
+
+def test_a_fake_quantizer_of_channels_whose_spec_names_no_axis_takes_that_of_its_observer():
+    """As Core ML's quantizer writes its weights."""
+    spec = SimpleNamespace(
+        dtype=torch.int8,
+        quant_min=-127,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=None,
+        observer_or_fake_quant_ctr=FakeQuantize.with_args(observer=PerChannelMinMaxObserver.with_args(ch_axis=1)),
+    )
+    (made,) = make_observers(Plan((Group(spec, (Output("w"),)),)))
+    made(torch.tensor([[1.0, -127.0], [-2.0, 3.0]]))
+    assert made.ch_axis == 1
+    assert made.calculate_qparams()[0].tolist() == pytest.approx([2 / 127, 1.0])
