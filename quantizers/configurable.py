@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.config import QuantizationConfig
+from quant2e.config import OperatorConfig, QuantizationConfig
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.observer import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from quant2e.pattern import Match
@@ -33,6 +33,7 @@ from quantizers.settings import (
     operator_scope,
     type_scope,
 )
+from quantizers.supported import supported_functions
 
 
 class ConfigurableQuantizer(RuleQuantizer):
@@ -240,6 +241,37 @@ class ConfigurableQuantizer(RuleQuantizer):
         except Quant2eError as error:
             instead = ", ".join(f"'{name}'" for name in self.recipes)
             raise AnnotationError(f"{type(self).__name__} does not run {scheme}: {error}. It runs {instead}") from error
+
+    # ------------------------------------------------------------ what PT2E's quantizers answer
+
+    @classmethod
+    def get_supported_operators(cls) -> list[OperatorConfig]:
+        """The default configurations, each with what its rules match: lists of functions that follow each other."""
+        return [
+            OperatorConfig(config, cls.get_supported_operator_for_quantization_config(config))
+            for config in cls.get_supported_quantization_configs()
+        ]
+
+    @classmethod
+    def get_supported_quantization_configs(cls) -> list[QuantizationConfig]:
+        """The default configurations: static and dynamic, calibrated and trained. Others may run as well."""
+        quantizer, found = cls(), []
+        for is_dynamic, is_qat in ((False, False), (False, True), (True, False), (True, True)):
+            config = quantizer.base_config(is_dynamic=is_dynamic, is_qat=is_qat)
+            if config not in found:
+                found.append(config)
+        return found
+
+    @classmethod
+    def get_supported_operator_for_quantization_config(
+        cls, quantization_config: QuantizationConfig | None
+    ) -> list[list[Callable[..., Any]]]:
+        """Lists of functions that follow each other, as the rules for a configuration match them; of ``None``, for all
+        default configurations. Raises `AnnotationError` for a configuration that the backend cannot run.
+        """
+        quantizer = cls()
+        configs = [quantization_config] if quantization_config else cls.get_supported_quantization_configs()
+        return supported_functions(rule for config in configs for rule in quantizer.table(quantizer.accept(config)))
 
 
 def _base_config(is_dynamic: bool) -> QuantizationConfig:
