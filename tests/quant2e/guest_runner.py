@@ -5,6 +5,7 @@ A script, because importing these libraries changes global state: ``python guest
 
 import copy
 import json
+import operator
 import sys
 import warnings
 
@@ -112,6 +113,7 @@ RARE = {
         Fn(lambda m, x: m.b(m.a(x).transpose(1, 2))[0], a=nn.Conv1d(4, 8, 3), b=nn.GRU(8, 8, batch_first=True)),
         (2, 4, 3),
     ),
+    "one row": (seq(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), (1, 8)),
 }
 """Small models on which each of the other quantizers finds something. They are exported strictly: Cadence needs the sources."""
 
@@ -129,10 +131,8 @@ def torchao_guests():
     return {"x86 static": x86(), "x86 dynamic": x86(is_dynamic=True), "embedding": EmbeddingQuantizer}
 
 
-def remember_patterns():
-    """XNNPACK's quantizer exports its patterns anew for each model (six seconds); the same pattern gives the same graph."""
-    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils as utils
-
+def remember_patterns(utils):
+    """A quantizer that exports its patterns anew for each model takes seconds; the same pattern gives the same graph."""
     export, known = utils._get_aten_graph_module_for_pattern, {}
 
     def identity(value):
@@ -152,11 +152,13 @@ def remember_patterns():
 
 
 def executorch_guests():
-    remember_patterns()
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
     )
+
+    remember_patterns(xnnpack_quantizer_utils)
 
     def xnnpack(**options):
         return lambda: XNNPACKQuantizer().set_global(get_symmetric_quantization_config(**options))
@@ -169,7 +171,7 @@ def executorch_guests():
 
 
 def other_guests():
-    """Every other quantizer that imports, but for Core ML's: it exports hundreds of patterns for a model, in many minutes."""
+    """Every other quantizer that imports."""
     from executorch.backends.cadence.aot.quantizer import quantizer as cadence
     from executorch.backends.example.example_quantizer import ExampleQuantizer
     from executorch.backends.samsung.quantizer.quantizer import EnnQuantizer
@@ -200,12 +202,29 @@ def other_guests():
         ),
         "xpu": set_global(xpu.XPUInductorQuantizer, xpu.get_default_xpu_inductor_quantization_config),
         "composable": lambda: ComposableQuantizer([known["embedding"](), known["x86 static"]()]),
+        "coreml": coreml(),
         "example": ExampleQuantizer,
         "enn": EnnQuantizer,
         "vulkan": set_global(vulkan.VulkanQuantizer, vulkan.get_symmetric_quantization_config),
         "vulkan dynamic": set_global(vulkan.VulkanQuantizer, vulkan.get_symmetric_quantization_config, is_dynamic=True),
         **{f"cadence {name}": getattr(cadence, f"Cadence{name}Quantizer") for name in cadences},
     }
+
+
+def coreml():
+    """Core ML's quantizer, which looks for ReLU alone: its patterns of every activation take minutes to export."""
+    from coremltools.optimize.torch.quantization.quantization_config import (
+        LinearQuantizerConfig,
+        ModuleLinearQuantizerConfig,
+        QuantizationScheme,
+    )
+    from executorch.backends.apple.coreml.quantizer import CoreMLQuantizer, _coreml_quantizer_utils
+
+    _coreml_quantizer_utils._supported_activations = (F.relu,)
+    _coreml_quantizer_utils._supported_activations_no_inplace = ()
+    remember_patterns(_coreml_quantizer_utils)
+    scheme = ModuleLinearQuantizerConfig(quantization_scheme=QuantizationScheme.symmetric)
+    return lambda: CoreMLQuantizer(LinearQuantizerConfig(global_config=scheme))
 
 
 def data(shape):
@@ -238,6 +257,18 @@ def attempt(flow, *args):
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def parameters(module):
+    """What the dequantize nodes of a converted module say: scale, zero point, range and dtype."""
+
+    def value(argument):
+        if not isinstance(argument, torch.fx.Node):
+            return str(argument)
+        return str(operator.attrgetter(argument.target)(module).tolist()) if argument.op == "get_attr" else "computed"
+
+    nodes = (node for node in module.graph.nodes if "dequantize_per" in str(node.target))
+    return {tuple(map(value, node.args[1:])) for node in nodes}
+
+
 def compare(program, captured, make, batches):
     torch.manual_seed(1)
     mine, my_error = attempt(ours, captured, make(), batches)
@@ -254,6 +285,7 @@ def compare(program, captured, make, batches):
                 for a, b in zip(*(torch.utils._pytree.tree_leaves(m(*batch)) for m in (mine, peer)), strict=True)
             ]
         facts["equal"] = all(torch.equal(a, b) for a, b in pairs)
+        facts["parameters"] = parameters(mine) == parameters(peer)
         facts["difference"] = max(float((a - b).abs().max()) for a, b in pairs)
     return facts
 

@@ -25,25 +25,26 @@ REFUSED = {
 }
 UNQUANTIZED = {("xnnpack dynamic", "conv1d")}
 OTHERS = {
-    "arm static": (5, 8, 2, 0, 0),
-    "arm dynamic": (5, 8, 2, 0, 0),
-    "xpu": (5, 8, 2, 4, 0),
-    "composable": (5, 8, 2, 4, 0),
-    "example": (7, 14, 3, 0, 0),
-    "enn": (8, 26, 8, 5, 4),
-    "vulkan": (0, 4, 1, 0, 0),
-    "vulkan dynamic": (0, 8, 2, 0, 0),
-    "cadence Default": (10, 22, 4, 9, 4),
-    "cadence Nop": (0, 0, 0, 0, 0),
-    "cadence RmsNormNop": (0, 0, 0, 0, 0),
-    "cadence WithLayerNorm": (10, 22, 6, 9, 4),
-    "cadence WakeWord": (11, 24, 4, 9, 4),
-    "cadence FusedConvRelu": (9, 24, 4, 7, 4),
-    "cadence W8A32Mixed": (0, 0, 0, 0, 6),
-    "cadence WithSoftmax": (10, 22, 6, 9, 4),
-    "cadence With16BitLinearActivations": (0, 16, 4, 0, 0),
-    "cadence With16BitConvActivations": (8, 0, 0, 8, 4),
-    "cadence With16BitMatmulActivations": (0, 6, 0, 0, 0),
+    "arm static": (5, 8, 2, 0, 0, 4),
+    "arm dynamic": (5, 8, 2, 0, 0, 4),
+    "xpu": (5, 8, 2, 4, 0, 4),
+    "composable": (5, 8, 2, 4, 0, 4),
+    "coreml": (7, 20, 3, 5, 3, 5),
+    "example": (7, 14, 3, 0, 0, 6),
+    "enn": (8, 26, 8, 5, 4, 5),
+    "vulkan": (0, 4, 1, 0, 0, 2),
+    "vulkan dynamic": (0, 8, 2, 0, 0, 4),
+    "cadence Default": (10, 22, 4, 9, 4, 8),
+    "cadence Nop": (0, 0, 0, 0, 0, 0),
+    "cadence RmsNormNop": (0, 0, 0, 0, 0, 0),
+    "cadence WithLayerNorm": (10, 22, 6, 9, 4, 8),
+    "cadence WakeWord": (11, 24, 4, 9, 4, 8),
+    "cadence FusedConvRelu": (9, 24, 4, 7, 4, 8),
+    "cadence W8A32Mixed": (0, 0, 0, 0, 6, 4),
+    "cadence WithSoftmax": (10, 22, 6, 9, 4, 8),
+    "cadence With16BitLinearActivations": (0, 16, 4, 0, 0, 8),
+    "cadence With16BitConvActivations": (8, 0, 0, 8, 4, 0),
+    "cadence With16BitMatmulActivations": (0, 6, 0, 0, 0, 0),
 }
 """Dequantize ops of the other quantizers on each of `RARE`. Two of Cadence's quantize nothing, by design."""
 
@@ -51,7 +52,7 @@ OTHERS = {
 @cache
 def results(library):
     """One process for each library: importing it changes global state."""
-    needed = ("executorch", "torchao") if library == "others" else (library, "torchao")
+    needed = ("executorch", "torchao", "coremltools") if library == "others" else (library, "torchao")
     if missing := [name for name in needed if find_spec(name) is None]:
         pytest.skip(f"{', '.join(missing)} not installed")
     run = subprocess.run(
@@ -79,6 +80,7 @@ def test_bit_equal_to_the_guests_own_flow(library, guest, model):
     assert found["theirs"] == ""
     assert found["difference"] == 0.0
     assert found["equal"]
+    assert found["parameters"]
     assert (found["quantized"] == 0) == ((guest, model) in UNQUANTIZED)
 
 
@@ -87,7 +89,8 @@ def test_bit_equal_to_the_guests_own_flow(library, guest, model):
 def test_the_other_quantizers_too(guest):
     for model, count in zip(RARE, OTHERS[guest], strict=True):
         found = results("others")[f"{guest}: {model}"]
-        assert found == {"ours": "", "theirs": "", "quantized": count, "equal": True, "difference": 0.0}, model
+        equal = {"equal": True, "parameters": True, "difference": 0.0}
+        assert found == {"ours": "", "theirs": "", "quantized": count, **equal}, model
 
 
 def test_every_guest_that_imports_is_run():
