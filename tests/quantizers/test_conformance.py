@@ -56,6 +56,12 @@ def test_ours_pass(name):
     assert str(report).startswith(f"{report.quantizer}: passed ({report.examples} graphs, seed 0)")
 
 
+@pytest.mark.slow
+def test_an_index_that_rounding_changes_is_no_mistake_of_the_quantizer():
+    report = check(OURS["XNNPACK, 4 bits in groups"], seed=12, seconds=600)
+    assert report.passed, str(report)
+
+
 def test_equal_seeds_give_equal_graphs():
     known = capabilities(Sound())
     first, again, other = (list(map(str, random_programs(known, 5, seed))) for seed in (7, 7, 8))
