@@ -40,17 +40,19 @@ class Call:
         """A float tensor for an operand."""
         want = self.wanted(index)
         if isinstance(want, Op | Either):
-            ref = build(self.draft, want, self.bound, rank=rank, shape=shape)
-            if (rank is not None and len(self.draft.shape(ref)) != rank) or shape not in (None, self.draft.shape(ref)):
-                raise UnfitError
-            return ref
+            return self._fitting(build(self.draft, want, self.bound, rank=rank, shape=shape), rank, shape)
         if isinstance(want, Arg) and want.constant:
             raise UnfitError
         if isinstance(want, Arg) and isinstance(known := self.bound.get(want.name), Ref):
-            return known
+            return self._fitting(known, rank, shape)
         ref = self.draft.pick(rank=rank, shape=shape)
         if isinstance(want, Arg):
             self.bound[want.name] = ref
+        return ref
+
+    def _fitting(self, ref: Ref, rank: int | None, shape: Shape | None) -> Ref:
+        if (rank is not None and len(self.draft.shape(ref)) != rank) or shape not in (None, self.draft.shape(ref)):
+            raise UnfitError
         return ref
 
     def weight(self, index: int, shape: Shape, fan_in: int = 1, role: str = "weight") -> Weight:

@@ -29,9 +29,11 @@ def single(piece: Piece, capabilities: Capabilities, choose: Choose) -> Program 
     others = [p for p in capabilities.pieces if not p.follows and p.rule] if piece.follows else []
     if others:
         _grow(draft, choose(others))
-    grown = _continue(draft, piece) or any(_grow(draft, piece) for _ in range(6))
+    grown = (piece.follows and _continue(draft, piece)) or any(_grow(draft, piece) for _ in range(6))
     if others and choose([True, False]):
-        _grow(draft, choose(others))
+        readers = [choose(others) for _ in range(4)]  # a rule may ask for what reads its result
+        if not grown or not any(_continue(draft, after) for after in readers):
+            _grow(draft, readers[0])
     return draft.finish()[0] if grown and draft.size else None
 
 
@@ -64,8 +66,8 @@ def _grow(draft: Draft, piece: Piece) -> bool:
 
 
 def _continue(draft: Draft, piece: Piece) -> bool:
-    """The piece on the latest result; not where it begins something, or does not fit."""
-    latest = draft.floats()[:1] if piece.follows else []
+    """The piece on the latest result; not where it does not fit."""
+    latest = draft.floats()[:1]
     names = [name for name, arg in arguments(piece.pattern).items() if not arg.constant]
     return bool(latest) and any(
         _add(draft, lambda d: build(d, piece.pattern, dict.fromkeys(names, latest[0]))) for _ in range(4)

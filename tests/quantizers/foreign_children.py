@@ -30,10 +30,12 @@ class Net(nn.Module):
 
 
 def compositions():
-    remember_patterns()
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as executorch
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer_utils
     from torchao.quantization.pt2e.quantizer import composable_quantizer, embedding_quantizer
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as torchao
+
+    remember_patterns(xnnpack_quantizer_utils)
 
     def theirs(**options):
         return executorch.get_symmetric_quantization_config(is_per_channel=True, **options)

@@ -42,6 +42,7 @@ OURS = {
     "XNNPACK, 4 bits in groups": lambda: xnnpack(is_dynamic=True, weight_qmin=-8, weight_qmax=7, group_size=32),
     "x86, static": x86,
     "x86, dynamic": lambda: x86(is_dynamic=True),
+    "x86, weights in groups": lambda: X86InductorQuantizer().set_global("w4-g32"),
     "embedding": EmbeddingQuantizer,
     "embedding, then XNNPACK": lambda: ComposableQuantizer([EmbeddingQuantizer(), xnnpack(is_dynamic=True)]),
 }
@@ -54,6 +55,11 @@ def test_ours_pass(name):
     assert report.passed, str(report)
     assert report.complete
     assert str(report).startswith(f"{report.quantizer}: passed ({report.examples} graphs, seed 0)")
+
+
+@pytest.mark.slow
+def test_a_rule_that_asks_for_what_reads_its_result_is_reached():
+    assert check(x86, examples=1, seconds=600, seed=22).passed
 
 
 @pytest.mark.slow
