@@ -25,6 +25,7 @@ import lowering
 import quant2e
 from benchmarks.record import record
 from benchmarks.timing import machine
+from quant2e.accuracy import output_sqnr
 from quantizers import X86InductorQuantizer
 
 SCHEMES = ("w8", "w4-g32")
@@ -92,8 +93,7 @@ def measure(size: str, tokens: int, threads: int, rounds: int) -> dict[str, str]
     for scheme in SCHEMES:
         result = quant2e.quantize(captured, (ids,), X86InductorQuantizer().set_global(scheme))
         programs[scheme] = lowering.to_inductor(result)
-        wanted, got = programs["float"](ids), programs[scheme](ids)
-        noise[scheme] = float(10 * torch.log10(wanted.square().sum() / (wanted - got).square().sum()))
+        noise[scheme] = output_sqnr(programs["float"], programs[scheme], [ids])
     seconds = medians({name: partial(program, ids) for name, program in programs.items()}, rounds)
     speed = bandwidth()
     row = {"model": f"{size}, {weights / 1e6:.0f} M weights", "tokens": str(tokens), "threads": str(threads)}

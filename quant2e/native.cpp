@@ -1,73 +1,38 @@
 // The ops of torch that observe: quant2e::observe_minmax, observe_average and observe_histogram.
 //
-// Each is one pass over a tensor, on all threads of torch, that updates the statistics in place. No header of torch is
-// used, only functions of its stable C interface (torch/csrc/stable/c/shim.h), so that this compiles in about a second
-// with any C++ compiler.
-
-#include <stdexcept>
+// Each is one pass over a tensor, on all threads of torch, that updates the statistics in place.
 
 #include "native_kernel.cpp"
-
-extern "C" {
-typedef void* Handle;
-int32_t aoti_torch_delete_tensor_object(Handle);
-int32_t aoti_torch_get_data_ptr(Handle, void**);
-int32_t aoti_torch_get_dim(Handle, int64_t*);
-int32_t aoti_torch_get_numel(Handle, int64_t*);
-int32_t aoti_torch_get_sizes(Handle, int64_t**);
-int32_t aoti_torch_get_strides(Handle, int64_t**);
-int32_t aoti_torch_library_impl(Handle, const char*, void (*)(uint64_t*, uint64_t, uint64_t));
-int32_t aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, Handle*);
-int32_t torch_get_num_threads(uint32_t*);
-int32_t torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-}
+#include "native_op.cpp"
 
 namespace {
 
-void must(int32_t code) {
-  if (code) throw std::runtime_error("quant2e: a call into torch failed");
+// What an argument holds.
+Values values_of(const Argument& argument) {
+  Values x{argument.data<float>(), 0, {}};
+  int64_t rank = 0, *sizes = nullptr, *strides = nullptr;
+  must(aoti_torch_get_numel(argument.handle, &x.count));
+  must(aoti_torch_get_dim(argument.handle, &rank));
+  must(aoti_torch_get_sizes(argument.handle, &sizes));
+  must(aoti_torch_get_strides(argument.handle, &strides));
+  bool row_major = true;
+  int64_t wanted = 1;
+  for (int64_t d = rank - 1; d >= 0; --d)
+    if (sizes[d] != 1) row_major = row_major && strides[d] == wanted, wanted *= sizes[d];
+  if (row_major || x.count < 2) return x;
+  std::vector<Values::Dim> dims;
+  for (int64_t d = 0; d < rank; ++d)
+    if (sizes[d] != 1) {
+      auto place = dims.begin();
+      while (place != dims.end() && place->stride <= strides[d]) ++place;
+      dims.insert(place, {sizes[d], strides[d]});
+    }
+  wanted = 1;
+  bool dense = true;
+  for (const auto& dim : dims) dense = dense && dim.stride == wanted, wanted *= dim.size;
+  if (!dense) x.dims = std::move(dims);
+  return x;
 }
-
-// An argument of an op; the tensor is ours to release.
-struct Argument {
-  Handle handle;
-  explicit Argument(uint64_t value) : handle((Handle)value) {}
-  Argument(const Argument&) = delete;
-  ~Argument() { aoti_torch_delete_tensor_object(handle); }
-
-  template <class T>
-  T* data() const {
-    void* found = nullptr;
-    must(aoti_torch_get_data_ptr(handle, &found));
-    return (T*)found;
-  }
-
-  Values values() const {
-    Values x{data<float>(), 0, {}};
-    int64_t rank = 0, *sizes = nullptr, *strides = nullptr;
-    must(aoti_torch_get_numel(handle, &x.count));
-    must(aoti_torch_get_dim(handle, &rank));
-    must(aoti_torch_get_sizes(handle, &sizes));
-    must(aoti_torch_get_strides(handle, &strides));
-    bool row_major = true;
-    int64_t wanted = 1;
-    for (int64_t d = rank - 1; d >= 0; --d)
-      if (sizes[d] != 1) row_major = row_major && strides[d] == wanted, wanted *= sizes[d];
-    if (row_major || x.count < 2) return x;
-    std::vector<Values::Dim> dims;
-    for (int64_t d = 0; d < rank; ++d)
-      if (sizes[d] != 1) {
-        auto place = dims.begin();
-        while (place != dims.end() && place->stride <= strides[d]) ++place;
-        dims.insert(place, {sizes[d], strides[d]});
-      }
-    wanted = 1;
-    bool dense = true;
-    for (const auto& dim : dims) dense = dense && dim.stride == wanted, wanted *= dim.size;
-    if (!dense) x.dims = std::move(dims);
-    return x;
-  }
-};
 
 float number(uint64_t value) {  // floats of a schema are doubles
   double found;
@@ -105,7 +70,7 @@ int parts_of(const Values& x) {
 // As MinMax.update in ranges.py.
 void observe_minmax(uint64_t* stack, uint64_t, uint64_t) {
   Argument x(stack[0]), low(stack[2]), high(stack[3]), counts(stack[4]);
-  const Values values = x.values();
+  const Values values = values_of(x);
   if (values.count == 0) return;
   Tally all = look(values, number(stack[1]), parts_of(values), nullptr, counts.data<int64_t>());
   float *min_val = low.data<float>(), *max_val = high.data<float>();
@@ -116,7 +81,7 @@ void observe_minmax(uint64_t* stack, uint64_t, uint64_t) {
 // As MovingAverage.update in ranges.py.
 void observe_average(uint64_t* stack, uint64_t, uint64_t) {
   Argument x(stack[0]), low(stack[2]), high(stack[3]), counts(stack[4]);
-  const Values values = x.values();
+  const Values values = values_of(x);
   if (values.count == 0) return;
   Tally all = look(values, number(stack[1]), parts_of(values), nullptr, counts.data<int64_t>());
   float *min_val = low.data<float>(), *max_val = high.data<float>(), constant = number(stack[5]);
@@ -127,7 +92,7 @@ void observe_average(uint64_t* stack, uint64_t, uint64_t) {
 // As Histogram.update in histogram.py.
 void observe_histogram(uint64_t* stack, uint64_t, uint64_t) {
   Argument x(stack[0]), low_of(stack[2]), high_of(stack[3]), counts(stack[4]), bins_of(stack[5]), sums_of(stack[6]);
-  const Values values = x.values();
+  const Values values = values_of(x);
   if (values.count == 0) return;
   float *min_val = low_of.data<float>(), *max_val = high_of.data<float>();
   int64_t *histogram = bins_of.data<int64_t>(), *peaks = sums_of.data<int64_t>(), size = 0;

@@ -20,6 +20,8 @@ from quant2e.native_build import built
 
 SOURCE = Path(__file__).with_name("native.cpp")
 KERNEL = Path(__file__).with_name("native_kernel.cpp")
+OP = Path(__file__).with_name("native_op.cpp")
+"""What native.cpp shares with the kernels of ``lowering``."""
 
 _SEEN = "Tensor x, float limit, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c!) counts"
 SCHEMAS = {
@@ -48,7 +50,7 @@ def load() -> Mapping[str, Any] | None:
     Asked once per process. Takes about a second the first time on a machine, and a millisecond after that.
     """
     try:
-        library = built(SOURCE, KERNEL)
+        library = built(SOURCE, KERNEL, OP)
         if library is None:
             return None
         _ready.append(_registered(library))

@@ -38,25 +38,26 @@ def built(source: Path, *included: Path, flags: tuple[str, ...] = ()) -> Path | 
     this library. Switched off by ``QUANT2E_NATIVE=0``. Raises
     OSError, RuntimeError and `subprocess.SubprocessError` when the compiler fails.
     """
-    compiler = None if os.environ.get("QUANT2E_NATIVE") == "0" else _compiler()
-    if compiler is None:
+    program = None if os.environ.get("QUANT2E_NATIVE") == "0" else compiler()
+    if program is None:
         return None
     folder = _private(cache_folder())
-    path = folder / f"{source.stem}-{_fingerprint(compiler, (source, *included), flags)}.so"
+    path = folder / f"{source.stem}-{_fingerprint(program, (source, *included), flags)}.so"
     if path.exists():
         return path
     handle, name = tempfile.mkstemp(dir=folder, suffix=".so")
     os.close(handle)
     part = Path(name)
     try:
-        _compile(compiler, source, part, flags)
+        _compile(program, source, part, flags)
         part.replace(path)  # processes that build at the same time replace each other's equal file
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
+    """The C++ compiler: ``$CXX``, or the first of the usual names that is there; None without one."""
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 

@@ -3,30 +3,17 @@
 //     y[m, n] = bias[n] + sum over groups g of  scale[n, g] * sum over k in g of  x[m, k] * (w[n, k] - zero_point[n, g])
 //
 // A weight is read once, as the integers it is stored as; that is what the time of one row consists of. Sums run in
-// float32, in an order that the number of threads does not change. Only torch's stable C interface is used.
+// float32, in an order that the number of threads does not change.
 
 #include <cstdint>
 #include <cstring>
-#include <stdexcept>
 #include <vector>
 
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-extern "C" {
-typedef void* Handle;
-int32_t aoti_torch_delete_tensor_object(Handle);
-int32_t aoti_torch_device_type_cpu();
-int32_t aoti_torch_dtype_float32();
-int32_t aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*);
-int32_t aoti_torch_get_data_ptr(Handle, void**);
-int32_t aoti_torch_get_dim(Handle, int64_t*);
-int32_t aoti_torch_get_sizes(Handle, int64_t**);
-int32_t aoti_torch_library_impl(Handle, const char*, void (*)(uint64_t*, uint64_t, uint64_t));
-int32_t aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, Handle*);
-int32_t torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-}
+#include "../../quant2e/native_op.cpp"
 
 namespace {
 
@@ -34,23 +21,6 @@ constexpr int kLanes = 16;
 constexpr int kOutputs = 4;  // computed together
 constexpr int64_t kGrain = 1 << 16;  // multiplications that are worth waking a thread for
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
-
-void must(int32_t code) {
-  if (code) throw std::runtime_error("quant2e: a call into torch failed");
-}
-
-struct Argument {
-  Handle handle;
-  explicit Argument(uint64_t value) : handle((Handle)value) {}
-  Argument(const Argument&) = delete;
-  ~Argument() { aoti_torch_delete_tensor_object(handle); }
-  template <class T>
-  T* data() const {
-    void* found = nullptr;
-    must(aoti_torch_get_data_ptr(handle, &found));
-    return (T*)found;
-  }
-};
 
 struct Work {
   const float* x;

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant2e.native import OP
 from quant2e.native_build import built
 
 SOURCE = Path(__file__).with_name("few_rows.cpp")
@@ -38,7 +39,7 @@ def load() -> Linear | None:
     ``[..., outputs]``.
     """
     try:
-        library = built(SOURCE, flags=("-ffp-contract=fast", "-Wno-psabi"))
+        library = built(SOURCE, OP, flags=("-ffp-contract=fast", "-Wno-psabi"))
         if library is None:
             return None
         handle = ctypes.CDLL(str(library))

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from quant2e import native
+from quant2e.native_build import compiler
 from quant2e.observer import HistogramObserver, MinMaxObserver, MovingAverageMinMaxObserver
 
-pytestmark = pytest.mark.skipif(native.load() is None, reason="no C++ compiler, so there is only plain torch")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so there is only plain torch")
 
 OBSERVERS = [
     MinMaxObserver,
