@@ -43,8 +43,8 @@ ONNX, OPENVINO = "benchmarks.peers_onnx", "benchmarks.peers_openvino"
 SECONDS, MOST = 0.3, 50
 """How long an engine is called in one round, and how often at most."""
 PREPARE_SECONDS = 3600.0
-PAUSE = 0.02
-"""Seconds between two engines, in which the threads of the first go to sleep."""
+PAUSE = 0.05
+"""Seconds between two engines, in which the threads of the first stop spinning and go to sleep."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
