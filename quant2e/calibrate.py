@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from quant2e import distributed, native
-from quant2e.dataflow import operand
+from quant2e.compiled import compiled_graph
 from quant2e.errors import CalibrationError
 from quant2e.in_place import written_attributes
 from quant2e.statistics import Statistics, measuring
@@ -160,7 +160,7 @@ class _Run:
         for _ in islice(batches, done):
             pass
         saved = done
-        model = _compiled(self.prepared) if self.compiled else self.prepared
+        model = compiled_graph(self.prepared) if self.compiled else self.prepared
         randomness = IsolatedRandomness()
         with _restored(self.prepared):
             for batch in batches:
@@ -189,16 +189,6 @@ class _Run:
         found = Statistics.load(path)
         found.restore(self.prepared, str(path))
         return found.batches
-
-
-def _compiled(prepared: GraphModule) -> Callable[..., Any]:
-    """The observed graph as one program.
-
-    Inductor would run every convolution in channels_last. Without packed weights that is much faster for grouped ones,
-    depthwise above all, and slower for the others (``python -m benchmarks.calibration --compiled``).
-    """
-    grouped = any((operand(node, "groups") or 1) != 1 for node in prepared.graph.nodes if operand(node, "weight"))
-    return torch.compile(prepared, dynamic=False, options={"layout_optimization": grouped})
 
 
 def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness) -> None:
