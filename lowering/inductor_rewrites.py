@@ -15,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.inductor_additions import idle_dropouts, plain_additions, separate_additions
+from lowering.inductor_broadcast import shared_values_first
 from lowering.inductor_graph import call, constant, operands, replace
 from lowering.inductor_lookup import gathered_rows
 from lowering.inductor_one_dimension import convolutions_in_two_dimensions
@@ -322,4 +323,5 @@ REWRITES: tuple[Callable[[GraphModule], None], ...] = (
     dequantize_last,
     convolutions_in_two_dimensions,
     separate_additions,
+    shared_values_first,
 )
