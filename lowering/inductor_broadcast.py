@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowering.inductor_compile import written_first
 from lowering.inductor_graph import call
 from quant2e.dataflow import is_in_place, is_view
 from quant2e.dialect import DEQUANTIZE, QUANTIZE
@@ -31,9 +32,7 @@ def shared_values_first(gm: GraphModule) -> None:
 
     For values that readers broadcast to at least `FACTOR` times their size. Sizes that vary are left to Inductor.
     """
-    import torch._inductor.inductor_prims
-
-    written = torch.ops.prims.inductor_force_stride_order.default
+    written = written_first()
     for node in list(gm.graph.nodes):
         value = node.meta.get("val")
         if not _computed(node) or not isinstance(value, Tensor) or not _fixed(value):

@@ -112,6 +112,22 @@ def _shape_env(whole: bool) -> Any:
 
 
 @contextmanager
+def constant_weights() -> Iterator[None]:
+    """``torch.compile`` makes weights constants of the programs that it compiles in here, and packs them."""
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(freezing=True):
+        yield
+
+
+def written_first() -> Any:
+    """The op by which Inductor writes a value to memory before what reads it: takes the value and its strides."""
+    import torch._inductor.inductor_prims
+
+    return torch.ops.prims.inductor_force_stride_order.default
+
+
+@contextmanager
 def _flags(inspect: Callable[[Graph], None]) -> Iterator[None]:
     """What the int8 patterns need, for the duration of one compilation.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ def compiled_graph(prepared: GraphModule) -> Callable[..., Any]:
     own._modules = prepared._modules  # the observers themselves
     run = torch.compile(own, dynamic=False, options=options)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        import torch._inductor.config
+    constant_weights = import_module("lowering.inductor_compile").constant_weights
 
-        with torch._inductor.config.patch(freezing=True):  # read while tracing: as an option it comes too late
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with constant_weights():  # read while tracing: as an option it comes too late
             return run(*args, **kwargs)
 
     return call

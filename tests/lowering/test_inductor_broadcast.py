@@ -8,10 +8,9 @@ from torch._inductor.graph import GraphLowering
 import lowering
 import quant2e
 from lowering.inductor_broadcast import shared_values_first
+from lowering.inductor_compile import written_first
 from lowering.inductor_graph import private_copy
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
-
-WRITTEN = torch.ops.prims.inductor_force_stride_order.default
 
 
 def written(net, *inputs, **options):
@@ -22,7 +21,7 @@ def written(net, *inputs, **options):
     gm.graph.lint()
     gm.recompile()
     assert all(torch.equal(a, b) for a, b in zip(gm(*inputs), before, strict=True))
-    return [str(node.args[0].target) for node in gm.graph.nodes if node.target is WRITTEN]
+    return [str(node.args[0].target) for node in gm.graph.nodes if node.target is written_first()]
 
 
 class Masked(nn.Module):
