@@ -34,7 +34,7 @@ def available_memory() -> float:
 def environment(threads: int) -> dict[str, str]:
     """Variables by which every library takes its number of threads."""
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "TORCHINDUCTOR_COMPILE_THREADS": "2", "PYTHONWARNINGS": "ignore"}
     return {**os.environ, **counts, **quiet}
 
 
