@@ -27,6 +27,7 @@ from lowering.canonical.projection import split_projections
 from lowering.canonical.reductions import open_reductions
 from lowering.canonical.reshape import one_view
 from lowering.canonical.scalars import tensor_operands
+from lowering.canonical.scores import scores_in_three_dimensions
 from lowering.canonical.select import slice_selects
 from lowering.canonical.upsample import repeat_nearest
 
@@ -35,6 +36,7 @@ Rewrite = Callable[[GraphModule], int]
 EXACT: tuple[Rewrite, ...] = (
     plain_attention,
     batched_matmul,
+    scores_in_three_dimensions,
     open_normalizations,
     open_activations,
     pool_images,
