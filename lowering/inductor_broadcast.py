@@ -50,12 +50,13 @@ def shared_values_first(gm: GraphModule) -> None:
 
 
 def _computed(node: Node) -> bool:
-    """Whether a node is a result that is not quantized and nobody else's memory."""
+    """Whether a node is a result that is not quantized, in memory of its own."""
     return (
         node.op == "call_function"
         and isinstance(node.target, torch._ops.OpOverload)
         and node.target not in DEQUANTIZE | QUANTIZE
         and not is_view(node)
+        and not is_in_place(node)
     )
 
 

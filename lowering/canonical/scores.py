@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.canonical.edit import emit, shape_of
+from quant2e.dataflow import operand
 
 _ATEN = torch.ops.aten
 _VIEWS = frozenset({_ATEN.reshape.default, _ATEN.view.default})
@@ -62,8 +63,8 @@ def _until_viewed_back(view: Node) -> Iterator[Node]:
 
 def _is_size(node: Node) -> bool:
     """Whether a node asks for the number of rows or columns."""
-    source, *dims = node.args
-    return node.target is _ATEN.sym_size.int and isinstance(source, Node) and dims[0] in _last_two(source)
+    source, dim = operand(node, 0), operand(node, 1)
+    return node.target is _ATEN.sym_size.int and isinstance(source, Node) and dim in _last_two(source)
 
 
 def _last_two(node: Node) -> tuple[int, int]:
@@ -82,7 +83,7 @@ def _is_softmax(node: Node) -> bool:
 
 
 def _is_idle_dropout(node: Node) -> bool:
-    return node.target is _ATEN.dropout.default and node.args[2] is False
+    return node.target is _ATEN.dropout.default and operand(node, "train") is False
 
 
 def _takes_flat(node: Node, value: Node, lead: tuple[int | torch.SymInt, ...]) -> bool:

@@ -56,16 +56,26 @@ def test_inputs_weights_and_what_is_not_pointwise_are_left():
     assert written(Net().eval(), torch.randn(8, 8), torch.randn(1, 8)) == []
 
 
-def test_a_value_that_is_written_to_later_is_left():
-    class Net(nn.Module):
-        def forward(self, x, y):
-            shared = y.abs()
-            seen = shared.view(8)
-            first = x + shared
-            seen.add_(1)
-            return first, x * shared
+class WrittenLater(nn.Module):
+    def forward(self, x, y):
+        shared = y.abs()
+        seen = shared.view(8)
+        first = x + shared
+        seen.add_(1)
+        return first, x * shared
 
-    assert written(Net(), torch.randn(8, 8), torch.randn(1, 8)) == []
+
+class WrittenTwice(nn.Module):
+    def forward(self, x, y):
+        memory = y.clone()
+        once = memory.add_(1)
+        memory.mul_(2)
+        return x + once
+
+
+@pytest.mark.parametrize("net", [WrittenLater(), WrittenTwice()])
+def test_a_value_that_is_written_to_later_is_left(net):
+    assert written(net, torch.randn(8, 8), torch.randn(1, 8)) == []
 
 
 def test_sizes_that_vary_are_left_to_inductor():
