@@ -4,7 +4,7 @@
 ``benchmarks.peers``, on one thread, what torch's profiler says of the program of float Inductor, of ours and of torchao's.
 Products are linear layers, convolutions and attention; "other ops" are calls of torch between them; the rest is code that Inductor
 generated and the Python between the calls. The best rate is that of ``onednn.qlinear_pointwise``, and of a float
-``mm``, on square matrices in the same run: the bound is the time of all multiply-accumulates at that rate.
+``linear``, on square matrices in the same run: the bound is the time of all multiply-accumulates at that rate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from benchmarks.peers_worker import Job
 from benchmarks.progress import Phases
 from benchmarks.record import record
 from benchmarks.timing import machine
+from lowering.engines import Engine, Float, OneDnn, Product, timed
 from quant2e.survey import count_macs
 
 RESULTS = Path(__file__).parent / "results" / "peers_profile"
@@ -53,23 +54,9 @@ SIDE = 1024
 
 def best_rate(*, int8: bool) -> float:
     """Multiply-accumulates in a second of a square product on one thread: the fastest of several calls."""
-    if int8:
-        ops = torch.ops.onednn
-        x = torch.randint(0, 128, (SIDE, SIDE), dtype=torch.uint8)
-        packed = ops.qlinear_prepack(torch.randint(-64, 64, (SIDE, SIDE), dtype=torch.int8), [SIDE, SIDE])
-        scales, points = torch.ones(SIDE), torch.zeros(SIDE, dtype=torch.int64)
-        call: Callable[[], object] = lambda: ops.qlinear_pointwise.default(  # noqa: E731
-            x, 0.02, 3, packed, scales, points, None, 0.05, 0, torch.uint8, "none", [], ""
-        )
-    else:
-        a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
-        call = lambda: torch.mm(a, b)  # noqa: E731
-    times = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(SIDE**3 / min(times))
+    engine: Engine = OneDnn() if int8 else Float()
+    square = Product(x=(SIDE, SIDE), weight=(SIDE, SIDE), bias=False, integers=int8, float_rows=not int8, group=SIDE)
+    return float(SIDE**3 / min(timed((engine,), square)[engine.name] for _ in range(CALLS)))
 
 
 def measure(job: Job) -> None:
