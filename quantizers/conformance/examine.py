@@ -1,4 +1,4 @@
-"""One program through the whole flow: annotate twice, prepare, calibrate, convert, integer reference; and what is wrong."""
+"""One program through the whole flow: annotate, several times, prepare, calibrate, convert, integer reference; and what is wrong."""
 
 from __future__ import annotations
 
@@ -117,23 +117,30 @@ def _own_copy(captured: GraphModule) -> GraphModule:
     return gm
 
 
+RUNS = 4
+"""So often one graph is annotated: an order of addresses may repeat once or twice."""
+
+
 def _annotate(quantizer: Any, captured: GraphModule, batch: Sequence[Tensor], outcome: Outcome) -> GraphModule | None:
-    """The annotated graph; None where that failed. Twice, to see whether it comes out the same."""
-    texts: list[str] = []
-    gm: GraphModule | None = None
-    for _ in range(2):
-        gm = _annotate_once(quantizer, _own_copy(captured), batch, outcome, first=not texts)
+    """The annotated graph; None where that failed. Several times, to see whether it comes out the same."""
+    gm = _annotate_once(quantizer, _own_copy(captured), batch, outcome, first=True)
+    text = "" if gm is None else _text(gm)
+    for _ in range(1, RUNS):
         if gm is None:
-            return None
-        texts.append(_text(gm))
-    if texts[0] != texts[1]:
-        lines = zip(*(text.splitlines() for text in texts), strict=False)
-        first, second = next(((a, b) for a, b in lines if a != b), (texts[0], texts[1]))
-        node = first.partition(":")[0]
-        target = next((str(n.target) for n in gm.graph.nodes if n.name == node), "") if gm is not None else ""
-        message = f"two runs on one graph: `{first}`, then `{second}`"
-        outcome.findings.append(Finding("not deterministic", message, "", node, target))
+            break
+        gm = _annotate_once(quantizer, _own_copy(captured), batch, outcome, first=False)
+        if gm is not None and (other := _text(gm)) != text:
+            outcome.findings.append(_differing(gm, text, other))
+            break
     return gm
+
+
+def _differing(gm: GraphModule, text: str, other: str) -> Finding:
+    lines = zip(text.splitlines(), other.splitlines(), strict=False)
+    first, second = next(((a, b) for a, b in lines if a != b), (text, other))
+    node = first.partition(":")[0]
+    target = next((str(n.target) for n in gm.graph.nodes if n.name == node), "")
+    return Finding("not deterministic", f"two runs on one graph: `{first}`, then `{second}`", "", node, target)
 
 
 def _text(gm: GraphModule) -> str:

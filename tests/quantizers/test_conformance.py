@@ -1,6 +1,7 @@
 """Our own quantizers pass the conformance check; the check itself repeats, prints, and says what it could not do."""
 
 import builtins
+import random
 
 import pytest
 import torch
@@ -86,6 +87,22 @@ def test_programs_run_and_shrink_to_programs_that_run():
             assert [r.shape for r in results] == [
                 shapes_of(smaller)[i] or r.shape for i, r in zip(smaller.outputs, results, strict=True)
             ]
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_what_comes_and_goes_has_a_small_graph_too(seed):
+    dice = random.Random(seed)
+
+    class Forgetful(Sound):
+        def annotate(self, model):
+            annotated = [n for n in super().annotate(model).graph.nodes if n.meta.get(ANNOTATION) is not None]
+            if annotated and dice.random() < 0.5:
+                del dice.choice(annotated).meta[ANNOTATION]
+            return model
+
+    found = [f for f in check(Forgetful, examples=4, seconds=600).errors if f.kind == "not deterministic"]
+    assert found
+    assert min(len(f.reproducer.steps) for f in found) == 1
 
 
 def test_a_program_prints():
