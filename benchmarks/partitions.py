@@ -18,16 +18,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.minilm import MAX_TOKENS, SentenceEmbedder, model_folder
 from benchmarks.programs import FLOWS, Inputs
 from benchmarks.shapes import SHAPES, bert_base, mobilenet_v2, mobilenet_v3, resnet18, vit
 
 RESULTS = Path(__file__).parent / "results" / "partitions.md"
-TRANSFORMERS = ("ViT-B/16", "BERT-base")
+MINILM = "MiniLM"
+MODELS = (*SHAPES, MINILM)
+TRANSFORMERS = ("ViT-B/16", "BERT-base", MINILM)
 Make = Callable[[], tuple[nn.Module, Inputs]]
 
 
 def _images() -> Inputs:
     return (torch.randn(1, 3, 64, 64),)
+
+
+def _minilm() -> tuple[nn.Module, Inputs]:
+    """The real weights, and a sentence that leaves half of its places empty."""
+    tokens = torch.randint(1000, 30_000, (1, MAX_TOKENS))
+    mask = (torch.arange(MAX_TOKENS) < MAX_TOKENS // 2).long()[None]
+    return SentenceEmbedder(model_folder()).eval(), (tokens, mask)
 
 
 SMALL: Mapping[str, Make] = {
@@ -37,11 +47,13 @@ SMALL: Mapping[str, Make] = {
     "ViT-B/16": lambda: (vit(2, 64, 4, 16, 64), _images()),
     "BERT-base": lambda: (bert_base(2), (torch.randint(0, 30_000, (1, 16)),)),
 }
-"""The same structures, smaller."""
+"""The same structures, smaller. MiniLM comes in one size."""
 
 
 def full(name: str) -> Make:
     """A model of the published size and one input."""
+    if name == MINILM:
+        return _minilm
     make, make_inputs = SHAPES[name]
     return lambda: (make(), make_inputs(1))
 
@@ -52,12 +64,16 @@ def schemes(name: str) -> tuple[str, ...]:
 
 
 def measure(name: str, make: Make, flow: str, scheme: str, size: str) -> dict[str, Any]:
-    """A row: what one flow makes of one model."""
+    """A row: what one flow makes of one model, or why it fails."""
     torch.manual_seed(0)
     model, inputs = make()
-    program = FLOWS[flow](model, inputs, scheme)
-    row = {key: value for key, value in asdict(program).items() if key != "buffer"}
-    return {"model": name, "scheme": scheme, "size": size, "flow": flow, **row, "bytes": len(program.buffer)}
+    row = {"model": name, "scheme": scheme, "size": size, "flow": flow}
+    try:
+        program = FLOWS[flow](model, inputs, scheme)
+    except Exception as error:  # noqa: BLE001  # a peer that fails has a row that says so
+        return row | {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    row |= {key: value for key, value in asdict(program).items() if key != "buffer"}
+    return row | {"bytes": len(program.buffer)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -78,17 +94,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [cell for flow in (before, after) for cell in _counts(found.get(flow))]
         left = found.get(after, {}).get("left", {})
         lines.append(f"| {' | '.join((*key, *cells))} | {', '.join(f'{n} × {op}' for op, n in left.items()) or '–'} |")
-    return "\n".join(lines) + "\n"
+    errors = [row for row in rows if "error" in row]
+    lines += ["", *(f"{row['flow']} fails on {row['model']}, {row['scheme']}: {row['error']}" for row in errors)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _counts(row: dict[str, Any] | None) -> tuple[str, str]:
+    if row is not None and "error" in row:
+        return "fails", "fails"
     return (str(len(row["delegates"])), str(sum(row["left"].values()))) if row else ("–", "–")
 
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--flows", nargs="*", default=list(FLOWS), choices=list(FLOWS))
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -97,16 +117,16 @@ def main() -> None:
     torch.set_grad_enabled(False)
     kept = chosen.out.with_suffix(".json")
     rows = {tuple(row[k] for k in ("model", "scheme", "size", "flow")): row for row in _read(kept)}
-    size = "small" if chosen.small else "full"
     for name in chosen.models:
-        make = SMALL[name] if chosen.small else full(name)
+        size = "small" if chosen.small and name in SMALL else "full"
+        make = SMALL[name] if size == "small" else full(name)
         for scheme in schemes(name):
             for flow in chosen.flows:
                 row = measure(name, make, flow, scheme, size)
                 rows[name, scheme, size, flow] = row
-                print(name, scheme, flow, len(row["delegates"]), row["left"], f"{row['seconds']:.0f} s", flush=True)
+                print(name, scheme, flow, row.get("error") or (len(row["delegates"]), row["left"]), flush=True)
                 kept.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-    order = list(SHAPES)
+    order = MODELS
     listed = sorted(rows.values(), key=lambda row: (row["size"], order.index(row["model"]), row["scheme"] != "static"))
     chosen.out.write_text(table(listed))
 
