@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from benchmarks.minilm import MAX_TOKENS, SentenceEmbedder, model_folder
+from benchmarks.peers_models import MINILM
 from benchmarks.programs import FLOWS, Inputs
 from benchmarks.shapes import SHAPES, bert_base, mobilenet_v2, mobilenet_v3, resnet18, vit
 
 RESULTS = Path(__file__).parent / "results" / "partitions.md"
-MINILM = "MiniLM"
 MODELS = (*SHAPES, MINILM)
 TRANSFORMERS = ("ViT-B/16", "BERT-base", MINILM)
 Make = Callable[[], tuple[nn.Module, Inputs]]
@@ -70,8 +70,8 @@ def measure(name: str, make: Make, flow: str, scheme: str, size: str) -> dict[st
     row = {"model": name, "scheme": scheme, "size": size, "flow": flow}
     try:
         program = FLOWS[flow](model, inputs, scheme)
-    except Exception as error:  # noqa: BLE001  # a peer that fails has a row that says so
-        return row | {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+    except Exception as error:  # noqa: BLE001  # a flow that fails has a row that says so
+        return row | {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
     row |= {key: value for key, value in asdict(program).items() if key != "buffer"}
     return row | {"bytes": len(program.buffer)}
 
@@ -126,8 +126,7 @@ def main() -> None:
                 rows[name, scheme, size, flow] = row
                 print(name, scheme, flow, row.get("error") or (len(row["delegates"]), row["left"]), flush=True)
                 kept.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-    order = MODELS
-    listed = sorted(rows.values(), key=lambda row: (row["size"], order.index(row["model"]), row["scheme"] != "static"))
+    listed = sorted(rows.values(), key=lambda row: (row["size"], MODELS.index(row["model"]), row["scheme"] != "static"))
     chosen.out.write_text(table(listed))
 
 
