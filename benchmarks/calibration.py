@@ -31,8 +31,8 @@ import quant2e
 from benchmarks.record import record
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import machine
-from quant2e import native
-from quant2e.compiled import compiled_graph
+from quant2e.calibration.compiled import compiled_graph
+from quant2e.observers.native import ops as native
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 Call = Callable[[], object]

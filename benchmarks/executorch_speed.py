@@ -19,8 +19,8 @@ from benchmarks.partitions import SMALL, full, schemes
 from benchmarks.programs import ours, theirs
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import machine
-from lowering.bench import bench, table
-from lowering.program_file import open_program
+from lowering.bench.command import bench, table
+from lowering.bench.program_file import open_program
 
 LABELS = ("executorch_int8", "quant2e_int8", "float")
 

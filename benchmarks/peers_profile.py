@@ -30,8 +30,8 @@ from benchmarks.peers_worker import Job
 from benchmarks.progress import Phases
 from benchmarks.record import record
 from benchmarks.timing import machine
-from lowering.engines import Engine, Float, OneDnn, Product, timed
-from quant2e.survey import count_macs
+from lowering.inductor.kernels.engines import Engine, Float, OneDnn, Product, timed
+from quant2e.report.float_ops import count_macs
 
 RESULTS = Path(__file__).parent / "results" / "peers_profile"
 TITLE = "Where the time goes"

@@ -135,8 +135,8 @@ def build_ours_executorch(job: Job) -> float:
 
 def load_executorch(job: Job) -> Loaded:
     """A ``.pte`` in the runtime."""
+    from lowering.bench.program_file import open_program
     from lowering.executorch.runtime import set_threads
-    from lowering.program_file import open_program
 
     set_threads(job.threads)  # before a program is loaded: it keeps the pool it finds
     program = open_program(job.file(".pte"))

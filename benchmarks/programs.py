@@ -19,7 +19,7 @@ from torch import nn
 
 import lowering
 import quant2e
-from lowering.delegation import delegation_of
+from lowering.executorch.report import delegation_of
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 Inputs = tuple[Any, ...]

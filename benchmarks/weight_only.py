@@ -25,7 +25,7 @@ import lowering
 import quant2e
 from benchmarks.record import record
 from benchmarks.timing import machine
-from quant2e.accuracy import output_sqnr
+from quant2e.accuracy.output_error import output_sqnr
 from quantizers import X86InductorQuantizer
 
 SCHEMES = ("w8", "w4-g32")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import lowering
 import quant2e
-from quant2e.ledger import ledger_of
-from quant2e.text import graph_text
+from quant2e.graph.printer import graph_text
+from quant2e.report.record import ledger_of
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 

@@ -3,11 +3,11 @@
 In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program file, checked against the graph it came from.
 """
 
-from lowering.delegation import Delegation, Leftover, Partition
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch
-from lowering.inductor import InductorProgram, to_inductor
-from lowering.inductor_package import InductorPackage, package_inductor
-from lowering.inductor_report import InductorReport, LoweredOp
+from lowering.executorch.report import Delegation, Leftover, Partition
+from lowering.inductor.package import InductorPackage, package_inductor
+from lowering.inductor.program import InductorProgram, to_inductor
+from lowering.inductor.report import InductorReport, LoweredOp
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.verify import Bound, Verification, verify
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from quant2e.dialect import qd
 from quant2e.errors import LoweringError
+from quant2e.graph.qdq_ops import qd
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""

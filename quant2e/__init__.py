@@ -5,18 +5,47 @@ In: an ``nn.Module``, an ``ExportedProgram`` or a captured graph. Out: a Q/DQ gr
 `quantize` does it in one call; `capture`, `prepare_pt2e`, `calibrate` and `convert_pt2e` are its steps.
 """
 
-from quant2e.annotate import (
+from quant2e.annotation.config import OperatorConfig, QuantizationConfig
+from quant2e.annotation.granularity import (
+    Granularity,
+    PerAxis,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    PerToken,
+    get_block_size,
+)
+from quant2e.annotation.helpers import (
     WrapperModule,
     annotate_input_qspec_map,
     annotate_output_qspec,
     get_module_name_filter,
     model_is_exported,
 )
-from quant2e.boundary import Boundary, Port, boundary_of, integer_boundary
-from quant2e.calibrate import calibrate
-from quant2e.capture import capture
-from quant2e.config import OperatorConfig, QuantizationConfig
-from quant2e.convert import convert_pt2e
+from quant2e.annotation.partitions import (
+    bfs_trace_with_node_process,
+    find_sequential_partitions,
+    get_equivalent_types,
+    update_equivalent_types_dict,
+)
+from quant2e.annotation.pattern import Arg, constant, op
+from quant2e.annotation.plan import Edge, Group, Output, Plan
+from quant2e.annotation.quantizer import Quantizer
+from quant2e.annotation.specs import (
+    DerivedQuantizationSpec,
+    EdgeOrNode,
+    FixedQParamsQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    QuantizationSpecBase,
+    SharedQuantizationSpec,
+)
+from quant2e.calibration.calibrate import calibrate
+from quant2e.calibration.data_checks import Finding, check_data
+from quant2e.calibration.progress import ProgressLine
+from quant2e.calibration.range_selection import Race, race
+from quant2e.calibration.statistics import Statistics, load_statistics, resolve, save_statistics
+from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import (
     AnnotationError,
     CalibrationError,
@@ -27,17 +56,15 @@ from quant2e.errors import (
     PlanError,
     Quant2eError,
 )
-from quant2e.fake_quant import (
-    FakeQuantize,
-    FakeQuantizeBase,
-    FixedQParamsFakeQuantize,
-    FusedMovingAvgObsFakeQuantize,
-    disable_fake_quant,
-    disable_observer,
-    enable_fake_quant,
-    enable_observer,
+from quant2e.graph.capture import capture
+from quant2e.graph.modes import freeze_batch_norm
+from quant2e.graph.module import (
+    allow_exported_model_train_eval,
+    move_exported_model_to_eval,
+    move_exported_model_to_train,
 )
-from quant2e.fake_quant_defaults import (
+from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
+from quant2e.observers.defaults import (
     default_dynamic_fake_quant,
     default_embedding_fake_quant,
     default_embedding_fake_quant_4bit,
@@ -53,18 +80,18 @@ from quant2e.fake_quant_defaults import (
     fused_per_channel_wt_fake_quant_range_neg_127_to_127,
     fused_wt_fake_quant_range_neg_127_to_127,
 )
-from quant2e.granularity import Granularity, PerAxis, PerGroup, PerRow, PerTensor, PerToken, get_block_size
-from quant2e.graph_module import (
-    allow_exported_model_train_eval,
-    move_exported_model_to_eval,
-    move_exported_model_to_train,
+from quant2e.observers.fake_quant import (
+    FakeQuantize,
+    FakeQuantizeBase,
+    FixedQParamsFakeQuantize,
+    FusedMovingAvgObsFakeQuantize,
+    disable_fake_quant,
+    disable_observer,
+    enable_fake_quant,
+    enable_observer,
 )
-from quant2e.group_observer import PerGroupMinMaxObserver
-from quant2e.health import Finding, check_data
-from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
-from quant2e.learned_fake_quant import LearnableFakeQuantize, disable_range_learning, enable_range_learning
-from quant2e.model import QuantizedModel, quantize
-from quant2e.observer import (
+from quant2e.observers.learned_fake_quant import LearnableFakeQuantize, disable_range_learning, enable_range_learning
+from quant2e.observers.measuring import (
     FixedQParamsObserver,
     HistogramObserver,
     MinMaxObserver,
@@ -83,32 +110,13 @@ from quant2e.observer import (
     default_placeholder_observer,
     default_weight_observer,
 )
-from quant2e.partitions import (
-    bfs_trace_with_node_process,
-    find_sequential_partitions,
-    get_equivalent_types,
-    update_equivalent_types_dict,
-)
-from quant2e.pattern import Arg, constant, op
-from quant2e.plan import Edge, Group, Output, Plan
-from quant2e.prepare import prepare_pt2e, prepare_qat_pt2e
-from quant2e.progress import ProgressLine
-from quant2e.quantizer import Quantizer
-from quant2e.racing import Race, race
-from quant2e.recipe import Recipe
-from quant2e.report import Report, Verdict
-from quant2e.specs import (
-    DerivedQuantizationSpec,
-    EdgeOrNode,
-    FixedQParamsQuantizationSpec,
-    QuantizationAnnotation,
-    QuantizationSpec,
-    QuantizationSpecBase,
-    SharedQuantizationSpec,
-)
-from quant2e.statistics import Statistics, load_statistics, resolve, save_statistics
-from quant2e.storage import load, save
-from quant2e.train_eval import freeze_batch_norm
+from quant2e.observers.per_group import PerGroupMinMaxObserver
+from quant2e.pipeline import quantize
+from quant2e.prepare.prepare import prepare_pt2e, prepare_qat_pt2e
+from quant2e.quantized_io import Boundary, Port, boundary_of, integer_boundary
+from quant2e.quantized_model import QuantizedModel, load, save
+from quant2e.report.encodings import Recipe
+from quant2e.report.report import Report, Verdict
 
 __all__ = [
     "AnnotationError",

@@ -7,21 +7,21 @@ function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86Induct
 `ComposableQuantizer` puts several together.
 """
 
-from quant2e.config import OperatorConfig, QuantizationConfig
+from quant2e.annotation.config import OperatorConfig, QuantizationConfig
+from quant2e.cpu import InstructionSet
 from quantizers.composable import ComposableQuantizer
-from quantizers.configurable import ConfigurableQuantizer
 from quantizers.embedding import (
     EmbeddingQuantizer,
     get_embedding_operators_config,
     get_embedding_quantization_config,
 )
-from quantizers.isa import InstructionSet
-from quantizers.recipes import Numbers, Scheme, recipe
-from quantizers.rule import Derived, Follow, Rule, Same
-from quantizers.rule_quantizer import RuleQuantizer
-from quantizers.text import annotations_text
+from quantizers.kit.printer import annotations_text
+from quantizers.kit.rule import Derived, Follow, Rule, Same
+from quantizers.kit.rule_quantizer import RuleQuantizer
+from quantizers.settings.configurable import ConfigurableQuantizer
+from quantizers.settings.recipes import Numbers, Scheme, recipe
 from quantizers.torchao import as_torchao
-from quantizers.x86_inductor import (
+from quantizers.x86.quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
     get_x86_inductor_linear_dynamic_fp16_config,

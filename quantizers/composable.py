@@ -8,9 +8,9 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from quant2e.annotation.quantizer import Quantizer
+from quant2e.annotation.specs import ANNOTATION, EdgeOrNode
 from quant2e.errors import AnnotationError, where
-from quant2e.quantizer import Quantizer
-from quant2e.specs import ANNOTATION, EdgeOrNode
 from quantizers.capabilities import Capabilities, Told, told_by
 
 

@@ -12,15 +12,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from quant2e.config import OperatorConfig, QuantizationConfig
+from quant2e.annotation.config import OperatorConfig, QuantizationConfig
+from quant2e.annotation.pattern import Match, constant, op
+from quant2e.annotation.specs import QuantizationSpec, group_size_of
 from quant2e.errors import AnnotationError
-from quant2e.group_observer import PerGroupMinMaxObserver
-from quant2e.pattern import Match, constant, op
-from quant2e.specs import QuantizationSpec, group_size_of
-from quantizers.conditions import operand_value
-from quantizers.configurable import ConfigurableQuantizer
-from quantizers.observers import table_observer
-from quantizers.rule import Rule
+from quant2e.observers.per_group import PerGroupMinMaxObserver
+from quantizers.kit.conditions import operand_value
+from quantizers.kit.observers import table_observer
+from quantizers.kit.rule import Rule
+from quantizers.settings.configurable import ConfigurableQuantizer
 
 aten = torch.ops.aten
 

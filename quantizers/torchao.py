@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from quant2e.encodings import OnGrid, PerGroup, encode
+from quant2e.annotation.interop import read_plan
+from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan, Point
+from quant2e.annotation.specs import ANNOTATION, EdgeOrNode
+from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.errors import Quant2eError
-from quant2e.interop import read_plan
-from quant2e.observe import DerivedObserver, make_observers
-from quant2e.observer_base import ObserverBase
-from quant2e.passes.constants import evaluate
+from quant2e.graph.constants import evaluate
+from quant2e.observers.base import ObserverBase
+from quant2e.observers.encodings import OnGrid, PerGroup, encode
 from quant2e.passes.fold_weights import attribute_path
-from quant2e.plan import DerivedFrom, Edge, Output, Plan, Point
-from quant2e.qdq import quantize_at, round_at
-from quant2e.specs import ANNOTATION, EdgeOrNode
+from quant2e.prepare.insert_observers import DerivedObserver, make_observers
 
 
 def as_torchao(quantizer: Any) -> TorchaoQuantizer:

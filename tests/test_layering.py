@@ -45,8 +45,8 @@ OPTIONAL: Mapping[str, str] = {"hypothesis": "quantizers/conformance/", "torchao
 """Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place."""
 
 INSTEAD: Mapping[str, str] = {
-    "torch.ao": "take the quantized_decomposed ops from quant2e.dialect; specs and observers have their own files",
-    "torchao": "recognise its objects by their shape (quant2e/interop.py); compare with it in tests and benchmarks",
+    "torch.ao": "take the quantized_decomposed ops from quant2e.graph.qdq_ops; specs and observers have their own files",
+    "torchao": "recognise its objects by their shape (quant2e/annotation/interop.py); compare with it in tests and benchmarks",
     "executorch": "call lowering.to_executorch, or hand the user a graph to pass on",
     "torch._inductor": "call lowering.to_inductor",
     "onnx": "call lowering.to_onnx",
@@ -56,7 +56,7 @@ INSTEAD: Mapping[str, str] = {
     "tests": "move what is needed into a package",
 }
 
-DIALECT = "quant2e/dialect.py"
+DIALECT = "quant2e/graph/qdq_ops.py"
 """The one file that may reach into torch.ao: importing it registers the quantized_decomposed ops."""
 
 
@@ -129,7 +129,7 @@ def complaint(path: str, found: Import) -> str:
     if folder not in SHIPPED:
         return ""
     if found.is_of("torch.ao"):
-        return "" if path == DIALECT else "only quant2e/dialect.py may reach into torch.ao"
+        return "" if path == DIALECT else "only quant2e/graph/qdq_ops.py may reach into torch.ao"
     if path.startswith(OPTIONAL.get(top, "/")):
         return "" if found.lazy else "import it inside the function that needs it: it is optional"
     if any(found.is_of(prefix) for prefix in LAZY):
@@ -183,7 +183,7 @@ def test_the_project_follows_its_layers():
 ALLOWED = [
     ("quant2e/plan.py", "import torch, numpy as np, dataclasses\nfrom quant2e.specs import ANNOTATION"),
     ("quant2e/passes/fold.py", "from ..errors import PassError\nfrom . import order"),
-    ("quant2e/dialect.py", "import torch.ao.quantization.fx._decomposed"),
+    ("quant2e/graph/qdq_ops.py", "import torch.ao.quantization.fx._decomposed"),
     ("quant2e/cli.py", "import importlib\ndef main():\n    importlib.import_module('lowering')"),
     (
         "quantizers/xnnpack.py",
@@ -211,8 +211,12 @@ def test_allowed(path, source):
 FORBIDDEN = [
     ("quant2e/plan.py", "import torchao", "torch, numpy and the standard library only; instead: recognise"),
     ("quant2e/plan.py", "import yaml", "torch, numpy and the standard library only"),
-    ("quant2e/plan.py", "import torch.ao.quantization", "quant2e/dialect.py may reach into torch.ao; instead: take"),
-    ("quant2e/plan.py", "from torch import ao", "only quant2e/dialect.py"),
+    (
+        "quant2e/plan.py",
+        "import torch.ao.quantization",
+        "quant2e/graph/qdq_ops.py may reach into torch.ao; instead: take",
+    ),
+    ("quant2e/plan.py", "from torch import ao", "only quant2e/graph/qdq_ops.py"),
     ("quant2e/plan.py", "import torch\nx = torch.ao.quantization", "plan.py:2: imports torch.ao"),
     ("quant2e/plan.py", "def f():\n    import executorch.exir", "plan.py:2: imports executorch.exir"),
     ("quant2e/plan.py", "def f():\n    __import__('executorch')", "quant2e may not import executorch; instead: call"),

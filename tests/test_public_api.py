@@ -34,7 +34,8 @@ def signature(target: object) -> str:
     found = inspect.signature(target)
     parameters = [p.replace(annotation=bare(p.annotation)) for p in found.parameters.values()]
     found = found.replace(parameters=parameters, return_annotation=bare(found.return_annotation))
-    return re.sub(r" at 0x[0-9a-f]+", "", str(found))
+    text = re.sub(r" at 0x[0-9a-f]+", "", str(found))
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
 
 
 def is_method(member: object) -> bool:

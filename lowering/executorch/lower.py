@@ -10,18 +10,18 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from lowering.boundary import boundary_in, constants
-from lowering.canonical import DECLARED, EXACT, canonicalise
-from lowering.delegation import Delegation, Rejections, delegation_of
+from lowering.executorch.io_parameters import boundary_in, constants
 from lowering.executorch.program import ExecuTorchProgram, Method
+from lowering.executorch.report import Delegation, Rejections, delegation_of
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends, undisturbed
-from lowering.executorch.xnnpack import forget_provenance, xnnpack_partitioner
+from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, canonicalise
+from lowering.executorch.xnnpack.limits import check_limits
+from lowering.executorch.xnnpack.partitioner import forget_provenance, xnnpack_partitioner
 from lowering.signature import check_bounded, signature_of
 from lowering.verify import LEEWAY_DB, Bound, Inputs, as_inputs, compare, compare_within_noise, graph_of
-from lowering.xnnpack_limits import check_limits
-from quant2e.boundary import Boundary, boundary_of
-from quant2e.dataflow import is_in_place
 from quant2e.errors import LoweringError
+from quant2e.graph.dataflow import is_in_place
+from quant2e.quantized_io import Boundary, boundary_of
 
 FORWARD = "forward"
 """Name of the method of a program made of one model."""

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lowering.boundary import constants
-from lowering.delegation import Delegation
+from lowering.executorch.io_parameters import constants
+from lowering.executorch.report import Delegation
 from lowering.executorch.runtime import load, load_method
 from lowering.signature import Signature
-from quant2e.atomic import atomic_file
-from quant2e.boundary import Boundary
 from quant2e.errors import LoweringError
+from quant2e.files import atomic_file
+from quant2e.quantized_io import Boundary
 
 
 @dataclass(slots=True)

@@ -15,16 +15,16 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from lowering.boundary import constants
-from lowering.onnx.form import CONVENTIONS, in_form
-from lowering.onnx.integers import sizes, use_integers
+from lowering.executorch.io_parameters import constants
+from lowering.onnx.integer_types import sizes, use_integers
 from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
+from lowering.onnx.qdq_form import CONVENTIONS, in_form
 from lowering.onnx.translation import OPSET, translations
 from lowering.signature import signature_of
 from lowering.verify import Inputs, as_inputs, compare_within_noise, graph_of
-from quant2e.atomic import atomic_file
-from quant2e.boundary import Boundary, boundary_of
 from quant2e.errors import LoweringError
+from quant2e.files import atomic_file
+from quant2e.quantized_io import Boundary, boundary_of
 
 _PROTOBUF_LIMIT = 2**31 - 1
 

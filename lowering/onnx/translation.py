@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from quant2e.dialect import qd
+from quant2e.graph.qdq_ops import qd
 
 OPSET = 21
 """The first version of ONNX with 4-bit integers and blocked DequantizeLinear."""

@@ -5,10 +5,10 @@ In: what `convert_pt2e` returned. Out: a GraphModule that exports, saves, compil
 """
 
 from quant2e.integer.accumulators import Accumulator, Overflow, simulate_accumulator
+from quant2e.integer.arithmetic.requantization import REQUANTIZATIONS, Requantization
 from quant2e.integer.convert import to_integer
 from quant2e.integer.report import IntegerReport, IntegerVerdict, integer_report
-from quant2e.integer.requantization import REQUANTIZATIONS, Requantization
-from quant2e.integer.vectors import dump_vectors
+from quant2e.integer.test_vectors import dump_vectors
 
 __all__ = [
     "REQUANTIZATIONS",

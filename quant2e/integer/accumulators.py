@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
-from quant2e.integer.build import Record
+from quant2e.integer.arithmetic.builder import Record
 from quant2e.integer.report import integer_report
 from quant2e.integer.trace import tensors
 

@@ -9,24 +9,24 @@ from typing import get_args
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.dataflow import operand
-from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.errors import Quant2eError
-from quant2e.graph_module import copy_graph
-from quant2e.integer.build import Builder, Record
-from quant2e.integer.functional import exposed, use_functional_ops
-from quant2e.integer.grid import QUANTIZE_STATIC
-from quant2e.integer.moves import UNLESS_TRAINING
+from quant2e.graph.constants import constant_nodes
+from quant2e.graph.dataflow import operand
+from quant2e.graph.module import copy_graph
+from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
+from quant2e.integer.arithmetic.builder import Builder, Record
+from quant2e.integer.arithmetic.grid import QUANTIZE_STATIC
+from quant2e.integer.arithmetic.requantization import Requantization
+from quant2e.integer.arithmetic.values import Context
+from quant2e.integer.functionalize import exposed, use_functional_ops
+from quant2e.integer.ops.data_movement import UNLESS_TRAINING
 from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
-from quant2e.integer.requantization import Requantization
 from quant2e.integer.rewrite import rewrite
-from quant2e.integer.values import Context
-from quant2e.ledger import LEDGER, Ledger
 from quant2e.passes import run
-from quant2e.passes.constants import constant_nodes
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import fold_weights
-from quant2e.report import tensor_bytes
+from quant2e.report.record import LEDGER, Ledger
+from quant2e.report.report import tensor_bytes
 
 
 def to_integer(

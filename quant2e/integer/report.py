@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
-from quant2e.integer.build import Record
-from quant2e.integer.requantization import Requantization
+from quant2e.integer.arithmetic.builder import Record
+from quant2e.integer.arithmetic.requantization import Requantization
 
 INTEGER = "quant2e_integer"
 """Key in ``gm.meta`` under which an integer graph keeps its `IntegerReport`."""

@@ -14,19 +14,37 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from quant2e.dataflow import operand
-from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
-from quant2e.integer import bag, boundary, elementwise, embedding, moves, pooling, products, softmax, tables
-from quant2e.integer.build import NoIntegerFormError
-from quant2e.integer.dynamic import (
+from quant2e.graph.dataflow import operand
+from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.integer.arithmetic.builder import NoIntegerFormError
+from quant2e.integer.arithmetic.grid import DEQUANTIZE_STATIC, QUANTIZE_STATIC, Grid, grid_of
+from quant2e.integer.arithmetic.values import Context, Stored, Value
+from quant2e.integer.ops import (
+    data_movement as moves,
+)
+from quant2e.integer.ops import (
+    elementwise,
+    embedding,
+    pooling,
+    products,
+    softmax,
+)
+from quant2e.integer.ops import (
+    embedding_bag as bag,
+)
+from quant2e.integer.ops import (
+    lookup_tables as tables,
+)
+from quant2e.integer.ops import (
+    quantize as boundary,
+)
+from quant2e.integer.ops.dynamic_quantization import (
     DynamicStored,
     choose_parameters,
     choose_per_token,
     quantize_dynamic,
     quantize_per_token,
 )
-from quant2e.integer.grid import DEQUANTIZE_STATIC, QUANTIZE_STATIC, Grid, grid_of
-from quant2e.integer.values import Context, Stored, Value
 
 aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 
-from quant2e.passes.effects import is_random, writes
+from quant2e.graph.effects import is_random, writes
 
 
 def has_effect(node: Node) -> bool:

@@ -19,9 +19,9 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from quant2e.passes.constants import attribute, constant_nodes, evaluate
+from quant2e.graph.constants import attribute, constant_nodes, evaluate
+from quant2e.graph.effects import argument, aten, flag_of
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
-from quant2e.passes.effects import argument, aten, flag_of
 
 _CONV = frozenset(
     {

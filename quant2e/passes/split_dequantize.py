@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from quant2e.dialect import CHOOSE_QPARAMS, DEQUANTIZE
+from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE
 
 
 def consumers(dequantize: Node) -> list[Node]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
-from quant2e.observe import copy_provenance
-from quant2e.passes.constants import attribute, constant_nodes, evaluate
-from quant2e.passes.effects import argument, aten
+from quant2e.graph.constants import attribute, constant_nodes, evaluate
+from quant2e.graph.edit import copy_provenance
+from quant2e.graph.effects import argument, aten
 from quant2e.passes.fold_batch_norm import (
     FOLDED,
     GENERAL,

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from quant2e.pattern import Arg, Either, Op, Pattern, op
-from quantizers import families as f
-from quantizers.conformance.blocks import is_known
-from quantizers.rule import Rule
-from quantizers.rule_quantizer import RuleQuantizer
+from quant2e.annotation.pattern import Arg, Either, Op, Pattern, op
+from quantizers.conformance.op_calls import is_known
+from quantizers.kit import families as f
+from quantizers.kit.rule import Rule
+from quantizers.kit.rule_quantizer import RuleQuantizer
 
 aten = torch.ops.aten
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from quant2e.errors import AnnotationError, Quant2eError
-from quant2e.integer.requantization import Requantization
+from quant2e.integer.arithmetic.requantization import Requantization
 from quantizers.conformance.capabilities import Capabilities, capabilities, opt_in_rules
-from quantizers.conformance.draft import shapes_of
-from quantizers.conformance.examine import Limits, Outcome, examine
+from quantizers.conformance.flow_checks import Limits, Outcome, examine
 from quantizers.conformance.generate import ODDITIES, by_dice, odd, random_programs, single
 from quantizers.conformance.program import Program
+from quantizers.conformance.program_builder import shapes_of
 from quantizers.conformance.report import WARNINGS, Conformance, Finding
 
 ATTEMPTS, FOLLOWING = 8, 24

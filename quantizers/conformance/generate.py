@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from quant2e.pattern import arguments
-from quantizers.conformance.blocks import build
+from quant2e.annotation.pattern import arguments
 from quantizers.conformance.capabilities import AROUND, Capabilities, Piece
-from quantizers.conformance.draft import Draft, UnfitError
+from quantizers.conformance.op_calls import build
 from quantizers.conformance.program import Program
+from quantizers.conformance.program_builder import Draft, UnfitError
 
 aten = torch.ops.aten
 

@@ -6,9 +6,9 @@ from functools import lru_cache
 
 import torch
 
-from quant2e.config import QuantizationConfig
-from quant2e.specs import QuantizationSpec
-from quantizers.observers import activation_observer, group_observer, weight_observer
+from quant2e.annotation.config import QuantizationConfig
+from quant2e.annotation.specs import QuantizationSpec
+from quantizers.kit.observers import activation_observer, group_observer, weight_observer
 
 ACTIVATION_EPS = 2**-12
 """Smallest scale of a static activation: the delegate bounds the ratios of scales."""

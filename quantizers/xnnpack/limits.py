@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from quant2e.dataflow import operand
-from quant2e.pattern import Match
-from quantizers.conditions import operand_value, spatial, value, zero_padding
-from quantizers.provenance import literal
+from quant2e.annotation.pattern import Match
+from quant2e.graph.dataflow import operand
+from quantizers.kit.conditions import operand_value, spatial, value, zero_padding
+from quantizers.kit.value_source import literal
 
 
 def up_to_two_dimensions(node: Node) -> bool | str:

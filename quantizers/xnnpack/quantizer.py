@@ -13,20 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.config import QuantizationConfig
-from quant2e.dataflow import Constants, operand
+from quant2e.annotation.config import QuantizationConfig
+from quant2e.annotation.pattern import Match, roots, short_name
+from quant2e.annotation.specs import PER_CHANNEL_SCHEMES, group_size_of
 from quant2e.errors import AnnotationError
-from quant2e.pattern import Match, roots, short_name
-from quant2e.specs import PER_CHANNEL_SCHEMES, group_size_of
-from quantizers.clamps import clamps_as_fused
-from quantizers.composites import composites
-from quantizers.configurable import ConfigurableQuantizer
-from quantizers.families import MOVES, linear
-from quantizers.float_regions import float_tail, stands_between_float_ops
-from quantizers.observers import weight_observer
-from quantizers.provenance import SENTINEL, Provenance, Source
-from quantizers.rule import Rule
-from quantizers.scalars import WITH_NUMBERS, scalars_as_tensors
+from quant2e.graph.dataflow import Constants, operand
+from quantizers.kit.composites import composites
+from quantizers.kit.families import MOVES, linear
+from quantizers.kit.float_regions import float_tail, stands_between_float_ops
+from quantizers.kit.observers import weight_observer
+from quantizers.kit.rule import Rule
+from quantizers.kit.value_source import SENTINEL, Provenance, Source
+from quantizers.rewrites.clamps import clamps_as_fused
+from quantizers.rewrites.scalars import WITH_NUMBERS, scalars_as_tensors
+from quantizers.settings.configurable import ConfigurableQuantizer
 from quantizers.xnnpack.config import WEIGHT_EPS, get_symmetric_quantization_config
 from quantizers.xnnpack.rules import CLAMPS, ELEMENTWISE, PRODUCTS, dynamic_rules, is_four_bits, static_rules
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from quant2e.pattern import Either, Match, Op, op
-from quant2e.specs import PER_CHANNEL_SCHEMES, group_size_of
-from quantizers import families as f
-from quantizers.rule import Derived, Follow, Rule, Same, accumulator_scale
+from quant2e.annotation.pattern import Either, Match, Op, op
+from quant2e.annotation.specs import PER_CHANNEL_SCHEMES, group_size_of
+from quantizers.kit import families as f
+from quantizers.kit.rule import Derived, Follow, Rule, Same, accumulator_scale
 from quantizers.xnnpack import limits
 
 aten = torch.ops.aten

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quant2e.dialect import qd
+from quant2e.graph.qdq_ops import qd
 
 Grid = tuple[float, int]
 """Scale and zero point of an int8 tensor."""

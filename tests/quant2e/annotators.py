@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.observer import MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
-from quant2e.quantizer import Quantizer
-from quant2e.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
+from quant2e.annotation.quantizer import Quantizer
+from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
+from quant2e.observers.measuring import MinMaxObserver, PerChannelMinMaxObserver, PlaceholderObserver
 
 aten = torch.ops.aten
 ACT = QuantizationSpec(torch.int8, MinMaxObserver, -128, 127, torch.per_tensor_affine)

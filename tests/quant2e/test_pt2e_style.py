@@ -18,9 +18,9 @@ from quant2e import (
     SharedQuantizationSpec,
     capture,
     convert_pt2e,
-    observer,
     prepare_pt2e,
 )
+from quant2e.observers import measuring as observer
 
 aten, qd = torch.ops.aten, torch.ops.quantized_decomposed
 ACT = QuantizationSpec(

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from quant2e import AnnotationError, Quantizer, capture, convert_pt2e, prepare_pt2e, prepare_qat_pt2e, quantize
-from quant2e.fake_quant import FakeQuantizeBase
-from quant2e.ledger import LEDGER
-from quant2e.specs import ANNOTATION, QuantizationAnnotation
+from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
+from quant2e.observers.fake_quant import FakeQuantizeBase
+from quant2e.report.record import LEDGER
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import lowering
-from lowering.canonical import canonicalise
-from lowering.canonical.bags import open_bags
-from lowering.inductor_graph import private_copy
-from lowering.inductor_lookup import gathered_rows
+from lowering.executorch.xnnpack.legalize import canonicalise
+from lowering.executorch.xnnpack.legalize.bags import open_bags
+from lowering.inductor.rewrites.embedding import gathered_rows
+from lowering.inductor.rewrites.graph import private_copy
 from quant2e import load, quantize
-from quant2e.dialect import DEQUANTIZE
+from quant2e.graph.qdq_ops import DEQUANTIZE
 from quantizers import EmbeddingQuantizer, get_embedding_quantization_config
 
 KINDS = list(itertools.product((8, 4), (0, 16), (True, False)))  # bits, group size, symmetric

@@ -13,7 +13,7 @@ import pytest
 
 from quant2e import Quant2eError
 from quantizers import as_torchao
-from tests.quantizers.broken import Sound
+from tests.quantizers.conformance.broken import Sound
 
 RUNNER = Path(__file__).with_name("torchao_runner.py")
 NETS = ("conv bn relu", "residual add", "cat", "cat of one tensor", "adaptive pool", "linear without bias")

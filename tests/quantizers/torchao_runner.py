@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from quant2e import capture
-from quant2e.dialect import DEQUANTIZE
+from quant2e.graph.qdq_ops import DEQUANTIZE
 from quantizers import (
     X86InductorQuantizer,
     XNNPACKQuantizer,
@@ -19,7 +19,7 @@ from quantizers import (
 )
 from quantizers.torchao import as_torchao
 from tests.quant2e.guest_runner import MODELS, attempt, data, initialize, ours, theirs
-from tests.quantizers.broken import Sound
+from tests.quantizers.conformance.broken import Sound
 
 
 def xnnpack(**options):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from quant2e import Quant2eError, integer_report, quantize
-from quant2e.dialect import qd
+from quant2e.graph.qdq_ops import qd
 from quant2e.integer import Overflow, simulate_accumulator, to_integer
 from quant2e.integer.accumulators import matrices, simulate
 from quant2e.integer.trace import tensors

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant2e import Quant2eError, integer_report, quantize, to_integer
-from quant2e.dialect import qd
+from quant2e.graph.qdq_ops import qd
 from quant2e.integer import dump_vectors
 from quantizers import ComposableQuantizer, EmbeddingQuantizer, get_embedding_quantization_config
 from tests.quant2e.integer import reference

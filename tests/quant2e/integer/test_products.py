@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from quant2e import Quant2eError, integer_report, to_integer
-from quant2e.dialect import qd
-from quant2e.integer.bias import bias_fraction, bias_integers
+from quant2e.graph.qdq_ops import qd
+from quant2e.integer.arithmetic.bias import bias_fraction, bias_integers
 from tests.quant2e.integer import reference
 from tests.quant2e.integer.graphs import CASES, Draw, Tally, Writer, aten, run_integer
 

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant2e import integer_report, quantize, to_integer
-from quant2e.dialect import qd
-from quant2e.integer import pooling
+from quant2e.graph.qdq_ops import qd
+from quant2e.integer.ops import pooling
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 from tests.quant2e.integer import reference
 from tests.quant2e.integer.graphs import CASES, Draw, Tally, Writer, aten, run_integer

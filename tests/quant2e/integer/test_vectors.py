@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from quant2e import Quant2eError, capture, quantize
-from quant2e.dialect import qd
-from quant2e.integer import dump_vectors, integer_report, pooling, to_integer
+from quant2e.graph.qdq_ops import qd
+from quant2e.integer import dump_vectors, integer_report, to_integer
+from quant2e.integer.ops import pooling
 from tests.quant2e.integer.graphs import MODES, Draw, Writer, aten
 from tests.quant2e.integer.numpy_kernels import check
 from tests.quant2e.integer.test_graph import Net, X, x86, xnnpack

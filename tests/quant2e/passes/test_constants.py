@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant2e.capture import capture
 from quant2e.errors import PassError
-from quant2e.passes.constants import constant_nodes, evaluate
+from quant2e.graph.capture import capture
+from quant2e.graph.constants import constant_nodes, evaluate
 
 
 class Mixed(nn.Module):

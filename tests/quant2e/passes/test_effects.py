@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant2e.capture import capture
-from quant2e.passes.effects import aliases, argument, is_deterministic, is_random, trains, writes
+from quant2e.graph.capture import capture
+from quant2e.graph.effects import aliases, argument, is_deterministic, is_random, trains, writes
 
 
 class One(nn.Module):

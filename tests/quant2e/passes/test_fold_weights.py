@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from quant2e.dialect import qd
+from quant2e.graph.printer import graph_text
+from quant2e.graph.qdq_ops import qd
 from quant2e.passes.fold_weights import fold_weights
-from quant2e.text import graph_text
 
 aten = torch.ops.aten
 RANGE = (0.5, 0, -8, 7, torch.int8)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quant2e.capture import capture
-from quant2e.graph_module import copy_graph
+from quant2e.graph.capture import capture
+from quant2e.graph.inline_regions import inline_regions, opaque_regions
+from quant2e.graph.module import copy_graph
 from quant2e.passes import run
-from quant2e.passes.inline_regions import inline_regions, opaque_regions
 
 
 class Regions(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from quant2e.capture import capture
 from quant2e.errors import PassError
+from quant2e.graph.capture import capture
 from quant2e.passes import run
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from quant2e.dialect import qd
+from quant2e.graph.qdq_ops import qd
 from quant2e.passes.split_dequantize import split_dequantize
 
 aten = torch.ops.aten

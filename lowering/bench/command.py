@@ -1,0 +1,125 @@
+"""Time programs side by side on this machine.
+
+Every program is called in turn, so that a machine that slows down slows all of them; times are medians, ratios are
+medians of the ratios within each round. Load time and memory are measured in a process for each program, times in a
+process for each number of threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowering.bench.worker import Footprint, in_child, measure_footprint, measure_times
+
+_EXAMPLE = textwrap.dedent("""\
+    example:
+      quant2e bench model_float.pte model_int8.pte --threads 1,2
+
+    inputs:
+      numpy.savez("x.npz", ids, mask)       # one array per tensor, in the order in which the programs take them
+      quant2e bench model_int8.pte model_int8.pt2 --inputs x.npz
+
+    A .pte runs in the ExecuTorch runtime, a .pt2 in eager torch. Ratios are to the first program: above 1 is faster.
+""")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One program. ``medians`` and ``ratios``: milliseconds, and how much faster than the first, by number of threads."""
+
+    path: Path
+    size: int
+    footprint: Footprint
+    medians: dict[int, float]
+    ratios: dict[int, float]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``quant2e bench``."""
+    parser.epilog = _EXAMPLE
+    parser.add_argument("programs", nargs="+", type=Path, metavar="PROGRAM", help=".pte or .pt2 file")
+    parser.add_argument(
+        "--inputs", type=Path, metavar="X.npz", help="arrays to run on (default: the file's own, or noise)"
+    )
+    parser.add_argument("--threads", type=_counts, default=[1], metavar="N,...", help="numbers of threads (default: 1)")
+    parser.add_argument(
+        "--rounds", type=_positive, metavar="N", help="calls of each program (default: about 2 s, 9 to 200)"
+    )
+    parser.add_argument("--method", metavar="NAME", help='method of .pte files to run (default: "forward")')
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, and print a table."""
+    rows = bench(
+        options.programs, inputs=options.inputs, threads=options.threads, rounds=options.rounds, method=options.method
+    )
+    print(table(rows))  # noqa: T201  # this is a command line
+    return 0
+
+
+def bench(
+    programs: Sequence[Path],
+    *,
+    inputs: Path | None = None,
+    threads: Sequence[int] = (1,),
+    rounds: int | None = None,
+    method: str | None = None,
+) -> list[Row]:
+    """Size, load time, memory and interleaved times of program files. Arguments: as of the command line.
+
+    Raises `LoweringError` for a program that does not load or run, `FileFormatError` for a file of another kind.
+    """
+    sizes = [path.stat().st_size for path in programs]
+    footprints = [in_child(measure_footprint, path, inputs, method, threads[0]) for path in programs]
+    times = {
+        count: in_child(measure_times, tuple(programs), inputs, method, count, rounds)
+        for count in dict.fromkeys(threads)
+    }
+    return [
+        Row(
+            path=path,
+            size=sizes[place],
+            footprint=footprints[place],
+            medians={count: statistics.median(found[place]) * 1e3 for count, found in times.items()},
+            ratios={
+                count: statistics.median(first / own for first, own in zip(found[0], found[place], strict=True))
+                for count, found in times.items()
+            },
+        )
+        for place, path in enumerate(programs)
+    ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text with aligned columns."""
+    counts = list(rows[0].medians)
+    head = ["program", "size MB", "load ms", "peak MB"]
+    head += [f"{unit} {count} thr" for count in counts for unit in ("ms", "ratio")]
+    lines = [head]
+    for row in rows:
+        line = [row.path.name, f"{row.size / 1e6:.2f}", f"{row.footprint.load_ms:.1f}", f"{row.footprint.peak_mb:.1f}"]
+        line += [text for count in counts for text in (f"{row.medians[count]:.3f}", f"{row.ratios[count]:.2f}")]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]

@@ -1,0 +1,1 @@
+"""XNNPACK in ExecuTorch: its legal form, its limits, and its partitioner."""

@@ -1,0 +1,115 @@
+"""Activations quantized at run time, written the way XNNPACK computes them.
+
+    choose_qparams(x) → quantize → dequantize → linear(·, W)
+        =  choose_qparams_per_token(x) → quantize → dequantize → linear(·, W)
+
+XNNPACK gives every row (token) of a dynamically quantized tensor a scale of its own, whatever the graph says.
+The graph that is handed over says so too: a finer grid than the per-tensor one, with other numbers.
+A weight with one scale becomes a weight with that scale in every channel, the only kind XNNPACK takes here.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.executorch.xnnpack.legalize.edit import constant, emit, tensor_at
+from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, qd
+
+_ATEN = torch.ops.aten
+DYNAMIC_CONSUMERS = (_ATEN.linear.default, _ATEN.conv2d.default)
+"""Ops that XNNPACK computes on activations quantized at run time."""
+
+_GROUPS = qd.dequantize_per_channel_group.default
+_WEIGHTS = (qd.dequantize_per_channel.default, _GROUPS)
+
+
+def chooser_of(dequantize: object) -> Node | None:
+    """The ``choose_qparams`` node behind a dequantized activation; None for a static one."""
+    if not isinstance(dequantize, Node) or dequantize.target is not qd.dequantize_per_tensor.tensor:
+        return None
+    scale = dequantize.args[1]
+    if not isinstance(scale, Node) or scale.target is not operator.getitem:
+        return None
+    chooser = scale.args[0]
+    return chooser if isinstance(chooser, Node) and chooser.target in CHOOSE_QPARAMS else None
+
+
+def spread_weight_scale(module: GraphModule) -> int:
+    """Give per-tensor weights of dynamic linears and convolutions their scale per channel. Bit-equal."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in DYNAMIC_CONSUMERS or chooser_of(node.args[0]) is None:
+            continue
+        weight = node.args[1]
+        if not isinstance(weight, Node) or weight.target is not qd.dequantize_per_tensor.default:
+            continue
+        stored, scale, zero_point, low, high, dtype = weight.args
+        values = tensor_at(module, stored)
+        if values is None or zero_point != 0 or not isinstance(scale, int | float):
+            continue
+        scales = constant(module, node, "weight_scales", torch.full((len(values),), float(scale)))
+        zeros = constant(module, node, "weight_zero_points", torch.zeros(len(values), dtype=torch.int64))
+        spread = emit(
+            node, qd.dequantize_per_channel.default, stored, scales, zeros, 0, low, high, dtype, **weight.kwargs
+        )
+        node.replace_input_with(weight, spread)
+        count += 1
+    return count
+
+
+def per_row(module: GraphModule) -> int:
+    """Rewrite dynamic quantization in front of linears to one scale per row; returns how many chains.
+
+    Uses of one tensor by several linears share one chain, so that XNNPACK quantizes it once. A linear whose weight
+    is not in integers keeps the chain it had: XNNPACK would not take it.
+    """
+    chains: dict[Node, tuple[Node, Node, Node]] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.linear.default:
+            continue
+        dequantize, weight = node.args[:2]
+        chooser = chooser_of(dequantize)
+        if chooser is None or not _int8(chooser) or weight.target not in _WEIGHTS:
+            continue
+        x = chooser.all_input_nodes[0]
+        if x not in chains:
+            chains[x] = _chain(x, node)
+        scale, zero_point, quantized = chains[x]
+        row = emit(
+            node, qd.dequantize_per_token.default, quantized, scale, zero_point, -128, 127, torch.int8, torch.float32
+        )
+        node.replace_input_with(dequantize, row)
+    return len(chains)
+
+
+def short_group_scales(module: GraphModule) -> int:
+    """Round the scales of weights in groups to bfloat16, which is how a program file stores them; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.linear.default:
+            continue
+        weight = node.args[1]
+        if not isinstance(weight, Node) or weight.target is not _GROUPS or chooser_of(node.args[0]) is None:
+            continue
+        scales = tensor_at(module, weight.args[1])
+        if scales is None or torch.equal(scales, scales.bfloat16().to(scales.dtype)):
+            continue
+        short = constant(module, weight, "group_scales", scales.detach().bfloat16().to(scales.dtype))
+        weight.args = (weight.args[0], short, *weight.args[2:])
+        count += 1
+    return count
+
+
+def _int8(chooser: Node) -> bool:
+    return chooser.args[4] is torch.int8
+
+
+def _chain(x: Node, before: Node) -> tuple[Node, Node, Node]:
+    chosen = emit(before, qd.choose_qparams_per_token_asymmetric.default, x, torch.int8)
+    scale = emit(before, operator.getitem, chosen, 0)
+    zero_point = emit(before, operator.getitem, chosen, 1)
+    quantized = emit(before, qd.quantize_per_token.default, x, scale, zero_point, -128, 127, torch.int8)
+    return scale, zero_point, quantized

@@ -1,0 +1,51 @@
+"""XNNPACK's partitioner, which says what it takes, with our rule for what goes together.
+
+Its own rule tries to join each pair of partitions once, in the order of the graph, which leaves a model whose blocks
+share a chain or a mask in pieces, and takes time that grows with the square of their number.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+from torch.fx.passes.infra.partitioner import Partition
+
+from lowering.executorch.xnnpack.stages import stages
+
+
+def xnnpack_partitioner() -> Any:
+    """A partitioner for ``to_edge_transform_and_lower`` that leaves as few delegates as the ops between them allow."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    partitioner = XnnpackPartitioner()
+    by_pairs = partitioner.generate_partitions
+
+    def by_stages(exported: ExportedProgram) -> list[Partition]:
+        forget_provenance(exported.graph)
+        groups = [_with_results(group) for group in partitioner.get_matched_nodes_from_configs(exported)]
+        found = stages(exported.graph, groups)
+        if found is None:
+            joined: list[Partition] = by_pairs(exported)
+            return joined
+        return [Partition(id=index, nodes=nodes) for index, nodes in enumerate(found)]
+
+    partitioner.generate_partitions = by_stages
+    return partitioner
+
+
+def forget_provenance(graph: Graph) -> None:
+    """Drop each node's list of the nodes it was made from, one per pass so far.
+
+    Every pass that follows copies the list of every node, which is most of what lowering a large model costs.
+    """
+    for node in graph.nodes:
+        node.meta.pop("from_node", None)
+
+
+def _with_results(group: list[Node]) -> list[Node]:
+    """A group with the nodes that pick the results of ops that return several."""
+    picks = [user for node in group for user in node.users if user.target is operator.getitem]
+    return list(dict.fromkeys([*group, *picks]))

@@ -1,0 +1,152 @@
+"""What Inductor's int8 patterns match and must not: each case is turned into float arithmetic they do not know.
+
+    op(dq(x), …)        =>        op((x - zero_point) * scale, …)
+
+The patterns look at the shape of the graph and not at everything that must hold. They rewrite a transposed
+convolution into a plain one, ignore the axis and zero points of a weight, and pool integers of one scale into
+integers of another. On CPUs without VNNI the kernels themselves may saturate. Inductor fuses the arithmetic into its neighbours, so an op that is guarded costs what a float
+op costs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.inductor.rewrites.graph import call, constant, operands
+from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ, MOVES
+from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weight_of
+from lowering.inductor.saturation import adds_in_16_bits, may_overflow
+from quant2e.graph.qdq_ops import DEQUANTIZE, qd
+
+aten = torch.ops.aten
+
+_TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
+_CARRY = MOVES | {aten.cat.default, aten.max_pool2d.default}
+
+
+def arithmetic(gm: GraphModule, user: Node, dequantized: Node) -> None:
+    """Let ``user`` read ``(x.float() - zero_point) * scale`` instead of the dequantize node it reads now.
+
+    The operations and their order are those of the eager kernel, so the result is bit-equal.
+    """
+    args = operands(dequantized)
+    out = args["out_dtype"] or torch.float32
+    scale, point = args["scale"], args["zero_point"]
+    with gm.graph.inserting_before(user):
+        if isinstance(scale, Node):
+            scale = call(gm, dequantized, aten.to.dtype, scale, out)
+        if isinstance(point, Node):
+            point = call(gm, dequantized, aten.to.dtype, point, out)
+        found = call(gm, dequantized, aten.to.dtype, args["input"], out)
+        if isinstance(point, Node) or point != 0:
+            found = call(gm, dequantized, aten.sub.Tensor, found, point)
+        found = call(gm, dequantized, aten.mul.Tensor, found, scale)
+    found.meta.update(dequantized.meta)
+    user.replace_input_with(dequantized, found)
+    if not dequantized.users:
+        gm.graph.erase_node(dequantized)
+
+
+def dequantize_behind(node: Node | None) -> Node | None:
+    """The dequantize node that a weight or activation comes from, through a dtype conversion, transposes and views."""
+    passed = (aten.to.dtype, *MOVES)
+    while isinstance(node, Node) and node.target in passed and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def quantized_operands(node: Node) -> tuple[Node, Node] | None:
+    """The dequantize nodes of weight and activation of a quantized convolution or matrix product; None for others."""
+    weight, activation = dequantize_behind(weight_of(node)), dequantize_behind(activation_of(node))
+    if weight is None or activation is None or weight.target is not qd.dequantize_per_channel.default:
+        return None
+    return (weight, activation) if activation.target in ACTIVATION_DQ else None
+
+
+def is_weight_only(gm: GraphModule, node: Node) -> bool:
+    """Whether a convolution or matrix product has an integer weight, and an activation that is float."""
+    weight, activation = dequantize_behind(weight_of(node)), dequantize_behind(activation_of(node))
+    if weight is None or weight.target not in DEQUANTIZE or constant(gm, weight.args[0]) is None:
+        return False
+    return activation is None or activation.target not in DEQUANTIZE
+
+
+def refusal(gm: GraphModule, node: Node) -> str | None:
+    """Why a convolution or matrix product must not become an int8 kernel; None when it may, or is not quantized."""
+    found = quantized_operands(node)
+    if found is None:
+        return None
+    weight, activation = found
+    args, value, points = operands(weight), constant(gm, weight.args[0]), constant(gm, weight.args[2])
+    if node.target in _TRANSPOSED or (node.target is aten.convolution.default and operands(node)["transposed"]):
+        return "oneDNN's int8 convolution is not transposed"
+    if value is None or points is None or constant(gm, weight.args[1]) is None:
+        return "the weight is not a constant"
+    if value.dtype is not torch.int8:
+        return f"int8 kernels take int8 weights, not {value.dtype}"
+    if args["axis"] != 0:
+        return (
+            f"int8 kernels take one weight scale per output channel, and this weight has them along axis {args['axis']}"
+        )
+    if bool((points != 0).any()):
+        return "int8 kernels take symmetric weights, and this one has zero points other than 0"
+    if operands(activation)["dtype"] not in (torch.uint8, torch.int8):
+        return f"int8 kernels take 8-bit activations, not {operands(activation)['dtype']}"
+    depthwise = node.target in CONVOLUTION and value.shape[1] == 1  # its kernels add in 32 bits
+    if adds_in_16_bits() and not depthwise and may_overflow(value, operands(activation)["quant_max"]):
+        return (
+            "int8 kernels may saturate on this CPU, which has no VNNI, with activations and weights this large: "
+            "quantize with reduce_range=True"
+        )
+    return None
+
+
+def _requantizes(node: Node) -> list[Node]:
+    """Dequantize nodes that a quantize node reads through ops which only move numbers or pick the largest."""
+    found: list[Node] = []
+    queue, seen = [node.args[0]], set()
+    moved = False
+    while queue:
+        value = queue.pop()
+        if not isinstance(value, Node) or value in seen:
+            continue
+        seen.add(value)
+        if value.target in _CARRY:
+            moved = True
+            operand = value.args[0]
+            queue.extend(operand if isinstance(operand, list | tuple) else [operand])
+        elif value.target is qd.dequantize_per_tensor.default:
+            found.append(value)
+    return found if moved else []
+
+
+def keep_from_patterns(gm: GraphModule) -> dict[str, str]:
+    """Guard every case above. Returns, by node name, why that op does not become an int8 kernel."""
+    reasons: dict[str, str] = {}
+    for node in list(gm.graph.nodes):
+        reason = refusal(gm, node)
+        if reason is not None:
+            activation = dequantize_behind(activation_of(node))
+            assert activation is not None
+            reasons[node.name] = reason
+            for user in list(activation.users):
+                if _reaches(user, node):
+                    arithmetic(gm, user, activation)
+    for node in list(gm.graph.nodes):
+        if node.target is not qd.quantize_per_tensor.default:
+            continue
+        wanted = tuple(node.args[1:])
+        for source in _requantizes(node):
+            if tuple(source.args[1:]) != wanted:
+                for user in list(source.users):
+                    if _reaches(user, node):
+                        arithmetic(gm, user, source)
+    return reasons
+
+
+def _reaches(node: Node, goal: Node) -> bool:
+    """Whether ``goal`` is ``node``, or reads it through conversions, transposes and moves."""
+    return node is goal or (
+        node.target in (aten.to.dtype, *_CARRY) and any(_reaches(user, goal) for user in node.users)
+    )

@@ -1,0 +1,141 @@
+"""Give each quantized product of a graph to the engine that is fastest for its shape.
+
+    op(dq(x), dq(w))        =>        op(dq(x), w')        where a float kernel is faster, or no int8 kernel is right
+
+``w'`` is a float constant. The float op computes on the same numbers as the Q/DQ graph does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from lowering.inductor.guard import is_weight_only, quantized_operands
+from lowering.inductor.kernels.engines import ENGINES, Choice, Engine, Product, fastest
+from lowering.inductor.rewrites.graph import operands
+from lowering.inductor.rewrites.weight_only import compute_by_rows, rows_of
+from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
+from quant2e.errors import LoweringError
+from quant2e.graph.qdq_ops import QUANTIZE, qd
+
+aten = torch.ops.aten
+
+Engines = str | Mapping[str, str]
+"""``"measured"``, the name of an engine, or a name for each op."""
+
+_FLOAT, _MEASURED = "float", "measured"
+
+
+def choose(
+    gm: GraphModule, refused: Mapping[str, str], wanted: Engines, engines: Sequence[Engine] = ENGINES
+) -> tuple[dict[str, Choice], int]:
+    """Choose among ``engines`` for every product, and rewrite those that a float kernel, or one of ours, computes.
+
+    ``refused``: ops that no int8 kernel computes right. They get a float weight without being measured: the alternative is
+    to dequantize the weight at every call. Returns the choices by op name, and the bytes of float weights made. Raises
+    `LoweringError` for names of engines or ops that do not exist.
+    """
+    products = {node.name: node for node in gm.graph.nodes if quantized_operands(node) is not None}
+    alone = {node.name: node for node in gm.graph.nodes if node.name not in refused and is_weight_only(gm, node)}
+    _check(wanted, engines, {**products, **alone})
+    size = sum(float_weight(gm, node) for node in list(gm.graph.nodes) if node.name in refused)
+    choices: dict[str, Choice] = {}
+    for name, node in alone.items():
+        rows = rows_of(gm, node)
+        if rows is not None:
+            choices[name] = _choice(name, rows.product, wanted, engines)
+        if rows is None or choices[name].engine == _FLOAT:
+            size += float_weight(gm, node)
+        else:
+            compute_by_rows(gm, node, rows)
+    for name, node in products.items():
+        product = product_of(node) if name not in refused else None
+        if product is None:
+            continue
+        choices[name] = _choice(name, product, wanted, engines)
+        if choices[name].engine == _FLOAT:
+            size += float_weight(gm, node)
+    return choices, size
+
+
+def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> Choice:
+    named = wanted if isinstance(wanted, str) else wanted.get(name, _MEASURED)
+    if named == _MEASURED:
+        return fastest(product, engines)
+    (engine,) = (engine for engine in engines if engine.name == named)
+    if engine.computes(product):
+        return Choice(engine=named, product=product, seconds={})
+    if not isinstance(wanted, str):
+        raise LoweringError(f"engines gives '{name}' to '{named}', which cannot compute a {product}")
+    return fastest(product, engines)  # the engine for all, which knows nothing of this kind
+
+
+def _check(wanted: Engines, engines: Sequence[Engine], products: Mapping[str, Node]) -> None:
+    names = [engine.name for engine in engines]
+    given = {wanted} - {_MEASURED} if isinstance(wanted, str) else set(wanted.values())
+    if unknown := sorted(given - set(names)):
+        raise LoweringError(f"there is no engine '{unknown[0]}': give '{_MEASURED}', or one of {', '.join(names)}")
+    if not isinstance(wanted, str) and (missing := sorted(set(wanted) - set(products))):
+        raise LoweringError(
+            f"engines names the op '{missing[0]}', and the graph has no such quantized product; it has "
+            f"{', '.join(sorted(products)) or 'none'}"
+        )
+
+
+def product_of(node: Node) -> Product | None:
+    """The shape of a linear layer or a two-dimensional convolution; None for what the engines do not know.
+
+    A size that may vary counts with the value it was captured with.
+    """
+    x, weight, bias = _shape(activation_of(node)), _shape(weight_of(node)), operands(node).get("bias")
+    if x is None or weight is None:
+        return None
+    integers = _becomes_integers(node)
+    if node.target not in CONVOLUTION:
+        outputs_first = weight if node.target is aten.linear.default else weight[::-1]
+        if len(weight) != 2 or x[-1] != outputs_first[1]:
+            return None
+        return Product(
+            x=(torch.Size(x[:-1]).numel(), x[-1]), weight=outputs_first, bias=bias is not None, integers=integers
+        )
+    args, spatial = operands(node), len(weight) - 2
+    padding = args["padding"]
+    if spatial != 2 or len(x) != 4 or isinstance(padding, str):
+        return None
+    return Product(
+        x=x,
+        weight=weight,
+        stride=_each(args["stride"], spatial),
+        padding=_each(padding, spatial),
+        dilation=_each(args["dilation"], spatial),
+        groups=args["groups"],
+        bias=bias is not None,
+        integers=integers,
+    )
+
+
+def _each(value: Sequence[int], spatial: int) -> tuple[int, ...]:
+    return tuple(value) * spatial if len(value) == 1 else tuple(value)
+
+
+def _shape(node: Node | None) -> tuple[int, ...] | None:
+    value: Any = node.meta.get("val") if node is not None else None
+    if not isinstance(value, Tensor):
+        return None
+    sizes: tuple[Any, ...] = tuple(value.shape)  # ints, and symbols for dynamic dimensions
+    return tuple(size if isinstance(size, int) else int(size.node.hint or 1) for size in sizes)
+
+
+def _becomes_integers(node: Node) -> bool:
+    """Whether the result, perhaps activated, is quantized: then an int8 kernel writes integers itself."""
+    for _ in range(2):
+        if len(node.users) != 1:
+            return False
+        node = next(iter(node.users))
+        if node.target in QUANTIZE and node.target is not qd.quantize_per_tensor.tensor:
+            return True
+    return False

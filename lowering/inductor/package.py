@@ -1,0 +1,169 @@
+"""Q/DQ graph => a file that runs without this library: the program that `to_inductor` makes, compiled ahead of time.
+
+rewrite a copy of the graph (`inductor_rewritten`) ─▶ AOTInductor ─▶ load the file, run it against the graph ─▶ move it into place
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lowering.inductor.compile import FakeInputs, load_package, package_flat
+from lowering.inductor.kernel_selection import Engines
+from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
+from lowering.inductor.pipeline import Rewritten
+from lowering.inductor.program import Captured, captured, verified
+from lowering.inductor.report import InductorReport, Kernel, int8_kernels
+from lowering.inductor.signature import Signature
+from lowering.verify import Inputs, Verification
+from quant2e.errors import LoweringError
+from quant2e.files import atomic_file
+
+MOST_CORNERS = 8
+"""How many combinations of smallest and largest dynamic sizes a package is compared at."""
+
+LARGEST = 64
+"""What counts as the largest size where the bound is above it, and twice the example's is not."""
+
+
+class InductorPackage:
+    """A package for AOTInductor. ``path``: where it is; ``report``: which ops run as int8 kernels, and what to know.
+
+    ``verification``: how far the program in the file is from its Q/DQ graph; None when that was not asked for.
+    Calling it runs the file: it takes and returns what the model takes and returns.
+    """
+
+    def __init__(self, path: Path, report: InductorReport, signature: Signature) -> None:
+        self.path = path
+        self.report = report
+        self.verification: Verification | None = None
+        self._signature = signature
+        self._loaded: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the package. Raises `LoweringError` when the inputs are not what the graph was captured for."""
+        values = self._signature.flatten(args, kwargs)
+        self._signature.sizes(values)
+        if self._loaded is None:
+            self._loaded = load_package(self.path)
+        positional, keywords = self._signature.structured(self._signature.laid_out(values))
+        with torch.no_grad():
+            return self._loaded(*positional, **keywords)
+
+
+def package_inductor(
+    model: Any,
+    example_inputs: Any = None,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+    engines: Engines = "measured",
+) -> InductorPackage:
+    """Compile a quantized model ahead of time into a file for ``torch._inductor.aoti_load_package``.
+
+    The process that loads the file needs torch alone, of the same version, on a CPU with the same instructions. Its
+    inputs have the dtype, the sizes and the layout of the example (dynamic sizes: within their bounds, from 1 on); for
+    others the call raises.
+
+    ``path``: of the file, ending in ``.pt2``; it appears whole, after it was checked, or not at all. ``verify``: load the
+    file, run it on the example inputs, and with dynamic sizes on their smallest and largest values too, and compare it
+    with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are the graph and its kernels, but for
+    kernels of our own (``few_rows``), which the process that loads the file does not have.
+
+    Raises `LoweringError` when the graph cannot be compiled, takes or returns what a package cannot, or computes
+    something else once it is compiled.
+    """
+    if path is None or Path(path).suffix != ".pt2":
+        raise LoweringError(f"package_inductor needs the path of the file to write, ending in .pt2, not {path!r}")
+    source = captured(model, example_inputs, dynamic_shapes, "package_inductor")
+    _check_boundary(source.signature)
+    rewritten = Rewritten(source.graph, engines, [engine for engine in ENGINES if engine.name != FEW_ROWS])
+    inputs = FakeInputs(source.signature.inputs, source.signature.symbols, whole=True)
+    kernels: list[Kernel] = []
+    with atomic_file(Path(path)) as part:
+        package_flat(
+            rewritten.flat(source.signature),
+            inputs.values,
+            lambda graph: kernels.extend(int8_kernels(graph)),
+            source.signature.specs(),
+            part,
+        )
+        report = rewritten.report(kernels)
+        package = InductorPackage(part, report, source.signature)
+        corners: list[tuple[int, ...]] = []
+        if verify:
+            example = source.known_example()
+            corners = list(_corners(source, example))
+            package.verification = verified(package, source.graph, _batches(source, example, corners), "the package")
+        package.report = replace(report, notes=(*report.notes, *_notes(source.signature, inputs, corners)))
+    package.path = Path(path)
+    return package
+
+
+def _check_boundary(signature: Signature) -> None:
+    """Raise `LoweringError` for what a package cannot take or return."""
+    for spec in signature.inputs:
+        if isinstance(spec.value, torch.SymInt):
+            raise LoweringError(
+                f"input '{spec.name}' is a number that may vary, and packages take tensors: pass it as a tensor, or "
+                f"capture the model with a fixed number"
+            )
+    if signature.fixed_outputs:
+        raise LoweringError(
+            f"the graph returns {', '.join(map(repr, signature.fixed_outputs))}, and packages return tensors only"
+        )
+    plain: set[Any] = {tuple, list, dict, OrderedDict, type(None)}
+    found = {kind for spec in signature.specs() for kind in _types(spec)} - plain
+    if foreign := sorted(str(getattr(kind, "__name__", kind)) for kind in found):
+        raise LoweringError(
+            f"the model takes or returns {', '.join(foreign)}, which a process without its library does not have: wrap "
+            f"the model in a module that takes and returns tensors in tuples, lists or dicts"
+        )
+
+
+def _types(spec: pytree.TreeSpec) -> Iterator[Any]:
+    """Container types in a structure."""
+    if not spec.is_leaf():
+        yield spec.type
+        for child in spec.children():
+            yield from _types(child)
+
+
+def _corners(source: Captured, example: Inputs) -> Iterator[tuple[int, ...]]:
+    """Values of the dynamic sizes to compare at: each as small as it may be, and as large."""
+    signature = source.signature
+    given = signature.sizes(signature.flatten(*example))
+    ends = [
+        (max(int(low), 1), int(min(high, max(LARGEST, 2 * size))))
+        for size, (low, high) in zip(given, signature.symbols.values(), strict=True)
+    ]
+    return itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS)
+
+
+def _batches(source: Captured, example: Inputs, corners: Sequence[tuple[int, ...]]) -> list[Inputs]:
+    signature = source.signature
+    values = signature.flatten(*example)
+    return [example, *(signature.structured(signature.resized(values, sizes)) for sizes in corners)]
+
+
+def _notes(signature: Signature, inputs: FakeInputs, corners: Sequence[tuple[int, ...]]) -> Iterator[str]:
+    yield "the package checks dtype, sizes and strides of its inputs at each call"
+    for spec in signature.inputs:
+        if not isinstance(spec.value, Tensor):
+            yield f"input '{spec.name}' is fixed to {spec.value!r}: what else is passed for it is ignored"
+    if assumed := inputs.assumed(signature.size_names):
+        sizes = ", ".join(signature.size_names.values())
+        compared = (
+            f"compared with the graph at ({sizes}) = {', '.join(map(str, corners))}" if corners else "not compared"
+        )
+        yield f"Inductor took for granted that {', '.join(assumed)}; {compared}"

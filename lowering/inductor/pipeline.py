@@ -1,0 +1,53 @@
+"""A captured graph in the form that Inductor's int8 patterns take, and what was decided on the way to it.
+
+copy the graph ─▶ rewrite what the patterns miss ─▶ guard what they get wrong ─▶ choose an engine for each product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from lowering.inductor.guard import keep_from_patterns
+from lowering.inductor.kernel_selection import Engines, choose
+from lowering.inductor.kernels.engines import ENGINES, Engine
+from lowering.inductor.report import InductorReport, Kernel, build_report
+from lowering.inductor.rewrites.graph import private_copy
+from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
+from lowering.inductor.signature import Signature
+
+
+class Rewritten:
+    """``model``, which stays as it is, rewritten for Inductor. ``wanted``: the engines asked for, of ``engines``.
+
+    Raises `LoweringError` for engines that do not exist.
+    """
+
+    def __init__(self, model: GraphModule, wanted: Engines, engines: Sequence[Engine] = ENGINES) -> None:
+        self._original = private_copy(model)
+        self._graph = private_copy(model)
+        for rewrite in REWRITES:
+            rewrite(self._graph)
+        self._refused = keep_from_patterns(self._graph)
+        self._choices, self._float_bytes = choose(self._graph, self._refused, wanted, engines)
+        one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
+
+    def flat(self, signature: Signature) -> GraphModule:
+        """A copy that Inductor may consume: it takes the inputs that ``signature`` says are taken, and returns tensors."""
+        graph = Graph()
+        outputs: Any = graph.graph_copy(self._graph.graph, {})
+        graph.output(tuple(leaf for leaf in outputs if isinstance(leaf, Node)))
+        places = [node for node in graph.nodes if node.op == "placeholder"]
+        for node, spec in zip(places, signature.inputs, strict=True):
+            if not spec.taken:
+                graph.erase_node(node)
+        for node in graph.nodes:
+            # values of the captured graph: other symbols, another shape environment
+            node.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        return GraphModule(self._graph, graph)
+
+    def report(self, kernels: Sequence[Kernel]) -> InductorReport:
+        """What became of each quantized op, given the kernels in the graph that Inductor generated code for."""
+        return build_report(self._original, kernels, self._refused, self._choices, self._float_bytes)

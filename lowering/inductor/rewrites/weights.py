@@ -1,0 +1,157 @@
+"""Rewrites of constants: weights, biases and embedding tables, in the form that int8 kernels take them.
+
+They run on a private copy, in the order of `inductor_rewrites.REWRITES`. Each keeps the eager result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.inductor.rewrites.graph import add_constant, call, constant, operands, replace
+from quant2e.graph.qdq_ops import QUANTIZE, qd
+
+aten = torch.ops.aten
+
+LINEAR = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default})
+TRANSPOSES = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
+_PRODUCTS = LINEAR - {aten.linear.default}
+CONVOLUTION = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv1d.padding,
+        aten.conv2d.default,
+        aten.conv2d.padding,
+        aten.conv3d.default,
+        aten.conv3d.padding,
+        aten.convolution.default,
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
+    }
+)
+
+
+def weight_of(node: Node) -> Node | None:
+    """The second operand of a convolution, linear or matrix product, where a weight sits; None for other ops."""
+    names = {"weight", "mat2", "other"}
+    if node.target in CONVOLUTION or node.target in LINEAR:
+        for name, value in operands(node).items():
+            if name in names and isinstance(value, Node):
+                return value
+    return None
+
+
+def activation_of(node: Node) -> Node | None:
+    """The operand that the weight of `weight_of` is applied to."""
+    names = {"input", "mat1", "self"} if node.target is not aten.addmm.default else {"mat1"}
+    for name, value in operands(node).items():
+        if name in names and isinstance(value, Node):
+            return value
+    return None
+
+
+def folded_weights(gm: GraphModule) -> None:
+    """``quantize(get_attr float, …)`` => ``get_attr int8``: what ``fold_quantize=False`` leaves in the graph."""
+    for node in list(gm.graph.nodes):
+        if node.target in QUANTIZE and constant(gm, node.args[0]) is not None:
+            _evaluate(gm, node, "_integers")
+
+
+def _evaluate(gm: GraphModule, node: Node, name: str) -> None:
+    """Replace a call whose operands are all constants by the constant it computes; leave any other call."""
+    if isinstance(node.target, str):
+        return
+    args = [constant(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
+    if all(arg is not None for arg, given in zip(args, node.args, strict=True) if given is not None):
+        replace(gm, node, add_constant(gm, node, name, node.target(*args, **node.kwargs)))
+
+
+def explicit_zero_points(gm: GraphModule) -> None:
+    """``dequantize_per_channel(w, scales, None, …)`` => ``dequantize_per_channel(w, scales, zeros, …)``."""
+    for node in list(gm.graph.nodes):
+        if node.target is not qd.dequantize_per_channel.default or operands(node)["zero_points"] is not None:
+            continue
+        scales = constant(gm, operands(node)["scales"])
+        if scales is None:
+            continue
+        zeros = add_constant(gm, node, "_zero_points", torch.zeros(scales.shape, dtype=torch.int64))
+        node.args = (*node.args[:2], zeros, *node.args[3:])
+
+
+def float_biases(gm: GraphModule) -> None:
+    """``dequantize(get_attr int32)`` => ``get_attr float``: int8 kernels take a float bias, and it is small."""
+    for node in list(gm.graph.nodes):
+        if node.target not in (qd.dequantize_per_tensor.default, qd.dequantize_per_channel.default):
+            continue
+        value = constant(gm, node.args[0])
+        if value is not None and value.dtype is torch.int32:
+            _evaluate(gm, node, "_float_bias")
+
+
+def per_channel_weights(gm: GraphModule) -> None:
+    """``dequantize_per_tensor(w, s, z)`` => ``dequantize_per_channel(w, [s, …], [z, …])`` for constant weights.
+
+    Exact: both subtract the same integer and multiply by the same float32.
+    """
+    for node in list(gm.graph.nodes):
+        user, weight, axis = node, weight_of(node), 1 if node.target in _PRODUCTS else 0
+        if weight is not None and weight.target in TRANSPOSES:
+            user, axis = weight, 1 - axis
+            weight = weight.args[0] if isinstance(weight.args[0], Node) else None
+        if weight is None or weight.target is not qd.dequantize_per_tensor.default:
+            continue
+        args = operands(weight)
+        value = constant(gm, args["input"])
+        if value is None or value.dim() < 2 or value.dtype is not torch.int8 or (axis == 1 and value.dim() != 2):
+            continue
+        shape = (value.shape[axis],)
+        scales = add_constant(gm, weight, "_scales", torch.full(shape, args["scale"], dtype=torch.float32))
+        points = add_constant(gm, weight, "_zero_points", torch.full(shape, args["zero_point"], dtype=torch.int64))
+        with gm.graph.inserting_before(weight):
+            channels = (args["input"], scales, points, axis, *weight.args[3:])
+            wide = call(gm, weight, qd.dequantize_per_channel.default, *channels, **weight.kwargs)
+        wide.meta.update(weight.meta)
+        user.replace_input_with(weight, wide)
+        if not weight.users:
+            gm.graph.erase_node(weight)
+
+
+def weights_by_output(gm: GraphModule) -> None:
+    """``matmul(x, dq(w, axis=1))`` => ``matmul(x, dq(wᵀ, axis=0)ᵀ)``: weights as ``linear`` keeps them."""
+    for node in list(gm.graph.nodes):
+        weight = weight_of(node)
+        if node.target not in _PRODUCTS or weight is None or weight.target is not qd.dequantize_per_channel.default:
+            continue
+        args = operands(weight)
+        value = constant(gm, args["input"])
+        if value is None or value.dim() != 2 or args["axis"] != 1:
+            continue
+        turned = add_constant(gm, node, "_weight", value.t().contiguous())
+        with gm.graph.inserting_before(node):
+            rows = call(gm, weight, weight.target, turned, *weight.args[1:3], 0, *weight.args[4:], **weight.kwargs)
+            found = call(gm, weight, aten.permute.default, rows, [1, 0])
+        node.replace_input_with(weight, found)
+        if not weight.users:
+            gm.graph.erase_node(weight)
+
+
+def float_weight(gm: GraphModule, node: Node) -> int:
+    """``op(x, dq(w))`` => ``op(x, w')`` with ``w'`` a float constant; the bytes that it takes.
+
+    Inductor keeps a weight that is dequantized in the graph as integers, and dequantizes it at every call.
+    """
+    source, path = weight_of(node), []
+    assert source is not None, f"'{node.name}' has a weight"
+    while constant(gm, source) is None:
+        path.append(source)
+        source = next(iter(source.all_input_nodes))
+    value = constant(gm, source)
+    for step in reversed(path):
+        arguments = [constant(gm, arg) if isinstance(arg, Node) else arg for arg in step.args]
+        value = step.target(value, *arguments[1:], **step.kwargs)  # type: ignore[operator]
+    assert value is not None
+    old = path[0]
+    node.replace_input_with(old, add_constant(gm, node, "_float_weight", value))
+    gm.graph.eliminate_dead_code()
+    return value.nbytes

@@ -1,0 +1,1 @@
+"""Accuracy: how far a quantized model is from its float model."""

@@ -1,0 +1,54 @@
+"""How far one model's output is from another's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from quant2e.calibration.calibrate import Call, IsolatedRandomness, call_with
+from quant2e.ranges.sqnr import sqnr_db
+
+
+def output_sqnr(reference: Callable[..., Any], candidate: Callable[..., Any], batches: Iterable[Any]) -> float:
+    """SQNR in dB of ``candidate``'s float outputs against ``reference``'s, over all of ``batches``.
+
+    Elements where the reference is not finite (masked scores) count only when the candidate differs there: as noise
+    without bound, so the result is -inf; and so are values of the candidate that are not finite.
+    """
+    signal = noise = 0.0
+    randomness = IsolatedRandomness()
+    for batch in batches:
+        with torch.no_grad(), randomness:
+            wanted = pytree.tree_leaves(call_with(reference, _copied(batch)))
+        with torch.no_grad(), randomness:
+            got = pytree.tree_leaves(call_with(candidate, _copied(batch)))
+        for a, b in zip(wanted, got, strict=True):
+            if isinstance(a, Tensor) and a.is_floating_point():
+                s, n = _powers(a, b)
+                signal, noise = signal + s, noise + n
+    return sqnr_db(signal, noise)
+
+
+def _copied(batch: Any) -> Any:
+    """A batch with tensors of its own: a model may write into its inputs."""
+    if isinstance(batch, Call):
+        return Call(_copied(batch.args), _copied(batch.kwargs))
+    if isinstance(batch, Mapping):
+        return {key: _copied(value) for key, value in batch.items()}
+    return pytree.tree_map_only(Tensor, torch.clone, batch)
+
+
+def _powers(a: Tensor, b: Tensor) -> tuple[float, float]:
+    a64, b64 = a.detach().double(), b.detach().double()
+    finite = torch.isfinite(a64)
+    if not bool(finite.all()):
+        if not torch.equal(a64[~finite].nan_to_num(), b64[~finite].nan_to_num()):
+            return 0.0, math.inf
+        a64, b64 = a64[finite], b64[finite]
+    noise = float((a64 - b64).square().sum())
+    return float(a64.square().sum()), math.inf if math.isnan(noise) else noise

@@ -1,0 +1,364 @@
+"""Patterns of ATen ops, as values: ``match``, ``find``, ``explain``.
+
+    x, w, b = Arg("x"), constant("w"), Arg("b", optional=True)
+    mac = op(aten.conv2d.default, aten.linear.default)(x, w, bias=b)
+    clamp = op(aten.relu.default, aten.hardtanh.default)
+    residual = clamp(op(aten.add.Tensor)([mac, Arg("y")]))     # a list of operands: in any order
+
+The language is ``op``, ``Arg``, ``constant``, ``|``, a list, and ``when``; anything else is Python in ``annotate``.
+
+What a match promises:
+
+- it looks at ATen targets and data flow only; keyword and positional operands are the same, defaults included;
+- operands that the pattern does not mention are free;
+- an op includes its in-place spelling (``relu`` finds ``relu_``), unless a view would see the change;
+- every node of the match but its root has exactly one use, which is inside the match;
+- no bound operand is produced inside the match, and a name that occurs twice is the same tensor twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Graph, Node
+
+from quant2e.errors import AnnotationError, where
+from quant2e.graph.dataflow import Constants, alias_of_written, is_in_place, operand, uses
+
+Edge = tuple[Node, Node]
+"""``(producer, consumer)``."""
+
+Condition = Callable[[Node], bool | str]
+"""Looks at one node and answers True, False, or the reason why not."""
+
+
+# ---------------------------------------------------------------- the language
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """An operand that comes from outside the pattern, under a name.
+
+    ``optional``: the operand may be absent. ``constant``: its value depends on parameters and buffers only.
+    An operand that is a list of tensors (as ``cat`` takes) binds all of them.
+    """
+
+    name: str
+    optional: bool = False
+    constant: bool = False
+
+    def __str__(self) -> str:
+        return self.name + "?" * self.optional
+
+
+def constant(name: str, *, optional: bool = False) -> Arg:
+    """An operand whose value depends on parameters and buffers only, possibly through views, permutes and arithmetic."""
+    return Arg(name, optional=optional, constant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A call to one of ``targets``. Built by `op`; calling it says what its operands are."""
+
+    targets: frozenset[Callable[..., Any]]
+    operands: tuple[Arg | Op | Either, ...] = ()
+    keywords: tuple[tuple[str, Arg | Op | Either], ...] = ()
+    any_order: bool = False
+    when: Condition | None = None
+
+    def __call__(self, *operands: Arg | Op | Either | list[Arg | Op | Either], **keywords: Arg | Op | Either) -> Op:
+        """The same op with operands, by position or by the schema's names. A single list means "in any order"."""
+        match operands:
+            case [list(items)]:
+                flat, any_order = tuple(items), True
+            case _:
+                flat, any_order = tuple(item for item in operands if not isinstance(item, list)), False
+        if len(flat) < len(operands) or not all(isinstance(w, Arg | Op | Either) for w in (*flat, *keywords.values())):
+            raise AnnotationError(
+                f"operands {operands} {keywords}: an operand is an Arg, a constant or another pattern, and a list of "
+                "operands stands alone; conditions on numbers go into when="
+            )
+        return replace(self, operands=flat, keywords=tuple(keywords.items()), any_order=any_order)
+
+    def __or__(self, other: Op | Either) -> Either:
+        return Either((self,)) | other
+
+    def __str__(self) -> str:
+        names = sorted({short_name(t).removesuffix("_") for t in self.targets})
+        inside = ", ".join([*map(str, self.operands), *(f"{name}={value}" for name, value in self.keywords)])
+        return f"{'|'.join(names)}({f'[{inside}]' if self.any_order else inside})"
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """The first of ``choices`` that matches."""
+
+    choices: tuple[Op, ...]
+
+    def __or__(self, other: Op | Either) -> Either:
+        return Either((*self.choices, *_choices(other)))
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.choices))
+
+
+Pattern = Op | Either
+
+
+def op(*targets: Callable[..., Any], when: Condition | None = None) -> Op:
+    """A call to any of ``targets``: ATen overloads with their in-place spellings, whole packets, or Python functions.
+
+    ``when`` is a condition on the node itself (a literal, a shape); it answers True, False or the reason why not.
+    """
+    if not targets:
+        raise AnnotationError("op() needs at least one target, such as torch.ops.aten.relu.default")
+    spelled: set[Callable[..., Any]] = set()
+    for target in targets:
+        for overload in _overloads(target):
+            spelled.add(overload)
+            if (in_place := _in_place_spelling(overload)) is not None:
+                spelled.add(in_place)
+    return Op(frozenset(spelled), when=when)
+
+
+def _overloads(target: Callable[..., Any]) -> list[Callable[..., Any]]:
+    if isinstance(target, OpOverloadPacket):
+        found = [getattr(target, name) for name in target.overloads()]
+        return [o for o in found if not any(a.is_out for a in o._schema.arguments)]
+    if not callable(target):
+        raise AnnotationError(f"{target!r} is not an op: give an overload such as torch.ops.aten.relu.default")
+    return [target]
+
+
+def _in_place_spelling(target: Callable[..., Any]) -> Callable[..., Any] | None:
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
+        return None
+    namespace, _, name = target._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name + "_", None)
+    overload = target._schema.overload_name or "default"
+    return getattr(packet, overload, None) if packet is not None and overload in packet.overloads() else None
+
+
+def short_name(target: object) -> str:
+    """``conv2d`` for ``aten.conv2d.default``; the plain name of a Python function."""
+    if isinstance(target, OpOverload):
+        return target._schema.name.partition("::")[2]
+    return str(getattr(target, "__name__", target))
+
+
+# ---------------------------------------------------------------- matches
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Match:
+    """Where a pattern was found.
+
+    ``root``: the node whose value leaves the pattern. ``nodes``: all nodes of the pattern, in graph order of data.
+    ``operands``: for each name the edges it stands for (several for a list of tensors, or a name used twice).
+    """
+
+    root: Node
+    nodes: tuple[Node, ...]
+    operands: Mapping[str, tuple[Edge, ...]]
+
+    @property
+    def edges(self) -> Mapping[str, Edge]:
+        """For each name ``(producer, consumer)``; the first, where a name stands for several."""
+        return {name: edges[0] for name, edges in self.operands.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Why a pattern does not match: the attempt that got furthest.
+
+    ``matched`` counts the ops that were found before, ``missing`` those of the pattern that were not.
+    """
+
+    node: Node
+    reason: str
+    matched: int
+    missing: int
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What an attempt has found so far: nodes from the root inwards, bound edges."""
+
+    nodes: tuple[Node, ...] = ()
+    edges: tuple[tuple[str, Edge], ...] = ()
+
+    def match(self) -> Match:
+        operands: dict[str, tuple[Edge, ...]] = {}
+        for name, edge in self.edges:
+            operands[name] = (*operands.get(name, ()), edge)
+        return Match(self.nodes[0], tuple(reversed(self.nodes)), operands)
+
+
+@dataclass(slots=True)
+class _Search:
+    """One search: the constants of the graph, and the failure that got furthest."""
+
+    constants: Constants
+    explaining: bool
+    nearest: Mismatch | None = None
+    size: int = 0
+    """Ops in the alternative that is being tried."""
+
+    def miss(self, node: Node, found: _Found, reason: str) -> None:
+        mismatch = Mismatch(node, reason, len(found.nodes), self.size - len(found.nodes))
+        best = self.nearest
+        if best is None or (mismatch.matched, -mismatch.missing) > (best.matched, -best.missing):
+            self.nearest = mismatch
+
+    def call(self, pattern: Pattern, node: Node, found: _Found) -> Iterator[_Found]:
+        for choice in _choices(pattern):
+            if self.explaining and not found.nodes:
+                self.size = _size(choice)
+            if not self.explaining and node.target not in choice.targets:
+                continue
+            if (reason := _head_mismatch(choice, node, inner=bool(found.nodes))) is not None:
+                self.miss(node, found, reason)
+                continue
+            grown = replace(found, nodes=(*found.nodes, node))
+            keywords = [(want, operand(node, name), name) for name, want in choice.keywords]
+            orders = itertools.permutations(choice.operands) if choice.any_order else [choice.operands]
+            for order in orders:
+                wanted = [(want, operand(node, i), f"operand {i}") for i, want in enumerate(order)]
+                yield from self.operands(wanted + keywords, node, grown)
+
+    def operands(self, wanted: Sequence[tuple[Arg | Pattern, Any, str]], node: Node, found: _Found) -> Iterator[_Found]:
+        if not wanted:
+            inside = next((p for _, (p, _) in found.edges if p in found.nodes), None)
+            if inside is None:
+                yield found
+            else:
+                self.miss(node, found, f"'{inside.name}' is both inside the pattern and an operand of it")
+            return
+        (want, have, place), *rest = wanted
+        options = self.bind(want, have, place, node, found) if isinstance(want, Arg) else ()
+        if not isinstance(want, Arg):
+            if isinstance(have, Node):
+                options = self.call(want, have, found)
+            else:
+                self.miss(node, found, f"{place} of '{node.name}' is {have!r}, not the result of {want}")
+        for option in options:
+            yield from self.operands(rest, node, option)
+
+    def bind(self, want: Arg, have: Any, place: str, node: Node, found: _Found) -> Iterator[_Found]:
+        producers = tuple(have) if isinstance(have, list | tuple) else (have,)
+        if not producers or not all(isinstance(p, Node) for p in producers):
+            if want.optional and have is None:
+                yield found
+            else:
+                kind = "is missing" if have is None else f"is the literal {have!r}, not a tensor"
+                self.miss(node, found, f"operand '{want.name}' ({place}) of '{node.name}' {kind}")
+            return
+        if want.constant and (culprit := next(filter(None, map(self.constants.culprit, producers)), None)):
+            self.miss(node, found, f"operand '{want.name}' of '{node.name}' is not constant: {_depends(culprit)}")
+            return
+        bound = next((edge[0] for name, edge in found.edges if name == want.name), None)
+        if bound is not None and producers != (bound,):
+            self.miss(node, found, f"'{want.name}' is '{bound.name}' in one place and '{producers[0].name}' in another")
+            return
+        yield replace(found, edges=found.edges + tuple((want.name, (p, node)) for p in producers))
+
+
+def _choices(pattern: Pattern) -> tuple[Op, ...]:
+    return pattern.choices if isinstance(pattern, Either) else (pattern,)
+
+
+def _size(pattern: Arg | Pattern) -> int:
+    """The number of ops in a pattern, in its smallest form."""
+    if isinstance(pattern, Arg):
+        return 0
+    parts = ((*choice.operands, *dict(choice.keywords).values()) for choice in _choices(pattern))
+    return 1 + min(sum(map(_size, operands)) for operands in parts)
+
+
+def _depends(culprit: Node) -> str:
+    if culprit.op == "placeholder":
+        return f"it depends on the input '{culprit.name}'"
+    return f"it depends on {where(culprit)}, which " + (
+        "changes a buffer" if is_in_place(culprit) else "differs from call to call"
+    )
+
+
+def _head_mismatch(pattern: Op, node: Node, *, inner: bool) -> str | None:
+    """Why ``node`` is not a call that ``pattern`` describes, before its operands are looked at."""
+    if node.op != "call_function" or node.target not in pattern.targets:
+        names = " or ".join(sorted({short_name(t).removesuffix("_") for t in pattern.targets}))
+        return f"'{node.name}' is {short_name(node.target) if node.op == 'call_function' else node.op}, not {names}"
+    if inner and (count := uses(node)) != 1:
+        return f"the output of '{node.name}' is used {count} times ({', '.join(u.name for u in node.users)})"
+    if (alias := alias_of_written(node)) is not None:
+        return f"'{node.name}' writes in place to a tensor that is also seen through '{alias.name}'"
+    if pattern.when is not None and (answer := pattern.when(node)) is not True:
+        return answer or f"'{node.name}' does not meet the condition {_name_of(pattern.when)}"
+    return None
+
+
+def _name_of(condition: Callable[..., Any]) -> str:
+    return str(getattr(condition, "__name__", condition))
+
+
+def solutions(pattern: Pattern, node: Node, constants: Constants | None = None) -> Iterator[Match]:
+    """Every way in which ``pattern`` matches with its root at ``node``, in the order the pattern is written."""
+    search = _Search(constants or Constants(), explaining=False)
+    return (found.match() for found in search.call(pattern, node, _Found()))
+
+
+def match(pattern: Pattern, node: Node) -> Match | None:
+    """The first way in which ``pattern`` matches with its root at ``node``, or None."""
+    return next(solutions(pattern, node), None)
+
+
+def explain(pattern: Pattern, node: Node, constants: Constants | None = None) -> Mismatch | None:
+    """Why ``pattern`` does not match with its root at ``node``: the attempt that got furthest. None if it matches."""
+    search = _Search(constants or Constants(), explaining=True)
+    if next(search.call(pattern, node, _Found()), None) is not None:
+        return None
+    return search.nearest
+
+
+def roots(pattern: Pattern) -> frozenset[Callable[..., Any]]:
+    """The targets that the root of a match can have."""
+    return frozenset().union(*(choice.targets for choice in _choices(pattern)))
+
+
+def readers_inside(pattern: Pattern, target: object) -> frozenset[Callable[..., Any]]:
+    """The targets of the ops that read the result of ``target`` inside a pattern; none where it is a root or absent."""
+    found: set[Callable[..., Any]] = set()
+    for choice in _choices(pattern):
+        for part in (*choice.operands, *dict(choice.keywords).values()):
+            if isinstance(part, Op | Either):
+                found |= choice.targets if target in roots(part) else readers_inside(part, target)
+    return frozenset(found)
+
+
+def arguments(pattern: Arg | Pattern) -> dict[str, Arg]:
+    """The operands of a pattern by name."""
+    if isinstance(pattern, Arg):
+        return {pattern.name: pattern}
+    parts = [part for choice in _choices(pattern) for part in (*choice.operands, *dict(choice.keywords).values())]
+    return {name: arg for part in parts for name, arg in arguments(part).items()}
+
+
+def find(pattern: Pattern, graph: Graph) -> Iterator[Match]:
+    """Matches that share no node, in reverse graph order, so that the largest pattern claims its nodes first."""
+    taken: set[Node] = set()
+    constants, targets = Constants(), roots(pattern)
+    for node in reversed(graph.nodes):
+        if node.target not in targets or node in taken:
+            continue
+        free = (m for m in solutions(pattern, node, constants) if taken.isdisjoint(m.nodes))
+        if (found := next(free, None)) is not None:
+            taken.update(found.nodes)
+            yield found

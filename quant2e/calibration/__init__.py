@@ -1,0 +1,1 @@
+"""Calibrate: data runs through an observed graph; its statistics stay, the data does not."""

@@ -1,0 +1,228 @@
+"""Runs data through an observed graph. Statistics stay, data does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from quant2e.calibration import distributed
+from quant2e.calibration.compiled import compiled_graph
+from quant2e.calibration.early_stopping import Stopping
+from quant2e.calibration.statistics import Statistics, measuring
+from quant2e.errors import CalibrationError
+from quant2e.graph.mutation import written_attributes
+from quant2e.observers.native import ops as native
+
+Progress = Callable[[int, int | None], None]
+"""Called after each batch with the number done and, where it is known, the total."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A batch with both positional and keyword inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class IsolatedRandomness:
+    """Runs code on a random stream of its own, so that the caller's stream is as it was."""
+
+    def __init__(self) -> None:
+        self._own = torch.get_rng_state()
+        self._callers = self._own
+
+    def __enter__(self) -> None:
+        self._callers = torch.get_rng_state()
+        torch.set_rng_state(self._own)
+
+    def __exit__(self, *exc: object) -> None:
+        self._own = torch.get_rng_state()
+        torch.set_rng_state(self._callers)
+
+
+def call_with(model: Callable[..., Any], batch: Any) -> Any:
+    """Call ``model`` on one batch: a tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
+    if isinstance(batch, Call):
+        return model(*batch.args, **batch.kwargs)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise CalibrationError(
+        f"a calibration batch is a {type(batch).__name__}; give a tensor, a tuple of positional inputs or a dict of "
+        "keyword inputs"
+    )
+
+
+def batch_count(data: Any) -> int | None:
+    """How many batches an iterable holds, when it says so."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
+
+
+def calibrate(
+    prepared: GraphModule,
+    data: Iterable[Any],
+    *,
+    num_batches: int | None = None,
+    seconds: float | None = None,
+    settled: float | None = None,
+    checkpoint: str | Path | None = None,
+    compiled: bool = False,
+    progress: Progress | None = None,
+) -> GraphModule:
+    """Run ``data`` through a prepared model, so that its observers learn their ranges; returns the same model.
+
+    ``data``: any iterable of what the model takes: tensors, tuples of positional inputs, dicts of keyword inputs; a
+    DataLoader works. Nothing but statistics is kept, and the caller's random stream is as it was.
+
+    It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``settled`` (0.01 is 1 %) of
+    its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
+    `CHECKPOINT_EVERY` batches and at the end; when it exists, calibration goes on from there, skipping the batches it
+    has seen. ``compiled``: run the observed graph through ``torch.compile``, for long runs; equal tensors give equal
+    statistics, but a compiled float op may differ from an eager one in the last bits.
+
+    Under ``torch.distributed`` each rank feeds its own shard, and at the end every rank has the statistics of all:
+    those that one process would have. Moving averages cannot be merged and are refused.
+
+    Raises `CalibrationError` for data without a batch, and names the batch a model fails on.
+    """
+    if not isinstance(prepared, GraphModule):
+        raise CalibrationError(f"calibrate takes what prepare_pt2e returned, not a {type(prepared).__name__}")
+    if isinstance(data, (Tensor, str)):
+        raise CalibrationError("calibration data is an iterable of batches; wrap a single batch in a list: [batch]")
+    if not isinstance(data, Iterable):
+        raise CalibrationError(f"calibration data is an iterable of batches, and this is a {type(data).__name__}")
+    if num_batches is not None and num_batches < 1:
+        raise CalibrationError(f"num_batches={num_batches}: calibrate on at least one batch, or leave it out for all")
+    stopping = Stopping(seconds, settled)
+    run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), progress, compiled)
+    known = batch_count(data)
+    total = known if num_batches is None else num_batches if known is None else min(known, num_batches)
+    native.load()
+    if distributed.world() > 1:
+        _shard(run, islice(data, num_batches), total)
+    elif run.feed(islice(data, num_batches), total) == 0:
+        raise CalibrationError("the calibration data held no batch (an exhausted generator?); give it anew")
+    return prepared
+
+
+def _shard(run: _Run, data: Iterable[Any], total: int | None) -> None:
+    """Feed the part of the data that this rank has, then add up the parts of all."""
+    distributed.check_mergeable(run.prepared)
+    before = Statistics.of(run.prepared)
+    for observer in measuring(run.prepared).values():
+        if not observer.frozen:  # what all ranks have in common already must not be added up
+            observer.reset_min_max_vals()
+    error: Exception | None = None
+    done = 0
+    try:
+        done = run.feed(data, total)
+    except Exception as failure:  # noqa: BLE001 - raised below, once the other ranks have been told
+        error = failure
+    if distributed.all_well(error, done, run.prepared) == 0:
+        raise CalibrationError("the calibration data of every rank held no batch; give it anew")
+    distributed.reduce_statistics(run.prepared)
+    before.merge(Statistics.of(run.prepared)).restore(run.prepared)
+
+
+CHECKPOINT_EVERY = 100
+"""Batches between two checkpoints."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """One pass over data in one process."""
+
+    prepared: GraphModule
+    stopping: Stopping
+    checkpoint: Path | None
+    progress: Progress | None
+    compiled: bool
+
+    def feed(self, data: Iterable[Any], total: int | None) -> int:
+        """Run every batch that no checkpoint has seen; returns how many were seen, those before included."""
+        path = self._path()
+        done = self._resume(path)
+        batches = iter(data)
+        for _ in islice(batches, done):
+            pass
+        saved = done
+        model = compiled_graph(self.prepared) if self.compiled else self.prepared
+        randomness = IsolatedRandomness()
+        with _restored(self.prepared):
+            for batch in batches:
+                _run_batch(model, batch, done, randomness)
+                done += 1
+                if self.progress is not None:
+                    self.progress(done, total)
+                if path is not None and done - saved >= CHECKPOINT_EVERY:
+                    Statistics.of(self.prepared, done).save(path)
+                    saved = done
+                if self.stopping.enough(self.prepared, done):
+                    break
+        if path is not None and done > saved:
+            Statistics.of(self.prepared, done).save(path)
+        return done
+
+    def _path(self) -> Path | None:
+        """Every rank has a file of its own: what it has seen is its shard."""
+        if self.checkpoint is None or distributed.world() == 1:
+            return self.checkpoint
+        return self.checkpoint.with_name(f"{self.checkpoint.name}.rank{torch.distributed.get_rank()}")
+
+    def _resume(self, path: Path | None) -> int:
+        if path is None or not path.exists():
+            return 0
+        found = Statistics.load(path)
+        found.restore(self.prepared, str(path))
+        return found.batches
+
+
+def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness) -> None:
+    try:
+        with torch.no_grad(), randomness:
+            call_with(model, batch)
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(
+            f"the model failed on calibration batch {index} ({describe(batch)}): {error}. "
+            "Give batches of what the captured model takes."
+        ) from error
+
+
+@contextmanager
+def _restored(gm: GraphModule) -> Iterator[None]:
+    """Put back what the model itself writes (a cache, a counter): calibration leaves observers changed, nothing else."""
+    saved = {path: value.detach().clone() for path, value in written_attributes(gm).items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for path, value in written_attributes(gm).items():
+                value.copy_(saved[path])
+
+
+def describe(batch: Any) -> str:
+    """Shapes and dtypes of a batch, for messages."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in batch.items()) + "}"
+    if isinstance(batch, (tuple, list)):
+        return "(" + ", ".join(describe(v) for v in batch) + ")"
+    return type(batch).__name__

@@ -1,0 +1,66 @@
+"""The observed graph as one compiled program, for long calibrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quant2e.graph.dataflow import is_view, operand
+from quant2e.graph.module import copy_graph
+
+aten = torch.ops.aten
+
+
+def compiled_graph(prepared: GraphModule) -> Callable[..., Any]:
+    """A callable that runs ``prepared`` and lets its observers see what they see there; the first call compiles.
+
+    The weights of linear layers are packed where nothing but linear layers would change by it: MKL then gives the same
+    sums sooner (a tenth to a quarter at 128 rows). Inductor packs weights by making them constants of the program, so the
+    program is the weights' as they are now: ask for a new one when they have changed.
+
+    Without packed weights, Inductor would run every convolution in channels_last. That is much faster for grouped
+    ones, depthwise above all, and slower for the others (``python -m benchmarks.calibration --compiled``).
+    """
+    grouped = any((operand(node, "groups") or 1) != 1 for node in _convolutions(prepared))
+    options: dict[str, Any] = {"layout_optimization": grouped}
+    if not _only_linears_are_packed(prepared):
+        return torch.compile(prepared, dynamic=False, options=options)
+    # a graph of its own: torch keeps programs by the code they were made of, and would run one with the weights of before
+    own = copy_graph(prepared)
+    own._modules = prepared._modules  # the observers themselves
+    run = torch.compile(own, dynamic=False, options=options)
+
+    constant_weights = import_module("lowering.inductor.compile").constant_weights
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with constant_weights():  # read while tracing: as an option it comes too late
+            return run(*args, **kwargs)
+
+    return call
+
+
+def _convolutions(prepared: GraphModule) -> Iterator[Node]:
+    return (node for node in prepared.graph.nodes if operand(node, "weight") and operand(node, "groups") is not None)
+
+
+def _only_linears_are_packed(prepared: GraphModule) -> bool:
+    """Whether there are linear layers, and no convolution that would be fused with what follows it.
+
+    A fused ``relu`` can hide the NaN that its observer is to see, and between observers a packed convolution spends more
+    on changing layouts than it gains.
+    """
+    linear = any(node.target is aten.linear.default for node in prepared.graph.nodes)
+    return linear and all(is_view(user) for node in _convolutions(prepared) for user in _readers(node))
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """Ops that read ``node``, directly or behind its observer."""
+    for user in node.users:
+        if user.op == "call_module":
+            yield from _readers(user)
+        elif user.op == "call_function":
+            yield user

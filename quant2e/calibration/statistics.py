@@ -1,0 +1,321 @@
+"""What calibration learned, as a value: collect it, save it, merge it, put it back, derive other parameters from it.
+
+A statistics file is a zip of one JSON document and one ``.npy`` array per buffer: reading it runs no code. It is bound
+to the graph and the plan it was collected on; for another model the error shows the first lines that differ.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from quant2e.errors import CalibrationError, FileFormatError
+from quant2e.files import atomic_file
+from quant2e.graph.module import copy_graph
+from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.measuring import (
+    HistogramObserver,
+    PerChannelHistogramObserver,
+    UniformQuantizationObserverBase,
+)
+from quant2e.ranges.histogram import Histogram
+from quant2e.ranges.minmax import MovingAverage
+from quant2e.ranges.search import check_method
+
+FORMAT = 1
+RECORD = "statistics.json"
+_KIND = "quant2e statistics"
+_DIFFERENCE_LINES = 24
+
+State = Mapping[str, Tensor]
+"""Buffers of one observer, by name."""
+
+
+def observers_of(prepared: GraphModule) -> dict[str, Any]:
+    """The observers of a prepared graph by name, those inside fake-quantize modules instead of these."""
+    found = {}
+    for name, module in prepared.named_children():
+        if name.startswith(OBSERVER_PREFIX):
+            found[name] = getattr(module, "activation_post_process", module)
+    return found
+
+
+def measuring(prepared: GraphModule) -> dict[str, UniformQuantizationObserverBase[Any]]:
+    """Those of `observers_of` that keep statistics of ours."""
+    found = observers_of(prepared).items()
+    return {name: observer for name, observer in found if isinstance(observer, UniformQuantizationObserverBase)}
+
+
+def fingerprint(prepared: GraphModule) -> str:
+    """The graph and what is observed on it, as text: one line per node, then one per observer.
+
+    Numbers of bits and methods are left out: statistics serve all of them.
+    """
+    lines = [_node_line(node) for node in prepared.graph.nodes]
+    for name, observer in observers_of(prepared).items():
+        estimator = getattr(observer, "estimator", None)
+        lines.append(f"{name}: {type(observer).__name__ if estimator is None else estimator}")
+    return "\n".join(lines)
+
+
+def _node_line(node: Node) -> str:
+    value = node.meta.get("val")
+    shape = f" {str(value.dtype).removeprefix('torch.')}{_sizes(value)}" if isinstance(value, Tensor) else ""
+    operands = ", ".join(operand.name for operand in node.all_input_nodes)
+    return f"{node.name} = {node.op} {node.target}({operands}){shape}"
+
+
+def _sizes(value: Tensor) -> str:
+    """Symbolic sizes get a common name: their numbering depends on the process."""
+    return "[" + ", ".join(str(size) if type(size) is int else "?" for size in value.shape) + "]"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of every observer of one prepared model.
+
+    ``bound_to``: `fingerprint` of that model. ``states``: buffers by observer. ``constant``: observers of weights,
+    whose statistics come from the model and not from data. ``estimators``: what made each state, as text.
+    ``batches``: how many batches were seen.
+    """
+
+    bound_to: str
+    states: Mapping[str, State]
+    constant: frozenset[str]
+    estimators: Mapping[str, str]
+    batches: int = 0
+
+    @classmethod
+    def of(cls, prepared: GraphModule, batches: int = 0) -> Statistics:
+        """The present statistics of ``prepared``, copied. Raises `CalibrationError` when it has no observers of ours."""
+        observers = measuring(prepared)
+        if not observers and not observers_of(prepared):
+            raise CalibrationError("this model has no observers, so there are no statistics: call prepare_pt2e on it")
+        states = {
+            name: {part: observer.get_buffer(part).detach().cpu().clone() for part in observer.statistics}
+            for name, observer in observers.items()
+        }
+        constant = frozenset(name for name, observer in observers.items() if observer.frozen)
+        estimators = {name: repr(observer.estimator) for name, observer in observers.items()}
+        return cls(fingerprint(prepared), states, constant, estimators, batches)
+
+    def check_bound_to(self, prepared: GraphModule, origin: str = "these statistics") -> None:
+        """Raise `CalibrationError`, with the difference, unless they were collected on a model like ``prepared``."""
+        own = fingerprint(prepared)
+        if own != self.bound_to:
+            raise CalibrationError(_difference(self.bound_to, own, origin, "this model"))
+        for name, observer in measuring(prepared).items():
+            if name in self.constant and observer.frozen and not _equal(self.states[name], observer):
+                raise CalibrationError(
+                    f"{origin} were collected with other weights: {name} saw the range "
+                    f"{_extent(self.states[name])} there and {_extent(_buffers(observer))} here. Calibrate this model."
+                )
+
+    def restore(self, prepared: GraphModule, origin: str = "these statistics") -> GraphModule:
+        """Put the statistics into the observers of ``prepared``, in place; returns it. Raises as `check_bound_to`."""
+        self.check_bound_to(prepared, origin)
+        with torch.no_grad():
+            for name, observer in measuring(prepared).items():
+                put(observer, self.states[name])
+        return prepared
+
+    def merge(self, other: Statistics) -> Statistics:
+        """What both saw together: exact, in any order. Raises `CalibrationError` for another model, or for moving
+        averages, which depend on the order of the data.
+        """
+        if self.bound_to != other.bound_to:
+            raise CalibrationError(_difference(self.bound_to, other.bound_to, "the first statistics", "the second"))
+        merged = {}
+        for name, state in self.states.items():
+            if name in self.constant:
+                merged[name] = state
+                continue
+            estimator = _estimator(self.estimators[name])
+            made = estimator.merge(_state(estimator, state), _state(estimator, other.states[name]))
+            merged[name] = {part: getattr(made, part) for part in state}
+        return replace(self, states=merged, batches=self.batches + other.batches)
+
+    def save(self, path: str | Path) -> None:
+        """Write a statistics file. It appears under ``path`` only when it is complete. Raises OSError."""
+        record = {
+            "kind": _KIND,
+            "format": FORMAT,
+            "bound_to": self.bound_to,
+            "constant": sorted(self.constant),
+            "estimators": dict(self.estimators),
+            "batches": self.batches,
+            "states": {name: list(state) for name, state in self.states.items()},
+        }
+        with atomic_file(Path(path)) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+            file.writestr(RECORD, json.dumps(record))
+            for name, state in self.states.items():
+                for buffer, value in state.items():
+                    raw = io.BytesIO()
+                    np.lib.format.write_array(raw, value.numpy(), allow_pickle=False)
+                    file.writestr(f"{name}/{buffer}.npy", raw.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote. Raises `FileFormatError` for a file that is missing, damaged or of another kind."""
+        source = Path(path)
+        if not source.is_file():
+            raise FileFormatError(f"{source} does not exist, or is not a file")
+        try:
+            with zipfile.ZipFile(source) as file:
+                record = json.loads(file.read(RECORD))
+                if record["kind"] != _KIND or record["format"] != FORMAT:
+                    raise FileFormatError(
+                        f"{source} holds {record['kind']} of format {record['format']!r}; this version reads "
+                        f"{_KIND} of format {FORMAT}"
+                    )
+                states = {
+                    name: {buffer: _array(file, f"{name}/{buffer}.npy") for buffer in buffers}
+                    for name, buffers in record["states"].items()
+                }
+                estimators = {str(name): str(text) for name, text in record["estimators"].items()}
+                constant = frozenset(record["constant"])
+                loaded = cls(str(record["bound_to"]), states, constant, estimators, int(record["batches"]))
+        except FileFormatError:
+            raise
+        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
+            raise FileFormatError(f"{source} is no statistics file, or is damaged: {error}") from error
+        for name in loaded.states:
+            _checked(loaded, name, source)
+        return loaded
+
+
+def _array(file: zipfile.ZipFile, name: str) -> Tensor:
+    # np.array: a writable copy, in native byte order, of what came from the file
+    read = np.lib.format.read_array(io.BytesIO(file.read(name)), allow_pickle=False)
+    return torch.from_numpy(np.array(read))
+
+
+def _checked(loaded: Statistics, name: str, source: Path) -> None:
+    """Raise `FileFormatError` unless a state has the buffers, dtypes and shapes of its estimator."""
+    try:
+        estimator = _estimator(loaded.estimators[name])
+    except (KeyError, CalibrationError) as error:
+        raise FileFormatError(f"{source}: the estimator of {name} is not known: {error}") from error
+    wanted, state = vars(estimator.init()), loaded.states[name]
+    wrong = set(wanted) != set(state) or any(
+        state[part].dtype != value.dtype or state[part].dim() < value.dim() for part, value in wanted.items()
+    )
+    if wrong or state["min_val"].shape != state["max_val"].shape or state["counts"].shape != wanted["counts"].shape:
+        raise FileFormatError(f"{source} is damaged: the statistics of {name} do not have the form of {estimator}")
+
+
+def _estimator(text: str) -> Any:
+    """The estimator that printed itself as ``text``: a name with numbers, which is read and never executed."""
+    from quant2e.ranges.minmax import MinMax
+
+    known = {cls.__name__: cls for cls in (MinMax, MovingAverage, Histogram)}
+    name, _, rest = text.partition("(")
+    if name not in known or not rest.endswith(")"):
+        raise CalibrationError(f"'{text[:80]}' is none of {', '.join(known)}")
+    arguments: dict[str, Any] = {}
+    for item in filter(None, rest[:-1].split(", ")):
+        key, _, value = item.partition("=")
+        try:
+            arguments[key] = None if value == "None" else float(value) if "." in value or "e" in value else int(value)
+        except ValueError as error:
+            raise CalibrationError(f"'{text[:80]}' holds something that is not a number") from error
+    try:
+        return known[name](**arguments)
+    except TypeError as error:
+        raise CalibrationError(f"'{text[:80]}': {error}") from error
+
+
+def _state(estimator: Any, state: State) -> Any:
+    return type(estimator.init())(**state)
+
+
+def put(observer: UniformQuantizationObserverBase[Any], state: State) -> None:
+    """Replace the statistics of an observer, in place."""
+    for part, value in state.items():
+        buffer = observer.get_buffer(part)
+        if buffer.shape != value.shape:
+            buffer.resize_(value.shape)
+        buffer.copy_(value)
+
+
+def _buffers(observer: UniformQuantizationObserverBase[Any]) -> State:
+    return {part: observer.get_buffer(part) for part in observer.statistics}
+
+
+def _equal(state: State, observer: UniformQuantizationObserverBase[Any]) -> bool:
+    return all(torch.equal(state[part], value.cpu()) for part, value in _buffers(observer).items())
+
+
+def _extent(state: State) -> str:
+    return f"[{float(state['min_val'].min()):g}, {float(state['max_val'].max()):g}]"
+
+
+def _difference(a: str, b: str, name_a: str, name_b: str) -> str:
+    lines = list(difflib.unified_diff(a.splitlines(), b.splitlines(), name_a, name_b, lineterm="", n=1))
+    more = [] if len(lines) <= _DIFFERENCE_LINES else [f"... and {len(lines) - _DIFFERENCE_LINES} more lines"]
+    shown = "\n".join(f"  {line}" for line in [*lines[:_DIFFERENCE_LINES], *more])
+    return f"{name_a} belong to another model than {name_b}:\n{shown}"
+
+
+def save_statistics(prepared: GraphModule, path: str | Path) -> None:
+    """Save what the observers of a prepared model have seen; see `Statistics`. Raises `CalibrationError`, OSError."""
+    Statistics.of(prepared).save(path)
+
+
+def load_statistics(prepared: GraphModule, *paths: str | Path) -> GraphModule:
+    """Put saved statistics into a prepared model, in place, instead of its own; of several files, merged.
+
+    ``calibrate`` then adds to them. Returns ``prepared``. Raises `FileFormatError` for a file that cannot be read, and
+    `CalibrationError` for statistics of another model (with the difference) or such as cannot be merged.
+    """
+    if not paths:
+        raise CalibrationError("load_statistics(prepared, path, ...): name at least one statistics file")
+    total: Statistics | None = None
+    for path in paths:
+        found = Statistics.load(path)
+        found.check_bound_to(prepared, str(path))
+        total = found if total is None else total.merge(found)
+    assert total is not None
+    return total.restore(prepared)
+
+
+def resolve(
+    prepared: GraphModule, *, method: str | None = None, bits: int | None = None, percentile: float | None = None
+) -> GraphModule:
+    """A copy of a calibrated model whose activations use another method or number of bits; no data is run.
+
+    ``method``: see `range_search.METHODS`; it and ``percentile`` apply to histogram observers, of which there must be
+    one. ``bits``: 2 to 16, at most those of the dtype; the integers are the middle ones of a signed dtype, the lowest
+    ones of an unsigned one; weights keep theirs. The result equals a fresh calibration with these settings.
+    """
+    resolved = copy_graph(prepared)
+    observers = {name: observer for name, observer in measuring(resolved).items() if not observer.frozen}
+    histograms = [
+        observer
+        for observer in observers.values()
+        if isinstance(observer, (HistogramObserver, PerChannelHistogramObserver))
+    ]
+    if (method is not None or percentile is not None) and not histograms:
+        raise CalibrationError(
+            "no activation has a histogram: calibrate with HistogramObserver to choose a method later"
+        )
+    for histogram in histograms:
+        chosen = histogram.method if method is None else method
+        wanted = histogram.percentile if percentile is None else percentile
+        check_method(chosen, wanted)
+        histogram.method, histogram.percentile = chosen, wanted
+    if bits is not None:
+        for observer in observers.values():
+            observer.narrow(bits)
+    return resolved

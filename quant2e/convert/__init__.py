@@ -1,0 +1,1 @@
+"""Convert: an observed graph becomes a Q/DQ graph, and is checked for legality."""

@@ -1,0 +1,1 @@
+"""Integer arithmetic as graph nodes: grids, requantization, division, thresholds."""

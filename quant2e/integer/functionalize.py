@@ -1,0 +1,68 @@
+"""In-place ops become their functional forms, so that one table of integer forms serves both spellings.
+
+y = relu_(x);  z = f(x)        =>        y = relu(x);  z = f(y)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quant2e.graph.dataflow import alias_of_written, is_in_place, is_view, operand
+
+aten = torch.ops.aten
+
+
+def use_functional_ops(gm: GraphModule) -> bool:
+    """Replace every in-place ATen op whose write nobody sees through another name. Says whether there was one.
+
+    Readers of the written tensor that come later read the result. An op that writes to a buffer, an input or a tensor
+    that has views is left as it is.
+    """
+    place = {node: i for i, node in enumerate(gm.graph.nodes)}
+    changed = False
+    for node in list(gm.graph.nodes):
+        if not is_in_place(node) or alias_of_written(node) is not None:
+            continue
+        target = _functional(node.target)
+        written = operand(node, 0)
+        if target is None:
+            continue
+        for user in list(written.users):
+            if user is not node and place[user] > place[node]:
+                user.replace_input_with(written, node)
+        node.target = target
+        changed = True
+    return changed
+
+
+def exposed(gm: GraphModule) -> frozenset[Node]:
+    """What the in-place ops that are left write to, under any of its names: integers would not see the write."""
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        if not is_in_place(node):
+            continue
+        written = operand(node, 0)
+        waiting = [written] if isinstance(written, Node) else []
+        while waiting:
+            name = waiting.pop()
+            if name in found:
+                continue
+            found.add(name)
+            waiting += [user for user in name.users if is_view(user)]
+            base = operand(name, 0) if is_view(name) else None
+            waiting += [base] if isinstance(base, Node) else []
+    return frozenset(found)
+
+
+def _functional(target: Any) -> Any:
+    """The overload that computes what an in-place one writes; None when ATen has none with the same operands."""
+    name = target._schema.name.removeprefix("aten::")
+    packet = getattr(aten, name.removesuffix("_"), None)
+    found = getattr(packet, target._overloadname, None)
+    if not name.endswith("_") or found is None:
+        return None
+    given, wanted = ([a.name for a in t._schema.arguments] for t in (target, found))
+    return found if given == wanted[: len(given)] else None

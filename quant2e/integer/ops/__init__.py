@@ -1,0 +1,1 @@
+"""Integer forms of ATen ops, one family per file."""

@@ -1,0 +1,279 @@
+"""Ops that move values or keep their order: they compute on the integers themselves.
+
+    q(move(x)) = move(q(x))        q(clamp(x, a, b)) = clamp(q(x), q(a), q(b))        q(max(x)) = max(q(x))
+
+The second and third hold because quantization never reverses an order.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from quant2e.graph.dataflow import operand
+from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
+from quant2e.integer.arithmetic.grid import Grid
+from quant2e.integer.arithmetic.values import Context, Stored, Value, grid_attributes
+
+aten = torch.ops.aten
+
+MOVES = frozenset(
+    {
+        aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints,
+        aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default,
+        aten.movedim.int, aten.movedim.intlist, aten.t.default, aten.numpy_T.default, aten.mT.default,
+        aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.default, aten.squeeze.dim,
+        aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default, aten.expand_as.default,
+        aten.broadcast_to.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
+        aten.detach.default, aten.channel_shuffle.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
+        aten.flip.default, aten.roll.default, aten.repeat.default, aten.index_select.default, aten.tile.default,
+        aten.repeat_interleave.self_int, aten.select_copy.int, aten.view_copy.default, aten.permute_copy.default,
+        aten.lift_fresh_copy.default, aten.diagonal.default, aten.unfold.default, aten.rot90.default,
+    }
+)  # fmt: skip
+"""Every value of the result is one of the first operand's."""
+
+CUTS = frozenset(
+    {
+        aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
+        aten.tensor_split.sections, aten.tensor_split.indices,
+    }
+)  # fmt: skip
+"""Give several tensors, all of values of the first operand."""
+
+UNLESS_TRAINING = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+"""Give their operand back in evaluation mode."""
+_CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default})
+
+
+class Moved(Value):
+    """Values at other places."""
+
+    def __init__(self, node: Node, source: Value, *, drop: bool = False) -> None:
+        super().__init__(node)
+        self.source = source
+        self._drop = drop
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.source.grid
+
+    def unit(self) -> float:
+        return self.source.unit()
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        x = self.source.quantized(ctx, grid)
+        ctx.integer[self.node.name] = "moves integers"
+        if self._drop:
+            return x
+        args = tuple(x if a is self.node.args[0] else a for a in self.node.args)
+        if self.node.target is aten.expand_as.default:
+            args = (x, x if isinstance(args[1], Node) and args[1] is self.node.args[0] else args[1])
+        return ctx.b.call(self.node.target, *args, **self.node.kwargs)
+
+
+class Clamped(Value):
+    """Values limited to ``low..high``, floats."""
+
+    def __init__(self, node: Node, source: Value, low: float, high: float) -> None:
+        super().__init__(node)
+        self.source, self.low, self.high = source, low, high
+
+    @property
+    def grid(self) -> Grid | None:
+        """That of the operand, when the bounds lie on it: zero always does."""
+        grid = self.source.grid
+        return grid if grid is not None and all(math.isinf(v) or v == 0 for v in (self.low, self.high)) else None
+
+    def unit(self) -> float:
+        return self.source.unit()
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        x = self.source.quantized(ctx, grid)
+        ctx.integer[self.node.name] = "clamp of integers"
+        low, high = grid.bound(self.low), grid.bound(self.high)
+        if low <= grid.quant_min and high >= grid.quant_max:
+            return x
+        out = ctx.b.clamp(x, low, high)
+        ctx.b.record(
+            Record(
+                name=self.node.name,
+                kind="clamp",
+                inputs={"x": x.name},
+                output=out.name,
+                constants={},
+                attributes={"low": low, "high": high} | grid_attributes(grid),
+            )
+        )
+        return out
+
+
+class Padded(Moved):
+    """A border of one value around others: an integer of the grid, rounded as any other."""
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        x = self.source.quantized(ctx, grid)
+        ctx.integer[self.node.name] = "pads integers"
+        border = grid.bound(float(operand(self.node, "value") or 0.0))
+        out = ctx.b.call(aten.constant_pad_nd.default, x, operand(self.node, "pad"), border)
+        ctx.b.record(
+            Record(
+                name=self.node.name,
+                kind="pad",
+                inputs={"x": x.name},
+                output=out.name,
+                constants={},
+                attributes={"pad": list(operand(self.node, "pad")), "border": border} | grid_attributes(grid),
+            )
+        )
+        return out
+
+
+class Piece(Value):
+    """One of the tensors into which another is cut."""
+
+    def __init__(self, node: Node, source: Moved) -> None:
+        super().__init__(node)
+        self.source = source
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.source.grid
+
+    def unit(self) -> float:
+        return self.source.unit()
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        return ctx.b.call(operator.getitem, self.source.quantized(ctx, grid), self.node.args[1])
+
+
+class FirstOf(Value):
+    """The results of an op that gives several, of which only the ``first`` has integers."""
+
+    def __init__(self, node: Node, first: Value) -> None:
+        super().__init__(node)
+        self.first = first
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        raise NoIntegerFormError(self.node, "it has several results")
+
+
+class Joined(Value):
+    """A concatenation: every operand on the scale of the result."""
+
+    def __init__(self, node: Node, sources: list[Value]) -> None:
+        super().__init__(node)
+        self.sources = sources
+
+    @property
+    def grid(self) -> Grid | None:
+        grids = {source.grid for source in self.sources}
+        return grids.pop() if len(grids) == 1 else None
+
+    def unit(self) -> float:
+        return max(source.unit() for source in self.sources)
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        parts = [source.quantized(ctx, grid) for source in self.sources]
+        ctx.integer[self.node.name] = "joins integers"
+        dim = operand(self.node, "dim")
+        out = ctx.b.call(self.node.target, parts, dim)
+        ctx.b.record(
+            Record(
+                name=self.node.name,
+                kind="stack" if self.node.target is aten.stack.default else "cat",
+                inputs={f"x{i}": part.name for i, part in enumerate(parts)},
+                output=out.name,
+                constants={},
+                attributes={"dim": dim} | grid_attributes(grid),
+            )
+        )
+        return out
+
+
+def _moved(ctx: Context, node: Node) -> Value:
+    return Moved(node, ctx.value(node.args[0], node))
+
+
+def _piece(ctx: Context, node: Node) -> Value:
+    source = ctx.value(node.args[0], node)
+    if isinstance(source, FirstOf) and node.args[1] == 0:
+        return Moved(node, source.first, drop=True)
+    if not isinstance(source, Moved):
+        raise NoIntegerFormError(node, "it takes one of several results")
+    return Piece(node, source)
+
+
+def _padded(ctx: Context, node: Node) -> Value:
+    mode = operand(node, "mode")
+    if mode not in (None, "constant"):
+        raise NoIntegerFormError(node, f"it pads in mode {mode!r}, for which torch has no integer kernel")
+    if not isinstance(operand(node, "value") or 0.0, int | float):
+        raise NoIntegerFormError(node, "what it pads with is no constant")
+    return Padded(node, ctx.value(node.args[0], node))
+
+
+def _dropout(ctx: Context, node: Node) -> Value:
+    if operand(node, "train") is not False:
+        raise NoIntegerFormError(node, "it drops values, in training mode")
+    return Moved(node, ctx.value(node.args[0], node), drop=True)
+
+
+def _cast(ctx: Context, node: Node) -> Value:
+    source = ctx.value(node.args[0], node)
+    before, after = source.node.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        raise NoIntegerFormError(node, "it changes the dtype")
+    return Moved(node, source, drop=True)
+
+
+def clamp(low: float | str, high: float | str) -> Callable[[Context, Node], Value]:
+    """The form of a clamp whose bounds are numbers, or the names of operands that hold them."""
+
+    def bound(node: Node, given: float | str, otherwise: float) -> float:
+        if not isinstance(given, str):
+            return float(given)
+        value = operand(node, given)
+        if value is None:
+            return otherwise
+        if not isinstance(value, int | float):
+            raise NoIntegerFormError(node, "a bound is a tensor")
+        return float(value)
+
+    def form(ctx: Context, node: Node) -> Value:
+        source = ctx.value(node.args[0], node)
+        return Clamped(node, source, bound(node, low, -math.inf), bound(node, high, math.inf))
+
+    return form
+
+
+def _joined(ctx: Context, node: Node) -> Value:
+    tensors: Any = node.args[0]
+    return Joined(node, [ctx.value(t, node) for t in tensors])
+
+
+FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+    **dict.fromkeys(MOVES, _moved),
+    **dict.fromkeys(UNLESS_TRAINING, _dropout),
+    **dict.fromkeys(_CASTS, _cast),
+    aten.relu.default: clamp(0, math.inf),
+    aten.relu6.default: clamp(0, 6),
+    aten.hardtanh.default: clamp("min_val", "max_val"),
+    aten.clamp.default: clamp("min", "max"),
+    aten.clamp_min.default: clamp("min", math.inf),
+    aten.clamp_max.default: clamp(-math.inf, "max"),
+    **dict.fromkeys(CUTS, _moved),
+    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _padded),
+    operator.getitem: _piece,
+    aten.cat.default: _joined,
+    aten.concat.default: _joined,
+    aten.stack.default: _joined,
+}
+"""Target → form."""
+
+__all__ = ["FORMS", "MOVES", "Clamped", "Joined", "Moved", "Stored"]

@@ -1,0 +1,1 @@
+"""One-pass C++ kernels of the observers, built once per machine where there is a compiler."""

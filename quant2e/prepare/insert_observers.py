@@ -1,0 +1,212 @@
+"""Puts one observer per group of the plan into the graph.
+
+    y = conv(x, w)        =>        y = conv(obs0(x), obs1(w)); obs2(y)
+
+After each tensor come the observer of its own output group, which all its users then read, and behind it one observer
+for each other group among its uses. Both edits of the graph, this one and `quant2e.convert.insert_qdq`, follow the same plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
+from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
+from quant2e.errors import AnnotationError
+from quant2e.graph.edit import copy_provenance, stands_for
+from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.fake_quant import FixedQParamsFakeQuantize
+from quant2e.observers.measuring import FixedQParamsObserver
+
+
+class DerivedObserver(nn.Module):
+    """Parameters computed from those of other observers. Observes nothing itself."""
+
+    def __init__(self, spec: DerivedFrom, sources: Sequence[nn.Module]) -> None:
+        super().__init__()
+        # A plain list: the sources are already registered under their own names.
+        self.sources = list(sources)
+        self.derive = spec.derive
+        self.dtype = spec.dtype
+        self.quant_min, self.quant_max = spec.quant_min, spec.quant_max
+        self.qscheme, self.ch_axis = spec.qscheme, spec.ch_axis
+        self.is_dynamic = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """``(scale, zero_point)`` from the sources' observers, by the author's function."""
+        scale, zero_point = self.derive(self.sources)
+        return scale, zero_point
+
+
+def _constructor_arguments(spec: Any) -> dict[str, Any]:
+    """The fields of a plain spec, as PT2E hands them to an observer's constructor."""
+    if not is_dataclass(spec):
+        names = ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "is_dynamic")
+        found = {name: getattr(spec, name, None) for name in names}
+    else:
+        found = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "observer_or_fake_quant_ctr"}
+    # "ch_axis" is an argument of the per-channel observers alone, whatever library they come from. A fake-quantizer of
+    # channels takes it too; where its spec has none, as Core ML's, the observer that it was given has an axis of its own.
+    numbered = found.get("qscheme") in PER_CHANNEL_SCHEMES and found.get("ch_axis") is not None
+    if "PerChannel" not in _class_name(spec.observer_or_fake_quant_ctr) and not numbered:
+        found.pop("ch_axis", None)
+    return found
+
+
+def _class_name(constructor: Any) -> str:
+    partial = getattr(constructor, "p", constructor)
+    return str(getattr(getattr(partial, "func", partial), "__name__", type(partial).__name__))
+
+
+def _make_plain(spec: Any, points: Sequence[Point]) -> nn.Module:
+    constructor = spec.observer_or_fake_quant_ctr
+    arguments = _constructor_arguments(spec)
+    try:
+        made = constructor.with_args(**arguments)() if hasattr(constructor, "with_args") else constructor(**arguments)
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise AnnotationError(
+            f"the spec of ({points[0]}) cannot make its observer: {_class_name(constructor)} refused "
+            f"{', '.join(f'{k}={v}' for k, v in arguments.items())}: {error}"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise AnnotationError(f"the spec of ({points[0]}) made a {type(made).__name__}; an observer is an nn.Module")
+    return made
+
+
+def make_observers(plan: Plan, *, training: bool = False) -> list[nn.Module]:
+    """One observer per group of the plan, in its order. Sources of derived groups are made first.
+
+    ``training``: parameters known in advance are fake-quantized with, as in PT2E.
+    """
+    made: dict[int, nn.Module] = {}
+    pending = list(reversed(range(len(plan.groups))))
+    while pending:
+        index = pending[-1]
+        group = plan.groups[index]
+        sources = [plan.group_of(p) for p in group.spec.sources] if isinstance(group.spec, DerivedFrom) else []
+        missing = [source for source in sources if source is not None and source not in made]
+        if missing:
+            pending.extend(missing)
+            continue
+        pending.pop()
+        if index not in made:
+            made[index] = _make(group, [made[source] for source in sources if source is not None], training)
+    return [made[i] for i in range(len(plan.groups))]
+
+
+def _make(group: Group, sources: list[nn.Module], training: bool) -> nn.Module:
+    spec = group.spec
+    if isinstance(spec, DerivedFrom):
+        return DerivedObserver(spec, sources)
+    if hasattr(spec, "observer_or_fake_quant_ctr"):
+        return _make_plain(spec, group.points)
+    fixed = FixedQParamsObserver.with_args(
+        scale=spec.scale,
+        zero_point=spec.zero_point,
+        dtype=spec.dtype,
+        quant_min=spec.quant_min,
+        quant_max=spec.quant_max,
+        qscheme=spec.qscheme if spec.qscheme is not None else torch.per_tensor_affine,
+    )
+    made: nn.Module = FixedQParamsFakeQuantize(fixed) if training else fixed()
+    return made
+
+
+class _Inserter:
+    """Inserts observer calls; names the submodules in the order of their first call."""
+
+    def __init__(self, gm: GraphModule, observers: Mapping[int, nn.Module]) -> None:
+        self._gm = gm
+        self._observers = observers
+        self.names: dict[int, str] = {}
+        self._first_op = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
+
+    def insert(self, after: Node, group: int, origin: Node) -> Node:
+        graph = self._gm.graph
+        name = self.register(group)
+        if after.op == "placeholder" and self._first_op is not None:
+            place = graph.inserting_before(self._first_op)
+        else:
+            place = graph.inserting_after(after)
+        with place:
+            call = graph.call_module(name, (after,))
+        copy_provenance(call, origin, value=after.meta.get("val"))
+        stands_for(call, after)
+        return call
+
+    def register(self, group: int) -> str:
+        """The name of a group's observer, which becomes a submodule when it has none yet."""
+        if group not in self.names:
+            # The same instance may stand for several groups when a quantizer's callback merged them.
+            observer = self._observers[group]
+            number = len(self.names)
+            while hasattr(self._gm, f"{OBSERVER_PREFIX}{number}"):
+                number += 1
+            self.names[group] = f"{OBSERVER_PREFIX}{number}"
+            self._gm.add_submodule(self.names[group], observer)
+        return self.names[group]
+
+
+def observe(
+    gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module], *, uncalled: Collection[int] = ()
+) -> dict[int, str]:
+    """Insert an observer call for every group at every tensor it is used on. Changes ``gm`` in place.
+
+    ``observers``: group index → observer; a group that is missing stays float. ``uncalled``: groups whose observer becomes
+    a submodule and is called nowhere. Returns the name under which each group's observer is registered.
+    """
+    nodes = list(gm.graph.nodes)
+    named = {node.name: node for node in nodes}
+    inserter = _Inserter(gm, observers)
+    called = {index for index in observers if index not in uncalled}
+    head = dict(named)
+    on_edge: dict[tuple[str, int], Node] = {}
+    own = {
+        point.node: index
+        for index, group in enumerate(plan.groups)
+        if index in called
+        for point in group.points
+        if isinstance(point, Output)
+    }
+    edges: dict[str, list[tuple[Node, int]]] = defaultdict(list)
+    for index, group in enumerate(plan.groups):
+        for point in group.points:
+            if isinstance(point, Edge) and index in called and own.get(point.src) != index:
+                edges[point.dst].append((named[point.src], index))
+    for node in nodes:
+        order = {src: i for i, src in enumerate(_sources(node))} if node.name in edges else {}
+        for src, index in sorted(edges[node.name], key=lambda pair: order.get(pair[0].name, 0)):
+            key = (src.name, index)
+            if key not in on_edge:
+                origin = node if src.op in ("get_attr", "placeholder") else src
+                on_edge[key] = inserter.insert(head[src.name], index, origin)
+            node.replace_input_with(head[src.name], on_edge[key])
+        if node.name in own:
+            users = list(node.users)
+            head[node.name] = inserter.insert(node, own[node.name], node)
+            for user in users:
+                user.replace_input_with(node, head[node.name])
+    for index in uncalled:
+        inserter.register(index)
+    gm.recompile()
+    return dict(inserter.names)
+
+
+def _sources(node: Node) -> list[str]:
+    """Names of the operands, as they were before observers stood between."""
+    names = []
+    for operand in node.all_input_nodes:
+        while operand.op == "call_module" and str(operand.target).startswith(OBSERVER_PREFIX):
+            operand = operand.all_input_nodes[0]
+        names.append(operand.name)
+    return names

@@ -1,0 +1,179 @@
+"""Captured graph + quantizer → observed graph.
+
+The model that comes in is left untouched: the work is done on a copy of its graph that shares its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from quant2e.annotation.interop import read_plan
+from quant2e.annotation.plan import DerivedFrom, Plan
+from quant2e.annotation.specs import ANNOTATION
+from quant2e.errors import AnnotationError, Quant2eError, where
+from quant2e.graph.capture import as_graph_module
+from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.inline_regions import opaque_regions
+from quant2e.graph.modes import check_eval
+from quant2e.graph.module import CapturedModule, copy_graph
+from quant2e.graph.mutation import own_tensors, own_written_tensors
+from quant2e.graph.qdq_ops import DEQUANTIZE
+from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.passes import run
+from quant2e.passes.fold_batch_norm import fold_batch_norm
+from quant2e.passes.train_batch_norm import FUSED
+from quant2e.prepare.insert_observers import make_observers, observe
+from quant2e.prepare.observer_callback import call_back
+from quant2e.prepare.qat import Trained, ready_to_learn, train_through_norms, training_report
+from quant2e.report.float_ops import survey
+from quant2e.report.record import LEDGER, Ledger
+from quant2e.report.report import Report, judge, tensor_bytes
+
+
+def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphModule:
+    """Insert the observers that ``quantizer`` asks for.
+
+    ``model``: what `capture` or ``torch.export`` made, in eval mode; it is not changed. ``quantizer``: a `Quantizer`, or
+    any object with PT2E's methods. Batch norms are folded first; weights are observed here, activations by running
+    the result on calibration data.
+
+    Raises `CaptureError` for a graph in training mode, `AnnotationError` and `PlanError` for annotations that are
+    wrong alone or together.
+    """
+    return _prepare(model, quantizer, training=False)
+
+
+def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphModule:
+    """Insert the fake-quantizers that ``quantizer`` asks for, for quantization-aware training.
+
+    ``model``: what `capture` or ``torch.export`` made of a model in training (or eval) mode; it is not changed, nor are its
+    tensors: the result has parameters of its own, so build the optimizer from ``prepared.parameters()``. ``quantizer``: as
+    for `prepare_pt2e`, with configurations for training (``is_qat=True``), or some for training and some for calibration.
+
+    Batch norms behind a quantized weight train as they will be deployed (see `passes.train_batch_norm`) and are folded by
+    `convert_pt2e`. Raises as `prepare_pt2e` does.
+    """
+    return _prepare(model, quantizer, training=True)
+
+
+def _prepare(model: GraphModule | ExportedProgram, quantizer: Any, *, training: bool) -> GraphModule:
+    own = as_graph_module(model, compiled=False)
+    gm: GraphModule = own
+    if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in gm.graph.nodes):
+        raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
+    if training:
+        _check_trainable(gm)
+        own_tensors(gm)
+    else:
+        check_eval(gm)
+    if LEDGER in gm.meta:  # converted before: the annotations of that time are about other nodes
+        for node in gm.graph.nodes:
+            node.meta.pop(ANNOTATION, None)
+    ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), own.inputs
+    if not training:
+        run(gm, (fold_batch_norm,), compiled=False)
+    gm = _annotate(gm, quantizer)
+    plan = read_plan(gm)  # before a copy: annotations refer to nodes, the plan to names
+    if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one
+        gm = copy_graph(gm, compiled=False)
+        gm.inputs = inputs
+    if not training:
+        own_written_tensors(gm)
+    constants = frozenset(constant_nodes(gm.graph))
+    plan, observers = call_back(gm, quantizer, plan, make_observers(plan, training=training))
+    report = Report(
+        verdicts=judge(ops, gm, plan, constants, _explainer(quantizer)),
+        notes=(*_plan_notes(plan), *_region_notes(gm), *_quantizer_notes(quantizer)),
+        float_bytes=float_bytes,
+    )
+    trained = train_through_norms(gm, plan, observers) if training else Trained(plan, observers)
+    plan, observers = trained.plan, trained.observers
+    device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
+    for observer in observers.values():
+        observer.to(device)
+    _observe_constants(gm, plan, observers, constants | trained.scaled(gm))
+    names = observe(gm, plan, observers, uncalled=trained.uncalled)
+    if training:
+        ready_to_learn(observers)
+        report = training_report(report, trained)
+        gm.meta[FUSED] = trained.records(names)
+    gm.meta[LEDGER] = Ledger(plan, tuple(names.get(i, "") for i in range(len(plan.groups))), report)
+    return gm
+
+
+def _check_trainable(gm: GraphModule) -> None:
+    """A quantized graph has integer weights: what is trained is the prepared one."""
+    quantized = next((node for node in gm.graph.nodes if node.target in DEQUANTIZE), None)
+    if quantized is not None and LEDGER in gm.meta:
+        raise Quant2eError(
+            f"this model is converted already ({where(quantized)}), and integers are not trained: "
+            "train the model that prepare_qat_pt2e returned and convert it again"
+        )
+
+
+def _annotate(gm: GraphModule, quantizer: Any) -> GraphModule:
+    if isinstance(quantizer, type):
+        raise AnnotationError(
+            f"{quantizer.__name__} is a class; a quantizer has annotate(model): pass an object, {quantizer.__name__}()"
+        )
+    for method in ("annotate", "validate"):
+        if not callable(getattr(quantizer, method, None)):
+            raise AnnotationError(
+                f"{type(quantizer).__name__} has no method '{method}': a quantizer has annotate(model) and "
+                "validate(model); derive it from quant2e.Quantizer"
+            )
+    if callable(getattr(quantizer, "transform_for_annotation", None)):
+        transformed = quantizer.transform_for_annotation(gm)
+        gm = transformed if isinstance(transformed, GraphModule) else gm
+    annotated = quantizer.annotate(gm)
+    gm = annotated if isinstance(annotated, GraphModule) else gm
+    quantizer.validate(gm)
+    return gm
+
+
+def _explainer(quantizer: Any) -> Callable[[Node], str]:
+    """Why a quantizer left a node float: its own words when it has some."""
+    own = getattr(quantizer, "reason", None) or getattr(quantizer, "explain", None)
+
+    def explain(node: Node) -> str:
+        words = str(own(node)).partition("\n")[0] if callable(own) else ""
+        return words or f"{type(quantizer).__name__} did not annotate {node.target}"
+
+    return explain
+
+
+def _quantizer_notes(quantizer: Any) -> tuple[str, ...]:
+    return tuple(str(note) for note in getattr(quantizer, "notes", ()) or ())
+
+
+def _region_notes(gm: GraphModule) -> list[str]:
+    return [f"{where(node)}: the ops inside its body stay float" for node in opaque_regions(gm)]
+
+
+def _plan_notes(plan: Plan) -> list[str]:
+    return [f"annotation of ({item.point}) ignored: it is {item.reason}" for item in plan.ignored]
+
+
+def _observe_constants(
+    gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module], constants: frozenset[Node]
+) -> None:
+    """Show every constant tensor to its observer, so that weights need no calibration data."""
+    fixed = {node.name: node for node in constants}
+    for index, observer in observers.items():
+        group = plan.groups[index]
+        tensors = dict.fromkeys(point.tensor for point in group.points)
+        if isinstance(group.spec, DerivedFrom) or getattr(group.spec, "is_dynamic", False):
+            continue
+        with torch.no_grad():
+            for name in tensors:
+                if name in fixed:
+                    observer(evaluate(gm, fixed[name]))
+        freeze = getattr(observer, "freeze", None)
+        if callable(freeze) and all(name in fixed for name in tensors):
+            freeze()

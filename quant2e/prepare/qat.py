@@ -1,0 +1,199 @@
+"""What training adds to a prepared graph, and what conversion takes away again.
+
+Prepare: batch norms behind a quantized weight are rewritten (`passes.train_batch_norm`), and the plan moves with them. Convert:
+they are folded, the remaining ones as after calibration, and the mode is evaluation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
+from quant2e.errors import CaptureError, where
+from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.effects import argument
+from quant2e.graph.modes import set_training, training_nodes
+from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.fake_quant import FakeQuantizeBase
+from quant2e.observers.learned_fake_quant import LearnableFakeQuantize
+from quant2e.passes.dead_code import remove_dead_code
+from quant2e.passes.fold_batch_norm import fold_batch_norm
+from quant2e.passes.train_batch_norm import FUSED, FusedNorm, fuse, trainable_norms, unfuse
+from quant2e.prepare.insert_observers import DerivedObserver
+from quant2e.report.report import FOLDED, Report
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A plan that moved with the graph: its observers by group, and the records of the rewritten norms."""
+
+    plan: Plan
+    observers: Mapping[int, nn.Module]
+    fused: tuple[FusedNorm, ...] = ()
+    biases: Mapping[str, int] = field(default_factory=dict)
+    """Norm → the group of the bias that it will be folded into."""
+
+    @property
+    def uncalled(self) -> frozenset[int]:
+        """Groups of biases, which exist only once the norms are folded."""
+        return frozenset(self.biases.values())
+
+    def scaled(self, gm: GraphModule) -> frozenset[Node]:
+        """Nodes of the weights that are fake-quantized, which depend on parameters and statistics only."""
+        names = {record.scaled for record in self.fused}
+        return frozenset(node for node in gm.graph.nodes if node.name in names) if names else frozenset()
+
+    def records(self, names: Mapping[int, str]) -> tuple[FusedNorm, ...]:
+        """The records with ``names``, under which the observers of their biases are registered."""
+        found = {norm: names[index] for norm, index in self.biases.items()}
+        return tuple(replace(record, bias_observer=found.get(record.norm)) for record in self.fused)
+
+
+def train_through_norms(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> Trained:
+    """Rewrite the batch norms of ``gm`` that belong to a quantized weight, in place, and move ``plan`` with them.
+
+    Left alone: a norm behind an op whose weight stays float, or whose own output is quantized before the norm.
+    """
+    pairs = [(mac, norm) for mac, norm in trainable_norms(gm) if _belongs(mac, norm, plan)]
+    fused = fuse(gm, pairs)
+    biases = {}
+    moves: dict[Point, Point] = {}
+    for record, (mac, norm) in zip(fused, pairs, strict=True):
+        moves[Edge(record.old_weight, mac.name)] = Edge(record.scaled, mac.name)
+        moves[Output(record.old_weight)] = Output(record.scaled)
+        shift = argument(norm, "bias")
+        candidates = [Edge(record.old_bias, mac.name)] if record.old_bias is not None else []
+        candidates += [Edge(shift.name, norm.name)] if shift is not None else []
+        if (point := next((p for p in candidates if p in plan), None)) is not None:
+            biases[record.norm] = point
+    plan, observers = _moved(plan, observers, moves, frozenset(biases.values()))
+    groups = {norm: plan.group_of(point) for norm, point in biases.items()}
+    return Trained(plan, observers, fused, {norm: i for norm, i in groups.items() if i is not None and i in observers})
+
+
+def _belongs(mac: Node, norm: Node, plan: Plan) -> bool:
+    weight = argument(mac, "weight")
+    own = Edge(weight.name, mac.name) in plan or (Output(weight.name) in plan and len(weight.users) == 1)
+    return own and Output(mac.name) not in plan and Edge(mac.name, norm.name) not in plan
+
+
+def _moved(
+    plan: Plan, observers: Mapping[int, nn.Module], moves: Mapping[Point, Point], alone: frozenset[Point]
+) -> tuple[Plan, Mapping[int, nn.Module]]:
+    """``plan`` with its points moved. What was one tensor and is several now gets a group, and an observer, for each."""
+    groups: list[Group] = []
+    made: dict[int, nn.Module] = {}
+    extra: list[tuple[Group, nn.Module]] = []
+    for index, group in enumerate(plan.groups):
+        parts: dict[Any, list[Point]] = {}
+        for point in group.points:
+            new = moves.get(point, point)
+            parts.setdefault((new.tensor if new is not point else "", point in alone and point), []).append(new)
+        first, *others = parts.values()
+        spec = group.spec
+        if isinstance(spec, DerivedFrom):
+            spec = replace(spec, sources=tuple(moves.get(source, source) for source in spec.sources))
+        groups.append(Group(spec, tuple(first)))
+        if index in observers:
+            made[index] = observers[index]
+            extra += [(Group(spec, tuple(points)), copy.deepcopy(observers[index])) for points in others]
+    for group, observer in extra:
+        made[len(groups)] = observer
+        groups.append(group)
+    plan = Plan(tuple(groups), plan.ignored)
+    for index, observer in made.items():
+        spec = plan.groups[index].spec
+        if isinstance(observer, DerivedObserver) and isinstance(spec, DerivedFrom):
+            sources = [plan.group_of(source) for source in spec.sources]
+            observer.sources = [made[source] for source in sources if source is not None]
+    return plan, made
+
+
+def ready_to_learn(observers: Mapping[int, nn.Module]) -> None:
+    """Give learned scales their parameters, so that an optimizer that is built now knows them."""
+    for observer in observers.values():
+        if isinstance(observer, LearnableFakeQuantize):
+            observer.allocate()
+
+
+def training_report(report: Report, trained: Trained) -> Report:
+    """``report`` with what becomes of batch norms at conversion."""
+    into = {record.norm: record.mac for record in trained.fused}
+    verdicts = tuple(
+        replace(v, kind=FOLDED, reason=f"into {into[v.op.name]}, at conversion") if v.op.name in into else v
+        for v in report.verdicts
+    )
+    notes = []
+    if not any(isinstance(observer, FakeQuantizeBase) or _fakes(observer) for observer in trained.observers.values()):
+        notes.append(
+            "WARNING: nothing is fake-quantized, so training is float training; use a configuration with is_qat=True"
+        )
+    return replace(report, verdicts=verdicts).with_notes(notes)
+
+
+def _fakes(observer: Any) -> bool:
+    """Another library's fake-quantizer, by its shape."""
+    return hasattr(observer, "fake_quant_enabled")
+
+
+# ---------------------------------------------------------------- conversion
+
+
+def end_training(gm: GraphModule) -> list[str]:
+    """Turn the copy of a trained graph into one as calibration leaves it, in place; notes for the report.
+
+    Raises `CaptureError` for ops in training mode other than the batch norms that are folded here.
+    """
+    fused: tuple[FusedNorm, ...] = gm.meta.pop(FUSED)
+    norms = {record.norm for record in fused}
+    behaving = list(training_nodes(gm))
+    others = [node for node in behaving if node.name not in norms]
+    if others:
+        listed = "\n".join(f"  {where(node)}" for node in others[:5])
+        more = f"\n  and {len(others) - 5} more" if len(others) > 5 else ""
+        raise CaptureError(
+            "conversion makes the model that is deployed, and this one is in training mode: call "
+            f"prepared.eval(), or move_exported_model_to_eval(prepared), first. In training mode:\n{listed}{more}"
+        )
+    for module in gm.modules():
+        module.training = False
+        if isinstance(module, GraphModule):
+            set_training(module.graph, False)
+    unfuse(gm, fused)
+    remove_dead_code(gm)
+    fold_batch_norm(gm)
+    _measure_again(gm)
+    if not behaving:
+        return []
+    return ["converted in training mode: batch norms were folded by their running statistics, as in evaluation"]
+
+
+def _measure_again(gm: GraphModule) -> None:
+    """Show constants to the observers that were frozen on them before training, which changed them.
+
+    Fake-quantizers followed the training; what calibrates (a module with a configuration that is not for training) did not.
+    """
+    constants = constant_nodes(gm.graph)
+    seen: dict[str, list[Node]] = {}
+    for call in gm.graph.nodes:
+        if call.op == "call_module" and str(call.target).startswith(OBSERVER_PREFIX):
+            seen.setdefault(str(call.target), []).append(call.all_input_nodes[0])
+    for name, tensors in seen.items():
+        observer: Any = gm.get_submodule(name)
+        plain = callable(getattr(observer, "reset_min_max_vals", None)) and not isinstance(observer, FakeQuantizeBase)
+        if not plain or not all(tensor in constants for tensor in tensors):
+            continue
+        fresh: Any = copy.deepcopy(observer)
+        fresh.reset_min_max_vals()
+        fresh.frozen = False
+        with torch.no_grad():
+            for tensor in tensors:
+                fresh(evaluate(gm, tensor))
+        setattr(gm, name, fresh)

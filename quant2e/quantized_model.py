@@ -1,0 +1,98 @@
+"""QuantizedModel: a Q/DQ graph with its report, its encodings and what it was captured with; saved and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from quant2e.errors import Quant2eError
+from quant2e.quantized_io import Boundary, boundary_of
+from quant2e.report.encodings import Recipe, recipe_of
+from quant2e.report.record import LEDGER, Ledger
+from quant2e.report.report import Report
+from quant2e.storage.pt2 import Pt2Contents, read_pt2, write_pt2
+
+
+@dataclass(slots=True, eq=False)
+class QuantizedModel:
+    """A Q/DQ graph with everything known about it.
+
+    ``module``: the graph. ``example_inputs``, ``example_kwargs``, ``dynamic_shapes``: what it was captured with, and
+    what saving and lowering need. Calling the object calls the graph.
+    """
+
+    module: GraphModule
+    report: Report
+    recipe: Recipe
+    example_inputs: tuple[Any, ...]
+    example_kwargs: dict[str, Any] = field(default_factory=dict)
+    dynamic_shapes: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @property
+    def boundary(self) -> Boundary:
+        """The inputs and outputs that carry integers, and their parameters."""
+        return boundary_of(self.module)
+
+    def save(self, path: str | Path) -> None:
+        """Write an ExportedProgram with report and recipe to ``path`` (``.pt2``); see `quant2e.save`."""
+        save(self, path)
+
+
+def save(
+    model: QuantizedModel | GraphModule,
+    path: str | Path,
+    example_inputs: tuple[Any, ...] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> None:
+    """Write a quantized model to ``path``; the suffix is ``.pt2``.
+
+    A `QuantizedModel` remembers its example inputs and dynamic shapes; give them for a converted GraphModule. The file
+    appears under ``path`` only when it is complete. Raises `Quant2eError` when inputs are missing or the graph cannot
+    be exported, OSError when the file cannot be written; ``path`` is then as it was.
+    """
+    write_pt2(path, _contents(model, example_inputs, dynamic_shapes))
+
+
+def _contents(
+    model: QuantizedModel | GraphModule, example_inputs: tuple[Any, ...] | None, dynamic_shapes: Any
+) -> Pt2Contents:
+    if isinstance(model, QuantizedModel):
+        return Pt2Contents(
+            module=model.module,
+            report=model.report,
+            recipe=model.recipe,
+            example_inputs=model.example_inputs if example_inputs is None else tuple(example_inputs),
+            example_kwargs=model.example_kwargs if example_inputs is None else {},
+            dynamic_shapes=model.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
+        )
+    if example_inputs is None:
+        raise Quant2eError("save(module, path, example_inputs): a GraphModule does not remember its example inputs")
+    ledger = model.meta.get(LEDGER)
+    report, recipe = Report(verdicts=()), Recipe("", ())
+    if isinstance(ledger, Ledger):
+        report, recipe = ledger.report, recipe_of(ledger, "")
+    return Pt2Contents(
+        module=model,
+        report=report,
+        recipe=recipe,
+        example_inputs=tuple(example_inputs),
+        example_kwargs={},
+        dynamic_shapes=dynamic_shapes,
+    )
+
+
+def load(path: str | Path) -> QuantizedModel:
+    """Read what `save` wrote; the outputs are bit-identical.
+
+    Also reads any other ``.pt2`` of torch.export, with an empty report. No code of the file is executed. Raises
+    `FileFormatError` for a file that is damaged, of another kind, or that could run code.
+    """
+    contents = read_pt2(path)
+    return QuantizedModel(**{field.name: getattr(contents, field.name) for field in fields(contents)})

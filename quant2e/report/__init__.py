@@ -1,0 +1,1 @@
+"""Reports and records: what happened to every op, and with which numbers."""

@@ -1,0 +1,218 @@
+"""What happened to every float op, and what it cost.
+
+One verdict per float op of the captured graph: quantized, and by which rule; or float, and why. Nothing is left out, and
+what did not happen (ignored annotations, flushed tensors, masked values) is listed as notes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quant2e.annotation.interop import node_tensor
+from quant2e.annotation.plan import Edge, Output, Plan
+from quant2e.annotation.specs import ANNOTATION
+from quant2e.report.float_ops import FloatOp
+
+STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED = "static", "dynamic", "weight-only", "float", "folded"
+KINDS = (STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED)
+"""Verdicts. ``folded``: the op is gone, its effect is part of another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One float op and what became of it. ``reason``: the rule that quantized it, or why it is float."""
+
+    op: FloatOp
+    kind: str
+    reason: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the op computes on quantized activations (static or dynamic) or a quantized weight."""
+        return self.kind in (STATIC, DYNAMIC, WEIGHT_ONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Verdicts, sizes and accuracy of one quantization.
+
+    ``float_bytes``/``quantized_bytes``: tensors that the float and the quantized graph hold. ``sqnr_db``: signal to
+    quantization noise of the output against float, in dB, on ``sqnr_source``; None when it was not measured.
+    """
+
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...] = ()
+    float_bytes: int = 0
+    quantized_bytes: int | None = None
+    sqnr_db: float | None = None
+    sqnr_source: str = ""
+
+    @property
+    def int8_mac_share(self) -> float:
+        """Share of the multiply-accumulates that run on quantized activations and weights; 0 when there are none."""
+        total = sum(v.op.macs for v in self.verdicts)
+        return sum(v.op.macs for v in self.verdicts if v.kind in (STATIC, DYNAMIC)) / total if total else 0.0
+
+    @property
+    def quantized_ops(self) -> int:
+        """How many float ops were quantized."""
+        return sum(v.quantized for v in self.verdicts)
+
+    def of(self, name: str) -> Verdict:
+        """The verdict of the op of that node name. Raises KeyError when the captured graph had no such float op."""
+        for verdict in self.verdicts:
+            if verdict.op.name == name:
+                return verdict
+        raise KeyError(name)
+
+    def with_notes(self, notes: Iterable[str]) -> Report:
+        """A copy with further notes, each once."""
+        return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; `from_dict` is its inverse."""
+        return asdict(self) | {"int8_mac_share": self.int8_mac_share}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `as_dict` described."""
+        verdicts = tuple(Verdict(FloatOp(**v["op"]), v["kind"], v["reason"]) for v in data["verdicts"])
+        known = {k: data[k] for k in ("float_bytes", "quantized_bytes", "sqnr_db", "sqnr_source")}
+        return cls(verdicts=verdicts, notes=tuple(data["notes"]), **known)
+
+    def __str__(self) -> str:
+        counts = Counter(v.kind for v in self.verdicts)
+        lines = [f"{len(self.verdicts)} float ops: " + ", ".join(f"{counts[k]} {k}" for k in KINDS if counts[k])]
+        lines.append(f"multiply-accumulates on int8: {self.int8_mac_share:.1%}")
+        if self.quantized_bytes is not None:
+            ratio = self.quantized_bytes / self.float_bytes if self.float_bytes else 1.0
+            lines.append(f"tensors: {self.float_bytes:,} -> {self.quantized_bytes:,} bytes ({ratio:.3f} x)")
+        if self.sqnr_db is not None:
+            lines.append(f"SQNR against float: {self.sqnr_db:.1f} dB on {self.sqnr_source}")
+        width = max((len(v.op.name) for v in self.verdicts), default=0)
+        for v in self.verdicts:
+            place = f"  [{v.op.module}]" if v.op.module else ""
+            lines.append(f"  {v.op.name:<{width}}  {v.kind:<11}  {v.reason}{place}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """How one node's float operands are treated by a plan."""
+
+    activations: tuple[bool, ...]
+    constants: tuple[bool, ...]
+    dynamic: bool
+
+
+def judge(
+    ops: Iterable[FloatOp],
+    gm: GraphModule,
+    plan: Plan,
+    constants: frozenset[Node],
+    explain: Callable[[Node], str],
+) -> tuple[Verdict, ...]:
+    """Verdicts of ``ops`` on the annotated graph ``gm``, before observers are inserted.
+
+    ``constants``: nodes that depend on parameters only. ``explain``: why the quantizer left a node float.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    folded = {name: node.name for node in gm.graph.nodes for name in node.meta.get("folded", ())}
+    ignored = {item.point: item.reason for item in plan.ignored}
+    made: dict[str, Verdict] = {}
+    for op in ops:
+        node = nodes.get(op.name)
+        if node is None:
+            into = folded.get(op.name)
+            reason = f"into {into}" if into else "rewritten before annotation"
+            made[op.name] = Verdict(op, FOLDED, reason)
+            continue
+        made[op.name] = _judge_node(op, node, gm, plan, constants, made, explain, ignored)
+    return tuple(made.values())
+
+
+def _operands(node: Node, gm: GraphModule, plan: Plan, constants: frozenset[Node]) -> _Operands:
+    activations: list[bool] = []
+    fixed: list[bool] = []
+    dynamic = False
+    for src in node.all_input_nodes:
+        tensor = node_tensor(gm, src)
+        if tensor is None or not tensor.is_floating_point():
+            continue
+        group = plan.group_of(Edge(src.name, node.name))
+        if group is None:
+            group = plan.group_of(Output(src.name))
+        (fixed if src in constants else activations).append(group is not None)
+        dynamic |= group is not None and bool(getattr(plan.groups[group].spec, "is_dynamic", False))
+    return _Operands(tuple(activations), tuple(fixed), dynamic)
+
+
+def _judge_node(
+    op: FloatOp,
+    node: Node,
+    gm: GraphModule,
+    plan: Plan,
+    constants: frozenset[Node],
+    made: Mapping[str, Verdict],
+    explain: Callable[[Node], str],
+    ignored: Mapping[Any, str],
+) -> Verdict:
+    if node in constants:
+        return Verdict(op, FOLDED, "a constant, computed from parameters")
+    note = node.meta.get(ANNOTATION)
+    if note is None:
+        return Verdict(op, FLOAT, explain(node))
+    if node.target is operator.getitem and (whole := made.get(node.all_input_nodes[0].name)) is not None:
+        return Verdict(op, whole.kind, whole.reason)
+    rule = getattr(note, "rule", "") or "annotated"
+    operands = _operands(node, gm, plan, constants)
+    if operands.dynamic:
+        return Verdict(op, DYNAMIC, rule)
+    if operands.activations and all(operands.activations):
+        partly = "" if all(operands.constants[:1]) or not operands.constants else ", weight float"
+        return Verdict(op, STATIC, rule + partly)
+    fused = _fused_into(node, made)
+    # A pattern may begin with an op that only moves its input: pad and convolution.
+    begun = fused is not None and fused.kind == STATIC and fused.reason == rule
+    if not any(operands.activations) and any(operands.constants) and not begun:
+        return Verdict(op, WEIGHT_ONLY, rule)
+    if fused is not None:
+        return Verdict(op, fused.kind, rule if rule != "annotated" else f"fused with {fused.op.name}")
+    if any(operands.activations):
+        return Verdict(op, STATIC, f"{rule}, some operands float")
+    reasons = {
+        r
+        for p, r in ignored.items()
+        if p in (*(Edge(s.name, node.name) for s in node.all_input_nodes), Output(node.name))
+    }
+    if Output(node.name) in plan and not operands.activations:
+        return Verdict(op, STATIC, f"{rule}, output only")
+    return Verdict(
+        op, FLOAT, f"{rule}, but no operand is quantized" + (f": {', '.join(sorted(reasons))}" if reasons else "")
+    )
+
+
+def _fused_into(node: Node, made: Mapping[str, Verdict]) -> Verdict | None:
+    """The verdict of a producer that this op, as the tail of the same pattern, is computed with."""
+    for src in node.all_input_nodes:
+        verdict = made.get(src.name)
+        if verdict is not None and verdict.quantized and len(src.users) == 1 and ANNOTATION in src.meta:
+            return verdict
+    return None
+
+
+def tensor_bytes(gm: GraphModule) -> int:
+    """Bytes of all parameters and buffers of a module, each storage once."""
+    seen: dict[tuple[int, int], int] = {}
+    tensors: list[torch.Tensor] = [*gm.parameters(), *gm.buffers()]
+    for tensor in tensors:
+        seen[(tensor.data_ptr(), tensor.numel())] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())

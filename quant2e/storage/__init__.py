@@ -1,0 +1,1 @@
+"""Storage: quantized models as ``.pt2`` files."""

@@ -1,0 +1,1 @@
+"""The kit to write a backend quantizer: rules over patterns, conditions on matches, and explanations."""

@@ -1,0 +1,171 @@
+"""Where the values of a tensor come from: data, parameters, literals, or integer and boolean inputs.
+
+A float tensor that is computed from integers, booleans and literals only is *mask or position arithmetic*
+(``(1 - mask) * finfo.min``): its values are codes, not samples of a distribution, and must stay exact. A tensor that
+holds masking values (-inf, -1e9) has no useful range either, whatever else is in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from quant2e.annotation.interop import attribute
+from quant2e.annotation.pattern import short_name
+from quant2e.graph.dataflow import operand
+from quant2e.passes.fold_weights import is_quantize
+
+SENTINEL = 1e4
+"""Magnitude from which a literal or a buffer value stands for "never": BERT's old masks used -10000."""
+
+
+class Source(IntEnum):
+    """What a tensor is computed from."""
+
+    LITERAL = 0
+    """Literals and buffers."""
+    PARAMETER = 1
+    """Parameters, possibly with literals."""
+    INDEX = 2
+    """Integer and boolean inputs, possibly with literals."""
+    DATA = 3
+    """Float inputs, or parameters picked by an index."""
+
+
+_PICKS = frozenset({"embedding", "embedding_bag", "index", "index_select", "gather", "take_along_dim", "linear"})
+"""Ops that turn integer input into data, because they read a table with it."""
+
+_MASKING = frozenset({"full", "full_like", "new_full", "scalar_tensor", "masked_fill", "fill", "where", "mul"})
+"""Ops whose literal may be a masking value."""
+
+_KEEPS_SENTINELS = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "where",
+        "masked_fill",
+        "maximum",
+        "minimum",
+        "cat",
+        "stack",
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "view",
+        "reshape",
+        "flatten",
+        "permute",
+        "transpose",
+        "t",
+        "slice",
+        "select",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "repeat",
+        "tril",
+        "triu",
+        "lift_fresh_copy",
+    ]
+)
+
+
+@dataclass(slots=True)
+class Provenance:
+    """The source of every tensor of a graph, and which tensors hold masking values. One walk over the graph."""
+
+    gm: GraphModule
+    source: dict[Node, Source] = field(init=False, default_factory=dict)
+    masking: dict[Node, Node] = field(init=False, default_factory=dict)
+    """Node → the node that brought the masking value in."""
+
+    def __post_init__(self) -> None:
+        for node in self.gm.graph.nodes:
+            self.source[node] = self._source(node)
+            if (origin := self._masking(node)) is not None:
+                self.masking[node] = origin
+
+    def objection(self, node: Node) -> str | None:
+        """Why the tensor of ``node`` must not be quantized as an activation; None if nothing speaks against it."""
+        if self.source[node] is Source.INDEX:
+            return "mask or position arithmetic, computed from integer and boolean inputs only"
+        if node in self.masking:
+            return f"a tensor with the masking value that '{self.masking[node].name}' brings in"
+        return None
+
+    def _source(self, node: Node) -> Source:
+        carries_values = _is_float(node.meta.get("val"), or_complex=True) or is_quantize(node)
+        if node.op == "placeholder":
+            return Source.DATA if carries_values else Source.INDEX
+        if node.op == "get_attr":
+            value = attribute(self.gm, str(node.target))
+            return Source.PARAMETER if isinstance(value, nn.Parameter) else Source.LITERAL
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            return Source.DATA
+        inputs = {self.source[n] for n in node.all_input_nodes if _holds_tensor(n)}
+        if not carries_values:
+            return Source.INDEX if inputs & {Source.DATA, Source.INDEX} else Source.LITERAL
+        reads_table = Source.INDEX in inputs and (Source.PARAMETER in inputs or short_name(node.target) in _PICKS)
+        return Source.DATA if reads_table else max(inputs, default=Source.LITERAL)
+
+    def _masking(self, node: Node) -> Node | None:
+        if node.op == "get_attr":
+            value = attribute(self.gm, str(node.target))
+            known = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_meta
+            return node if known and _has_sentinel(value) else None
+        if node.op != "call_function" or not _is_float(node.meta.get("val")):
+            return None
+        name = short_name(node.target).removesuffix("_")
+        if name in _MASKING and any(_is_sentinel(a) for a in (*node.args, *node.kwargs.values())):
+            scales_data = name == "mul" and self.source[node] is Source.DATA
+            return None if scales_data else node
+        if name not in _KEEPS_SENTINELS:
+            return None
+        return next((self.masking[n] for n in node.all_input_nodes if n in self.masking), None)
+
+
+def is_float(node: Node, gm: GraphModule) -> bool:
+    """Whether a node produces one floating-point tensor."""
+    value = node.meta.get("val")
+    return _is_float(attribute(gm, str(node.target)) if value is None and node.op == "get_attr" else value)
+
+
+def _is_float(value: Any, *, or_complex: bool = False) -> bool:
+    items = value if isinstance(value, list | tuple) else (value,)
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    return any(item.is_floating_point() or (or_complex and item.is_complex()) for item in tensors)
+
+
+def _holds_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return node.op == "get_attr" or isinstance(value, Tensor | list | tuple)
+
+
+def _is_sentinel(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) < SENTINEL
+
+
+def _has_sentinel(value: Tensor) -> bool:
+    if not value.is_floating_point() or value.numel() == 0:
+        return False
+    largest = value.detach().abs().amax().item()
+    return not math.isfinite(largest) or largest >= SENTINEL
+
+
+def literal(node: Node, name: int | str) -> Any:
+    """An operand that is a number or a list of numbers; None when it is a tensor or symbolic."""
+    value = operand(node, name)
+    items = value if isinstance(value, list | tuple) else (value,)
+    return None if any(isinstance(item, Node) for item in items) else value

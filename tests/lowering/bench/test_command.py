@@ -1,0 +1,181 @@
+"""``quant2e bench``: what it measures, what it prints, and what it says when a file cannot be timed."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lowering.bench.command
+from lowering.bench.command import Row, bench, table
+from lowering.bench.program_file import open_program, read_inputs
+from lowering.bench.worker import Footprint, in_child, measure_times
+from quant2e.cli import main
+from quant2e.errors import FileFormatError, LoweringError
+
+
+@pytest.fixture(scope="module")
+def pt2(tmp_path_factory):
+    path = tmp_path_factory.mktemp("programs") / "double.pt2"
+    torch.export.save(torch.export.export(nn.Softplus(), (torch.randn(2, 3),)), path)
+    return path
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Everything in this process, which is where a test wants to look."""
+    monkeypatch.setattr(lowering.bench.command, "in_child", lambda function, *args: function(*args))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_program_file_runs_on_its_own_inputs(pt2):
+    program = open_program(pt2)
+    (x,) = program.tensors()
+    torch.testing.assert_close(program.run([x]), nn.functional.softplus(x))
+
+
+def test_rounds_are_interleaved_and_as_many_as_asked(pt2, here):
+    one, other = measure_times([pt2, pt2], None, None, 1, 7)
+    assert len(one) == len(other) == 7
+    assert min(one + other) > 0
+    rows = bench([pt2, pt2], threads=[2, 1, 2], rounds=5)
+    assert [list(row.medians) for row in rows] == [[2, 1], [2, 1]]
+    assert rows[0].ratios == {2: 1.0, 1: 1.0}
+    assert all(row.size == pt2.stat().st_size and row.footprint.load_ms > 0 for row in rows)
+
+
+def test_the_table():
+    rows = [
+        Row(
+            path=Path("a/float.pte"),
+            size=4_000_000,
+            footprint=Footprint(load_ms=12.34, peak_mb=9.0),
+            medians={1: 2.5, 2: 1.5},
+            ratios={1: 1.0, 2: 1.0},
+        ),
+        Row(
+            path=Path("int8.pte"),
+            size=1_050_000,
+            footprint=Footprint(load_ms=3.0, peak_mb=4.56),
+            medians={1: 1.25, 2: 1.0},
+            ratios={1: 2.0, 2: 1.5},
+        ),
+    ]
+    assert table(rows).splitlines() == [
+        "program    size MB  load ms  peak MB  ms 1 thr  ratio 1 thr  ms 2 thr  ratio 2 thr",
+        "float.pte     4.00     12.3      9.0     2.500         1.00     1.500         1.00",
+        "int8.pte      1.05      3.0      4.6     1.250         2.00     1.000         1.50",
+    ]
+
+
+def test_arrays_are_read_in_order_and_pickles_are_not(tmp_path, pt2, here, capsys):
+    path = tmp_path / "x.npz"
+    np.savez(path, np.ones((2, 3), np.float32), np.arange(4))
+    assert [x.dtype for x in read_inputs(path)] == [torch.float32, torch.int64]
+    assert main(["bench", str(pt2), "--inputs", str(path), "--rounds", "1"]) == 1
+    assert "double.pt2 takes 1 tensor(s), not 2: 'input 0': float32[2, 3]" in capsys.readouterr().err
+    np.savez(path, np.ones((2, 4), np.float32))
+    assert main(["bench", str(pt2), "--inputs", str(path), "--rounds", "1"]) == 1
+    assert "takes 'input 0': float32[2, 3], not float32[2, 4]" in capsys.readouterr().err
+    np.savez(path, np.array([lambda: 1], dtype=object)[:0].astype(object), allow_pickle=True)
+    with pytest.raises(FileFormatError, match="not an .npz file of plain arrays"):
+        read_inputs(path)
+
+
+class Runs:
+    """Pickles as a call of ``os.system``."""
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.witness}",)
+
+
+def test_opening_a_file_runs_nothing_of_it(tmp_path, pt2):
+    witness, path = tmp_path / "witness", tmp_path / "evil.pt2"
+    runs = Runs()
+    runs.witness = witness
+    torch.save(runs, tmp_path / "pickle")
+    with zipfile.ZipFile(pt2) as old, zipfile.ZipFile(path, "w") as new:
+        root = old.namelist()[0].partition("/")[0]
+        for name in old.namelist():
+            new.writestr(name.replace(root, "evil", 1), old.read(name))
+        new.writestr("evil/data/weights/extra.pt", (tmp_path / "pickle").read_bytes())
+    with pytest.raises(FileFormatError):
+        open_program(path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.onnx", b"", r"program files end in .pte \(ExecuTorch\) or .pt2 \(torch.export\)"),
+        ("model.pt2", b"no archive", r"model.pt2 is not a .pt2 file"),
+        ("none.pte", None, r"No such file or directory: .*none.pte"),
+    ],
+)
+def test_what_is_no_program(tmp_path, here, capsys, name, content, said):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["bench", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.search(said, captured.err), captured.err
+    assert captured.err.startswith("quant2e bench: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: command"),
+        (["bench"], "the following arguments are required: PROGRAM"),
+        (["bench", "a.pte", "--threads", "1,x"], "'x' is not a positive whole number"),
+        (["bench", "a.pte", "--rounds", "0"], "'0' is not a positive whole number"),
+        (["tune"], "invalid choice: 'tune'"),
+    ],
+)
+def test_arguments_that_are_wrong(capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "--help"])
+    assert "quant2e bench model_float.pte model_int8.pte --threads 1,2" in capsys.readouterr().out
+
+
+def die(*_):
+    os._exit(3)
+
+
+def test_a_process_that_dies_is_told(pt2):
+    with pytest.raises(
+        LoweringError, match=r"the process that ran .*double.pt2 ended without an answer \(exit code 3\)"
+    ):
+        in_child(die, pt2)
+
+
+@pytest.mark.slow
+def test_programs_for_the_runtime_and_for_torch_side_by_side(tmp_path, pt2, capsys):
+    pytest.importorskip("executorch")
+    module = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval()
+    path = tmp_path / "model.pte"
+    lowering.to_executorch(module, (torch.randn(2, 3),), verify=False).save(path)
+    assert main(["bench", str(path), str(pt2), "--rounds", "3", "--threads", "1"]) == 0
+    head, first, second = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert head.split() == ["program", "size", "MB", "load", "ms", "peak", "MB", "ms", "1", "thr", "ratio", "1", "thr"]
+    assert first.split()[0] == "model.pte"
+    assert float(first.split()[-1]) == 1.0
+    assert second.split()[0] == "double.pt2"
+    assert main(["bench", str(path), "--method", "encode"]) == 1
+    assert "no method 'encode'; its methods are forward: choose one with --method" in capsys.readouterr().err
+    path.write_bytes(path.read_bytes()[:200])
+    assert main(["bench", str(path)]) == 1
+    assert "the ExecuTorch runtime cannot read" in capsys.readouterr().err

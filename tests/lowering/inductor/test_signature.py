@@ -1,0 +1,89 @@
+import pytest
+import torch
+from torch import nn
+
+from lowering.inductor.signature import Signature
+from quant2e.errors import LoweringError
+
+
+class Two(nn.Module):
+    def forward(self, x, options, *, mask=None, flag=True):
+        y = x * options["gain"] if flag else x
+        return {"y": y + mask, "none": None, "pair": (x, 3)}
+
+
+X, GAIN, MASK = torch.ones(4, 3), torch.ones(3), torch.zeros(4, 3)
+
+
+@pytest.fixture(scope="module")
+def fixed():
+    exported = torch.export.export(Two(), (X, {"gain": GAIN}), {"mask": MASK, "flag": True}, strict=False)
+    return Signature(exported.module(), None)
+
+
+@pytest.fixture(scope="module")
+def dynamic():
+    batch = torch.export.Dim("batch", min=3, max=16)
+    shapes = ({0: batch}, {"gain": None}, {0: batch}, None)
+    kwargs = {"mask": MASK, "flag": True}
+    names = dict(zip(("x", "options", "mask", "flag"), shapes, strict=True))
+    exported = torch.export.export(Two(), (X, {"gain": GAIN}), kwargs, dynamic_shapes=names, strict=False)
+    return Signature(exported.module(), None)
+
+
+def call(signature, x=X, gain=GAIN, mask=MASK, flag=True):
+    return signature.sizes(signature.flatten((x, {"gain": gain}), {"flag": flag, "mask": mask}))
+
+
+def test_inputs_are_flat_in_captured_order_whatever_the_order_of_keywords(fixed):
+    values = fixed.flatten((X, {"gain": GAIN}), {"flag": True, "mask": MASK})
+    assert [v is w for v, w in zip(values, (X, GAIN, MASK, True), strict=True)] == [True] * 4
+    assert [spec.taken for spec in fixed.inputs] == [True, True, True, False]
+
+
+def test_outputs_are_put_back_together_with_what_is_no_tensor(fixed):
+    assert fixed.unflatten([X, GAIN]) == {"y": X, "none": None, "pair": (GAIN, 3)}
+
+
+def test_symbols_and_their_values(fixed, dynamic):
+    assert fixed.symbols == {}
+    assert list(dynamic.symbols.values()) == [(3.0, 16.0)]
+    assert call(fixed) == ()
+    assert call(dynamic, torch.ones(7, 3), mask=torch.ones(7, 3)) == (7,)
+
+
+@pytest.mark.parametrize(
+    ("which", "inputs", "message"),
+    [
+        ("fixed", {"x": torch.ones(5, 3)}, r"dimension 0 of input 'x' is 5, and the program was compiled for 4: .*dynamic_shapes"),
+        ("fixed", {"x": torch.ones(4)}, r"'x' has 1 dimension\(s\), and must have 2"),
+        ("fixed", {"x": torch.ones(4, 3).double()}, "dtype torch.float64, and must have torch.float32"),
+        ("fixed", {"x": 3}, "'x' is a int, and must be a tensor"),
+        ("fixed", {"flag": False}, "'flag' is False, and the graph was captured with True"),
+        ("dynamic", {"x": torch.ones(5, 3)}, "dimension 0 of input 'mask' is 4, and must be 5"),
+        ("dynamic", {"x": torch.ones(2, 3), "mask": torch.ones(2, 3)}, r"size is 2, outside of \[3, 16\]"),
+        ("dynamic", {"x": torch.ones(17, 3), "mask": torch.ones(17, 3)}, r"size is 17, outside of \[3, 16\]"),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_are_named(which, inputs, message, request):
+    with pytest.raises(LoweringError, match=message):
+        call(request.getfixturevalue(which), **inputs)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "message"),
+    [
+        ((X, {"gain": GAIN}), {"mask": MASK}, r"keyword inputs \['mask'\]: the model was captured with \['flag', 'mask'\]"),
+        ((X, {"loss": GAIN}), {"mask": MASK, "flag": True}, "structured as"),
+        ((X,), {"mask": MASK, "flag": True}, "structured as"),
+    ],
+)  # fmt: skip
+def test_another_structure_is_refused(args, kwargs, message, fixed):
+    with pytest.raises(LoweringError, match=message):
+        fixed.flatten(args, kwargs)
+
+
+def test_example_inputs_of_another_number_are_refused():
+    exported = torch.export.export(nn.ReLU(), (X,), strict=False).module()
+    with pytest.raises(LoweringError, match=r"takes 1 input\(s\), \['input'\], and the example inputs hold 2"):
+        Signature(exported, [X, X])

@@ -1,0 +1,568 @@
+"""Files: what comes back is what was saved, a failed save harms nothing, and a hostile file runs nothing."""
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from quant2e.calibration.calibrate import calibrate
+from quant2e.convert.convert import convert_pt2e
+from quant2e.errors import FileFormatError, Quant2eError
+from quant2e.graph.capture import capture
+from quant2e.graph.printer import graph_text
+from quant2e.pipeline import quantize
+from quant2e.prepare.prepare import prepare_pt2e
+from quant2e.quantized_model import load, save
+from quant2e.report.encodings import GroupRecipe, Recipe
+from quant2e.storage import pt2 as storage
+from quant2e.storage.archive_check import check_archive
+from tests.quant2e.annotators import DYNAMIC, products
+
+ROOT = Path(__file__).parents[3]
+
+
+class Net(nn.Module):
+    """Linear layers, a written buffer, keyword and nested inputs."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.first, self.second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x, *, extra):
+        self.calls.add_(1)
+        y = self.second(self.first(x).relu() + extra["bias"][0])
+        return {"y": y, "pair": (y.argmax(-1), x)}
+
+
+def batch(size=3, width=16):
+    return (torch.randn(size, width),), {"extra": {"bias": [torch.randn(2 * width)]}}
+
+
+@pytest.fixture
+def quantized():
+    args, kwargs = batch()
+    shapes = {"x": {0: torch.export.Dim("n", min=2, max=64)}, "extra": {"bias": [None]}}
+    return quantize(Net().eval(), args, products(act=DYNAMIC, output=None), kwargs=kwargs, dynamic_shapes=shapes)
+
+
+@pytest.fixture
+def saved(quantized, tmp_path):
+    path = tmp_path / "model.pt2"
+    quantized.save(path)
+    return path
+
+
+def leaves(value):
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def run(code, *args, **options):
+    options.setdefault("env", {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        capture_output=True, text=True, check=False, **options,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- round trip
+
+
+def test_round_trip_here(quantized, saved):
+    again = load(saved)
+    for size in (2, 3, 7):
+        args, kwargs = batch(size)
+        for ours, theirs in zip(leaves(again(*args, **kwargs)), leaves(quantized(*args, **kwargs)), strict=True):
+            assert torch.equal(ours, theirs)
+    assert again.report == quantized.report
+    assert again.recipe == quantized.recipe
+    assert again.module.get_buffer("calls").item() == quantized.module.get_buffer("calls").item()
+    for ours, theirs in zip(leaves(again.example_inputs), leaves(quantized.example_inputs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert list(again.example_kwargs) == ["extra"]
+
+
+def test_dynamic_shapes_survive_two_rounds(saved, tmp_path):
+    again = load(saved)
+    assert again.dynamic_shapes is not None
+    again.save(tmp_path / "again.pt2")
+    third = load(tmp_path / "again.pt2")
+    args, kwargs = batch(9)
+    for ours, theirs in zip(leaves(third(*args, **kwargs)), leaves(again(*args, **kwargs)), strict=True):
+        assert torch.equal(ours, theirs)
+    assert graph_text(third.module.graph) == graph_text(again.module.graph)
+
+
+def test_round_trip_in_a_fresh_process_that_imports_only_quant2e(quantized, saved, tmp_path):
+    args, kwargs = batch(5)
+    torch.save((args, kwargs), tmp_path / "batch.pt")
+    code = """
+        import sys, quant2e, torch
+        model = quant2e.load(sys.argv[1])
+        args, kwargs = torch.load(sys.argv[2])
+        torch.save(model(*args, **kwargs), sys.argv[3])
+        assert not {"torchao", "executorch", "quantizers", "lowering"} & set(sys.modules)
+    """
+    done = run(code, saved, tmp_path / "batch.pt", tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    for theirs, ours in zip(leaves(torch.load(tmp_path / "out.pt")), leaves(quantized(*args, **kwargs)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_readable_by_torch_alone(quantized, saved, tmp_path):
+    args, kwargs = batch(4)
+    torch.save((args, kwargs), tmp_path / "batch.pt")
+    code = """
+        import sys, torch
+        import torch.ao.quantization.fx._decomposed
+        model = torch.export.load(sys.argv[1]).module()
+        args, kwargs = torch.load(sys.argv[2])
+        torch.save(model(*args, **kwargs), sys.argv[3])
+        assert "quant2e" not in sys.modules
+    """
+    done = run(code, saved, tmp_path / "batch.pt", tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    for theirs, ours in zip(leaves(torch.load(tmp_path / "out.pt")), leaves(quantized(*args, **kwargs)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("quantizer", [products(), products(act=None, output=None)], ids=["static", "weight only"])
+def test_a_file_of_linears_is_below_three_tenths_of_float(quantizer, tmp_path):
+    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)).eval()
+    x = torch.randn(2, 512)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "float.pt2")
+    quantize(model, x, quantizer, [torch.randn(2, 512)] * 2).save(tmp_path / "int8.pt2")
+    assert (tmp_path / "int8.pt2").stat().st_size < 0.30 * (tmp_path / "float.pt2").stat().st_size
+
+
+def test_a_converted_graph_is_saved_with_its_report(tmp_path):
+    prepared = prepare_pt2e(capture(nn.Linear(4, 4).eval(), torch.randn(2, 4)), products())
+    calibrate(prepared, [torch.randn(2, 4)])
+    gm = convert_pt2e(prepared)
+    save(gm, tmp_path / "m.pt2", (torch.randn(2, 4),))
+    again = load(tmp_path / "m.pt2")
+    x = torch.randn(2, 4)
+    assert torch.equal(again(x), gm(x))
+    assert again.report.quantized_ops == 1
+    assert again.recipe.groups[0].encoding == "per_tensor"
+
+
+def test_one_tensor_as_two_example_inputs(tmp_path):
+    class Difference(nn.Module):
+        def forward(self, x, y):
+            return x * 2 - y
+
+    prepared = prepare_pt2e(capture(Difference().eval(), (torch.randn(2), torch.randn(2))), products())
+    one = torch.randn(2)
+    save(convert_pt2e(prepared), tmp_path / "m.pt2", (one, one))
+    assert torch.equal(load(tmp_path / "m.pt2")(torch.ones(2), torch.zeros(2)), torch.full((2,), 2.0))
+
+
+def test_a_plain_exported_program_is_read_without_a_report(tmp_path):
+    torch.export.save(torch.export.export(nn.Linear(4, 4), (torch.randn(2, 4),)), tmp_path / "float.pt2")
+    assert load(tmp_path / "float.pt2").report.verdicts == ()
+
+
+def test_saving_leaves_the_model_alone(quantized, saved):
+    calls = quantized.module.get_buffer("calls").item()
+    text = graph_text(quantized.module.graph)
+    quantized.save(saved)
+    assert quantized.module.get_buffer("calls").item() == calls
+    assert graph_text(quantized.module.graph) == text
+
+
+# ------------------------------------------------------------------------------------------------------------- atomic
+
+
+@pytest.fixture
+def old(tmp_path):
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"the old file")
+    yield path
+    assert path.read_bytes() == b"the old file"
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".pt2"] == ["model.pt2"]
+
+
+def test_a_failure_half_way(quantized, old, monkeypatch):
+    def half(program, file, **kwargs):
+        file.write(b"half")
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(torch.export, "save", half)
+    with pytest.raises(OSError, match="disk on fire"):
+        quantized.save(old)
+
+
+def test_a_program_that_cannot_be_exported(quantized, old):
+    with pytest.raises(Quant2eError, match="cannot be exported with these inputs"):
+        save(quantized.module, old, (torch.randn(3, 5),))
+
+
+def test_a_file_that_could_not_be_loaded_is_not_written(quantized, old, monkeypatch):
+    def broken(program, file, **kwargs):
+        file.write(b"not a zip")
+
+    monkeypatch.setattr(torch.export, "save", broken)
+    with pytest.raises(Quant2eError, match="could be saved, but not loaded again"):
+        quantized.save(old)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model", "model.PT2", "model.pt2.zip"])
+def test_a_wrong_suffix(quantized, tmp_path, name):
+    with pytest.raises(Quant2eError, match=r"the suffix of an exported program is \.pt2"):
+        quantized.save(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_does_not_exist(quantized, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        quantized.save(tmp_path / "nowhere" / "model.pt2")
+
+
+def test_a_graph_without_its_inputs(quantized, old):
+    with pytest.raises(Quant2eError, match="does not remember its example inputs"):
+        save(quantized.module, old)
+
+
+SAVE = """
+    import sys, quant2e, torch
+    from torch import nn
+    from tests.quant2e.annotators import products
+    model = quantize = quant2e.quantize(
+        nn.Linear(512, 512).eval(), torch.randn(2, 512), products(act=None, output=None)
+    )
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits and signals")
+def test_a_full_disk(old):
+    code = (
+        SAVE
+        + """
+    import resource
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        model.save(sys.argv[1])
+    except OSError as error:
+        print("refused:", error)
+    """
+    )
+    done = run(code, old)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("refused:")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX limits and signals")
+def test_killed_half_way(tmp_path):
+    old = tmp_path / "model.pt2"
+    old.write_bytes(b"the old file")
+    code = (
+        SAVE
+        + """
+    import os, signal
+    def killed(program, file, **kwargs):
+        file.write(b"half")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.export.save = killed
+    model.save(sys.argv[1])
+    """
+    )
+    done = run(code, old)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert old.read_bytes() == b"the old file"
+
+
+def test_permissions_of_the_old_file_are_kept(quantized, saved):
+    saved.chmod(0o640)
+    quantized.save(saved)
+    assert saved.stat().st_mode & 0o777 == 0o640
+
+
+# ------------------------------------------------------------------------------------------------------ hostile files
+
+MARK = "QUANT2E_TEST_WAS_HERE"
+
+
+class Payload:
+    """Unpickled, it leaves a mark in the environment."""
+
+    def __reduce__(self):
+        return exec, (f"import os; os.environ[{MARK!r}] = '1'",)
+
+
+def rewritten(path, target, edit=None, **parts):
+    """A copy of an archive: ``edit`` changes the program's JSON in place, ``parts`` are replaced or added."""
+    with zipfile.ZipFile(path) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    root = next(iter(content)).partition("/")[0]
+    if edit is not None:
+        program = json.loads(content[f"{root}/models/model.json"])
+        edit(program)
+        content[f"{root}/models/model.json"] = json.dumps(program).encode()
+    for name, data in parts.items():
+        content[name.removeprefix("/") if name.startswith("/") else f"{root}/{name}"] = data
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    return target
+
+
+def nodes(program):
+    return program["graph_module"]["graph"]["nodes"]
+
+
+def pickled_by_torch():
+    buffer = io.BytesIO()
+    torch.save(Payload(), buffer)
+    return buffer.getvalue()
+
+
+def config(path_name, use_pickle):
+    entry = {"path_name": path_name, "is_param": False, "use_pickle": use_pickle, "tensor_meta": None}
+    return json.dumps({"config": {"evil": entry}}).encode()
+
+
+WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
+HOSTILE = {
+    "a pickled weight": (
+        {WEIGHTS: config("weight_0", True), "data/weights/weight_0": pickled_by_torch()},
+        "pickled obj",
+    ),
+    "a pickled constant": ({CONSTANTS: config("tensor_0", True)}, "pickled objects"),
+    "pickle without saying so": (
+        {CONSTANTS: config("opaque_obj_0", False), "data/constants/opaque_obj_0": pickle.dumps(Payload())},
+        "opaque_obj_0",
+    ),
+    "a name that means pickle": ({CONSTANTS: config("opaque_obj_0", False)}, "not a plain tensor"),
+    "a script object": (
+        {CONSTANTS: config("custom_obj_0", True), "data/constants/custom_obj_0": pickle.dumps(Payload())},
+        "custom_obj_0",
+    ),
+    "weights of an older format": ({"data/weights/model.pt": pickled_by_torch()}, "no part of a plain program"),
+    "constants of an older format": ({"data/constants/model.pt": pickled_by_torch()}, "no part of a plain program"),
+    "an archive of an older format": (
+        {"/version": b"8.8", "/serialized_state_dict.pt": pickled_by_torch(), "archive_version": b"9"},
+        "not in a subdirectory",
+    ),
+    "example inputs": ({"data/sample_inputs/model.pt": pickled_by_torch()}, "example inputs that are not plain"),
+    "compiled code": ({"data/aotinductor/model/a.so": b""}, "no part of a plain program"),
+    "a path upwards": ({"../evil": b""}, "no part of a plain program"),
+    "JSON that is none": ({"models/model.json": b"{"}, "not JSON"),
+    "JSON without end": ({"models/model.json": b"[" * 100_000}, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_parts(saved, tmp_path, name):
+    parts, message = HOSTILE[name]
+    with pytest.raises(FileFormatError, match=message):
+        load(rewritten(saved, tmp_path / "evil.pt2", **parts))
+    assert MARK not in os.environ
+
+
+TARGETS = [
+    "torch.serialization.os.system",
+    "torch.os.system",
+    "torch.ops.os.system",
+    "torch.ops.aten.__class__.__init__",
+    "torch.ops.aten.add.__class__",
+    "torch.ops.load_library.__func__.__call__",
+    "torch.ops.aten.from_file.default",
+    "torch.hub.load",
+    "_operator.attrgetter",
+    "_operator.methodcaller",
+    "math.__loader__.load_module",
+    "#namespace:op",
+    "os.system",
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("place", ["node", "argument"])
+def test_names_that_are_no_ops(saved, tmp_path, target, place):
+    def edit(program):
+        if place == "node":
+            nodes(program)[0]["target"] = target
+        else:
+            nodes(program)[0]["inputs"][0]["arg"] = {"as_operator": target}
+
+    with pytest.raises(FileFormatError, match="not an op that a quantized program uses"):
+        load(rewritten(saved, tmp_path / "evil.pt2", edit))
+
+
+EXPRESSIONS = [
+    "__import__('os').system('true')",
+    "().__class__",
+    "Symbol('x').__class__",
+    "Symbol('__import__(1)')",
+    "[1 for _ in x]",
+    "(lambda: 1)()",
+    "exec('1')",
+    "Lambda(x, 1)(2)",
+    "9**9**9",
+    "f'{x}'",
+    "x" + ".y",
+    "(" * 500 + ")" * 500,
+]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_expressions_with_code(saved, tmp_path, expression):
+    def edit(program):
+        texts = [program]
+        while texts:
+            current = texts.pop()
+            for key, value in list(current.items()) if isinstance(current, dict) else []:
+                if key == "expr_str":
+                    current[key] = expression
+                    return
+                texts.append(value)
+            texts += current if isinstance(current, list) else []
+        raise AssertionError("the program has no expression")
+
+    with pytest.raises(FileFormatError, match="not a plain shape formula"):
+        load(rewritten(saved, tmp_path / "evil.pt2", edit))
+
+
+STRUCTURES = [
+    {"__enum__": True, "fqn": "os:environ", "name": "PATH"},
+    {"default_factory_module": "os", "default_factory_name": "getcwd", "dict_context": []},
+    {"default_factory_module": "builtins", "default_factory_name": "breakpoint", "dict_context": []},
+]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.get("fqn") or s["default_factory_name"])
+@pytest.mark.parametrize("escaped", [False, True])
+def test_structures_that_import(saved, tmp_path, structure, escaped):
+    text = json.dumps(structure)
+    if escaped:
+        text = text.replace("_", "\\u005f")
+    spec = json.dumps([1, {"type": "builtins.tuple", "context": text, "children_spec": []}])
+
+    def edit(program):
+        program["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = spec
+
+    with pytest.raises(FileFormatError, match="in the structure of its inputs"):
+        load(rewritten(saved, tmp_path / "evil.pt2", edit))
+
+
+def test_a_list_of_parts_that_two_readers_read_differently(saved, tmp_path):
+    evil = tmp_path / "evil.pt2"
+    evil.write_bytes(saved.read_bytes())
+    with zipfile.ZipFile(evil, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("archive/models/model.json", b"{}")
+    with pytest.raises(FileFormatError, match="ambiguous"):
+        load(evil)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
+def test_files_that_were_cut_off(saved, tmp_path, keep):
+    data = saved.read_bytes()
+    (tmp_path / "cut.pt2").write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
+    with pytest.raises(FileFormatError):
+        load(tmp_path / "cut.pt2")
+
+
+def test_one_flipped_bit_in_a_weight(saved, tmp_path):
+    data = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        info = archive.getinfo("archive/data/weights/weight_0")
+    data[info.header_offset + 256 + 64] ^= 1
+    (tmp_path / "bad.pt2").write_bytes(bytes(data))
+    with pytest.raises(FileFormatError):
+        load(tmp_path / "bad.pt2")
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=60, deadline=None)
+def test_random_bytes(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("random") / "random.pt2"
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError):
+        load(path)
+    path.write_bytes(b"PK\x05\x06" + data)
+    with pytest.raises(FileFormatError):
+        check_archive(path)
+
+
+def test_what_is_no_file(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere.pt2"):
+        with pytest.raises(FileFormatError, match="does not exist, or is not a file"):
+            load(path)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"{", "is not readable"),
+        (b"{}", "is not readable"),
+        (b"[]", "is not readable"),
+        (b"3", "is not readable"),
+        (b'{"format": 99}', "reads format 1"),
+        (json.dumps({"format": storage.RECORD_FORMAT, "report": {}, "recipe": {}}).encode(), "is not readable"),
+    ],
+)
+def test_a_record_that_is_not_ours(saved, tmp_path, record, message):
+    with pytest.raises(FileFormatError, match=message):
+        load(rewritten(saved, tmp_path / "m.pt2", **{"extra/quant2e.json": record}))
+
+
+# ------------------------------------------------------------------------------------------------------------- recipe
+
+NAMES = st.text(st.characters(codec="utf-8"), max_size=12)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+GROUPS = st.builds(
+    GroupRecipe,
+    points=st.lists(NAMES, max_size=3).map(tuple),
+    spec=NAMES,
+    encoding=st.sampled_from(["per_tensor", "per_channel", "dynamic", "float16", "custom", "float"]),
+    dtype=NAMES,
+    quant_min=st.integers(-(2**31), 2**31),
+    quant_max=st.integers(-(2**31), 2**31),
+    axis=st.none() | st.integers(0, 5),
+    scale=st.lists(FLOATS, max_size=3).map(tuple),
+    zero_point=st.lists(st.integers(-256, 256), max_size=3).map(tuple),
+)
+
+
+@given(st.builds(Recipe, quantizer=NAMES, groups=st.lists(GROUPS, max_size=3).map(tuple)))
+@settings(max_examples=100, deadline=None)
+def test_recipes_survive_json(recipe):
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+def test_recipes_survive_a_file(quantized, tmp_path):
+    quantized.recipe.to_file(tmp_path / "recipe.json")
+    assert Recipe.from_file(tmp_path / "recipe.json") == quantized.recipe
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "3",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1}',
+        '{"format": 1, "quantizer": 1, "groups": [{"a": 1}]}',
+        '{"format": 1, "quantizer": "", "groups": 5}',
+    ],
+)
+def test_what_is_no_recipe(tmp_path, text):
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(FileFormatError):
+        Recipe.from_file(tmp_path / "recipe.json")
