@@ -351,15 +351,15 @@ def test_the_graph_is_copied_without_its_checks_and_with_shared_weights():
 
 SATURATES = """
 import torch
-from tests.lowering.test_inductor import Fn, F, capture, u8
+from tests.lowering.inductor.test_program import Fn, F, capture, u8
 from tests.lowering.graphs import Weight
 from lowering import to_inductor
-import lowering.inductor_guard
+import lowering.inductor.guard
 
 x = 2 + torch.rand(64, 256) / 2
 model = capture(Fn(lambda m, x: F.linear(u8(x, 0.01, 0), m.w()), w=Weight(torch.randn(64, 256).sign(), steps=127)), x)
 print(to_inductor(model, (x,)).report.of("linear").reason)
-lowering.inductor_guard.adds_in_16_bits = lambda: False
+lowering.inductor.guard.adds_in_16_bits = lambda: False
 try:
     to_inductor(model, (x,), engines="onednn")
 except Exception as error:

@@ -6,9 +6,8 @@ from torch import nn
 
 from quant2e import AnnotationError, CalibrationError, PassError, capture, convert_pt2e, prepare_pt2e
 from quant2e.annotation.plan import same_numbers
-from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec, group_size_of
+from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec, group_size_of, spec_text
 from quant2e.convert.legality import check
-from quant2e.graph.printer import spec_text
 from quant2e.graph.qdq_ops import qd
 from quant2e.observers.encodings import PerGroup, encode
 from quant2e.observers.measuring import PerChannelMinMaxObserver
