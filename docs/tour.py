@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lowering
 import quant2e
 from quant2e.graph.printer import graph_text
-from quant2e.report.record import ledger_of
+from quant2e.report.record import record_of
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 
@@ -61,7 +61,7 @@ def main(folder: Path) -> quant2e.QuantizedModel:
     # 3. Prepare. Batch norms are folded, annotations are read into a plan (one line per set of quantization
     # parameters, then the points that share it), and one observer per line goes into a copy of the graph.
     prepared = quant2e.prepare_pt2e(graph, quantizer)
-    show("3. the plan: numbers, and the points that share them", ledger_of(prepared).plan)
+    show("3. the plan: numbers, and the points that share them", record_of(prepared).plan)
 
     # 4. Calibrate. Observers keep ranges and counts, never data. Weights were already observed.
     quant2e.calibrate(prepared, batches)

@@ -41,10 +41,10 @@ from quant2e.annotation.specs import (
     SharedQuantizationSpec,
 )
 from quant2e.calibration.calibrate import calibrate
-from quant2e.calibration.data_checks import Finding, check_data
+from quant2e.calibration.data_checks import DataFinding, check_data
 from quant2e.calibration.progress import ProgressLine
-from quant2e.calibration.range_selection import Race, race
-from quant2e.calibration.statistics import Statistics, load_statistics, resolve, save_statistics
+from quant2e.calibration.range_selection import RangeChoice, select_ranges
+from quant2e.calibration.statistics import Statistics, load_statistics, rederive, save_statistics
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import (
     AnnotationError,
@@ -113,24 +113,24 @@ from quant2e.observers.measuring import (
 from quant2e.observers.per_group import PerGroupMinMaxObserver
 from quant2e.pipeline import quantize
 from quant2e.prepare.prepare import prepare_pt2e, prepare_qat_pt2e
-from quant2e.quantized_io import Boundary, Port, boundary_of, integer_boundary
+from quant2e.quantized_io import Port, QuantizedIO, quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel, load, save
-from quant2e.report.encodings import Recipe
+from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report, Verdict
 
 __all__ = [
     "AnnotationError",
     "Arg",
-    "Boundary",
     "CalibrationError",
     "CaptureError",
+    "DataFinding",
     "DerivedQuantizationSpec",
     "Edge",
     "EdgeOrNode",
+    "Encodings",
     "FakeQuantize",
     "FakeQuantizeBase",
     "FileFormatError",
-    "Finding",
     "FixedQParamsFakeQuantize",
     "FixedQParamsObserver",
     "FixedQParamsQuantizationSpec",
@@ -168,10 +168,10 @@ __all__ = [
     "QuantizationConfig",
     "QuantizationSpec",
     "QuantizationSpecBase",
+    "QuantizedIO",
     "QuantizedModel",
     "Quantizer",
-    "Race",
-    "Recipe",
+    "RangeChoice",
     "RecordingObserver",
     "Report",
     "Requantization",
@@ -183,7 +183,6 @@ __all__ = [
     "annotate_input_qspec_map",
     "annotate_output_qspec",
     "bfs_trace_with_node_process",
-    "boundary_of",
     "calibrate",
     "capture",
     "check_data",
@@ -220,7 +219,6 @@ __all__ = [
     "get_block_size",
     "get_equivalent_types",
     "get_module_name_filter",
-    "integer_boundary",
     "integer_report",
     "load",
     "load_statistics",
@@ -231,10 +229,12 @@ __all__ = [
     "prepare_pt2e",
     "prepare_qat_pt2e",
     "quantize",
-    "race",
-    "resolve",
+    "quantized_io_of",
+    "rederive",
     "save",
     "save_statistics",
+    "select_ranges",
     "to_integer",
     "update_equivalent_types_dict",
+    "with_quantized_io",
 ]

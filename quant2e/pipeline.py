@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.calibration.calibrate import Call, Progress, batch_count, calibrate
-from quant2e.calibration.range_selection import collapsed, race
+from quant2e.calibration.range_selection import collapsed, select_ranges
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import Quant2eError
 from quant2e.graph.capture import capture
@@ -21,10 +21,10 @@ from quant2e.graph.dynamic_shapes import of_graph
 from quant2e.graph.module import copy_graph
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.prepare.prepare import prepare_pt2e
-from quant2e.quantized_io import boundary_of, called_with_floats, integer_boundary
+from quant2e.quantized_io import called_with_floats, quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel
-from quant2e.report.encodings import recipe_of
-from quant2e.report.record import LEDGER, ledger_of
+from quant2e.report.encodings import encodings_of
+from quant2e.report.record import RECORD_KEY, record_of
 
 _HOLD_OUT_EVERY = 8
 _HOLD_OUT_AT_MOST = 8
@@ -81,7 +81,7 @@ def quantize(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     use_reference_representation: bool = False,
-    int8_boundary: bool = False,
+    int8_io: bool = False,
     allow_unquantized: bool = False,
     progress: Progress | None = None,
 ) -> QuantizedModel:
@@ -90,9 +90,9 @@ def quantize(
     ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
     ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
     weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges race on
-    them (see `race`), and they measure the SQNR in the report. ``use_reference_representation``: the module computes in
-    integers, see `quant2e.to_integer`. ``int8_boundary``: it takes and returns integers wherever it quantizes its inputs and
-    outputs, with the parameters in ``.boundary``; see `quant2e.integer_boundary`. ``allow_unquantized``: accept a result
+    them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``: the module computes in
+    integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it quantizes its inputs and
+    outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`. ``allow_unquantized``: accept a result
     in which no op is quantized. ``progress``: called with the number of batches done and the total, where it is known.
 
     ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
@@ -101,7 +101,7 @@ def quantize(
     positional = _positional(example_inputs)
     captured = capture(model, positional, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     prepared = prepare_pt2e(captured, quantizer)
-    report = ledger_of(prepared).report
+    report = record_of(prepared).report
     if report.quantized_ops == 0 and not allow_unquantized:
         raise Quant2eError(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
@@ -114,31 +114,31 @@ def quantize(
         stream = _HoldOut(calibration_data)
         calibrate(prepared, stream, progress=progress)
         held_out = stream.kept
-        notes = collapsed(race(prepared, held_out[:_RACE_ON]))
+        notes = collapsed(select_ranges(prepared, held_out[:_RACE_ON]))
         kind = "held-out batch" if stream.separate else "calibration batch"
         measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
-    converted = _converted(prepared, use_reference_representation, int8_boundary)
-    ledger = ledger_of(converted)
+    converted = _converted(prepared, use_reference_representation, int8_io)
+    record = record_of(converted)
     sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out)
-    report = replace(ledger.report.with_notes(notes), sqnr_db=sqnr, sqnr_source=measured_on)
-    converted.meta[LEDGER] = replace(ledger, report=report)
+    report = replace(record.report.with_notes(notes), sqnr_db=sqnr, sqnr_source=measured_on)
+    converted.meta[RECORD_KEY] = replace(record, report=report)
     example, keywords = _example(converted, positional, dict(kwargs or {}))
     return QuantizedModel(
         module=converted,
         report=report,
-        recipe=recipe_of(ledger, type(quantizer).__name__),
+        encodings=encodings_of(record, type(quantizer).__name__),
         example_inputs=example,
         example_kwargs=keywords,
         dynamic_shapes=of_graph(dynamic_shapes, model, positional, kwargs or {}),
     )
 
 
-def _converted(prepared: GraphModule, reference: bool, int8_boundary: bool) -> GraphModule:
-    if not int8_boundary:
+def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:
+    if not int8_io:
         return convert_pt2e(prepared, reference)
     from quant2e.integer import to_integer
 
-    converted = integer_boundary(convert_pt2e(prepared))
+    converted = with_quantized_io(convert_pt2e(prepared))
     return to_integer(converted) if reference else converted
 
 
@@ -149,7 +149,7 @@ def _example(
     convention = getattr(converted, "inputs", None)
     if convention is None:
         return copy.copy(args), kwargs
-    return boundary_of(converted).quantize_inputs(convention, args, kwargs)
+    return quantized_io_of(converted).quantize_inputs(convention, args, kwargs)
 
 
 def _bystander(gm: GraphModule) -> GraphModule:

@@ -4,7 +4,7 @@
     op → quantize → dequantize → output                      =>        op → quantize → output
 
 What an input means is then written beside the graph, as a `Port` per input and output. An input or output that the graph
-does not quantize stays float, and `Boundary.floats` says why.
+does not quantize stays float, and `QuantizedIO.floats` says why.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from quant2e.convert.insert_qdq import Alike
+from quant2e.convert.insert_qdq import FakeValueCache
 from quant2e.errors import FileFormatError, Quant2eError
 from quant2e.graph.edit import copy_provenance
 from quant2e.graph.inputs import Inputs, leaf_paths, read_inputs
@@ -29,10 +29,10 @@ from quant2e.graph.mutation import written_in_sight
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 from quant2e.passes.dead_code import remove_dead_code
 from quant2e.passes.split_dequantize import split_dequantize
-from quant2e.report.record import LEDGER, Ledger
+from quant2e.report.record import RECORD_KEY, GraphRecord
 
-BOUNDARY = "quantized_boundary"
-"""Key in ``gm.meta`` under which a graph with an integer boundary keeps its `Boundary`."""
+QUANTIZED_IO = "quantized_boundary"
+"""Key in ``gm.meta`` under which a graph with an integer boundary keeps its `QuantizedIO`."""
 
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
 
@@ -75,7 +75,7 @@ class Port:
 
 
 @dataclass(frozen=True, slots=True)
-class Boundary:
+class QuantizedIO:
     """The inputs and outputs of a model that carry integers; ``floats``: name → why the others carry floats."""
 
     inputs: tuple[Port, ...] = ()
@@ -117,7 +117,7 @@ class Boundary:
         return {**sides, "floats": dict(self.floats or {})}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Boundary:
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizedIO:
         """The boundary that `as_dict` described. Raises `FileFormatError` for anything else."""
         try:
             inputs, outputs = (tuple(_port(item) for item in data[side]) for side in ("inputs", "outputs"))
@@ -144,49 +144,49 @@ def _port(data: Mapping[str, Any]) -> Port:
     return Port(**{**data, **dtypes})
 
 
-def boundary_of(gm: GraphModule) -> Boundary:
-    """The integer inputs and outputs of a graph; an empty `Boundary` when it takes and returns floats."""
-    boundary = gm.meta.get(BOUNDARY)
-    return boundary if isinstance(boundary, Boundary) else Boundary()
+def quantized_io_of(gm: GraphModule) -> QuantizedIO:
+    """The integer inputs and outputs of a graph; an empty `QuantizedIO` when it takes and returns floats."""
+    quantized_io = gm.meta.get(QUANTIZED_IO)
+    return quantized_io if isinstance(quantized_io, QuantizedIO) else QuantizedIO()
 
 
 def called_with_floats(gm: GraphModule) -> Callable[..., Any]:
     """``gm`` as a function from floats to floats; ``gm`` itself when its boundary carries floats."""
-    boundary, convention = boundary_of(gm), getattr(gm, "inputs", None)
-    if not boundary or convention is None:
+    quantized_io, convention = quantized_io_of(gm), getattr(gm, "inputs", None)
+    if not quantized_io or convention is None:
         return gm
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        positional, keywords = boundary.quantize_inputs(convention, args, kwargs)
-        return boundary.dequantize_outputs(gm(*positional, **keywords))
+        positional, keywords = quantized_io.quantize_inputs(convention, args, kwargs)
+        return quantized_io.dequantize_outputs(gm(*positional, **keywords))
 
     return call
 
 
-def integer_boundary(converted: GraphModule) -> CapturedModule:
+def with_quantized_io(converted: GraphModule) -> CapturedModule:
     """A copy of a converted graph that takes and returns integers wherever it quantizes its inputs and outputs.
 
     An input has the numbers that most of its uses have; its other uses read the dequantized tensor. Parameters found at run
     time belong to no caller: such inputs stay float. Every input and output is in the notes of the report.
     Raises `Quant2eError` when no input and no output could carry integers.
     """
-    if boundary_of(converted):
+    if quantized_io_of(converted):
         raise Quant2eError("this graph takes and returns integers already")
     gm = copy_graph(converted, compiled=False)
     floats: dict[str, str] = {}
     inputs = tuple(_open_inputs(gm, floats))
     outputs = tuple(_open_outputs(gm, floats))
-    boundary = Boundary(inputs, outputs, floats)
-    if not boundary:
+    quantized_io = QuantizedIO(inputs, outputs, floats)
+    if not quantized_io:
         listed = "; ".join(f"{name}: {why}" for name, why in floats.items())
         raise Quant2eError(f"no input and no output of this graph can carry integers ({listed})")
     split_dequantize(gm)
     gm.graph.lint()
     gm.recompile()
-    gm.meta[BOUNDARY] = boundary
-    ledger = gm.meta.get(LEDGER)
-    if isinstance(ledger, Ledger):
-        gm.meta[LEDGER] = replace(ledger, report=ledger.report.with_notes(boundary.notes()))
+    gm.meta[QUANTIZED_IO] = quantized_io
+    record = gm.meta.get(RECORD_KEY)
+    if isinstance(record, GraphRecord):
+        gm.meta[RECORD_KEY] = replace(record, report=record.report.with_notes(quantized_io.notes()))
     return gm
 
 
@@ -194,7 +194,7 @@ def _open_inputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
     """Turn placeholders into integers; yields their ports."""
     convention = gm.inputs if gm.inputs is not None else read_inputs(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    written, alike, checks = written_in_sight(gm.graph), Alike(), []
+    written, fake_values, checks = written_in_sight(gm.graph), FakeValueCache(), []
     for index, (name, node) in enumerate(zip(leaf_paths(convention.names, convention.spec), placeholders, strict=True)):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -204,7 +204,7 @@ def _open_inputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
             floats[f"input {name}"] = "it is written in place" if node in written else _why_float(node)
             continue
         (grid, _), *_ = grids.most_common(1)
-        node.meta["val"] = alike(value, grid[4])
+        node.meta["val"] = fake_values(value, grid[4])
         _read_integers(gm, node, grid, value)
         checks.append(f"str({name}.dtype) == '{grid[4]}'")
         yield Port(

@@ -9,9 +9,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
-from quant2e.quantized_io import Boundary, boundary_of
-from quant2e.report.encodings import Recipe, recipe_of
-from quant2e.report.record import LEDGER, Ledger
+from quant2e.quantized_io import QuantizedIO, quantized_io_of
+from quant2e.report.encodings import Encodings, encodings_of
+from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import Report
 from quant2e.storage.pt2 import Pt2Contents, read_pt2, write_pt2
 
@@ -26,7 +26,7 @@ class QuantizedModel:
 
     module: GraphModule
     report: Report
-    recipe: Recipe
+    encodings: Encodings
     example_inputs: tuple[Any, ...]
     example_kwargs: dict[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
@@ -35,12 +35,12 @@ class QuantizedModel:
         return self.module(*args, **kwargs)
 
     @property
-    def boundary(self) -> Boundary:
+    def quantized_io(self) -> QuantizedIO:
         """The inputs and outputs that carry integers, and their parameters."""
-        return boundary_of(self.module)
+        return quantized_io_of(self.module)
 
     def save(self, path: str | Path) -> None:
-        """Write an ExportedProgram with report and recipe to ``path`` (``.pt2``); see `quant2e.save`."""
+        """Write an ExportedProgram with report and encodings to ``path`` (``.pt2``); see `quant2e.save`."""
         save(self, path)
 
 
@@ -67,21 +67,21 @@ def _contents(
         return Pt2Contents(
             module=model.module,
             report=model.report,
-            recipe=model.recipe,
+            encodings=model.encodings,
             example_inputs=model.example_inputs if example_inputs is None else tuple(example_inputs),
             example_kwargs=model.example_kwargs if example_inputs is None else {},
             dynamic_shapes=model.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
         )
     if example_inputs is None:
         raise Quant2eError("save(module, path, example_inputs): a GraphModule does not remember its example inputs")
-    ledger = model.meta.get(LEDGER)
-    report, recipe = Report(verdicts=()), Recipe("", ())
-    if isinstance(ledger, Ledger):
-        report, recipe = ledger.report, recipe_of(ledger, "")
+    record = model.meta.get(RECORD_KEY)
+    report, encodings = Report(verdicts=()), Encodings("", ())
+    if isinstance(record, GraphRecord):
+        report, encodings = record.report, encodings_of(record, "")
     return Pt2Contents(
         module=model,
         report=report,
-        recipe=recipe,
+        encodings=encodings,
         example_inputs=tuple(example_inputs),
         example_kwargs={},
         dynamic_shapes=dynamic_shapes,

@@ -23,7 +23,7 @@ from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import evaluate
 from quant2e.observers.base import ObserverBase
-from quant2e.observers.encodings import OnGrid, PerGroup, encode
+from quant2e.observers.encodings import PerGroupEncoding, RoundedConstant, encode
 from quant2e.passes.fold_weights import attribute_path
 from quant2e.prepare.insert_observers import DerivedObserver, make_observers
 
@@ -146,7 +146,7 @@ class _GridObserver(nn.Module):
     def convert(self, model: GraphModule, node: Node) -> None:
         """Put the rounded constant in place of the observed one."""
         encoding, source = encode(self.derived[0]), node.all_input_nodes[0]
-        assert isinstance(encoding, OnGrid), encoding
+        assert isinstance(encoding, RoundedConstant), encoding
         round_at(model, node, evaluate(model, source), encoding, attribute_path(source))
 
 
@@ -166,5 +166,5 @@ class _GroupObserver(nn.Module):
     def convert(self, model: GraphModule, node: Node) -> None:
         """Put q/dq nodes with a scale for each group in place of the observer's call."""
         encoding = encode(self.inner)
-        assert isinstance(encoding, PerGroup), encoding
+        assert isinstance(encoding, PerGroupEncoding), encoding
         quantize_at(model, node, encoding, attribute_path(node.all_input_nodes[0]))

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.graph.qdq_ops import qd
-from quant2e.quantized_io import Boundary, Port
+from quant2e.quantized_io import Port, QuantizedIO
 
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
 
@@ -17,14 +17,14 @@ _SCALAR_TYPE = {torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3}
 """Numbers of dtypes in ExecuTorch's files, those of torch's ScalarType."""
 
 
-def constants(method: str, boundary: Boundary) -> dict[str, float | int]:
-    """Constant methods that publish a boundary: name → what the method returns.
+def constants(method: str, quantized_io: QuantizedIO) -> dict[str, float | int]:
+    """Constant methods that publish integer inputs and outputs: name → what the method returns.
 
     Named as ExecuTorch's own pass names them, ``forward_input0_scale`` and ``_zp, _quant_min, _quant_max, _dtype``
     beside it, so that an application reads programs of either origin alike.
     """
     found: dict[str, float | int] = {}
-    for side, ports in (("input", boundary.inputs), ("output", boundary.outputs)):
+    for side, ports in (("input", quantized_io.inputs), ("output", quantized_io.outputs)):
         for port in ports:
             stem = f"{method}_{side}{port.index}_"
             found |= {
@@ -37,7 +37,7 @@ def constants(method: str, boundary: Boundary) -> dict[str, float | int]:
     return found
 
 
-def boundary_in(module: GraphModule) -> Boundary:
+def quantized_io_in(module: GraphModule) -> QuantizedIO:
     """The quantized inputs and outputs of a graph, read from its nodes.
 
     An integer input that something else than one kind of dequantize reads (token ids, say) is not quantized.
@@ -50,7 +50,7 @@ def boundary_in(module: GraphModule) -> Boundary:
     for index, leaf in enumerate(pytree.tree_leaves(module.graph.output_node().args[0])):
         if _is(leaf, _QUANTIZE):
             outputs.append(_port(index, leaf.name, tuple(leaf.args[1:])))
-    return Boundary(tuple(inputs), tuple(outputs))
+    return QuantizedIO(tuple(inputs), tuple(outputs))
 
 
 def _port(index: int, name: str, grid: tuple[Any, ...]) -> Port:

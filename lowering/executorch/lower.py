@@ -10,18 +10,18 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from lowering.executorch.io_parameters import boundary_in, constants
+from lowering.executorch.io_parameters import constants, quantized_io_in
 from lowering.executorch.program import ExecuTorchProgram, Method
 from lowering.executorch.report import Delegation, Rejections, delegation_of
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends, undisturbed
-from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, canonicalise
+from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
 from lowering.executorch.xnnpack.limits import check_limits
 from lowering.executorch.xnnpack.partitioner import forget_provenance, xnnpack_partitioner
 from lowering.signature import check_bounded, signature_of
 from lowering.verify import LEEWAY_DB, Bound, Inputs, as_inputs, compare, compare_within_noise, graph_of
 from quant2e.errors import LoweringError
 from quant2e.graph.dataflow import is_in_place
-from quant2e.quantized_io import Boundary, boundary_of
+from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
 FORWARD = "forward"
 """Name of the method of a program made of one model."""
@@ -40,7 +40,7 @@ class _Prepared:
     per_row: GraphModule | None
     rewrites: Mapping[str, int]
     notes: tuple[str, ...]
-    boundary: Boundary
+    quantized_io: QuantizedIO
 
 
 def to_executorch(
@@ -60,7 +60,7 @@ def to_executorch(
     Several methods in one file: a dict of models by method name, and a dict by the same names for every other argument
     that differs between them; tensors that methods share are stored once.
     ``partitioners``: ExecuTorch partitioners in order of preference; XNNPACK's when None.
-    A graph that takes or returns integers (`quant2e.integer_boundary`) becomes a program that does, and the file
+    A graph that takes or returns integers (`quant2e.with_quantized_io`) becomes a program that does, and the file
     publishes their parameters: see ``program.constants``.
     ``verify``: run the program in the runtime on the example inputs and on ``verify_inputs``, and compare it with the
     Q/DQ graph. Raises `LoweringError` when ExecuTorch is missing, when the graph holds what the target cannot run,
@@ -124,10 +124,10 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     exported = _export(reference, example, shapes)
     check_bounded(exported)
     module = exported.module(check_guards=False)
-    rewrites = canonicalise(module, EXACT)
+    rewrites = legalize(module, EXACT)
     notes = check_limits(module) if xnnpack else ()
-    declared = canonicalise(module, DECLARED) if xnnpack else {}
-    known = boundary_of(reference) if isinstance(reference, GraphModule) else Boundary()
+    declared = legalize(module, DECLARED) if xnnpack else {}
+    known = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
     return _Prepared(
         reference=reference,
         example=example,
@@ -135,7 +135,7 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
         per_row=module if declared else None,
         rewrites={**rewrites, **declared},
         notes=notes,
-        boundary=known or boundary_in(module),
+        quantized_io=known or quantized_io_in(module),
     )
 
 
@@ -196,7 +196,7 @@ def _lower(
     published: dict[str, Any] = {}
     for name, one in prepared.items():
         forget_provenance(one.exported.graph)
-        published |= constants(name, one.boundary)
+        published |= constants(name, one.quantized_io)
     try:
         with Rejections().listening("executorch.backends") as rejections:
             programs = {name: one.exported for name, one in prepared.items()}
@@ -215,7 +215,7 @@ def _lower(
             name,
             replace(reports[name], size=len(buffer), notes=one.notes),
             signature_of(one.exported),
-            one.boundary,
+            one.quantized_io,
         )
         for name, one in prepared.items()
     }

@@ -17,7 +17,7 @@ from lowering.executorch.runtime import load, load_method
 from lowering.signature import Signature
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
-from quant2e.quantized_io import Boundary
+from quant2e.quantized_io import QuantizedIO
 
 
 @dataclass(slots=True)
@@ -44,10 +44,10 @@ class Method:
     runtime of this process: it takes and returns what the model takes and returns.
     """
 
-    def __init__(self, name: str, report: Delegation, signature: Signature, boundary: Boundary) -> None:
+    def __init__(self, name: str, report: Delegation, signature: Signature, quantized_io: QuantizedIO) -> None:
         self.name = name
         self.report = report
-        self.boundary = boundary
+        self.quantized_io = quantized_io
         self._signature = signature
         self._loaded: _Loaded | None = None
 
@@ -93,7 +93,7 @@ class ExecuTorchProgram:
         return {
             name: value
             for method in self.methods.values()
-            for name, value in constants(method.name, method.boundary).items()
+            for name, value in constants(method.name, method.quantized_io).items()
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.guard import is_weight_only, quantized_operands
-from lowering.inductor.kernels.engines import ENGINES, Choice, Engine, Product, fastest
+from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice, Product, fastest
 from lowering.inductor.rewrites.graph import operands
 from lowering.inductor.rewrites.weight_only import compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
@@ -32,7 +32,7 @@ _FLOAT, _MEASURED = "float", "measured"
 
 def choose(
     gm: GraphModule, refused: Mapping[str, str], wanted: Engines, engines: Sequence[Engine] = ENGINES
-) -> tuple[dict[str, Choice], int]:
+) -> tuple[dict[str, KernelChoice], int]:
     """Choose among ``engines`` for every product, and rewrite those that a float kernel, or one of ours, computes.
 
     ``refused``: ops that no int8 kernel computes right. They get a float weight without being measured: the alternative is
@@ -43,7 +43,7 @@ def choose(
     alone = {node.name: node for node in gm.graph.nodes if node.name not in refused and is_weight_only(gm, node)}
     _check(wanted, engines, {**products, **alone})
     size = sum(float_weight(gm, node) for node in list(gm.graph.nodes) if node.name in refused)
-    choices: dict[str, Choice] = {}
+    choices: dict[str, KernelChoice] = {}
     for name, node in alone.items():
         rows = rows_of(gm, node)
         if rows is not None:
@@ -62,13 +62,13 @@ def choose(
     return choices, size
 
 
-def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> Choice:
+def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> KernelChoice:
     named = wanted if isinstance(wanted, str) else wanted.get(name, _MEASURED)
     if named == _MEASURED:
         return fastest(product, engines)
     (engine,) = (engine for engine in engines if engine.name == named)
     if engine.computes(product):
-        return Choice(engine=named, product=product, seconds={})
+        return KernelChoice(engine=named, product=product, seconds={})
     if not isinstance(wanted, str):
         raise LoweringError(f"engines gives '{name}' to '{named}', which cannot compute a {product}")
     return fastest(product, engines)  # the engine for all, which knows nothing of this kind

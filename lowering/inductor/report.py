@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from lowering.inductor.kernels.engines import FEW_ROWS, Choice
+from lowering.inductor.kernels.engines import FEW_ROWS, KernelChoice
 from lowering.inductor.rewrites.graph import TAG, constant, operands
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ
 from lowering.inductor.rewrites.weights import CONVOLUTION, LINEAR, activation_of, weight_of
@@ -52,7 +52,7 @@ class InductorReport:
 
     ops: tuple[LoweredOp, ...]
     notes: tuple[str, ...] = ()
-    engines: Mapping[str, Choice] = field(default_factory=dict)
+    engines: Mapping[str, KernelChoice] = field(default_factory=dict)
 
     @property
     def int8(self) -> tuple[LoweredOp, ...]:
@@ -195,7 +195,7 @@ def build_report(
     gm: GraphModule,
     kernels: Sequence[Kernel],
     refused: Mapping[str, str],
-    choices: Mapping[str, Choice],
+    choices: Mapping[str, KernelChoice],
     float_bytes: int,
 ) -> InductorReport:
     """Report on ``gm``, the tagged copy before any rewrite, given what Inductor generated for it.
@@ -236,7 +236,7 @@ def build_report(
     return InductorReport(ops=tuple(ops), notes=tuple(notes), engines=choices)
 
 
-def _speed(choices: Mapping[str, Choice], ops: Sequence[LoweredOp]) -> Iterator[str]:
+def _speed(choices: Mapping[str, KernelChoice], ops: Sequence[LoweredOp]) -> Iterator[str]:
     """What the times of the products say about the whole program beside a float one."""
     alone = {name for name, choice in choices.items() if choice.product.float_rows}
     computes = [

@@ -24,7 +24,7 @@ from lowering.signature import signature_of
 from lowering.verify import Inputs, as_inputs, compare_within_noise, graph_of
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
-from quant2e.quantized_io import Boundary, boundary_of
+from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
 _PROTOBUF_LIMIT = 2**31 - 1
 
@@ -65,9 +65,9 @@ def to_onnx(
         module = _export(reference, inputs, shapes).module(check_guards=False)
         in_form(module, CONVENTIONS[target])
         exported = _export(module, inputs, shapes)
-        boundary = boundary_of(reference) if isinstance(reference, GraphModule) else Boundary()
+        quantized_io = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
         with atomic_file(Path(path)) as part:
-            report = _write(exported, part, target, boundary)
+            report = _write(exported, part, target, quantized_io)
             program = OnnxProgram(part, report, signature_of(exported))
             if verify:
                 program.report = _verified(program, reference, [inputs, *map(as_inputs, verify_inputs)])
@@ -75,7 +75,7 @@ def to_onnx(
     return program
 
 
-def _write(exported: ExportedProgram, path: Path, target: str, boundary: Boundary) -> OnnxReport:
+def _write(exported: ExportedProgram, path: Path, target: str, quantized_io: QuantizedIO) -> OnnxReport:
     from onnxscript import ir
 
     onnx_model = _to_onnx_ir(exported)
@@ -84,7 +84,7 @@ def _write(exported: ExportedProgram, path: Path, target: str, boundary: Boundar
     if sum(held.values()) > _PROTOBUF_LIMIT:
         raise LoweringError(f"the constants have {sum(held.values()):,} bytes; an ONNX file holds 2 GiB")
     onnx_model.metadata_props["quant2e.target"] = target
-    onnx_model.metadata_props.update({name: str(value) for name, value in constants("forward", boundary).items()})
+    onnx_model.metadata_props.update({name: str(value) for name, value in constants("forward", quantized_io).items()})
     ir.save(onnx_model, path)
     return OnnxReport(opset=OPSET, convention=target, size=path.stat().st_size, constants=held)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.plan import DerivedFrom, Edge, Ignored, Output, Plan, Point, SharedWith, resolve
+from quant2e.annotation.plan import DerivedFrom, Edge, Ignored, Output, Plan, Point, SharedWith, resolve_plan
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError, PlanError, where
 from quant2e.graph.mutation import WrittenInSight, written_in_sight
@@ -63,7 +63,7 @@ def read_plan(gm: GraphModule) -> Plan:
                 # Whatever shares with this point cannot be quantized either.
                 value = None
             specs[point] = value
-    return resolve(specs, implicit, tuple(ignored))
+    return resolve_plan(specs, implicit, tuple(ignored))
 
 
 def _annotated_points(node: Node, note: Any) -> Iterator[tuple[Point, Any]]:

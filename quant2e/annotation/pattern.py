@@ -30,7 +30,7 @@ from torch.fx import Graph, Node
 from quant2e.errors import AnnotationError, where
 from quant2e.graph.dataflow import Constants, alias_of_written, is_in_place, operand, uses
 
-Edge = tuple[Node, Node]
+NodeEdge = tuple[Node, Node]
 """``(producer, consumer)``."""
 
 Condition = Callable[[Node], bool | str]
@@ -164,10 +164,10 @@ class Match:
 
     root: Node
     nodes: tuple[Node, ...]
-    operands: Mapping[str, tuple[Edge, ...]]
+    operands: Mapping[str, tuple[NodeEdge, ...]]
 
     @property
-    def edges(self) -> Mapping[str, Edge]:
+    def edges(self) -> Mapping[str, NodeEdge]:
         """For each name ``(producer, consumer)``; the first, where a name stands for several."""
         return {name: edges[0] for name, edges in self.operands.items()}
 
@@ -193,10 +193,10 @@ class _Found:
     """What an attempt has found so far: nodes from the root inwards, bound edges."""
 
     nodes: tuple[Node, ...] = ()
-    edges: tuple[tuple[str, Edge], ...] = ()
+    edges: tuple[tuple[str, NodeEdge], ...] = ()
 
     def match(self) -> Match:
-        operands: dict[str, tuple[Edge, ...]] = {}
+        operands: dict[str, tuple[NodeEdge, ...]] = {}
         for name, edge in self.edges:
             operands[name] = (*operands.get(name, ()), edge)
         return Match(self.nodes[0], tuple(reversed(self.nodes)), operands)

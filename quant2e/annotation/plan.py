@@ -3,7 +3,7 @@
 A backend's annotations are read once (`quant2e.annotation.interop`) and resolved here into groups. Points are names, not live
 nodes, so a plan survives copies, pickling and rewrites of the graph; it prints and it diffs.
 
-`resolve` is pure and does not depend on the order of its input:
+`resolve_plan` is pure and does not depend on the order of its input:
 
 1. the shares that authors wrote: each points at one other point, so together they form a forest;
 2. per tensor, the points whose numbers agree, where the consumer allows implicit sharing.
@@ -234,7 +234,7 @@ def _check_acyclic(start: Point, specs: Mapping[Point, Any], anchor: Mapping[Poi
             path[end] = iter(specs[end].sources)
 
 
-def resolve(specs: Mapping[Point, Any], implicit: Collection[str], ignored: tuple[Ignored, ...] = ()) -> Plan:
+def resolve_plan(specs: Mapping[Point, Any], implicit: Collection[str], ignored: tuple[Ignored, ...] = ()) -> Plan:
     """Partition annotated points into groups.
 
     ``specs``: the spec of each annotated point, in graph order: plain or fixed, `DerivedFrom`, `SharedWith`, or None

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from quant2e.calibration import distributed
 from quant2e.calibration.compiled import compiled_graph
-from quant2e.calibration.early_stopping import Stopping
+from quant2e.calibration.early_stopping import EarlyStopping
 from quant2e.calibration.statistics import Statistics, measuring
 from quant2e.errors import CalibrationError
 from quant2e.graph.mutation import written_attributes
@@ -79,7 +79,7 @@ def calibrate(
     *,
     num_batches: int | None = None,
     seconds: float | None = None,
-    settled: float | None = None,
+    range_tolerance: float | None = None,
     checkpoint: str | Path | None = None,
     compiled: bool = False,
     progress: Progress | None = None,
@@ -89,7 +89,7 @@ def calibrate(
     ``data``: any iterable of what the model takes: tensors, tuples of positional inputs, dicts of keyword inputs; a
     DataLoader works. Nothing but statistics is kept, and the caller's random stream is as it was.
 
-    It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``settled`` (0.01 is 1 %) of
+    It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``range_tolerance`` (0.01 is 1 %) of
     its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
     `CHECKPOINT_EVERY` batches and at the end; when it exists, calibration goes on from there, skipping the batches it
     has seen. ``compiled``: run the observed graph through ``torch.compile``, for long runs; equal tensors give equal
@@ -108,7 +108,7 @@ def calibrate(
         raise CalibrationError(f"calibration data is an iterable of batches, and this is a {type(data).__name__}")
     if num_batches is not None and num_batches < 1:
         raise CalibrationError(f"num_batches={num_batches}: calibrate on at least one batch, or leave it out for all")
-    stopping = Stopping(seconds, settled)
+    stopping = EarlyStopping(seconds, range_tolerance)
     run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), progress, compiled)
     known = batch_count(data)
     total = known if num_batches is None else num_batches if known is None else min(known, num_batches)
@@ -148,7 +148,7 @@ class _Run:
     """One pass over data in one process."""
 
     prepared: GraphModule
-    stopping: Stopping
+    stopping: EarlyStopping
     checkpoint: Path | None
     progress: Progress | None
     compiled: bool

@@ -53,7 +53,7 @@ _NORMS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class DataFinding:
     """``kind``: one word, for programs; ``place``: the op and the user's line; ``message``: what, and what to do."""
 
     kind: str
@@ -66,7 +66,7 @@ class Finding:
 
 def check_data(
     model: GraphModule | ExportedProgram, data: Iterable[Any], num_batches: int | None = None
-) -> tuple[Finding, ...]:
+) -> tuple[DataFinding, ...]:
     """Run ``data`` through a captured float model and say what looks wrong with it.
 
     Found are: too few samples; non-finite values; channels that are zero throughout, or stuck at a bound of an
@@ -93,7 +93,7 @@ def check_data(
     few = []
     if samples < FEW_SAMPLES:
         text = f"only {samples} samples in {done} batches: ranges will be too narrow; about 100 are usually enough"
-        few.append(Finding("few", "", text))
+        few.append(DataFinding("few", "", text))
     return (*few, *watcher.findings(done))
 
 
@@ -181,7 +181,7 @@ class _Watcher(Interpreter):
             made = _Moments(channels.shape[1], total, squares)
         self._norms[norm] = made, mean, variance
 
-    def findings(self, batches: int) -> list[Finding]:
+    def findings(self, batches: int) -> list[DataFinding]:
         """What looks wrong, in the order of the graph."""
         found = []
         for node in self._nodes:
@@ -209,25 +209,25 @@ def _place(node: Node) -> str:
     return f"the input '{node.name}'" if node.op == "placeholder" else where(node)
 
 
-def _odd(node: Node, seen: _Seen, batches: int) -> list[Finding]:
+def _odd(node: Node, seen: _Seen, batches: int) -> list[DataFinding]:
     found = []
     if seen.odd:
         text = f"{seen.odd} values are NaN or +inf: no range can be found; look at the data and the model"
-        found.append(Finding("non-finite", _place(node), text))
+        found.append(DataFinding("non-finite", _place(node), text))
     if batches > 1 and seen.second > 0 and seen.largest >= OWNS * seen.second:
         text = (
             f"batch {seen.owner} alone decides the range: it reaches {seen.largest:g}, all others {seen.second:g}; "
             "look at that batch, or use a percentile"
         )
-        found.append(Finding("owner", _place(node), text))
+        found.append(DataFinding("owner", _place(node), text))
     if seen.alive is not None and not bool(seen.alive.all()):
         dead = torch.nonzero(~seen.alive).flatten().tolist()
         text = f"{_some(dead, len(seen.alive))} zero throughout: dead, or not reached by this data"
-        found.append(Finding("dead", _place(node), text))
+        found.append(DataFinding("dead", _place(node), text))
     if seen.stuck is not None and bool((seen.stuck > SATURATED * seen.count).any()):
         stuck = torch.nonzero(seen.stuck > SATURATED * seen.count).flatten().tolist()
         text = f"{_some(stuck, len(seen.stuck))} at the upper bound for more than half of the values: saturated"
-        found.append(Finding("saturated", _place(node), text))
+        found.append(DataFinding("saturated", _place(node), text))
     return found
 
 
@@ -236,7 +236,7 @@ def _some(channels: list[int], total: int) -> str:
     return f"{len(channels)} of {total} channels ({first}) {'is' if len(channels) == 1 else 'are'}"
 
 
-def _unnormalised(norm: Node, moments: _Moments, mean: Tensor, variance: Tensor) -> list[Finding]:
+def _unnormalised(norm: Node, moments: _Moments, mean: Tensor, variance: Tensor) -> list[DataFinding]:
     own = moments.total / moments.count
     spread = (moments.squares / moments.count - own.square()).clamp(min=0).sqrt()
     expected = variance.double().clamp(min=1e-12).sqrt()
@@ -248,4 +248,4 @@ def _unnormalised(norm: Node, moments: _Moments, mean: Tensor, variance: Tensor)
         f"its input is {shift:.1f} standard deviations from the running mean, and {ratio:.2g} times as wide, in the "
         "median channel: is the data normalised as it was in training?"
     )
-    return [Finding("unnormalised", where(norm), text)]
+    return [DataFinding("unnormalised", where(norm), text)]

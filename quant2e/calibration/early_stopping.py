@@ -20,13 +20,13 @@ CALM_LOOKS = 3
 
 
 @dataclass(slots=True)
-class Stopping:
-    """Asked after every batch. ``seconds``: time budget. ``settled``: stop once no range has grown by more than this
+class EarlyStopping:
+    """Asked after every batch. ``seconds``: time budget. ``range_tolerance``: stop once no range has grown by more than this
     part of its extent over `LOOK_EVERY` times `CALM_LOOKS` batches.
     """
 
     seconds: float | None
-    settled: float | None
+    range_tolerance: float | None
     _start: float = field(default_factory=time.monotonic)
     _extents: Tensor | None = None
     _calm: int = 0
@@ -34,14 +34,20 @@ class Stopping:
     def __post_init__(self) -> None:
         if self.seconds is not None and not self.seconds > 0:
             raise CalibrationError(f"seconds={self.seconds}: a time budget is above 0; leave it out for all the data")
-        if self.settled is not None and not 0 <= self.settled < 1:
-            raise CalibrationError(f"settled={self.settled}: the part by which ranges may still grow, such as 0.01")
+        if self.range_tolerance is not None and not 0 <= self.range_tolerance < 1:
+            raise CalibrationError(
+                f"range_tolerance={self.range_tolerance}: the part by which ranges may still grow, such as 0.01"
+            )
 
     def enough(self, prepared: GraphModule, done: int) -> bool:
         """Whether to stop after ``done`` batches."""
         if self.seconds is not None and time.monotonic() - self._start >= self.seconds:
             return True
-        return self.settled is not None and done % LOOK_EVERY == 0 and self._is_calm(prepared, self.settled)
+        return (
+            self.range_tolerance is not None
+            and done % LOOK_EVERY == 0
+            and self._is_calm(prepared, self.range_tolerance)
+        )
 
     def _is_calm(self, prepared: GraphModule, tolerance: float) -> bool:
         extents = _extents(prepared)

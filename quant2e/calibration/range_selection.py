@@ -40,7 +40,7 @@ _CLEARLY = 0.98
 
 
 @dataclass(frozen=True, slots=True)
-class Race:
+class RangeChoice:
     """One tensor: the mean relative squared error of its consumers' outputs, per candidate (method, percentile)."""
 
     observer: str
@@ -86,7 +86,7 @@ class _Track:
     tensor: str = ""
 
 
-def race(prepared: GraphModule, batches: Iterable[Any]) -> tuple[Race, ...]:
+def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeChoice, ...]:
     """Give every histogram observer of ``prepared``, in place, the best of `CANDIDATES` and say how they fared.
 
     ``batches``: held-out data, in any form that `calibrate` takes. An observer with another method than "mse", the
@@ -110,19 +110,19 @@ def race(prepared: GraphModule, batches: Iterable[Any]) -> tuple[Race, ...]:
     return tuple(_finish(name, track) for name, track in tracks.items() if track.judged)
 
 
-def _finish(name: str, track: _Track) -> Race:
+def _finish(name: str, track: _Track) -> RangeChoice:
     errors = {candidate: entrant.error / track.judged for candidate, entrant in track.candidates.items()}
-    result = Race(name, track.tensor, errors)
+    result = RangeChoice(name, track.tensor, errors)
     track.observer.method, track.observer.percentile = result.winner
     return result
 
 
-def collapsed(races: Sequence[Race]) -> list[str]:
+def collapsed(choices: Sequence[RangeChoice]) -> list[str]:
     """A sentence for every tensor that no candidate serves: more than a quarter of what is made of it is noise."""
     return [
         f"{one.tensor}: what is computed from it keeps only {one.sqnr:.1f} dB with the best of {len(one.errors)} "
         "ranges; leave it float, or give it more bits"
-        for one in races
+        for one in choices
         if one.sqnr < COLLAPSED_DB
     ]
 

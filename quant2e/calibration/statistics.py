@@ -290,7 +290,7 @@ def load_statistics(prepared: GraphModule, *paths: str | Path) -> GraphModule:
     return total.restore(prepared)
 
 
-def resolve(
+def rederive(
     prepared: GraphModule, *, method: str | None = None, bits: int | None = None, percentile: float | None = None
 ) -> GraphModule:
     """A copy of a calibrated model whose activations use another method or number of bits; no data is run.

@@ -13,14 +13,21 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.convert.insert_qdq import Alike, quantize_at, round_at
+from quant2e.convert.insert_qdq import FakeValueCache, quantize_at, round_at
 from quant2e.convert.legality import check
 from quant2e.errors import CalibrationError, Quant2eError, where
 from quant2e.graph.constants import constant_nodes, evaluate
 from quant2e.graph.module import copy_graph
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.observers.base import OBSERVER_PREFIX
-from quant2e.observers.encodings import Encoding, OnGrid, PerChannel, PerGroup, PerTensor, encode
+from quant2e.observers.encodings import (
+    Encoding,
+    PerChannelEncoding,
+    PerGroupEncoding,
+    PerTensorEncoding,
+    RoundedConstant,
+    encode,
+)
 from quant2e.observers.measuring import searchable
 from quant2e.passes import run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
@@ -29,7 +36,7 @@ from quant2e.passes.split_dequantize import split_dequantize
 from quant2e.passes.train_batch_norm import FUSED
 from quant2e.prepare.qat import end_training
 from quant2e.ranges.search import searched_together
-from quant2e.report.record import LEDGER, Ledger
+from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import tensor_bytes
 
 
@@ -52,27 +59,27 @@ def convert_pt2e(
     trained = FUSED in gm.meta
     notes = end_training(gm) if trained else []
     calls = [n for n in gm.graph.nodes if n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX)]
-    ledger = prepared.meta.get(LEDGER)
-    if not calls and not isinstance(ledger, Ledger):
+    record = prepared.meta.get(RECORD_KEY)
+    if not calls and not isinstance(record, GraphRecord):
         raise Quant2eError("this model has no observers: call prepare_pt2e on it, calibrate, and then convert")
     own_written_tensors(gm)
     with searched_together(searchable(prepared.modules())):
         encodings = _encode_all(gm, calls)
     constants = constant_nodes(gm.graph)
     notes += _notes(gm, calls, encodings)
-    alike = Alike()
+    fake_values = FakeValueCache()
     for call in calls:
         encoding = encodings[str(call.target)]
-        if encoding is None or (isinstance(encoding, OnGrid) and call.all_input_nodes[0] not in constants):
+        if encoding is None or (isinstance(encoding, RoundedConstant) and call.all_input_nodes[0] not in constants):
             call.replace_all_uses_with(call.all_input_nodes[0])
             gm.graph.erase_node(call)
             continue
         source = call.all_input_nodes[0]
         prefix = attribute_path(source) if source in constants else source.name
-        if isinstance(encoding, OnGrid):
+        if isinstance(encoding, RoundedConstant):
             round_at(gm, call, evaluate(gm, source), encoding, prefix)
             continue
-        quantize_at(gm, call, encoding, prefix, alike)
+        quantize_at(gm, call, encoding, prefix, fake_values)
     for name in encodings:
         gm.delete_submodule(name)
     clean = (split_dequantize, remove_dead_code, prune_unused_attributes)
@@ -84,10 +91,10 @@ def convert_pt2e(
         module.training = False  # as the graph is, whatever rebuilt it set
     gm.converted = True
     check(gm)
-    if isinstance(ledger, Ledger):
-        report = replace(ledger.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
-        found = tuple(encodings.get(name) for name in ledger.observers)
-        gm.meta[LEDGER] = replace(ledger, report=report, encodings=found)
+    if isinstance(record, GraphRecord):
+        report = replace(record.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
+        found = tuple(encodings.get(name) for name in record.observers)
+        gm.meta[RECORD_KEY] = replace(record, report=report, encodings=found)
     if use_reference_representation:
         from quant2e.integer import to_integer
 
@@ -139,7 +146,9 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
             continue
         if callable(remark := getattr(observer, "remark", None)) and (said := remark()):
             notes.append(said)
-        if isinstance(encoding, (PerTensor, PerChannel, PerGroup)) and _flushes_to_zero(observer, encoding):
+        if isinstance(encoding, (PerTensorEncoding, PerChannelEncoding, PerGroupEncoding)) and _flushes_to_zero(
+            observer, encoding
+        ):
             notes.append(f"{_place(call)}: every value rounds to 0 at the smallest scale its spec allows")
         masked = getattr(observer, "masked_count", None)
         if isinstance(masked, torch.Tensor):
@@ -149,7 +158,7 @@ def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
     return notes
 
 
-def _flushes_to_zero(observer: Any, encoding: PerTensor | PerChannel | PerGroup) -> bool:
+def _flushes_to_zero(observer: Any, encoding: PerTensorEncoding | PerChannelEncoding | PerGroupEncoding) -> bool:
     """Whether a tensor that is not all zero rounds to zero everywhere: its largest value is below half a step."""
     low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
     if not isinstance(low, torch.Tensor) or not isinstance(high, torch.Tensor) or low.numel() == 0:

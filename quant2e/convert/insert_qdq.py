@@ -17,14 +17,14 @@ from quant2e.annotation.specs import ANNOTATION
 from quant2e.graph.edit import copy_provenance, register_tensor, stands_for
 from quant2e.graph.qdq_ops import qd
 from quant2e.observers.encodings import (
-    Custom,
-    Dynamic,
+    CustomEncoding,
+    DynamicEncoding,
     Encoding,
-    HalfPrecision,
-    OnGrid,
-    PerChannel,
-    PerGroup,
-    PerTensor,
+    Float16Encoding,
+    PerChannelEncoding,
+    PerGroupEncoding,
+    PerTensorEncoding,
+    RoundedConstant,
 )
 
 aten = torch.ops.aten
@@ -34,10 +34,12 @@ TAG = "quantization_tag"
 what leaves it through its annotated output, what enters it, and what its tensors become; nothing else does."""
 
 
-def _parameters(gm: GraphModule, encoding: PerTensor | PerChannel | PerGroup, prefix: str) -> tuple[Any, ...]:
+def _parameters(
+    gm: GraphModule, encoding: PerTensorEncoding | PerChannelEncoding | PerGroupEncoding, prefix: str
+) -> tuple[Any, ...]:
     """Arguments that q and dq share, after the tensor."""
     tail = (encoding.quant_min, encoding.quant_max, encoding.dtype)
-    if isinstance(encoding, PerTensor):
+    if isinstance(encoding, PerTensorEncoding):
         return (encoding.scale, encoding.zero_point, *tail)
     refs = []
     for suffix, value in (("scale", encoding.scale), ("zero_point", encoding.zero_point)):
@@ -45,15 +47,17 @@ def _parameters(gm: GraphModule, encoding: PerTensor | PerChannel | PerGroup, pr
         ref = gm.graph.get_attr(path)
         ref.meta["val"] = value
         refs.append(ref)
-    return (*refs, *tail, encoding.group_size) if isinstance(encoding, PerGroup) else (*refs, encoding.axis, *tail)
+    return (
+        (*refs, *tail, encoding.group_size) if isinstance(encoding, PerGroupEncoding) else (*refs, encoding.axis, *tail)
+    )
 
 
 def _meta_of(value: Any, dtype: torch.dtype) -> Any:
-    """A tensor like ``value`` of another dtype. One dispatch of a fake tensor: `Alike` makes each kind once."""
+    """A tensor like ``value`` of another dtype. One dispatch of a fake tensor: `FakeValueCache` makes each kind once."""
     return torch.empty_like(value, dtype=dtype) if isinstance(value, torch.Tensor) else None
 
 
-class Alike:
+class FakeValueCache:
     """Values for ``meta["val"]``: of equal shape, strides and dtype only one is made, which nodes share."""
 
     def __init__(self) -> None:
@@ -71,7 +75,7 @@ class Alike:
         return self._made[key]
 
 
-def round_at(gm: GraphModule, observer_call: Node, value: torch.Tensor, encoding: OnGrid, prefix: str) -> None:
+def round_at(gm: GraphModule, observer_call: Node, value: torch.Tensor, encoding: RoundedConstant, prefix: str) -> None:
     """Replace an observed constant by ``round(value / scale) * scale``, ties to even; erases the call.
 
     The quotient is rounded as ExecuTorch rounds a bias for XNNPACK: ``value * (1 / scale)`` in float32.
@@ -89,34 +93,34 @@ def round_at(gm: GraphModule, observer_call: Node, value: torch.Tensor, encoding
 
 
 def quantize_at(
-    gm: GraphModule, observer_call: Node, encoding: Encoding, prefix: str, alike: Alike | None = None
+    gm: GraphModule, observer_call: Node, encoding: Encoding, prefix: str, fake_values: FakeValueCache | None = None
 ) -> Node | None:
     """Replace one observer call by what its encoding asks for; erases the call.
 
     ``prefix`` names the buffers of per-channel parameters. Returns the quantize node; None for what has none.
-    ``alike`` keeps what it makes between calls.
+    ``fake_values`` keeps what it makes between calls.
     """
-    if isinstance(encoding, Custom):
+    if isinstance(encoding, CustomEncoding):
         encoding.observer.convert(gm, observer_call)
         return None
-    if isinstance(encoding, OnGrid):
+    if isinstance(encoding, RoundedConstant):
         raise TypeError(f"{observer_call.name}: constants are rounded by round_at")
     x = observer_call.args[0]
     if not isinstance(x, Node):
         raise TypeError(f"observer call {observer_call.name} has no tensor operand")
     with gm.graph.inserting_before(observer_call):
-        if isinstance(encoding, HalfPrecision):
+        if isinstance(encoding, Float16Encoding):
             _half_precision(gm, observer_call, x)
             return None
-        if isinstance(encoding, Dynamic):
+        if isinstance(encoding, DynamicEncoding):
             ops, parameters = _dynamic_parameters(gm, observer_call, x, encoding)
         else:
             parameters = _parameters(gm, encoding, prefix)
             ops = _OPS[type(encoding)]
         q = gm.graph.call_function(ops[0], (x, *parameters))
-        copy_provenance(q, observer_call, value=(alike or Alike())(x.meta.get("val"), encoding.dtype))
+        copy_provenance(q, observer_call, value=(fake_values or FakeValueCache())(x.meta.get("val"), encoding.dtype))
         stands_for(q, observer_call)
-    if isinstance(encoding, Dynamic):
+    if isinstance(encoding, DynamicEncoding):
         for node in (parameters[0].args[0], *parameters[:2], q):
             _mark(node, next((user for user in observer_call.users if _tag(user)), None))
     elif x.op == "get_attr" or getattr(x.meta.get(ANNOTATION), "output_qspec", None) is not None:
@@ -126,13 +130,13 @@ def quantize_at(
 
 
 _OPS = {
-    PerTensor: (qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default),
-    PerChannel: (qd.quantize_per_channel.default, qd.dequantize_per_channel.default),
-    PerGroup: (qd.quantize_per_channel_group.default, qd.dequantize_per_channel_group.default),
+    PerTensorEncoding: (qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default),
+    PerChannelEncoding: (qd.quantize_per_channel.default, qd.dequantize_per_channel.default),
+    PerGroupEncoding: (qd.quantize_per_channel_group.default, qd.dequantize_per_channel_group.default),
 }
 
 
-def _dynamic_parameters(gm: GraphModule, call: Node, x: Node, encoding: Dynamic) -> tuple[Any, tuple[Any, ...]]:
+def _dynamic_parameters(gm: GraphModule, call: Node, x: Node, encoding: DynamicEncoding) -> tuple[Any, tuple[Any, ...]]:
     """``scale, zero_point = choose_qparams(x)``; the tensor overloads, so that tracing keeps them as data."""
     choose = qd.choose_qparams_symmetric.tensor if encoding.symmetric else qd.choose_qparams.tensor
     arguments = (x, encoding.quant_min, encoding.quant_max, encoding.eps, encoding.dtype)

@@ -25,7 +25,7 @@ from quant2e.integer.rewrite import rewrite
 from quant2e.passes import run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import fold_weights
-from quant2e.report.record import LEDGER, Ledger
+from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import tensor_bytes
 
 
@@ -98,9 +98,9 @@ def _asked(gm: GraphModule) -> set[str]:
     Those with a quantize op behind them, or behind ops it annotated. An activation fused to a dynamic product gives floats,
     for which a scale is found next: not asked. Without a record of annotations: those between a dequantize and a quantize op.
     """
-    ledger = gm.meta.get(LEDGER)
-    if isinstance(ledger, Ledger) and ledger.report.verdicts:
-        annotated = {v.op.name for v in ledger.report.verdicts if v.quantized}
+    record = gm.meta.get(RECORD_KEY)
+    if isinstance(record, GraphRecord) and record.report.verdicts:
+        annotated = {v.op.name for v in record.report.verdicts if v.quantized}
         wanted: set[str] = set()
         for node in reversed(gm.graph.nodes):
             readers = [u for user in node.users for u in _readers(user)]
@@ -133,10 +133,10 @@ def _alive(gm: GraphModule, b: Builder) -> tuple[Record, ...]:
 def _file(gm: GraphModule, report: IntegerReport) -> None:
     """Put the report into ``gm.meta``, and what stays float into the notes of the general report."""
     gm.meta[INTEGER] = report
-    ledger = gm.meta.get(LEDGER)
-    if isinstance(ledger, Ledger):
+    record = gm.meta.get(RECORD_KEY)
+    if isinstance(record, GraphRecord):
         integer = sum(v.integer for v in report.verdicts)
         head = f"integer representation ({report.requantization}): {integer} ops compute in integers"
         left = [f"'{v.name}' stays between dequantize and quantize: {v.reason}" for v in report.left]
-        general = replace(ledger.report.with_notes([head, *left, *report.notes]), quantized_bytes=tensor_bytes(gm))
-        gm.meta[LEDGER] = replace(ledger, report=general)
+        general = replace(record.report.with_notes([head, *left, *report.notes]), quantized_bytes=tensor_bytes(gm))
+        gm.meta[RECORD_KEY] = replace(record, report=general)

@@ -20,7 +20,7 @@ _FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerTensor:
+class PerTensorEncoding:
     """One scale and zero point for the whole tensor: ``x ≈ (q - zero_point) * scale``."""
 
     scale: float
@@ -31,7 +31,7 @@ class PerTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerChannel:
+class PerChannelEncoding:
     """One scale and zero point per index of ``axis``: 1-D tensors, scale in float, zero point in int64.
 
     The zero point is float too under ``per_channel_affine_float_qparams``.
@@ -46,7 +46,7 @@ class PerChannel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerGroup:
+class PerGroupEncoding:
     """One scale and zero point per ``group_size`` neighbours along the last dimension of a matrix.
 
     ``scale`` (float) and ``zero_point`` (int32: there are many): ``[rows, groups]``.
@@ -61,7 +61,7 @@ class PerGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dynamic:
+class DynamicEncoding:
     """Scale and zero point of the whole tensor, found at run time; ``eps`` is the smallest scale."""
 
     symmetric: bool
@@ -72,12 +72,12 @@ class Dynamic:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalfPrecision:
+class Float16Encoding:
     """The tensor goes through float16 and back."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnGrid:
+class RoundedConstant:
     """A constant that stays float, rounded to multiples of ``scale``: a bias as an int32 accumulator holds it.
 
     ``scale``: one value, or a 1-D tensor with one per channel of the last (only) dimension.
@@ -87,13 +87,21 @@ class OnGrid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Custom:
+class CustomEncoding:
     """An observer that writes its own nodes, by a method ``convert(model, node)``."""
 
     observer: Any
 
 
-Encoding = PerTensor | PerChannel | PerGroup | Dynamic | HalfPrecision | OnGrid | Custom
+Encoding = (
+    PerTensorEncoding
+    | PerChannelEncoding
+    | PerGroupEncoding
+    | DynamicEncoding
+    | Float16Encoding
+    | RoundedConstant
+    | CustomEncoding
+)
 
 
 def _inner(observer: Any) -> Any:
@@ -132,13 +140,13 @@ def encode(observer: Any) -> Encoding | None:
     Raises `CalibrationError` when a static observer saw no data, or found no usable scale; the caller adds the place.
     """
     if callable(getattr(observer, "convert", None)):
-        return Custom(observer=observer)
+        return CustomEncoding(observer=observer)
     dtype = getattr(observer, "dtype", None)
     if not isinstance(dtype, torch.dtype):
         return None
     dtype = _STORAGE.get(dtype, dtype)
     if dtype == torch.float16:
-        return HalfPrecision()
+        return Float16Encoding()
     if dtype == torch.float32 and isinstance(getattr(observer, "sources", None), list):
         return _on_grid(observer)
     if dtype not in INTEGER_BOUNDS and dtype not in _FLOAT8:
@@ -151,7 +159,7 @@ def encode(observer: Any) -> Encoding | None:
     return _static(observer, dtype, quant_min, quant_max)
 
 
-def _on_grid(observer: Any) -> OnGrid:
+def _on_grid(observer: Any) -> RoundedConstant:
     """A float tensor whose scale is derived from those of others."""
     if saw_no_data(observer):
         raise CalibrationError(
@@ -160,10 +168,10 @@ def _on_grid(observer: Any) -> OnGrid:
     scale = torch.as_tensor(observer.calculate_qparams()[0]).detach().flatten()
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CalibrationError(f"its derived scale is {_extreme(scale)}, which is not a positive, finite number")
-    return OnGrid(scale=scale.clone())
+    return RoundedConstant(scale=scale.clone())
 
 
-def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> Dynamic:
+def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> DynamicEncoding:
     if dtype not in (torch.int8, torch.uint8):
         raise CalibrationError(
             f"dynamic quantization to {dtype}: the ops that find scales at run time know int8 and uint8"
@@ -172,7 +180,7 @@ def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) 
     if qscheme in PER_CHANNEL_SCHEMES:
         raise CalibrationError(f"dynamic quantization with {qscheme}: scales found at run time are per tensor")
     eps = getattr(observer, "eps", None)
-    return Dynamic(
+    return DynamicEncoding(
         symmetric=qscheme == torch.per_tensor_symmetric,
         eps=float(torch.finfo(torch.float32).eps if eps is None else eps),
         quant_min=quant_min,
@@ -181,7 +189,9 @@ def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) 
     )
 
 
-def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -> PerTensor | PerChannel | PerGroup:
+def _static(
+    observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int
+) -> PerTensorEncoding | PerChannelEncoding | PerGroupEncoding:
     # An observer that saw NaN only has words of its own for it.
     if saw_no_data(observer) and not getattr(_inner(observer), "total", 0):
         raise CalibrationError("it saw no data, so its range is unknown; run calibration batches that reach it")
@@ -194,7 +204,7 @@ def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -
             "look for NaN or infinity in the calibration data or the weights"
         )
     if group_size := getattr(_inner(observer), "group_size", None):
-        return PerGroup(
+        return PerGroupEncoding(
             scale=scale.clone(),
             zero_point=zero_point.to(torch.int32, copy=True),
             group_size=int(group_size),
@@ -203,7 +213,7 @@ def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -
             dtype=dtype,
         )
     if getattr(observer, "qscheme", None) in PER_CHANNEL_SCHEMES:
-        return PerChannel(
+        return PerChannelEncoding(
             scale=scale.flatten().clone(),
             zero_point=zero_point.flatten().clone()
             if observer.qscheme == torch.per_channel_affine_float_qparams
@@ -215,7 +225,7 @@ def _static(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) -
         )
     if scale.numel() != 1 or zero_point.numel() != 1:
         raise CalibrationError(f"its scheme is per tensor, but its observer returned {scale.numel()} scales")
-    return PerTensor(
+    return PerTensorEncoding(
         scale=float(scale), zero_point=int(zero_point), quant_min=quant_min, quant_max=quant_max, dtype=dtype
     )
 

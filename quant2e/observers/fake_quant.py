@@ -1,7 +1,7 @@
 """Fake quantization as modules, for training: each observes a tensor and hands on what integers would make of it.
 
 Names, arguments and buffers are those of PT2E. What forward computes, convert writes: scale and zero point come from the
-same formulas (`qparams.Grid`), so nothing moves when a trained model becomes integers. The maths is in `straight_through`.
+same formulas (`qparams.NumberFormat`), so nothing moves when a trained model becomes integers. The maths is in `straight_through`.
 """
 
 from __future__ import annotations

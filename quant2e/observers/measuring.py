@@ -20,7 +20,7 @@ from quant2e.observers.placeholder import FixedQParamsObserver, NoopObserver, Pl
 from quant2e.observers.uniform import ObserverOptions, UniformQuantizationObserverBase, grid_of
 from quant2e.ranges.histogram import Histogram, HistogramState
 from quant2e.ranges.minmax import MinMax, MinMaxState, MovingAverage
-from quant2e.ranges.qparams import FLOAT_QPARAMS, Grid
+from quant2e.ranges.qparams import FLOAT_QPARAMS, NumberFormat
 from quant2e.ranges.search import check_method, search
 
 __all__ = [
@@ -146,7 +146,7 @@ class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
         return search(self._live_state(), self.grid, self.method, self.percentile)
 
 
-def searchable(modules: Iterable[nn.Module]) -> list[tuple[HistogramState, Grid]]:
+def searchable(modules: Iterable[nn.Module]) -> list[tuple[HistogramState, NumberFormat]]:
     """The counts and integers of every histogram observer of a whole tensor whose range `range_search.mse` finds."""
     found = []
     for observer in modules:

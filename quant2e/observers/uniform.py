@@ -19,7 +19,7 @@ from quant2e.observers.base import ObserverBase
 from quant2e.observers.native.update import kernel_of, native_update
 from quant2e.ranges.histogram import HistogramState
 from quant2e.ranges.minmax import MinMaxState, Range
-from quant2e.ranges.qparams import FLOAT32_EPS, Grid, plain_dtype
+from quant2e.ranges.qparams import FLOAT32_EPS, NumberFormat, plain_dtype
 
 S = TypeVar("S", bound="MinMaxState | HistogramState")
 
@@ -31,7 +31,7 @@ class ObserverOptions(TypedDict, total=False):
 
     ``dtype``: integer dtype of the quantized tensor (uint8). ``qscheme``: symmetric or affine.
     ``quant_min``, ``quant_max``: both or neither (all integers of the dtype). ``reduce_range``: one bit less.
-    ``eps``: smallest scale. ``power_of_two``: scales are powers of two (see `Grid`). ``is_dynamic``: parameters are found at
+    ``eps``: smallest scale. ``power_of_two``: scales are powers of two (see `NumberFormat`). ``is_dynamic``: parameters are found at
     run time. ``factory_kwargs``: ``device`` of the statistics. ``ch_axis`` matters per channel only.
     """
 
@@ -62,7 +62,7 @@ def _integer_range(dtype: torch.dtype, options: ObserverOptions) -> tuple[int, i
     return (*(_REDUCED.get(dtype, full) if reduce else full), False)
 
 
-def grid_of(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default: torch.qscheme) -> Grid:
+def grid_of(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default: torch.qscheme) -> NumberFormat:
     """The integers that ``options`` ask for. Raises `AnnotationError` when they contradict each other or ``allowed``."""
     requested = options.get("dtype") or torch.quint8
     dtype, qscheme = plain_dtype(requested), options.get("qscheme") or default
@@ -73,7 +73,7 @@ def grid_of(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], defaul
     else:
         low, high, custom = _integer_range(dtype, options)
     eps = options.get("eps")
-    grid = Grid(
+    grid = NumberFormat(
         dtype=dtype,
         quant_min=low,
         quant_max=high,
@@ -90,7 +90,7 @@ def grid_of(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], defaul
 
 
 class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
-    """Common part of the measuring observers: an estimator, its state in buffers, and the `Grid` it is measured for.
+    """Common part of the measuring observers: an estimator, its state in buffers, and the `NumberFormat` it is measured for.
 
     ``frozen``: statistics are final and ``forward`` only returns its input. ``statistics``: names of the buffers that
     hold them, in the order of the state's fields.
@@ -103,7 +103,9 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
     quant_max: int
     qscheme: torch.qscheme
 
-    def __init__(self, estimator: Range[S], state_type: Callable[..., S], grid: Grid, options: ObserverOptions) -> None:
+    def __init__(
+        self, estimator: Range[S], state_type: Callable[..., S], grid: NumberFormat, options: ObserverOptions
+    ) -> None:
         super().__init__(grid.dtype, bool(options.get("is_dynamic")))
         self.estimator: Range[S] = estimator
         self.grid = grid

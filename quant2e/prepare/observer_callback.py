@@ -1,6 +1,6 @@
 """The quantizer's last word: it may look at the observer of each point, exchange it, merge points, drop or add some.
 
-What it leaves in the map decides; the plan follows, so that the report and the recipe say what really happened.
+What it leaves in the map decides; the plan follows, so that the report and the encodings say what really happened.
 """
 
 from __future__ import annotations

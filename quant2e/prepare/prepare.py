@@ -31,8 +31,8 @@ from quant2e.passes.train_batch_norm import FUSED
 from quant2e.prepare.insert_observers import make_observers, observe
 from quant2e.prepare.observer_callback import call_back
 from quant2e.prepare.qat import Trained, ready_to_learn, train_through_norms, training_report
-from quant2e.report.float_ops import survey
-from quant2e.report.record import LEDGER, Ledger
+from quant2e.report.float_ops import list_float_ops
+from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import Report, judge, tensor_bytes
 
 
@@ -72,10 +72,10 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Any, *, training: 
         own_tensors(gm)
     else:
         check_eval(gm)
-    if LEDGER in gm.meta:  # converted before: the annotations of that time are about other nodes
+    if RECORD_KEY in gm.meta:  # converted before: the annotations of that time are about other nodes
         for node in gm.graph.nodes:
             node.meta.pop(ANNOTATION, None)
-    ops, float_bytes, inputs = survey(gm), tensor_bytes(gm), own.inputs
+    ops, float_bytes, inputs = list_float_ops(gm), tensor_bytes(gm), own.inputs
     if not training:
         run(gm, (fold_batch_norm,), compiled=False)
     gm = _annotate(gm, quantizer)
@@ -103,14 +103,14 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Any, *, training: 
         ready_to_learn(observers)
         report = training_report(report, trained)
         gm.meta[FUSED] = trained.records(names)
-    gm.meta[LEDGER] = Ledger(plan, tuple(names.get(i, "") for i in range(len(plan.groups))), report)
+    gm.meta[RECORD_KEY] = GraphRecord(plan, tuple(names.get(i, "") for i in range(len(plan.groups))), report)
     return gm
 
 
 def _check_trainable(gm: GraphModule) -> None:
     """A quantized graph has integer weights: what is trained is the prepared one."""
     quantized = next((node for node in gm.graph.nodes if node.target in DEQUANTIZE), None)
-    if quantized is not None and LEDGER in gm.meta:
+    if quantized is not None and RECORD_KEY in gm.meta:
         raise Quant2eError(
             f"this model is converted already ({where(quantized)}), and integers are not trained: "
             "train the model that prepare_qat_pt2e returned and convert it again"

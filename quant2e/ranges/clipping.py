@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant2e.ranges.qparams import Grid
+from quant2e.ranges.qparams import NumberFormat
 from quant2e.ranges.quantization_error import Filling
 
 _COARSE = tuple(2.0 ** (-i / 2) for i in range(18))
@@ -30,7 +30,7 @@ class Clipping:
         at_zero = bins.peak & (bins.edges[:, :-1] <= 0) & (bins.edges[:, 1:] >= 0)
         self._exact = (bins.count * at_zero).sum(1, keepdim=True)
 
-    def error(self, grid: Grid, low: Tensor, high: Tensor) -> Tensor:
+    def error(self, grid: NumberFormat, low: Tensor, high: Tensor) -> Tensor:
         """Estimated summed squared error of the ranges ``[low, high]``: all float64 ``[histograms, candidates]``."""
         scale, zero_point = (v.to(torch.float64) for v in grid.qparams(low, high))
         least, most = (grid.quant_min - zero_point) * scale, (grid.quant_max - zero_point) * scale
@@ -61,7 +61,7 @@ def products(low: Tensor, high: Tensor, factors: Tensor, together: bool) -> tupl
     return lows.flatten(1), highs.flatten(1)
 
 
-def promising(bins: Filling, grid: Grid, low: Tensor, high: Tensor, together: bool) -> tuple[Tensor, Tensor]:
+def promising(bins: Filling, grid: NumberFormat, low: Tensor, high: Tensor, together: bool) -> tuple[Tensor, Tensor]:
     """The ranges within ``[low, high]``, which include 0, whose estimated errors are smallest.
 
     All float64 ``[histograms, 1]``. ``together``: both bounds shrink alike, as when the grid is symmetric or one is 0.

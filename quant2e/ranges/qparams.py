@@ -41,7 +41,7 @@ def plain_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class NumberFormat:
     """The integers that a tensor is rounded to, and where zero lies among them.
 
     - ``dtype`` is one of `INTEGER_BOUNDS`; ``quant_min <= 0 <= quant_max``, ``quant_min < quant_max``, both within it.

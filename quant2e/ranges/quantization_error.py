@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quant2e.ranges.histogram import HistogramState
-from quant2e.ranges.qparams import Grid
+from quant2e.ranges.qparams import NumberFormat
 
 _PEAK = 4
 """A bin with more than this many times its neighbours' average is not assumed to be evenly filled."""
@@ -21,20 +21,20 @@ QParams = tuple[Tensor, Tensor]
 """Scales (float32) and zero points (int64) of the candidates, ``[*, candidates]`` each: alike for, or per histogram."""
 
 
-def _bounds(grid: Grid, qparams: QParams) -> tuple[Tensor, Tensor, Tensor]:
+def _bounds(grid: NumberFormat, qparams: QParams) -> tuple[Tensor, Tensor, Tensor]:
     """Float64 ``[*, candidates, 1]``: scale, and the smallest and largest multiple of it that the grid represents."""
     scale, zero_point = (v.to(torch.float64).unsqueeze(-1) for v in qparams)
     return scale, grid.quant_min - zero_point, grid.quant_max - zero_point
 
 
-def pointwise(x: Tensor, grid: Grid, qparams: QParams) -> Tensor:
+def pointwise(x: Tensor, grid: NumberFormat, qparams: QParams) -> Tensor:
     """``(x - dequantize(quantize(x)))**2``, ``[*, candidates, points]``, for float64 points ``[*, points]``."""
     scale, least, most = _bounds(grid, qparams)
     t = x.unsqueeze(-2) / scale
     return ((t - torch.clamp(torch.round(t), least, most)) * scale) ** 2
 
 
-def mean_over(edges: Tensor, grid: Grid, qparams: QParams) -> Tensor:
+def mean_over(edges: Tensor, grid: NumberFormat, qparams: QParams) -> Tensor:
     """Mean of `pointwise` over each interval between float64 ``edges`` ``[*, n + 1]``: ``[*, candidates, n]``.
 
     With ``t = x / scale`` and ``r`` the integer that ``t`` is rounded to, clamped to the grid, ``(t - r)**2`` has the
@@ -99,7 +99,7 @@ def fillings(states: Sequence[HistogramState], first: Sequence[int], n: int) -> 
     return Filling(edges, count, count > _PEAK * (around[:, :-2] + around[:, 2:]) / 2)
 
 
-def expected(bins: Filling, grid: Grid, qparams: QParams) -> Tensor:
+def expected(bins: Filling, grid: NumberFormat, qparams: QParams) -> Tensor:
     """Mean squared error of each candidate, float64 ``[*, candidates]``, values being spread evenly over their bin."""
     return _summed(mean_over(bins.edges, grid, qparams), bins.count) / bins.count.sum(-1, keepdim=True)
 
@@ -121,7 +121,7 @@ class Reference:
     """
 
     bins: Filling
-    grid: Grid
+    grid: NumberFormat
     present: Tensor
     rows: Tensor
     columns: Tensor
@@ -149,7 +149,7 @@ class Reference:
         return (_summed(gain, bins.count) - 3 * _noise(self.present, bins)) / bins.count.sum(-1, keepdim=True)
 
 
-def reference(bins: Filling, grid: Grid, qparams: QParams) -> Reference:
+def reference(bins: Filling, grid: NumberFormat, qparams: QParams) -> Reference:
     """The error of one grid per histogram, ``qparams`` being ``[histograms, 1]``, as the mark for others."""
     rows, columns = torch.nonzero(bins.peak, as_tuple=True)
     along = torch.linspace(0, 1, _PROBES, dtype=torch.float64)

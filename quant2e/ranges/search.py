@@ -17,7 +17,7 @@ from quant2e.errors import AnnotationError
 from quant2e.ranges import exact_sum
 from quant2e.ranges.clipping import products, promising
 from quant2e.ranges.histogram import HistogramState
-from quant2e.ranges.qparams import Grid
+from quant2e.ranges.qparams import NumberFormat
 from quant2e.ranges.quantization_error import Filling, fillings, reference
 
 _EVERYWHERE = tuple(i / 8 for i in range(1, 9))
@@ -28,7 +28,7 @@ _CLOSER = tuple(1 + i / 96 for i in range(-1, 2))
 _AT_A_TIME = 1 << 13
 """Bins of all histograms that are searched together: with 17 candidates the temporaries stay in the cache."""
 
-_KNOWN: ContextVar[Mapping[tuple[int, Grid], tuple[Tensor, Tensor]] | None] = ContextVar("known", default=None)
+_KNOWN: ContextVar[Mapping[tuple[int, NumberFormat], tuple[Tensor, Tensor]] | None] = ContextVar("known", default=None)
 """Ranges found already, by the identity of the counts; see `searched_together`."""
 
 
@@ -66,7 +66,7 @@ def percentile_range(state: HistogramState, percentile: float) -> tuple[float, f
     return _clip(state, (index + 1) * width)
 
 
-def _levels(state: HistogramState, grid: Grid) -> int:
+def _levels(state: HistogramState, grid: NumberFormat) -> int:
     """Integers available to the magnitudes of the data: all of an affine grid if one-sided, else half of them."""
     levels = grid.quant_max - grid.quant_min + 1
     one_sided = float(state.min_val) >= 0 or float(state.max_val) <= 0
@@ -102,7 +102,7 @@ def divergences(counts: Tensor, levels: int) -> Tensor:
     return torch.where((last == 0) & (outliers > 0), float("inf"), divergence)
 
 
-def entropy(state: HistogramState, grid: Grid) -> tuple[float, float]:
+def entropy(state: HistogramState, grid: NumberFormat) -> tuple[float, float]:
     """The threshold on ``|x|`` that loses the least information, see `divergences`; the range is cut to the data.
 
     As in NVIDIA's calibrator the bin of zero counts as much as the one after it: zero is exact on every grid, and a
@@ -117,7 +117,7 @@ def entropy(state: HistogramState, grid: Grid) -> tuple[float, float]:
     return _clip(state, (levels + best) * width)
 
 
-def mse(state: HistogramState, grid: Grid) -> tuple[float, float]:
+def mse(state: HistogramState, grid: NumberFormat) -> tuple[float, float]:
     """The range whose quantization error, squared and averaged over the data, is smallest.
 
     A cheap estimate (`clipping`) says where to look; candidates around that, each rounded to the scale and zero point
@@ -129,7 +129,7 @@ def mse(state: HistogramState, grid: Grid) -> tuple[float, float]:
     return low, high
 
 
-def mse_ranges(states: Sequence[HistogramState], grid: Grid) -> Tensor:
+def mse_ranges(states: Sequence[HistogramState], grid: NumberFormat) -> Tensor:
     """What `mse` finds for each of ``states``, of the same number of bins: float64 ``[states, 2]``, on the CPU.
 
     Bit for bit as one by one: no number depends on which histograms are searched together, and each is cut to a number of
@@ -150,7 +150,7 @@ def mse_ranges(states: Sequence[HistogramState], grid: Grid) -> Tensor:
     return result
 
 
-def _mse_ranges(states: Sequence[HistogramState], bins: Filling, grid: Grid, together: bool) -> Tensor:
+def _mse_ranges(states: Sequence[HistogramState], bins: Filling, grid: NumberFormat, together: bool) -> Tensor:
     best = torch.tensor([minmax(state) for state in states], dtype=torch.float64)
     low, high = best[:, :1].clamp(max=0), best[:, 1:].clamp(min=0)
     mark = reference(bins, grid, grid.qparams(low, high))
@@ -194,7 +194,9 @@ def check_method(method: str, percentile: float) -> None:
         raise AnnotationError(f"percentile={percentile}: a percentage above 0, at most 100")
 
 
-def search(state: HistogramState, grid: Grid, method: str = "mse", percentile: float = 99.99) -> tuple[Tensor, Tensor]:
+def search(
+    state: HistogramState, grid: NumberFormat, method: str = "mse", percentile: float = 99.99
+) -> tuple[Tensor, Tensor]:
     """The range ``(min, max)``, within the data, that ``method`` finds for the integers of ``grid``.
 
     Float32, a scalar or, per channel or group, of their shape.
@@ -219,12 +221,12 @@ def search(state: HistogramState, grid: Grid, method: str = "mse", percentile: f
 
 
 @contextmanager
-def searched_together(wanted: Sequence[tuple[HistogramState, Grid]]) -> Iterator[None]:
+def searched_together(wanted: Sequence[tuple[HistogramState, NumberFormat]]) -> Iterator[None]:
     """Search the least squared error for many whole tensors at once; inside, `search` hands out what was found.
 
     It knows a state by its ``histogram``, the tensor itself, which must not change meanwhile.
     """
-    batches: dict[tuple[int, Grid], list[HistogramState]] = {}
+    batches: dict[tuple[int, NumberFormat], list[HistogramState]] = {}
     for state, grid in wanted:
         batches.setdefault((state.histogram.numel(), grid), []).append(state)
     known = {}
@@ -239,7 +241,7 @@ def searched_together(wanted: Sequence[tuple[HistogramState, Grid]]) -> Iterator
         _KNOWN.reset(before)
 
 
-def _search(state: HistogramState, grid: Grid, method: str, percentile: float) -> tuple[float, float]:
+def _search(state: HistogramState, grid: NumberFormat, method: str, percentile: float) -> tuple[float, float]:
     if method == "percentile":
         return percentile_range(state, percentile)
     if method == "mse":

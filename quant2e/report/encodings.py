@@ -12,14 +12,22 @@ from quant2e.annotation.plan import Group
 from quant2e.annotation.specs import spec_text
 from quant2e.errors import FileFormatError
 from quant2e.files import atomic_file
-from quant2e.observers.encodings import Custom, Dynamic, Encoding, HalfPrecision, OnGrid, PerGroup, PerTensor
-from quant2e.report.record import Ledger
+from quant2e.observers.encodings import (
+    CustomEncoding,
+    DynamicEncoding,
+    Encoding,
+    Float16Encoding,
+    PerGroupEncoding,
+    PerTensorEncoding,
+    RoundedConstant,
+)
+from quant2e.report.record import GraphRecord
 
-RECIPE_FORMAT = 1
+ENCODINGS_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class GroupRecipe:
+class GroupEncoding:
     """One group of points that share parameters.
 
     ``spec``: the numbers asked for, as text. ``encoding``: what they became: ``per_tensor``, ``per_channel``,
@@ -40,25 +48,25 @@ class GroupRecipe:
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class Encodings:
     """Everything about how a model was quantized. ``quantizer``: the name of what annotated it."""
 
     quantizer: str
-    groups: tuple[GroupRecipe, ...]
+    groups: tuple[GroupEncoding, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; `from_dict` is its inverse."""
-        return {"format": RECIPE_FORMAT, **asdict(self)}
+        return {"format": ENCODINGS_FORMAT, **asdict(self)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
-        """The recipe that `as_dict` described. Raises `FileFormatError` for another format."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Encodings:
+        """The encodings that `as_dict` described. Raises `FileFormatError` for another format."""
         if not isinstance(data, dict):
-            raise FileFormatError(f"a recipe is a JSON object, and this is a {type(data).__name__}")
-        if data.get("format") != RECIPE_FORMAT:
-            raise FileFormatError(f"recipe format {data.get('format')!r}: this version reads format {RECIPE_FORMAT}")
+            raise FileFormatError(f"a record of encodings is a JSON object, and this is a {type(data).__name__}")
+        if data.get("format") != ENCODINGS_FORMAT:
+            raise FileFormatError(f"recipe format {data.get('format')!r}: this version reads format {ENCODINGS_FORMAT}")
         groups = tuple(
-            GroupRecipe(
+            GroupEncoding(
                 points=tuple(g["points"]),
                 spec=g["spec"],
                 encoding=g["encoding"],
@@ -80,41 +88,41 @@ class Recipe:
             part.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Recipe:
-        """Read what `to_file` wrote. Raises `FileFormatError` when it is not a recipe."""
+    def from_file(cls, path: str | Path) -> Encodings:
+        """Read what `to_file` wrote. Raises `FileFormatError` when it is not a record of encodings."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} is not a recipe: {error}") from error
+            raise FileFormatError(f"{path} is not a record of encodings: {error}") from error
 
 
-def recipe_of(ledger: Ledger, quantizer: str) -> Recipe:
-    """The recipe of a converted graph, from its ledger."""
-    pairs = zip(ledger.plan.groups, ledger.encodings, strict=True)
-    return Recipe(quantizer, tuple(_group_recipe(group, encoding) for group, encoding in pairs))
+def encodings_of(record: GraphRecord, quantizer: str) -> Encodings:
+    """The encodings of a converted graph, from its record."""
+    pairs = zip(record.plan.groups, record.encodings, strict=True)
+    return Encodings(quantizer, tuple(_group_encoding(group, encoding) for group, encoding in pairs))
 
 
-def _group_recipe(group: Group, encoding: Encoding | None) -> GroupRecipe:
+def _group_encoding(group: Group, encoding: Encoding | None) -> GroupEncoding:
     points, spec = tuple(str(p) for p in group.points), spec_text(group.spec)
     if encoding is None:
-        return GroupRecipe(points, spec, "float")
-    if isinstance(encoding, Custom):
-        return GroupRecipe(points, spec, "custom")
-    if isinstance(encoding, HalfPrecision):
-        return GroupRecipe(points, spec, "float16")
-    if isinstance(encoding, OnGrid):
-        return GroupRecipe(points, spec, "on_grid", "float32")
+        return GroupEncoding(points, spec, "float")
+    if isinstance(encoding, CustomEncoding):
+        return GroupEncoding(points, spec, "custom")
+    if isinstance(encoding, Float16Encoding):
+        return GroupEncoding(points, spec, "float16")
+    if isinstance(encoding, RoundedConstant):
+        return GroupEncoding(points, spec, "on_grid", "float32")
     dtype = str(encoding.dtype).removeprefix("torch.")
-    bare = GroupRecipe(points, spec, "dynamic", dtype, encoding.quant_min, encoding.quant_max)
-    if isinstance(encoding, Dynamic):
+    bare = GroupEncoding(points, spec, "dynamic", dtype, encoding.quant_min, encoding.quant_max)
+    if isinstance(encoding, DynamicEncoding):
         return bare
-    if isinstance(encoding, PerTensor):
+    if isinstance(encoding, PerTensorEncoding):
         return replace(bare, encoding="per_tensor", scale=(encoding.scale,), zero_point=(encoding.zero_point,))
     return replace(
         bare,
-        encoding="per_group" if isinstance(encoding, PerGroup) else "per_channel",
-        axis=None if isinstance(encoding, PerGroup) else encoding.axis,
-        group_size=encoding.group_size if isinstance(encoding, PerGroup) else 0,
+        encoding="per_group" if isinstance(encoding, PerGroupEncoding) else "per_channel",
+        axis=None if isinstance(encoding, PerGroupEncoding) else encoding.axis,
+        group_size=encoding.group_size if isinstance(encoding, PerGroupEncoding) else 0,
         # The shortest decimals that give the float32 back: half the size, where a table has a scale for each row.
         scale=tuple(float(str(value)) for value in encoding.scale.flatten().float().cpu().numpy()),
         zero_point=tuple(encoding.zero_point.flatten().tolist()),

@@ -32,7 +32,7 @@ class FloatOp:
     macs: int
 
 
-def survey(gm: GraphModule) -> tuple[FloatOp, ...]:
+def list_float_ops(gm: GraphModule) -> tuple[FloatOp, ...]:
     """The float ops of a captured graph, in graph order."""
     return tuple(
         FloatOp(node.name, str(node.target), module_path(node), source_line(node), count_macs(node))

@@ -14,11 +14,11 @@ from quant2e.errors import Quant2eError
 from quant2e.observers.encodings import Encoding
 from quant2e.report.report import Report
 
-LEDGER = "quant2e"
+RECORD_KEY = "quant2e"
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class GraphRecord:
     """``observers``: the submodule that observes each group of the plan; ``encodings``: what it became, once converted."""
 
     plan: Plan
@@ -27,12 +27,12 @@ class Ledger:
     encodings: tuple[Encoding | None, ...] = field(default=())
 
 
-def ledger_of(gm: GraphModule) -> Ledger:
-    """The ledger of a prepared or converted graph. Raises `Quant2eError` when it has none."""
-    ledger = gm.meta.get(LEDGER)
-    if not isinstance(ledger, Ledger):
+def record_of(gm: GraphModule) -> GraphRecord:
+    """The record of a prepared or converted graph. Raises `Quant2eError` when it has none."""
+    record = gm.meta.get(RECORD_KEY)
+    if not isinstance(record, GraphRecord):
         raise Quant2eError(
             "this graph was not made by quant2e's prepare_pt2e or convert_pt2e (or its meta was dropped): "
             "there is nothing on record about it"
         )
-    return ledger
+    return record

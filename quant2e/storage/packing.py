@@ -3,7 +3,7 @@
     a list of numbers that are all float32     <=>  {"float32": base64 of the little-endian values}
     a list of equal integers                   <=>  {"integer": the value, "count": how many}
 
-Only the per-channel lists of a recipe are packed; everything else stays JSON that people can read.
+Only the per-channel lists of a record of encodings are packed; everything else stays JSON that people can read.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _MOST = 1 << 28
 """More parameters than any tensor has channels: a larger count is a damaged file."""
 
 
-def pack_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """``recipe``, as `Recipe.as_dict` gives it, with its long lists packed."""
-    groups = [{k: _pack(list(v)) if k in _PACKED else v for k, v in group.items()} for group in recipe["groups"]]
-    return {**recipe, "groups": groups}
+def pack_encodings(encodings: Mapping[str, Any]) -> dict[str, Any]:
+    """``encodings``, as `Encodings.as_dict` gives it, with its long lists packed."""
+    groups = [{k: _pack(list(v)) if k in _PACKED else v for k, v in group.items()} for group in encodings["groups"]]
+    return {**encodings, "groups": groups}
 
 
-def unpack_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `pack_recipe`. Raises `FileFormatError` for a list that is damaged."""
-    groups = [{k: _unpack(v) if k in _PACKED else v for k, v in group.items()} for group in recipe["groups"]]
-    return {**recipe, "groups": groups}
+def unpack_encodings(encodings: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `pack_encodings`. Raises `FileFormatError` for a list that is damaged."""
+    groups = [{k: _unpack(v) if k in _PACKED else v for k, v in group.items()} for group in encodings["groups"]]
+    return {**encodings, "groups": groups}
 
 
 def _pack(values: list[Any]) -> Any:

@@ -1,8 +1,8 @@
-"""Quantized models on disk: an ExportedProgram (``.pt2``) that carries its report and recipe.
+"""Quantized models on disk: an ExportedProgram (``.pt2``) that carries its report and encodings.
 
 The file is one that ``torch.export.load`` reads, in any process where torch's own q/dq ops are registered
 (``import torch.ao.quantization.fx._decomposed``). Importing this module registers them, through `quant2e.graph.qdq_ops`;
-`read_pt2` gives report and recipe back, and refuses files that could run code.
+`read_pt2` gives report and encodings back, and refuses files that could run code.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from quant2e.errors import FileFormatError, Quant2eError, user_frame
 from quant2e.files import atomic_file
 from quant2e.graph.capture import as_graph_module
 from quant2e.graph.inputs import distinct
-from quant2e.quantized_io import BOUNDARY, Boundary, boundary_of
-from quant2e.report.encodings import Recipe
+from quant2e.quantized_io import QUANTIZED_IO, QuantizedIO, quantized_io_of
+from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report
 from quant2e.storage.archive_check import check_archive
-from quant2e.storage.packing import pack_recipe, unpack_recipe
+from quant2e.storage.packing import pack_encodings, unpack_encodings
 
 RECORD = "quant2e.json"
-"""Name of the extra file that holds report, recipe, and the parameters of integer inputs and outputs."""
+"""Name of the extra file that holds report, encodings, and the parameters of integer inputs and outputs."""
 
 RECORD_FORMAT = 1
 
@@ -41,7 +41,7 @@ class Pt2Contents:
 
     module: GraphModule
     report: Report
-    recipe: Recipe
+    encodings: Encodings
     example_inputs: tuple[Any, ...]
     example_kwargs: dict[str, Any]
     dynamic_shapes: Any
@@ -106,10 +106,10 @@ class _PatientFile(io.FileIO):
 
 
 def _as_record(contents: Pt2Contents) -> dict[str, Any]:
-    recipe = pack_recipe(contents.recipe.as_dict())
-    record = {"format": RECORD_FORMAT, "report": contents.report.as_dict(), "recipe": recipe}
-    if boundary := boundary_of(contents.module):
-        record["boundary"] = boundary.as_dict()
+    encodings = pack_encodings(contents.encodings.as_dict())
+    record = {"format": RECORD_FORMAT, "report": contents.report.as_dict(), "recipe": encodings}
+    if quantized_io := quantized_io_of(contents.module):
+        record["boundary"] = quantized_io.as_dict()
     return record
 
 
@@ -127,31 +127,31 @@ def read_pt2(path: str | Path) -> Pt2Contents:
     except Exception as error:
         raise FileFormatError(f"{source} cannot be read as an exported program: {error}") from error
     args, kwargs = program.example_inputs or ((), {})
-    report, recipe, boundary = _record(source, extra[RECORD])
+    report, encodings, quantized_io = _record(source, extra[RECORD])
     module = as_graph_module(program)
-    if boundary:
-        module.meta[BOUNDARY] = boundary
+    if quantized_io:
+        module.meta[QUANTIZED_IO] = quantized_io
     return Pt2Contents(
         module=module,
         report=report,
-        recipe=recipe,
+        encodings=encodings,
         example_inputs=tuple(args),
         example_kwargs=dict(kwargs),
         dynamic_shapes=_dynamic_shapes(program),
     )
 
 
-def _record(source: Path, text: str | bytes) -> tuple[Report, Recipe, Boundary]:
+def _record(source: Path, text: str | bytes) -> tuple[Report, Encodings, QuantizedIO]:
     if not text:
-        return Report(verdicts=()), Recipe("", ()), Boundary()
+        return Report(verdicts=()), Encodings("", ()), QuantizedIO()
     try:
         record = json.loads(text)
         if record["format"] != RECORD_FORMAT:
             raise FileFormatError(
                 f"{source} has a record of format {record['format']!r}; this version reads format {RECORD_FORMAT}"
             )
-        boundary = Boundary.from_dict(record["boundary"]) if "boundary" in record else Boundary()
-        return Report.from_dict(record["report"]), Recipe.from_dict(unpack_recipe(record["recipe"])), boundary
+        quantized_io = QuantizedIO.from_dict(record["boundary"]) if "boundary" in record else QuantizedIO()
+        return Report.from_dict(record["report"]), Encodings.from_dict(unpack_encodings(record["recipe"])), quantized_io
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise FileFormatError(f"the report inside {source} is not readable: {error}") from error
 

@@ -20,7 +20,7 @@ from quant2e.prepare.insert_observers import make_observers
 from quant2e.ranges.qparams import plain_dtype
 from quantizers.conformance.report import Finding
 from quantizers.kit.families import moves
-from quantizers.kit.value_source import Provenance
+from quantizers.kit.value_source import ValueSources
 
 MOVING = frozenset(str(t) for choice in moves.choices for t in choice.targets) | {
     f"aten.{name}"
@@ -55,11 +55,11 @@ class Annotated:
 
     gm: GraphModule
     constants: Constants = field(default_factory=Constants)
-    provenance: Provenance = field(init=False)
+    value_sources: ValueSources = field(init=False)
     nodes: dict[str, Node] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.provenance = Provenance(self.gm)
+        self.value_sources = ValueSources(self.gm)
         self.nodes = {node.name: node for node in self.gm.graph.nodes}
 
     def notes(self) -> Iterator[tuple[Node, Any]]:
@@ -171,7 +171,7 @@ def _tensors(a: Annotated) -> Iterator[Finding]:
             yield finding(
                 "integer tensor", node, f"{place} is {str(tensor.dtype).removeprefix('torch.')}, and has a spec"
             )
-        elif (operand is None or not a.is_constant(source)) and (why := a.provenance.objection(source)) is not None:
+        elif (operand is None or not a.is_constant(source)) and (why := a.value_sources.objection(source)) is not None:
             yield finding("mask", node, f"{place} has a spec, and is {why}")
 
 

@@ -27,7 +27,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities:
+class TestedPatterns:
     """``pieces`` to compose; ``rules``: names of all rules; ``unwritten``: rules whose ops cannot be written, and why.
 
     ``declared``: they are the quantizer's own; of one that does not tell, the ops in common use are assumed.
@@ -81,7 +81,7 @@ AROUND: tuple[Op, ...] = (
 """What stands between the quantizer's own patterns: ops that it may leave float."""
 
 
-def capabilities(quantizer: Any) -> Capabilities:
+def capabilities(quantizer: Any) -> TestedPatterns:
     """The capabilities of a quantizer: its rules, those of the quantizers it is composed of, or the common ops."""
     rules = [rule for table in _tables(quantizer) for rule in table]
     pieces: dict[Piece, None] = {}
@@ -95,10 +95,10 @@ def capabilities(quantizer: Any) -> Capabilities:
     written = {piece.rule for piece in pieces}
     missing = tuple((name, why) for name, why in unwritten.items() if name not in written)
     if not pieces:
-        return Capabilities(tuple(Piece(pattern) for pattern in COMMON), names, missing, declared=False)
+        return TestedPatterns(tuple(Piece(pattern) for pattern in COMMON), names, missing, declared=False)
     if _all_declare(quantizer):
-        return Capabilities(tuple(pieces), names, missing, declared=True)
-    return Capabilities((*pieces, *(Piece(pattern) for pattern in COMMON)), names, missing, declared=False)
+        return TestedPatterns(tuple(pieces), names, missing, declared=True)
+    return TestedPatterns((*pieces, *(Piece(pattern) for pattern in COMMON)), names, missing, declared=False)
 
 
 def _tables(quantizer: Any) -> Iterator[Sequence[Rule]]:
@@ -133,4 +133,4 @@ def _can_be_written(pattern: Arg | Pattern) -> bool:
     return any(map(is_known, pattern.targets)) and all(map(_can_be_written, inner))
 
 
-__all__ = ["AROUND", "COMMON", "Capabilities", "Piece", "capabilities", "opt_in_rules"]
+__all__ = ["AROUND", "COMMON", "Piece", "TestedPatterns", "capabilities", "opt_in_rules"]

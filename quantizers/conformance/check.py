@@ -10,9 +10,9 @@ from typing import Any
 
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.integer.arithmetic.requantization import Requantization
-from quantizers.conformance.capabilities import Capabilities, capabilities, opt_in_rules
+from quantizers.conformance.capabilities import TestedPatterns, capabilities, opt_in_rules
 from quantizers.conformance.flow_checks import Limits, Outcome, examine
-from quantizers.conformance.generate import ODDITIES, by_dice, odd, random_programs, single
+from quantizers.conformance.generate import SPECIAL_INPUTS, by_dice, random_programs, single, special_input
 from quantizers.conformance.program import Program
 from quantizers.conformance.program_builder import shapes_of
 from quantizers.conformance.report import WARNINGS, Conformance, Finding
@@ -75,7 +75,7 @@ def _instance(quantizer: Any) -> Any:
 class _Search:
     """One check while it runs."""
 
-    def __init__(self, quantizer: Any, known: Capabilities, limits: Limits, seed: int, deadline: float) -> None:
+    def __init__(self, quantizer: Any, known: TestedPatterns, limits: Limits, seed: int, deadline: float) -> None:
         self.quantizer, self.known, self.limits, self.seed, self.deadline = quantizer, known, limits, seed, deadline
         self.examples = 0
         self.complete = True
@@ -103,8 +103,8 @@ class _Search:
 
     def cover_oddities(self) -> None:
         """Integers and masks, each behind a piece."""
-        for number, oddity in enumerate(ODDITIES):
-            program = None if self._late() else odd(oddity, self.known, by_dice(self.seed + number))
+        for number, special in enumerate(SPECIAL_INPUTS):
+            program = None if self._late() else special_input(special, self.known, by_dice(self.seed + number))
             if program is not None:
                 self.look_at(program)
 
@@ -184,7 +184,7 @@ class _Search:
                 message = (
                     "its weight is quantized and its activation is not: it computes in float on a dequantized weight"
                 )
-                self._add(Finding("island", message, rule, node, op, program))
+                self._add(Finding("isolated", message, rule, node, op, program))
 
     def _why_never(self, rule: str) -> str:
         tried = f"none of {self.examples} graphs, {self.written[rule]} of them written for it,"

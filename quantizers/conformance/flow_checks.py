@@ -25,7 +25,7 @@ from quantizers.conformance import (
     annotation_checks as annotated,
 )
 from quantizers.conformance import (
-    isolation_checks as islands,
+    isolation_checks,
 )
 from quantizers.conformance import (
     numeric_checks as numbers,
@@ -110,7 +110,7 @@ def _sound(outcome: Outcome) -> bool:
 
 
 _HARMLESS = frozenset(
-    {"integer tensor", "mask", "island", "requantized", "mismatched scales", "shared across", "wrong axis"}
+    {"integer tensor", "mask", "isolated", "requantized", "mismatched scales", "shared across", "wrong axis"}
 )
 
 
@@ -204,9 +204,9 @@ def _look(gm: GraphModule, limits: Limits, outcome: Outcome) -> None:
     outcome.findings += wrong
     if plan is None:
         return
-    found = [*annotated.against_plan(a, plan), *islands.islands(a, plan)]
+    found = [*annotated.against_plan(a, plan), *isolation_checks.isolated_ops(a, plan)]
     outcome.findings += [f for f in found if not (limits.mixes and f.kind in ("requantized", "mismatched scales"))]
-    for node, quantized in islands.weight_only(a, plan):
+    for node, quantized in isolation_checks.weight_only(a, plan):
         rule = str(getattr(node.meta.get(ANNOTATION), "rule", "") or "")
         outcome.weighted.setdefault((rule, str(node.target)), {}).setdefault(quantized, node.name)
 

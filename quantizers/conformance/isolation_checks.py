@@ -20,7 +20,7 @@ WEIGHTED = frozenset(
 """Ops with an activation, a weight, and perhaps a bias."""
 
 
-def islands(a: Annotated, plan: Plan) -> Iterator[Finding]:
+def isolated_ops(a: Annotated, plan: Plan) -> Iterator[Finding]:
     """Findings about one graph."""
     for node, _ in a.notes():
         if node.op != "call_function":
@@ -29,7 +29,7 @@ def islands(a: Annotated, plan: Plan) -> Iterator[Finding]:
         yield from _requantized(plan, node)
         if _only_moves(node) and Output(node.name) in plan and not _near_computation(a, plan, node):
             yield finding(
-                "island", node, "it moves values that are quantized for it alone: no integer op is next to it"
+                "isolated", node, "it moves values that are quantized for it alone: no integer op is next to it"
             )
 
 
@@ -85,10 +85,10 @@ def _partly(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
     activations = [source for source in quantized if not a.is_constant(source)]
     if activations:
         yield finding(
-            "island", node, f"{names} is float, and '{activations[0].name}' is quantized: the op computes in float"
+            "isolated", node, f"{names} is float, and '{activations[0].name}' is quantized: the op computes in float"
         )
     elif _is_integer(_output_spec(plan, node)):
-        yield finding("island", node, f"its result is quantized, and {names} is float: the op computes in float")
+        yield finding("isolated", node, f"its result is quantized, and {names} is float: the op computes in float")
 
 
 def _output_spec(plan: Plan, node: Node) -> Any:

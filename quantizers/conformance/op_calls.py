@@ -1,6 +1,6 @@
 """How to call the ops that quantizers quantize, with operands and sizes that are chosen.
 
-A block takes a `Call`, which says what the pattern wants of the operands, and writes one call into the draft.
+A block takes a `Call`, which says what the pattern wants of the operands, and writes one call into the builder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from quant2e.annotation.pattern import Arg, Either, Op, short_name
 from quantizers.conformance.movement_calls import MOVES
 from quantizers.conformance.program import Ref, Shape, Weight
-from quantizers.conformance.program_builder import Draft, UnfitError
+from quantizers.conformance.program_builder import ProgramBuilder, UnfitError
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 class Call:
     """One op of a pattern while it is written. ``bound``: values that operand names already stand for."""
 
-    draft: Draft
+    builder: ProgramBuilder
     target: Any
     operands: tuple[Any, ...] = ()
     keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -40,18 +40,18 @@ class Call:
         """A float tensor for an operand."""
         want = self.wanted(index)
         if isinstance(want, Op | Either):
-            return self._fitting(build(self.draft, want, self.bound, rank=rank, shape=shape), rank, shape)
+            return self._fitting(build(self.builder, want, self.bound, rank=rank, shape=shape), rank, shape)
         if isinstance(want, Arg) and want.constant:
             raise UnfitError
         if isinstance(want, Arg) and isinstance(known := self.bound.get(want.name), Ref):
             return self._fitting(known, rank, shape)
-        ref = self.draft.pick(rank=rank, shape=shape)
+        ref = self.builder.pick(rank=rank, shape=shape)
         if isinstance(want, Arg):
             self.bound[want.name] = ref
         return ref
 
     def _fitting(self, ref: Ref, rank: int | None, shape: Shape | None) -> Ref:
-        if (rank is not None and len(self.draft.shape(ref)) != rank) or shape not in (None, self.draft.shape(ref)):
+        if (rank is not None and len(self.builder.shape(ref)) != rank) or shape not in (None, self.builder.shape(ref)):
             raise UnfitError
         return ref
 
@@ -66,17 +66,17 @@ class Call:
         want = self.wanted(index, "bias")
         made = self.weight(index, (size,), 4, "bias")
         needed = isinstance(want, Arg) and not want.optional
-        return made if needed else self.draft.choose([made, made, None])
+        return made if needed else self.builder.choose([made, made, None])
 
 
 def build(
-    draft: Draft, pattern: Any, bound: dict[str, Any], *, rank: int | None = None, shape: Shape | None = None
+    builder: ProgramBuilder, pattern: Any, bound: dict[str, Any], *, rank: int | None = None, shape: Shape | None = None
 ) -> Ref:
     """Write the calls of a pattern. Raises `UnfitError` when they cannot be made."""
-    op = draft.choose(pattern.choices) if isinstance(pattern, Either) else pattern
-    target = draft.choose(sorted((t for t in op.targets if is_known(t)), key=str))
-    operands = draft.choose(list(itertools.permutations(op.operands))[:2]) if op.any_order else op.operands
-    call = Call(draft, target, tuple(operands), dict(op.keywords), bound)
+    op = builder.choose(pattern.choices) if isinstance(pattern, Either) else pattern
+    target = builder.choose(sorted((t for t in op.targets if is_known(t)), key=str))
+    operands = builder.choose(list(itertools.permutations(op.operands))[:2]) if op.any_order else op.operands
+    call = Call(builder, target, tuple(operands), dict(op.keywords), bound)
     return block_of(target)(call, rank, shape)
 
 
@@ -86,8 +86,8 @@ Block = Callable[[Call, int | None, Shape | None], Ref]
 def _convolution(dimensions: int) -> Block:
     def block(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
         x = call.data(0, rank=dimensions + 2)
-        _, channels, *space = call.draft.shape(x)
-        choose = call.draft.choose
+        _, channels, *space = call.builder.shape(x)
+        choose = call.builder.choose
         groups = choose([1, 1, channels, 2 if channels % 2 == 0 else 1])
         out = groups * choose([2, 1, 4] if groups < 4 else [1, 2])
         kernel = choose([size for size in (3, 1, 2) if size <= min(space)])
@@ -97,7 +97,7 @@ def _convolution(dimensions: int) -> Block:
         if getattr(call.target, "_overloadname", "") == "padding":
             stride, padding = 1, choose(["same", "valid"])
         b = call.bias(2, out)
-        return call.draft.call(call.target, x, w, b, [stride] * dimensions, padding, [dilation] * dimensions, groups)
+        return call.builder.call(call.target, x, w, b, [stride] * dimensions, padding, [dilation] * dimensions, groups)
 
     return block
 
@@ -105,14 +105,14 @@ def _convolution(dimensions: int) -> Block:
 def _transposed(dimensions: int) -> Block:
     def block(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
         x = call.data(0, rank=dimensions + 2)
-        channels = call.draft.shape(x)[1]
-        choose = call.draft.choose
+        channels = call.builder.shape(x)[1]
+        choose = call.builder.choose
         groups = choose([1, 1, channels])
         out, kernel, stride = choose([2, 4]), choose([2, 3]), choose([2, 1])
         w = call.weight(1, (channels, out, *[kernel] * dimensions), channels // groups * kernel)
         b = call.bias(2, out * groups)
         ones = [1] * dimensions
-        return call.draft.call(
+        return call.builder.call(
             call.target, x, w, b, [stride] * dimensions, [choose([0, 1])] * dimensions, [0] * dimensions, groups, ones
         )
 
@@ -121,56 +121,56 @@ def _transposed(dimensions: int) -> Block:
 
 def _general_convolution(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
     x = call.data(0, rank=4)
-    channels, choose = call.draft.shape(x)[1], call.draft.choose
+    channels, choose = call.builder.shape(x)[1], call.builder.choose
     transposed, kernel, out = choose([False, True]), choose([3, 1]), choose([4, 2])
     sizes = (channels, out) if transposed else (out, channels)
     w = call.weight(1, (*sizes, kernel, kernel), channels * kernel**2)
     b = call.bias(2, out)
-    return call.draft.call(
+    return call.builder.call(
         call.target, x, w, b, [1, 1], [choose([0, 1]) if kernel > 1 else 0] * 2, [1, 1], transposed, [0, 0], 1
     )
 
 
 def _linear(call: Call, rank: int | None, shape: Shape | None) -> Ref:
-    x = call.data(0, rank=call.draft.choose([2, 3]) if rank is None else rank)
-    width = call.draft.shape(x)[-1]
-    out = shape[-1] if shape else call.draft.choose([4, 8, width, 32])
-    return call.draft.call(call.target, x, call.weight(1, (out, width), width), call.bias(2, out))
+    x = call.data(0, rank=call.builder.choose([2, 3]) if rank is None else rank)
+    width = call.builder.shape(x)[-1]
+    out = shape[-1] if shape else call.builder.choose([4, 8, width, 32])
+    return call.builder.call(call.target, x, call.weight(1, (out, width), width), call.bias(2, out))
 
 
 def _addmm(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
     x = call.data(1, rank=2)
-    width, out = call.draft.shape(x)[-1], call.draft.choose([4, 8])
-    return call.draft.call(call.target, call.weight(0, (out,), 4, "bias"), x, call.weight(2, (width, out), width))
+    width, out = call.builder.shape(x)[-1], call.builder.choose([4, 8])
+    return call.builder.call(call.target, call.weight(0, (out,), 4, "bias"), x, call.weight(2, (width, out), width))
 
 
 def _matmul(call: Call, rank: int | None, _shape: Shape | None) -> Ref:
     name = short_name(call.target)
-    x = call.data(0, rank={"mm": 2, "bmm": 3}.get(name, call.draft.choose([3, 2, 4]) if rank is None else rank))
-    *batch, _, width = call.draft.shape(x)
+    x = call.data(0, rank={"mm": 2, "bmm": 3}.get(name, call.builder.choose([3, 2, 4]) if rank is None else rank))
+    *batch, _, width = call.builder.shape(x)
     want = call.wanted(1)
     if isinstance(want, Arg) and want.constant:
-        return call.draft.call(call.target, x, call.weight(1, (width, call.draft.choose([4, 8])), width))
-    turned = call.draft.call(aten.transpose.int, x, -1, -2)
+        return call.builder.call(call.target, x, call.weight(1, (width, call.builder.choose([4, 8])), width))
+    turned = call.builder.call(aten.transpose.int, x, -1, -2)
     free = not isinstance(want, Op | Either)
-    other = turned if free and call.draft.choose([True, False]) else call.data(1, shape=(*batch, width, 4))
+    other = turned if free and call.builder.choose([True, False]) else call.data(1, shape=(*batch, width, 4))
     if isinstance(want, Arg):
         call.bound[want.name] = other
-    return call.draft.call(call.target, x, other)
+    return call.builder.call(call.target, x, other)
 
 
 def _binary(call: Call, rank: int | None, shape: Shape | None) -> Ref:
     if isinstance(call.wanted(0), Op | Either) or not isinstance(call.wanted(1), Op | Either):
         left = call.data(0, rank=rank, shape=shape)
-        if call.wanted(1) is None and call.draft.choose([False, False, True]):
-            return call.draft.call(call.target, left, call.draft.choose([2.0, 0.5, 1]))
-        right = call.data(1, shape=call.draft.shape(left))
+        if call.wanted(1) is None and call.builder.choose([False, False, True]):
+            return call.builder.call(call.target, left, call.builder.choose([2.0, 0.5, 1]))
+        right = call.data(1, shape=call.builder.shape(left))
     else:
         right = call.data(1, rank=rank, shape=shape)
-        left = call.data(0, shape=call.draft.shape(right))
+        left = call.data(0, shape=call.builder.shape(right))
     if short_name(call.target).startswith("div"):
-        right = call.draft.call(aten.add.Tensor, call.draft.call(aten.relu.default, right), 1.0)
-    return call.draft.call(call.target, left, right)
+        right = call.builder.call(aten.add.Tensor, call.builder.call(aten.relu.default, right), 1.0)
+    return call.builder.call(call.target, left, right)
 
 
 def _unary(*arguments: tuple[Any, ...]) -> Block:
@@ -178,72 +178,74 @@ def _unary(*arguments: tuple[Any, ...]) -> Block:
 
     def block(call: Call, rank: int | None, shape: Shape | None) -> Ref:
         x = call.data(0, rank=rank, shape=shape)
-        return call.draft.call(call.target, x, *call.draft.choose(arguments or ((),)))
+        return call.builder.call(call.target, x, *call.builder.choose(arguments or ((),)))
 
     return block
 
 
 def _pool(dimensions: int, *, adaptive: bool = False) -> Block:
     def block(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
-        x, choose = call.data(0, rank=dimensions + 2), call.draft.choose
+        x, choose = call.data(0, rank=dimensions + 2), call.builder.choose
         if adaptive:
-            return call.draft.call(call.target, x, choose([[1] * dimensions, [2] * dimensions]))
+            return call.builder.call(call.target, x, choose([[1] * dimensions, [2] * dimensions]))
         kernel = choose([2, 3])
         stride, padding = choose([2, 1, 3]), choose([0, 0, 1])
-        return call.draft.call(call.target, x, [kernel] * dimensions, [stride] * dimensions, [padding] * dimensions)
+        return call.builder.call(call.target, x, [kernel] * dimensions, [stride] * dimensions, [padding] * dimensions)
 
     return block
 
 
 def _mean(call: Call, rank: int | None, _shape: Shape | None) -> Ref:
     x = call.data(0, rank=4 if rank is None else rank)
-    dims = call.draft.choose([[2, 3], [-1, -2], [-1]]) if len(call.draft.shape(x)) > 3 else [-1]
-    return call.draft.call(call.target, x, dims, call.draft.choose([True, True, False]))
+    dims = call.builder.choose([[2, 3], [-1, -2], [-1]]) if len(call.builder.shape(x)) > 3 else [-1]
+    return call.builder.call(call.target, x, dims, call.builder.choose([True, True, False]))
 
 
 def _joined(call: Call, rank: int | None, shape: Shape | None) -> Ref:
     want = call.wanted(0)
-    first = call.draft.pick(rank=rank, shape=shape)
-    count = call.draft.choose([2, 2, 3, 1])
-    parts = [first, *(call.draft.pick(shape=call.draft.shape(first)) for _ in range(count - 1))]
+    first = call.builder.pick(rank=rank, shape=shape)
+    count = call.builder.choose([2, 2, 3, 1])
+    parts = [first, *(call.builder.pick(shape=call.builder.shape(first)) for _ in range(count - 1))]
     if isinstance(want, Arg):
         call.bound[want.name] = parts
-    return call.draft.call(call.target, parts, call.draft.choose([1, 0, -1]) if len(call.draft.shape(first)) > 1 else 0)
+    return call.builder.call(
+        call.target, parts, call.builder.choose([1, 0, -1]) if len(call.builder.shape(first)) > 1 else 0
+    )
 
 
 def _embedding(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
-    rows, width = 16, call.draft.choose([8, 4, 32])
-    indices = call.draft.input(call.draft.choose([(2, 4), (5,)]), rows)
-    return call.draft.call(call.target, call.weight(0, (rows, width), width), indices)
+    rows, width = 16, call.builder.choose([8, 4, 32])
+    indices = call.builder.input(call.builder.choose([(2, 4), (5,)]), rows)
+    return call.builder.call(call.target, call.weight(0, (rows, width), width), indices)
 
 
 def _embedding_bag(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
-    rows, width = 16, call.draft.choose([8, 32])
-    indices = call.draft.input((6,), rows)
-    offsets = call.draft.call(aten.arange.start_step, 0, 6, call.draft.choose([2, 3]), dtype=torch.int64)
-    bag = call.draft.call(
-        call.target, call.weight(0, (rows, width), width), indices, offsets, False, call.draft.choose([0, 1])
+    rows, width = 16, call.builder.choose([8, 32])
+    indices = call.builder.input((6,), rows)
+    offsets = call.builder.call(aten.arange.start_step, 0, 6, call.builder.choose([2, 3]), dtype=torch.int64)
+    bag = call.builder.call(
+        call.target, call.weight(0, (rows, width), width), indices, offsets, False, call.builder.choose([0, 1])
     )
-    return call.draft.call(operator.getitem, bag, 0)
+    return call.builder.call(operator.getitem, bag, 0)
 
 
 def _layer_norm(call: Call, rank: int | None, shape: Shape | None) -> Ref:
     x = call.data(0, rank=rank, shape=shape)
-    width = call.draft.shape(x)[-1]
-    return call.draft.call(call.target, x, [width], Weight((width,)), Weight((width,), role="bias"))
+    width = call.builder.shape(x)[-1]
+    return call.builder.call(call.target, x, [width], Weight((width,)), Weight((width,), role="bias"))
 
 
 def _moved(call: Call, rank: int | None, shape: Shape | None) -> Ref:
     ranks = MOVES[call.target].ranks
     if rank is not None and rank not in ranks:
         raise UnfitError
-    known = [len(call.draft.shape(ref)) for ref in call.draft.floats()]
+    known = [len(call.builder.shape(ref)) for ref in call.builder.floats()]
     ranks = (*[r for r in known[:2] if r in ranks], *ranks)
-    x = call.data(0, rank=rank if rank is not None else call.draft.choose(ranks), shape=shape)
-    if len(call.draft.shape(x)) not in MOVES[call.target].ranks:
+    x = call.data(0, rank=rank if rank is not None else call.builder.choose(ranks), shape=shape)
+    if len(call.builder.shape(x)) not in MOVES[call.target].ranks:
         raise UnfitError
-    arguments, keywords = MOVES[call.target].arguments(call.draft.shape(x), call.draft.choose)
-    return call.draft.call(call.target, x, *arguments, **keywords)
+    arguments, keywords = MOVES[call.target].arguments(call.builder.shape(x), call.builder.choose)
+    return call.builder.call(call.target, x, *arguments, **keywords)
 
 
 _BY_NAME: Mapping[str, Block] = {

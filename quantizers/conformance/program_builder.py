@@ -29,10 +29,10 @@ SHAPES: dict[int, tuple[Shape, ...]] = {
 
 
 class UnfitError(Exception):
-    """An op that cannot be called where it was tried; the draft is as it was before."""
+    """An op that cannot be called where it was tried; the builder is as it was before."""
 
 
-class Draft:
+class ProgramBuilder:
     """``choose`` picks one of a sequence of options."""
 
     def __init__(self, choose: Callable[[Sequence[Any]], Any]) -> None:

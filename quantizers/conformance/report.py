@@ -24,7 +24,7 @@ KINDS: Mapping[str, str] = {
     "shared across": "one scale on both sides of an op that changes the range of its values",
     "mismatched scales": "different scales on both sides of an op that only moves integers",
     "bias scale": "an integer bias whose scale is not that of the accumulator",
-    "island": "an op that is quantized on some sides only, so that it computes in float between quantize and dequantize",
+    "isolated": "an op that is quantized on some sides only, so that it computes in float between quantize and dequantize",
     "requantized": "a tensor that is quantized twice, with different numbers, between an op and its reader",
     "never reached": "a rule that applied to no graph",
     "not generated": "a rule for whose ops no graph could be written",

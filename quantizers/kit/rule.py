@@ -242,7 +242,7 @@ def _place(name: str, match: Match) -> EdgeOrNode:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenConfig:
     """The configuration of one node. ``setting``: what the user wrote; empty when nothing applies.
 
     ``explicit``: the setting names the node's op or module, so that ``None`` means "float" and not "nothing said".

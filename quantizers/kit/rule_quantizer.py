@@ -27,8 +27,8 @@ from quant2e.graph.mutation import WrittenInSight, written_in_sight
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quantizers.kit.behind_norms import as_if_folded
 from quantizers.kit.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
-from quantizers.kit.rule import Choice, Follow, Rule, parts
-from quantizers.kit.value_source import Provenance, Source, is_float
+from quantizers.kit.rule import ChosenConfig, Follow, Rule, parts
+from quantizers.kit.value_source import Source, ValueSources, is_float
 
 _ACTIVE = object()
 
@@ -55,9 +55,9 @@ class RuleQuantizer(Quantizer):
 
     # ------------------------------------------------------------ what subclasses may say
 
-    def choose(self, node: Node) -> Choice:
+    def choose(self, node: Node) -> ChosenConfig:
         """Which configuration a node has. `table` turns it into rules; a config of None leaves the node float."""
-        return Choice(_ACTIVE, "every node")
+        return ChosenConfig(_ACTIVE, "every node")
 
     def configs(self) -> Sequence[Any]:
         """The configurations that `choose` may answer with."""
@@ -126,15 +126,15 @@ class _Pass:
     quantizer: RuleQuantizer
     gm: GraphModule
     constants: Constants = field(default_factory=Constants)
-    provenance: Provenance = field(init=False)
-    choices: dict[Node, Choice] = field(init=False)
+    value_sources: ValueSources = field(init=False)
+    choices: dict[Node, ChosenConfig] = field(init=False)
     computed: set[Node] = field(default_factory=set)
     trials: Trials = field(default_factory=Trials)
     written: dict[Node, WrittenInSight] = field(init=False)
     following: frozenset[Any] = frozenset()
 
     def __post_init__(self) -> None:
-        self.provenance = Provenance(self.gm)
+        self.value_sources = ValueSources(self.gm)
         self.written = written_in_sight(self.gm.graph)
         calls = [node for node in self.gm.graph.nodes if node.op == "call_function"]
         self.choices = {node: self.quantizer.choose(node) for node in calls}
@@ -220,9 +220,9 @@ class _Pass:
                 continue
             if (reason := self._not_quantizable(node)) is not None:
                 return f"the output of '{node.name}' is {reason}"
-        source = self.provenance.source[match.root]
+        source = self.value_sources.source[match.root]
         if source is not Source.DATA and not rule.is_weight_only:
-            return self.provenance.objection(match.root) or "a constant, computed from parameters and buffers"
+            return self.value_sources.objection(match.root) or "a constant, computed from parameters and buffers"
         if (reason := self._operand_objection(rule, match)) is not None:
             return reason
         reasons = map(self.quantizer.objection_to_node, match.nodes)
@@ -244,7 +244,7 @@ class _Pass:
                     return f"operand '{name}' is {reason}"
                 if (written := self.written.get(producer)) is not None and consumer in written.consumers:
                     return f"operand '{name}' is written in place by '{written.writer.name}', where others see it"
-                if (reason := self.provenance.objection(producer)) is not None:
+                if (reason := self.value_sources.objection(producer)) is not None:
                     return f"operand '{name}' ('{producer.name}') is {reason}"
         return None
 
@@ -331,9 +331,9 @@ class _Pass:
         choice = self.choices[node]
         if choice.config is None:
             return f"set to float by {choice.setting}" if choice.explicit else "no configuration covers it"
-        source = self.provenance.source[node]
+        source = self.value_sources.source[node]
         if source is not Source.DATA:
-            return self.provenance.objection(node) or "a constant, computed from parameters and buffers"
+            return self.value_sources.objection(node) or "a constant, computed from parameters and buffers"
         nearest, own = self.trials.nearest(node), self.quantizer.objection_to_node(node)
         if own is not None and (nearest is None or nearest.outcome != MATCHED or nearest.reason == own):
             return own

@@ -21,7 +21,7 @@ from quant2e.annotation.pattern import short_name
 from quant2e.graph.dataflow import operand
 from quant2e.passes.fold_weights import is_quantize
 
-SENTINEL = 1e4
+MASK_VALUE = 1e4
 """Magnitude from which a literal or a buffer value stands for "never": BERT's old masks used -10000."""
 
 
@@ -83,7 +83,7 @@ _KEEPS_SENTINELS = frozenset(
 
 
 @dataclass(slots=True)
-class Provenance:
+class ValueSources:
     """The source of every tensor of a graph, and which tensors hold masking values. One walk over the graph."""
 
     gm: GraphModule
@@ -154,14 +154,14 @@ def _holds_tensor(node: Node) -> bool:
 
 
 def _is_sentinel(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) < SENTINEL
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) < MASK_VALUE
 
 
 def _has_sentinel(value: Tensor) -> bool:
     if not value.is_floating_point() or value.numel() == 0:
         return False
     largest = value.detach().abs().amax().item()
-    return not math.isfinite(largest) or largest >= SENTINEL
+    return not math.isfinite(largest) or largest >= MASK_VALUE
 
 
 def literal(node: Node, name: int | str) -> Any:

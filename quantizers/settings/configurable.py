@@ -17,7 +17,7 @@ from quant2e.annotation.pattern import Match
 from quant2e.annotation.specs import QuantizationAnnotation, QuantizationSpec, group_size_of
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
-from quantizers.kit.rule import Choice, Rule
+from quantizers.kit.rule import ChosenConfig, Rule
 from quantizers.kit.rule_quantizer import RuleQuantizer
 from quantizers.rewrites.matmul_to_linear import products_as_linear
 from quantizers.settings.diagnostics import Coverage
@@ -168,7 +168,7 @@ class ConfigurableQuantizer(RuleQuantizer):
             products_as_linear(model, lambda node: self.choose(node).config is not None)
         return model
 
-    def choose(self, node: Node) -> Choice:
+    def choose(self, node: Node) -> ChosenConfig:
         return self._settings.choose(node)
 
     def configs(self) -> Sequence[Any]:

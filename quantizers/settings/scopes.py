@@ -26,7 +26,7 @@ from typing import Any
 from torch.fx import Node
 
 from quant2e.errors import AnnotationError, where
-from quantizers.kit.rule import Choice
+from quantizers.kit.rule import ChosenConfig
 from quantizers.settings.module_names import (
     enclosing_paths,
     module_stack,
@@ -242,14 +242,14 @@ class Settings:
                 distinct.append(config)
         return distinct
 
-    def choose(self, node: Node) -> Choice:
+    def choose(self, node: Node) -> ChosenConfig:
         """The configuration of ``node``."""
         if self.only is not None and not ask(self.only, node):
-            return Choice(None, "the filter function, which answers False", explicit=True)
+            return ChosenConfig(None, "the filter function, which answers False", explicit=True)
         scope = next((scope for _, scope in self.ranked(node)), None)
         if scope is None or (scope.level is Level.EVERYTHING and self.made[scope] is None):
-            return Choice(None)
-        return Choice(self.made[scope], str(scope), explicit=scope.level is not Level.EVERYTHING)
+            return ChosenConfig(None)
+        return ChosenConfig(self.made[scope], str(scope), explicit=scope.level is not Level.EVERYTHING)
 
     def ranked(self, node: Node) -> list[tuple[tuple[Level, Closeness], Scope]]:
         """The scopes that a node is in, the one that applies first, each with how close it is."""

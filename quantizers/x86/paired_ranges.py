@@ -23,7 +23,7 @@ from torch.fx import Node
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import EdgeOrNode
 from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
-from quant2e.ranges.qparams import Grid, quantize_per_channel
+from quant2e.ranges.qparams import NumberFormat, quantize_per_channel
 from quant2e.ranges.quantization_error import expected, filling
 from quant2e.ranges.search import mse
 
@@ -127,14 +127,14 @@ class AgreedHistogramObserver(HistogramObserver):
     agreement: Agreement | None = None
 
     @property
-    def grid(self) -> Grid:
+    def grid(self) -> NumberFormat:
         """The integers in use; all of the spec's where nothing was agreed on."""
         if self.agreement is None:
             return self._grid
         return replace(self._grid, quant_max=self.agreement.top(), custom_range=True)
 
     @grid.setter
-    def grid(self, value: Grid) -> None:
+    def grid(self, value: NumberFormat) -> None:
         self._grid = value
 
     @property

@@ -23,7 +23,7 @@ from quantizers.kit.families import MOVES, linear
 from quantizers.kit.float_regions import float_tail, stands_between_float_ops
 from quantizers.kit.observers import weight_observer
 from quantizers.kit.rule import Rule
-from quantizers.kit.value_source import SENTINEL, Provenance, Source
+from quantizers.kit.value_source import MASK_VALUE, Source, ValueSources
 from quantizers.rewrites.clamps import clamps_as_fused
 from quantizers.rewrites.scalars import WITH_NUMBERS, scalars_as_tensors
 from quantizers.settings.configurable import ConfigurableQuantizer
@@ -166,7 +166,7 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
         """Spell products as linear, numbers as tensors, and clamps as the delegate fuses them; no value changes."""
         model = super().transform_for_annotation(model)
         self._look(model)
-        provenance = Provenance(model)
+        value_sources = ValueSources(model)
 
         def is_static(node: Node) -> bool:
             config = self.choose(node).config
@@ -176,10 +176,10 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
             number = operand(node, 1)
             return (
                 is_static(node)
-                and provenance.source[node] is Source.DATA
-                and provenance.objection(node) is None
+                and value_sources.source[node] is Source.DATA
+                and value_sources.objection(node) is None
                 and isinstance(number, int | float)
-                and abs(number) < SENTINEL
+                and abs(number) < MASK_VALUE
                 and node.name not in self._whole
                 and self._is_worth_it(node)
             )

@@ -15,7 +15,7 @@ from quant2e.errors import CalibrationError, CaptureError, Quant2eError
 from quant2e.graph.capture import capture
 from quant2e.pipeline import quantize
 from quant2e.ranges.sqnr import sqnr_db
-from quant2e.report.float_ops import count_macs, survey
+from quant2e.report.float_ops import count_macs, list_float_ops
 from quant2e.report.report import DYNAMIC as DYNAMIC_KIND
 from quant2e.report.report import FLOAT, FOLDED, STATIC, WEIGHT_ONLY, Report
 from tests.quant2e.annotators import ACT, DYNAMIC, NOTHING, WEIGHT, aten, on, products
@@ -141,7 +141,7 @@ def test_an_exported_program_and_a_captured_graph():
     ]
     for other in results[1:]:
         assert torch.equal(other(x), results[0](x))
-        assert other.recipe == results[0].recipe
+        assert other.encodings == results[0].encodings
 
 
 def test_the_model_is_untouched():
@@ -364,7 +364,7 @@ def test_multiply_accumulates(name):
         def forward(self, x):
             return function(x)
 
-    assert sum(op.macs for op in survey(capture(Wrapped().eval(), torch.randn(shape)))) == wanted
+    assert sum(op.macs for op in list_float_ops(capture(Wrapped().eval(), torch.randn(shape)))) == wanted
 
 
 def test_multiply_accumulates_of_dynamic_shapes_are_those_of_the_example():

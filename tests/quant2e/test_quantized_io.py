@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant2e import (
-    Boundary,
     CaptureError,
     FileFormatError,
     Port,
     Quant2eError,
-    boundary_of,
+    QuantizedIO,
     calibrate,
     capture,
     convert_pt2e,
-    integer_boundary,
     load,
     prepare_pt2e,
     quantize,
+    quantized_io_of,
+    with_quantized_io,
 )
 from quant2e.convert.legality import problems
 from quantizers import X86InductorQuantizer, XNNPACKQuantizer, get_default_x86_inductor_quantization_config
@@ -34,10 +34,10 @@ def static():
 
 
 def both(model, example, quantizer=None, **kwargs):
-    """The same quantization with a float and with an integer boundary."""
+    """The same quantization with a float and with an integer quantized_io."""
     torch.manual_seed(0)
     made = [
-        quantize(model.eval(), example, quantizer or static(), [example], int8_boundary=flag, **kwargs)
+        quantize(model.eval(), example, quantizer or static(), [example], int8_io=flag, **kwargs)
         for flag in (False, True)
     ]
     return tuple(made)
@@ -45,7 +45,7 @@ def both(model, example, quantizer=None, **kwargs):
 
 def test_integers_in_and_out_are_those_the_float_model_would_use():
     floats, integers = both(Residual(), IMAGE)
-    (x,), (y,) = integers.boundary.inputs, integers.boundary.outputs
+    (x,), (y,) = integers.quantized_io.inputs, integers.quantized_io.outputs
     assert (x.name, x.index, x.dtype, y.name, y.index, y.dtype) == ("x", 0, torch.int8, "output", 0, torch.int8)
     q = x.quantize(IMAGE[0])
     assert torch.equal(integers.example_inputs[0], q)
@@ -55,22 +55,22 @@ def test_integers_in_and_out_are_those_the_float_model_would_use():
     assert integers.report.sqnr_db == floats.report.sqnr_db
     assert [n for n in integers.report.notes if "scale" in n] == [f"input {x}", f"output {y}"]
     assert problems(integers.module) == []
-    assert not floats.boundary
-    assert boundary_of(floats.module) == Boundary()
+    assert not floats.quantized_io
+    assert quantized_io_of(floats.module) == QuantizedIO()
 
 
 def test_it_saves_and_loads_with_its_parameters(tmp_path):
     _, integers = both(Residual(), IMAGE)
     integers.save(tmp_path / "m.pt2")
     again = load(tmp_path / "m.pt2")
-    assert again.boundary == integers.boundary
+    assert again.quantized_io == integers.quantized_io
     assert torch.equal(again(*integers.example_inputs), integers(*integers.example_inputs))
     again.save(tmp_path / "n.pt2")
-    assert load(tmp_path / "n.pt2").boundary == integers.boundary
+    assert load(tmp_path / "n.pt2").quantized_io == integers.quantized_io
     with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
         name = next(n for n in archive.namelist() if n.endswith("quant2e.json"))
         record = json.loads(archive.read(name))["boundary"]
-    (x,) = integers.boundary.inputs
+    (x,) = integers.quantized_io.inputs
     assert record["inputs"] == [
         {"name": "x", "index": 0, "scale": x.scale, "zero_point": x.zero_point, "quant_min": -128, "quant_max": 127,
          "dtype": "int8", "float_dtype": "float32"}
@@ -81,7 +81,7 @@ def test_the_integer_representation_takes_and_returns_integers_too():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1))
     _, qdq = both(model, IMAGE)
     _, integer = both(model, IMAGE, use_reference_representation=True)
-    assert integer.boundary == qdq.boundary
+    assert integer.quantized_io == qdq.quantized_io
     assert not any("quantized_decomposed" in str(n.target) for n in integer.module.graph.nodes)
     assert torch.equal(integer(*qdq.example_inputs), qdq(*qdq.example_inputs))
 
@@ -93,9 +93,9 @@ def test_names_lead_through_nested_inputs_and_outputs():
     )
     example = (torch.randn(4, 8), {"n": torch.arange(3), "p": torch.randn(2, 8)})
     floats, integers = both(model, example)
-    assert [port.name for port in integers.boundary.inputs] == ["inputs_0", "inputs_1['p']"]
-    assert [port.name for port in integers.boundary.outputs] == ["output['a']", "output['b'][0]"]
-    wanted, got = floats(*example), integers.boundary.dequantize_outputs(integers(*integers.example_inputs))
+    assert [port.name for port in integers.quantized_io.inputs] == ["inputs_0", "inputs_1['p']"]
+    assert [port.name for port in integers.quantized_io.outputs] == ["output['a']", "output['b'][0]"]
+    wanted, got = floats(*example), integers.quantized_io.dequantize_outputs(integers(*integers.example_inputs))
     assert torch.equal(got["a"], wanted["a"])
     assert torch.equal(got["b"][0], wanted["b"][0])
     assert torch.equal(got["b"][1], wanted["b"][1])
@@ -114,10 +114,10 @@ def test_keyword_inputs():
     gm = prepare_pt2e(capture(Keywords().eval(), (a,), {"b": b}), static())
     gm(a, b=b)
     qdq = convert_pt2e(gm)
-    integers = integer_boundary(qdq)
-    args, kwargs = boundary_of(integers).quantize_inputs(integers.inputs, (a,), {"b": b})
+    integers = with_quantized_io(qdq)
+    args, kwargs = quantized_io_of(integers).quantize_inputs(integers.inputs, (a,), {"b": b})
     assert kwargs["b"].dtype == torch.int8
-    assert torch.equal(boundary_of(integers).dequantize_outputs(integers(*args, **kwargs)), qdq(a, b=b))
+    assert torch.equal(quantized_io_of(integers).dequantize_outputs(integers(*args, **kwargs)), qdq(a, b=b))
 
 
 def test_what_computes_in_float_keeps_its_boundary_float_and_says_so():
@@ -126,8 +126,8 @@ def test_what_computes_in_float_keeps_its_boundary_float_and_says_so():
         l=nn.Linear(8, 4),
     )
     _, integers = both(model, (torch.randn(4, 8), torch.randn(3)))
-    assert [port.name for port in integers.boundary.inputs] == ["inputs_0"]
-    assert integers.boundary.floats == {
+    assert [port.name for port in integers.quantized_io.inputs] == ["inputs_0"]
+    assert integers.quantized_io.floats == {
         "input inputs_1": "no op that reads it is quantized",
         "output[1]": "'softmax' computes it in float",
         "output[2]": "'exp' computes it in float",
@@ -153,8 +153,8 @@ def test_a_call_with_floats_is_refused_in_words():
 def test_unsigned_boundaries():
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     floats, integers = both(nn.Conv2d(3, 4, 3), IMAGE, quantizer)
-    assert integers.boundary.inputs[0].dtype == torch.uint8
-    assert integers.boundary.outputs == ()
+    assert integers.quantized_io.inputs[0].dtype == torch.uint8
+    assert integers.quantized_io.outputs == ()
     assert torch.equal(integers(*integers.example_inputs), floats(*IMAGE))
 
 
@@ -162,12 +162,12 @@ def test_step_by_step_leaves_the_converted_graph_as_it_was():
     gm = prepare_pt2e(capture(nn.Linear(8, 4).eval(), ROWS), static())
     converted = convert_pt2e(calibrate(gm, [ROWS]))
     code = converted.code
-    integers = integer_boundary(converted)
+    integers = with_quantized_io(converted)
     assert converted.code == code
     assert converted(*ROWS).dtype == torch.float32
-    assert integers(boundary_of(integers).inputs[0].quantize(ROWS[0])).dtype == torch.int8
+    assert integers(quantized_io_of(integers).inputs[0].quantize(ROWS[0])).dtype == torch.int8
     with pytest.raises(Quant2eError, match="takes and returns integers already"):
-        integer_boundary(integers)
+        with_quantized_io(integers)
 
 
 @pytest.mark.parametrize(
@@ -181,15 +181,15 @@ def test_nothing_to_open_is_an_error_that_says_why(model, why):
     dynamic = XNNPACKQuantizer().set_global(config(is_per_channel=True, is_dynamic=True))
     converted = convert_pt2e(prepare_pt2e(capture(model.eval(), ROWS), dynamic))
     with pytest.raises(Quant2eError, match=f"no input and no output of this graph can carry integers .*{why}"):
-        integer_boundary(converted)
+        with_quantized_io(converted)
 
 
 def test_varying_sizes():
     shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     floats, integers = both(nn.Sequential(nn.Linear(8, 4), nn.ReLU()), ROWS, dynamic_shapes=shapes)
     x = torch.randn(7, 8)
-    q = integers(integers.boundary.inputs[0].quantize(x))
-    assert torch.equal(integers.boundary.outputs[0].dequantize(q), floats(x))
+    q = integers(integers.quantized_io.inputs[0].quantize(x))
+    assert torch.equal(integers.quantized_io.outputs[0].dequantize(q), floats(x))
 
 
 def test_half_precision_models_say_what_their_integers_stand_for():
@@ -198,11 +198,11 @@ def test_half_precision_models_say_what_their_integers_stand_for():
     q = port.quantize(torch.tensor([0.0, 1.0, 100.0], dtype=torch.float16))
     assert q.tolist() == [1, 3, 127]
     assert torch.equal(port.dequantize(q), torch.tensor([0.0, 1.0, 63.0], dtype=torch.float16))
-    assert Boundary.from_dict(Boundary((port,), ()).as_dict()).inputs == (port,)
+    assert QuantizedIO.from_dict(QuantizedIO((port,), ()).as_dict()).inputs == (port,)
 
 
 def test_a_damaged_record_is_refused():
     with pytest.raises(FileFormatError, match="integer inputs and outputs is damaged"):
-        Boundary.from_dict(
+        QuantizedIO.from_dict(
             {"inputs": [{"name": "x", "dtype": "int9", "float_dtype": "float32"}], "outputs": [], "floats": {}}
         )

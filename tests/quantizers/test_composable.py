@@ -14,7 +14,7 @@ from torch import nn
 from quant2e import AnnotationError, Quantizer, capture, convert_pt2e, prepare_pt2e, prepare_qat_pt2e, quantize
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
 from quant2e.observers.fake_quant import FakeQuantizeBase
-from quant2e.report.record import LEDGER
+from quant2e.report.record import RECORD_KEY
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,
@@ -291,7 +291,7 @@ def test_training_static_dynamic_and_weight_only_in_one_graph():
     assert len(trains) == 3  # input, weight and output of the third linear
     prepared(*ids).sum().backward()
     converted = convert_pt2e(prepared.eval())
-    kinds = {v.op.name: v.kind for v in converted.meta[LEDGER].report.verdicts}
+    kinds = {v.op.name: v.kind for v in converted.meta[RECORD_KEY].report.verdicts}
     assert kinds == {
         "embedding": "weight-only", "linear": "dynamic", "linear_1": "static", "linear_2": "static",
         "tanh": "float", "tanh_1": "float",

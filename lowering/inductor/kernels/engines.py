@@ -174,7 +174,7 @@ ENGINES: tuple[Engine, ...] = (OneDnn(), FewRows(), Float())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
+class KernelChoice:
     """The engine for one op. ``seconds``: what each engine took, empty where nothing was measured."""
 
     engine: str
@@ -232,10 +232,10 @@ def timed(engines: Sequence[Engine], product: Product) -> dict[str, float]:
     return best
 
 
-_KNOWN: dict[tuple[Product, tuple[Engine, ...]], Choice] = {}
+_KNOWN: dict[tuple[Product, tuple[Engine, ...]], KernelChoice] = {}
 
 
-def fastest(product: Product, engines: Sequence[Engine] = ENGINES) -> Choice:
+def fastest(product: Product, engines: Sequence[Engine] = ENGINES) -> KernelChoice:
     """The engine to compute ``product`` with, on this machine.
 
     The first engine, unless another takes at most `LEAST_RATIO` of its time and saves `LEAST_GAIN`. Each shape is
@@ -248,5 +248,5 @@ def fastest(product: Product, engines: Sequence[Engine] = ENGINES) -> Choice:
         best = min(seconds, key=lambda name: seconds[name])
         gain = seconds[preferred] - seconds[best]
         clear = gain >= max(LEAST_GAIN, seconds[preferred] * (1 - LEAST_RATIO))
-        _KNOWN[key] = Choice(engine=best if clear else preferred, product=product, seconds=seconds)
+        _KNOWN[key] = KernelChoice(engine=best if clear else preferred, product=product, seconds=seconds)
     return _KNOWN[key]

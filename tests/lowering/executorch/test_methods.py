@@ -1,11 +1,11 @@
-"""Programs with integers at the boundary, and programs with several methods."""
+"""Programs with integer inputs and outputs, and programs with several methods."""
 
 import pytest
 import torch
 from torch import nn
 
 from lowering import to_executorch
-from quant2e import integer_boundary
+from quant2e import with_quantized_io
 from quant2e.errors import LoweringError
 from tests.lowering.graphs import Cnn, Weight, on_grid
 
@@ -28,7 +28,7 @@ def in_runtime(program, method, *inputs):
 
 def test_integers_in_and_out_with_published_parameters():
     floats = capture(Cnn(), IMAGE)
-    graph = integer_boundary(floats)
+    graph = with_quantized_io(floats)
     port = graph.meta["quantized_boundary"].inputs[0]
     program = to_executorch(graph, (port.quantize(IMAGE),))
     (partition,) = program.report.partitions
@@ -58,13 +58,13 @@ def test_integers_in_and_out_with_published_parameters():
 
 
 def test_a_boundary_is_read_from_a_graph_that_says_nothing_about_it():
-    graph = integer_boundary(capture(Cnn(), IMAGE))
+    graph = with_quantized_io(capture(Cnn(), IMAGE))
     q = graph.meta["quantized_boundary"].inputs[0].quantize(IMAGE)
     program = to_executorch(torch.export.export(graph, (q,)).module(), (q,))
     assert program.constants["forward_input0_scale"] == 0.03
     assert program.constants["forward_output0_zp"] == 0
     (method,) = program.methods.values()
-    assert [port.index for port in method.boundary.outputs] == [0]
+    assert [port.index for port in method.quantized_io.outputs] == [0]
 
 
 class Half(nn.Module):

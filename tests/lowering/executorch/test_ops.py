@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowering import to_executorch
-from lowering.executorch.xnnpack.legalize import EXACT, canonicalise
+from lowering.executorch.xnnpack.legalize import EXACT, legalize
 from tests.lowering.graphs import Weight, on_grid
 
 pytest.importorskip("executorch")
@@ -82,7 +82,7 @@ def test_rewrites_keep_the_result(name):
     fn = Fn(OPS[name])
     exported = torch.export.export(fn, (IMAGE, TOKENS), strict=False).run_decompositions({})
     module = exported.module()
-    assert canonicalise(module, EXACT), f"{name} is left as it is"
+    assert legalize(module, EXACT), f"{name} is left as it is"
     expected = fn(IMAGE, TOKENS)
     torch.testing.assert_close(module(IMAGE, TOKENS), expected, rtol=2e-5, atol=2e-5)
 
@@ -102,7 +102,7 @@ def test_what_has_a_kernel_or_no_equivalent_is_left_alone(op):
     exported = torch.export.export(Fn(op), (IMAGE, TOKENS), strict=False)
     module = exported.module()
     before = [node.target for node in module.graph.nodes]
-    assert canonicalise(module, EXACT) == {}
+    assert legalize(module, EXACT) == {}
     assert [node.target for node in module.graph.nodes] == before
 
 
@@ -137,7 +137,7 @@ def test_fused_projections_come_apart_where_a_size_is_dynamic(way, quantized):
     x, fused = torch.randn(2, 5, 8), Fused(way, quantized)
     length = torch.export.Dim("length", min=2, max=9)
     module = torch.export.export(fused, (x,), dynamic_shapes=({1: length},), strict=False).module()
-    assert canonicalise(module, EXACT)["split_projections"] == 3
+    assert legalize(module, EXACT)["split_projections"] == 3
     names = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
     assert names.count("aten.linear.default") == 3
     assert not any("slice" in name or "select" in name for name in names)
@@ -145,7 +145,7 @@ def test_fused_projections_come_apart_where_a_size_is_dynamic(way, quantized):
         y = torch.randn(2, size, 8)
         torch.testing.assert_close(module(y), fused(y))
     still = torch.export.export(fused, (x,), strict=False).module()
-    assert "split_projections" not in canonicalise(still, EXACT)
+    assert "split_projections" not in legalize(still, EXACT)
 
 
 def test_a_quantized_split_stays_between_integers():

@@ -10,7 +10,7 @@ from torch import nn
 from lowering import to_inductor
 from lowering.inductor.kernel_selection import choose, product_of
 from lowering.inductor.kernels import engines
-from lowering.inductor.kernels.engines import ENGINES, Choice, Product, fastest
+from lowering.inductor.kernels.engines import ENGINES, KernelChoice, Product, fastest
 from lowering.inductor.report import Kernel, build_report
 from lowering.inductor.rewrites.graph import private_copy
 from quant2e.errors import LoweringError
@@ -211,7 +211,7 @@ def timed_report(*times, chosen="onednn"):
     names = [node.name for node in model.graph.nodes if "linear" in str(node.target)]
     product = Product(x=(2, 16), weight=(16, 16))
     choices = {
-        name: Choice(engine=chosen, product=product, seconds=dict(zip(("onednn", "float"), each or ())))  # noqa: B905
+        name: KernelChoice(engine=chosen, product=product, seconds=dict(zip(("onednn", "float"), each or ())))  # noqa: B905
         for name, each in zip(names, times, strict=True)
     }
     kernels = [Kernel("onednn.qlinear", name) for name in names if chosen == "onednn"]
@@ -240,7 +240,7 @@ def test_a_program_that_is_slower_than_float_is_flagged(times, chosen, note):
 @pytest.mark.inductor
 def test_the_report_has_the_choice_and_its_times(monkeypatch):
     def slow(product, candidates):
-        return Choice(engine="float", product=product, seconds={"onednn": 2e-3, "float": 1e-3})
+        return KernelChoice(engine="float", product=product, seconds={"onednn": 2e-3, "float": 1e-3})
 
     monkeypatch.setattr("lowering.inductor.kernel_selection.fastest", slow)
     monkeypatch.setattr("lowering.inductor.guard.adds_in_16_bits", lambda: False)  # on every machine

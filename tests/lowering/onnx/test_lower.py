@@ -118,8 +118,8 @@ def test_a_table_and_a_weight_that_is_used_twice(tmp_path, name):
 
 def test_integers_at_the_boundary(tmp_path):
     """int8 in and out, with parameters in the file; the ops at both ends compute on integers too."""
-    result, program = lowered(tmp_path, Residual(), IMAGE, xnnpack(), int8_boundary=True)
-    (x,), (y,) = result.boundary.inputs, result.boundary.outputs
+    result, program = lowered(tmp_path, Residual(), IMAGE, xnnpack(), int8_io=True)
+    (x,), (y,) = result.quantized_io.inputs, result.quantized_io.outputs
     model = onnx.load(program.path)
     int8 = onnx.TensorProto.INT8
     assert [v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)] == [int8, int8]

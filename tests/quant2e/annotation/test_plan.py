@@ -1,4 +1,4 @@
-"""Which points share parameters: `resolve` against golden plans, a brute-force reading of its definition, and torchao."""
+"""Which points share parameters: `resolve_plan` against golden plans, a brute-force reading of its definition, and torchao."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.fx import Graph, GraphModule
 
-from quant2e.annotation.plan import DerivedFrom, Edge, Ignored, Output, Plan, SharedWith, resolve, same_numbers
+from quant2e.annotation.plan import DerivedFrom, Edge, Ignored, Output, Plan, SharedWith, resolve_plan, same_numbers
 from quant2e.annotation.specs import FixedQParamsQuantizationSpec, QuantizationSpec
 from quant2e.errors import PlanError
 
@@ -72,17 +72,17 @@ TABLE = {
 @pytest.mark.parametrize("name", TABLE)
 def test_partition(name):
     specs, implicit, groups = TABLE[name]
-    assert partition(resolve(specs, set(implicit))) == {frozenset(g) for g in groups}
+    assert partition(resolve_plan(specs, set(implicit))) == {frozenset(g) for g in groups}
 
 
 def test_first_plain_spec_in_graph_order_wins():
-    assert resolve({X: INT8, XA: INT8_AGAIN}, {"a"}).groups[0].spec is INT8
-    assert resolve({XA: INT8_AGAIN, X: INT8}, {"a"}).groups[0].spec is INT8_AGAIN
-    assert resolve({Y: SharedWith(XA), XA: INT8_AGAIN}, set()).groups[0].spec is INT8_AGAIN
+    assert resolve_plan({X: INT8, XA: INT8_AGAIN}, {"a"}).groups[0].spec is INT8
+    assert resolve_plan({XA: INT8_AGAIN, X: INT8}, {"a"}).groups[0].spec is INT8_AGAIN
+    assert resolve_plan({Y: SharedWith(XA), XA: INT8_AGAIN}, set()).groups[0].spec is INT8_AGAIN
 
 
 def test_group_of_and_contains():
-    plan = resolve({X: INT8, XA: INT8, YA: UINT8, Z: None}, {"a"}, (Ignored(Edge("i", "a"), "a long tensor"),))
+    plan = resolve_plan({X: INT8, XA: INT8, YA: UINT8, Z: None}, {"a"}, (Ignored(Edge("i", "a"), "a long tensor"),))
     assert [plan.group_of(p) for p in (X, XA, YA, Z)] == [0, 0, 1, None]
     assert X in plan
     assert Z not in plan
@@ -108,7 +108,7 @@ def test_golden(golden):
         Edge("sigmoid", "mul"): None,
     }
     ignored = (Ignored(Edge("ids", "embedding"), "a int64 tensor, not a float one"),)
-    golden("plans/cat_cat", str(resolve(specs, {"conv", "cat1", "cat2", "linear"}, ignored)))
+    golden("plans/cat_cat", str(resolve_plan(specs, {"conv", "cat1", "cat2", "linear"}, ignored)))
 
 
 # --------------------------------------------------------------------------------------------------------- the errors
@@ -139,14 +139,14 @@ ERRORS = {
 def test_error_prints_the_chain(name):
     specs, message = ERRORS[name]
     with pytest.raises(PlanError) as caught:
-        resolve(specs, set())
+        resolve_plan(specs, set())
     assert message in str(caught.value)
 
 
 def test_errors_do_not_depend_on_order():
     for specs, _ in ERRORS.values():
         with pytest.raises(PlanError):
-            resolve(dict(reversed(specs.items())), set())
+            resolve_plan(dict(reversed(specs.items())), set())
 
 
 # ------------------------------------------------------------------------------------------------------ long and wide
@@ -156,7 +156,7 @@ def test_long_chains_of_shares():
     n = 10_000
     forward = {Output(f"n{i}"): SharedWith(Output(f"n{i + 1}")) for i in range(n)} | {Output(f"n{n}"): INT8}
     for specs in (forward, dict(reversed(forward.items()))):
-        plan = resolve(specs, set())
+        plan = resolve_plan(specs, set())
         assert len(plan.groups) == 1
         assert len(plan.groups[0].points) == n + 1
 
@@ -165,21 +165,21 @@ def test_long_chains_of_derivations():
     n = 10_000
     forward = {Output(f"n{i}"): derived(Output(f"n{i + 1}")) for i in range(n)} | {Output(f"n{n}"): INT8}
     for specs in (forward, dict(reversed(forward.items()))):
-        assert len(resolve(specs, set()).groups) == n + 1
+        assert len(resolve_plan(specs, set()).groups) == n + 1
 
 
 def test_long_cycles():
     n = 10_000
     for link in (SharedWith, derived):
         with pytest.raises(PlanError, match="form a cycle"):
-            resolve({Output(f"n{i}"): link(Output(f"n{(i + 1) % n}")) for i in range(n)}, set())
+            resolve_plan({Output(f"n{i}"): link(Output(f"n{(i + 1) % n}")) for i in range(n)}, set())
 
 
 @pytest.mark.parametrize("spec", [INT8, None, derived(Y)], ids=["plain", "float", "derived"])
 def test_one_tensor_with_many_uses_is_linear(spec):
     n = 20_000
     specs = {Y: INT8} | {Edge("x", f"c{i}"): spec for i in range(n)}
-    groups = resolve(specs, {f"c{i}" for i in range(n)}).groups
+    groups = resolve_plan(specs, {f"c{i}" for i in range(n)}).groups
     assert len(groups) == {INT8: 2, None: 1}.get(spec if spec in (INT8, None) else "derived", n + 1)
 
 
@@ -246,7 +246,7 @@ def brute_force(specs, implicit):
 @settings(max_examples=300, deadline=None)
 def test_resolve_is_its_definition(case):
     specs, implicit = case
-    assert partition(resolve(specs, implicit)) == brute_force(specs, implicit)
+    assert partition(resolve_plan(specs, implicit)) == brute_force(specs, implicit)
 
 
 @given(annotated(), st.randoms(use_true_random=False))
@@ -255,7 +255,7 @@ def test_resolve_is_free_of_order(case, rng):
     specs, implicit = case
     shuffled = list(specs.items())
     rng.shuffle(shuffled)
-    one, other = resolve(specs, implicit), resolve(dict(shuffled), implicit)
+    one, other = resolve_plan(specs, implicit), resolve_plan(dict(shuffled), implicit)
     assert partition(one) == partition(other)
     for group in one.groups:
         again = other.groups[other.group_of(group.points[0])]
@@ -266,7 +266,7 @@ def test_resolve_is_free_of_order(case, rng):
 @settings(max_examples=100, deadline=None)
 def test_every_quantized_point_is_in_exactly_one_group(case):
     specs, implicit = case
-    plan = resolve(specs, implicit)
+    plan = resolve_plan(specs, implicit)
     members = [p for group in plan.groups for p in group.points]
     assert len(members) == len(set(members))
     for point in specs:
@@ -357,4 +357,4 @@ def test_groups_are_those_of_torchao_where_it_has_an_answer(case):
     theirs = {}
     for point in specs:
         theirs.setdefault(groups[place[point]], set()).add(point)
-    assert partition(resolve(specs, willing)) == {frozenset(members) for members in theirs.values()}
+    assert partition(resolve_plan(specs, willing)) == {frozenset(members) for members in theirs.values()}

@@ -46,17 +46,17 @@ def test_without_asking_all_data_is_used(prepared):
 
 
 def test_settled_ranges_end_it(prepared):
-    assert run(prepared, itertools.repeat(torch.ones(1, 4)), settled=0.0) == LOOK_EVERY * (CALM_LOOKS + 1)
+    assert run(prepared, itertools.repeat(torch.ones(1, 4)), range_tolerance=0.0) == LOOK_EVERY * (CALM_LOOKS + 1)
 
 
 def test_growing_ranges_do_not(prepared):
     growing = [torch.full((1, 4), 1.05**i) for i in range(100)]
-    assert run(prepared, growing, settled=0.01) == 100
+    assert run(prepared, growing, range_tolerance=0.01) == 100
 
 
 def test_small_growth_is_tolerated(prepared):
     growing = (torch.full((1, 4), 1 + i * 1e-5) for i in itertools.count())
-    assert run(prepared, growing, settled=0.01) == LOOK_EVERY * (CALM_LOOKS + 1)
+    assert run(prepared, growing, range_tolerance=0.01) == LOOK_EVERY * (CALM_LOOKS + 1)
 
 
 def test_a_time_budget(prepared):
@@ -67,7 +67,11 @@ def test_a_time_budget(prepared):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"seconds": 0}, "seconds=0"), ({"settled": 1}, "settled=1"), ({"settled": -0.1}, "settled=-0.1")],
+    [
+        ({"seconds": 0}, "seconds=0"),
+        ({"range_tolerance": 1}, "range_tolerance=1"),
+        ({"range_tolerance": -0.1}, "range_tolerance=-0.1"),
+    ],
 )
 def test_wrong_options_are_refused(prepared, options, message):
     with pytest.raises(CalibrationError, match=message):

@@ -5,7 +5,7 @@ from torch import nn
 import quant2e
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
-from quant2e.calibration.range_selection import CANDIDATES, Race, collapsed, race
+from quant2e.calibration.range_selection import CANDIDATES, RangeChoice, collapsed, select_ranges
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, CaptureError
 from quant2e.observers.measuring import HistogramObserver, default_per_channel_weight_observer
@@ -74,11 +74,11 @@ def output_error(model, prepared, x):
 def test_the_winner_has_the_smallest_output_error(columns):
     model, held = reader(columns), outliers(1, seed=9)[0]
     prepared = calibrated(model, outliers(), bits=4)
-    (found,) = race(prepared, [held])
+    (found,) = select_ranges(prepared, [held])
     assert chosen(prepared) == [found.winner[0]]
     measured = {}
     for method, percentile in CANDIDATES:
-        measured[method] = output_error(model, quant2e.resolve(prepared, method=method, percentile=percentile), held)
+        measured[method] = output_error(model, quant2e.rederive(prepared, method=method, percentile=percentile), held)
     assert measured[found.winner[0]] == min(measured.values())
     assert found.errors[found.winner] == min(found.errors.values())
     if columns == "last":  # large values that matter must not be clipped
@@ -88,13 +88,13 @@ def test_the_winner_has_the_smallest_output_error(columns):
 
 def test_an_authors_method_is_kept():
     prepared = calibrated(reader("last"), outliers(), bits=4, method="percentile")
-    assert race(prepared, outliers(1)) == ()
+    assert select_ranges(prepared, outliers(1)) == ()
     assert chosen(prepared) == ["percentile"]
 
 
 def test_candidates_that_agree_do_not_race():
     prepared = calibrated(reader("last"), [torch.full((4, 64), 3.0)])
-    assert race(prepared, [torch.full((4, 64), 3.0)]) == ()
+    assert select_ranges(prepared, [torch.full((4, 64), 3.0)]) == ()
 
 
 def test_nothing_but_the_method_changes():
@@ -103,7 +103,7 @@ def test_nothing_but_the_method_changes():
     held = outliers(1)
     kept = held[0].clone()
     state = torch.get_rng_state()
-    race(prepared, held)
+    select_ranges(prepared, held)
     assert torch.equal(held[0], kept)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, before[k]) for k, v in prepared.state_dict().items())
@@ -111,7 +111,7 @@ def test_nothing_but_the_method_changes():
 
 def test_racing_needs_data():
     with pytest.raises(CalibrationError, match="at least one held-out batch"):
-        race(calibrated(reader("last"), outliers()), [])
+        select_ranges(calibrated(reader("last"), outliers()), [])
 
 
 def test_a_tensor_that_nothing_serves_is_named():
@@ -119,11 +119,11 @@ def test_a_tensor_that_nothing_serves_is_named():
     x[:, 63] = 100.0  # a constant that nothing reads takes all the integers
 
     prepared = calibrated(reader("all but last"), [x], bits=4)
-    races = race(prepared, [x])
-    bad = races or (Race("o", "the output of 'x'", dict.fromkeys(CANDIDATES, 1.0)),)
+    choices = select_ranges(prepared, [x])
+    bad = choices or (RangeChoice("o", "the output of 'x'", dict.fromkeys(CANDIDATES, 1.0)),)
     (note,) = collapsed(bad)
     assert "keeps only" in note
-    assert collapsed([Race("o", "x", {("mse", 99.99): 1e-4})]) == []
+    assert collapsed([RangeChoice("o", "x", {("mse", 99.99): 1e-4})]) == []
 
 
 def test_quantize_races_and_says_so():
@@ -143,10 +143,10 @@ def test_quantize_races_and_says_so():
 
 
 def test_str():
-    one = Race("o", "x", {("mse", 99.99): 0.01, ("minmax", 99.99): 0.001})
+    one = RangeChoice("o", "x", {("mse", 99.99): 0.01, ("minmax", 99.99): 0.001})
     assert str(one) == "x: minmax (mse 20.0 dB, minmax 30.0 dB)"
     assert one.sqnr == pytest.approx(30)
-    close = Race("o", "x", {("mse", 99.99): 0.01, ("minmax", 99.99): 0.00999})
+    close = RangeChoice("o", "x", {("mse", 99.99): 0.01, ("minmax", 99.99): 0.00999})
     assert close.winner[0] == "mse"
 
 
@@ -154,7 +154,7 @@ def test_str():
 def test_inputs_are_given_by_position_or_by_name(name):
     model, data = reader("last"), outliers(3)
     wrapped = {"tuple": lambda x: (x,), "tensor": lambda x: x, "dict": lambda x: {"input": x}}[name]
-    wanted = str(race(calibrated(model, data), data[:2]))
-    assert str(race(calibrated(model, data), [wrapped(x) for x in data[:2]])) == wanted
+    wanted = str(select_ranges(calibrated(model, data), data[:2]))
+    assert str(select_ranges(calibrated(model, data), [wrapped(x) for x in data[:2]])) == wanted
     with pytest.raises(CaptureError, match="'y' is not one of them"):
-        race(calibrated(model, data), [{"y": data[0]}])
+        select_ranges(calibrated(model, data), [{"y": data[0]}])

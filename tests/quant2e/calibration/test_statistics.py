@@ -15,7 +15,7 @@ from torch import nn
 import quant2e
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
-from quant2e.calibration.statistics import Statistics, load_statistics, measuring, resolve, save_statistics
+from quant2e.calibration.statistics import Statistics, load_statistics, measuring, rederive, save_statistics
 from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.observers.measuring import (
     HistogramObserver,
@@ -133,7 +133,7 @@ def test_resolving_is_calibrating_anew(method, bits):
     before = scales(once)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     fresh = prepared(quantizer=Linears(method=method, numbers={"quant_min": low, "quant_max": high}))
-    derived = resolve(once, method=method, bits=bits)
+    derived = rederive(once, method=method, bits=bits)
     assert scales(derived) == scales(quant2e.calibrate(fresh, data()))
     assert scales(once) == before
     x = data()[0]
@@ -143,13 +143,13 @@ def test_resolving_is_calibrating_anew(method, bits):
 def test_resolving_what_cannot_be_is_refused():
     plain = quant2e.calibrate(prepared(quantizer=Linears(MinMaxObserver)), data())
     with pytest.raises(CalibrationError, match="no activation has a histogram"):
-        resolve(plain, method="mse")
-    assert scales(resolve(plain, bits=4)) != scales(plain)
+        rederive(plain, method="mse")
+    assert scales(rederive(plain, bits=4)) != scales(plain)
     for bits in (1, 9):
         with pytest.raises(quant2e.AnnotationError, match=f"bits={bits}: torch.int8 holds 2 to 8 bits"):
-            resolve(plain, bits=bits)
+            rederive(plain, bits=bits)
     with pytest.raises(quant2e.AnnotationError, match="choose one of"):
-        resolve(quant2e.calibrate(prepared(), data()), method="best")
+        rederive(quant2e.calibrate(prepared(), data()), method="best")
 
 
 def test_statistics_of_another_model_are_refused_with_the_difference(tmp_path):

@@ -24,7 +24,7 @@ from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.observers.measuring import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.ranges import search as range_search
-from quant2e.report.record import ledger_of
+from quant2e.report.record import record_of
 from tests.quant2e.annotators import (
     ACT,
     DYNAMIC,
@@ -99,8 +99,8 @@ def test_the_numbers_of_a_static_linear():
     weight_scale = model.weight.abs().amax(1, keepdim=True) / 127
     weight = fake(model.weight, weight_scale, 0, -127, 127)
     y = nn.functional.linear(fake(x, act, -1, -128, 127), weight, model.bias)
-    ledger = ledger_of(gm)
-    encodings = {str(g.points[0]): e for g, e in zip(ledger.plan.groups, ledger.encodings, strict=True)}
+    record = record_of(gm)
+    encodings = {str(g.points[0]): e for g, e in zip(record.plan.groups, record.encodings, strict=True)}
     assert encodings["input_1 -> linear"].scale == pytest.approx(4.0 / 255, rel=1e-7)
     assert encodings["input_1 -> linear"].zero_point == -1
     assert torch.allclose(encodings["weight -> linear"].scale, weight_scale.flatten())
@@ -331,7 +331,7 @@ def test_an_observer_with_a_convert_method_writes_its_own_nodes():
     q = next(n for n in gm.graph.nodes if n.target in QUANTIZE)
     assert [u.target for u in q.users] == [qd.dequantize_per_tensor.default] * 3
     assert torch.equal(gm(DATA[1])[1], torch.cat([DATA[1].relu().div(0.5).round() * 0.5] * 2))
-    assert [type(e).__name__ for e in ledger_of(gm).encodings] == ["Custom"]
+    assert [type(e).__name__ for e in record_of(gm).encodings] == ["Custom"]
 
 
 def test_a_custom_convert_of_a_weight_is_folded():
@@ -467,7 +467,7 @@ def test_a_mask_is_noted_not_measured():
             return (x.masked_fill(x > 1, float("-inf")) + 0).softmax(-1)
 
     gm = converted(Masked().eval(), on(aten.add.Tensor, [ACT]))
-    notes = ledger_of(gm).report.notes
+    notes = record_of(gm).report.notes
     assert any("masked values (-inf or a mask's sentinel) left out of the range" in note for note in notes)
 
 
@@ -475,7 +475,7 @@ def test_a_flushed_tensor_is_noted():
     tiny = [torch.full((2, 4), 1e-12)]
     spec = QuantizationSpec(torch.int8, MinMaxObserver, -128, 127, torch.per_tensor_symmetric)
     gm = converted(linear(), products(act=spec, output=None), tiny)
-    assert any("every value rounds to 0" in note for note in ledger_of(gm).report.notes)
+    assert any("every value rounds to 0" in note for note in record_of(gm).report.notes)
 
 
 def tag_of(spec_of_x):
@@ -513,8 +513,8 @@ def test_histograms_are_searched_once_and_give_what_each_observer_says_alone(mon
     quantizer = products(act=histogram, output=histogram)
     prepared = prepare_pt2e(capture(model, DATA[0]), quantizer)
     calibrate(prepared, [torch.randn(2, 4) for _ in range(100)] + DATA)
-    ledger = ledger_of(prepared)
-    alone = {name: prepared.get_submodule(name).calculate_qparams() for name in ledger.observers if name}
+    record = record_of(prepared)
+    alone = {name: prepared.get_submodule(name).calculate_qparams() for name in record.observers if name}
     searched, search_all = [], range_search.mse_ranges
 
     def counted(states, grid):
@@ -522,11 +522,11 @@ def test_histograms_are_searched_once_and_give_what_each_observer_says_alone(mon
         return search_all(states, grid)
 
     monkeypatch.setattr(range_search, "mse_ranges", counted)
-    encodings = ledger_of(convert_pt2e(prepared)).encodings
+    encodings = record_of(convert_pt2e(prepared)).encodings
     histograms = [m.histogram for m in prepared.modules() if isinstance(m, HistogramObserver)]
     assert len(histograms) >= 4
     assert sorted(map(id, searched)) == sorted(map(id, histograms))
-    for name, encoding in zip(ledger.observers, encodings, strict=True):
+    for name, encoding in zip(record.observers, encodings, strict=True):
         scale, zero_point = alone[name]
         assert torch.equal(
             torch.as_tensor(encoding.scale).flatten(), scale.flatten().to(torch.as_tensor(encoding.scale))

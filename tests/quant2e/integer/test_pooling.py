@@ -111,7 +111,7 @@ def test_mean():
         )
         total = (x.numpy().astype(np.int64) - a.zero_point).sum(tuple(dims), keepdims=keep)
         count = math.prod(size[d] for d in dims)
-        if grid is a and draw.mode == "float32":  # XNNPACK: zero points cancel, ties are settled by Σ q
+        if grid is a and draw.mode == "float32":  # XNNPACK: zero points cancel, ties are range_tolerance by Σ q
             raw, inverse = (total + count * a.zero_point).astype(np.float32), np.float32(1) / np.float32(count)
             offset = np.float32(a.zero_point) - np.float32(count * a.zero_point) * inverse
             expected = np.clip(np.rint(raw * inverse + offset), a.low, a.high)

@@ -23,7 +23,7 @@ from quant2e import (
     PerGroupMinMaxObserver,
 )
 from quant2e.errors import AnnotationError, CalibrationError
-from quant2e.observers.encodings import Dynamic, PerChannel, PerGroup, PerTensor, encode
+from quant2e.observers.encodings import DynamicEncoding, PerChannelEncoding, PerGroupEncoding, PerTensorEncoding, encode
 from quant2e.ranges.qparams import fake_quantize_per_channel, fake_quantize_per_tensor
 
 DEFAULTS = [name for name in quant2e.__all__ if "fake_quant" in name and not isinstance(getattr(quant2e, name), type)]
@@ -74,7 +74,7 @@ def test_a_checkpoint_of_torchao_loads():
     mine.disable_observer()
     theirs.disable_observer()
     assert torch.equal(mine(X), theirs(X))
-    assert isinstance(encode(mine), PerChannel)
+    assert isinstance(encode(mine), PerChannelEncoding)
 
 
 def test_switches():
@@ -144,7 +144,7 @@ def test_forward_is_what_convert_writes_per_tensor(observer):
         fq(X * (i + 1))
     fq.disable_observer()
     e = encode(fq)
-    assert isinstance(e, PerTensor)
+    assert isinstance(e, PerTensorEncoding)
     expected = fake_quantize_per_tensor(X, e.scale, e.zero_point, e.quant_min, e.quant_max, e.dtype)
     assert torch.equal(fq(X), expected)
 
@@ -163,7 +163,7 @@ def test_forward_is_what_convert_writes_per_channel(axis):
     fq.eval()
     y = fq(X)
     e = encode(fq)
-    assert isinstance(e, PerChannel)
+    assert isinstance(e, PerChannelEncoding)
     assert e.axis == axis
     expected = fake_quantize_per_channel(X, e.scale, e.zero_point, axis, e.quant_min, e.quant_max, e.dtype)
     assert torch.equal(y, expected)
@@ -175,7 +175,7 @@ def test_groups_train_and_encode():
     y = fq(x)
     y.sum().backward()
     e = encode(fq)
-    assert isinstance(e, PerGroup)
+    assert isinstance(e, PerGroupEncoding)
     assert e.scale.shape == (6, 2)
     expected = fake_quantize_per_channel(
         X.reshape(12, 5), e.scale.flatten(), e.zero_point.flatten(), 0, -8, 7, torch.int8
@@ -209,7 +209,7 @@ def test_dynamic_parameters_are_those_of_each_batch():
     y = fq(X)
     fresh = quant2e.default_dynamic_fake_quant()
     assert torch.equal(y, fresh(X))
-    assert encode(fq) == Dynamic(symmetric=False, eps=fq.eps, quant_min=0, quant_max=255, dtype=torch.uint8)
+    assert encode(fq) == DynamicEncoding(symmetric=False, eps=fq.eps, quant_min=0, quant_max=255, dtype=torch.uint8)
 
 
 def test_one_bad_batch_does_not_stop_training_and_convert_says_so():
@@ -228,7 +228,7 @@ def test_fixed_parameters():
     y = fq(X)
     assert y.min() == 0
     assert y.max() == 255 / 256
-    assert encode(fq) == PerTensor(scale=1 / 256, zero_point=0, quant_min=0, quant_max=255, dtype=torch.uint8)
+    assert encode(fq) == PerTensorEncoding(scale=1 / 256, zero_point=0, quant_min=0, quant_max=255, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(

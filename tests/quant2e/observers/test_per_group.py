@@ -9,7 +9,7 @@ from quant2e.annotation.plan import same_numbers
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec, group_size_of, spec_text
 from quant2e.convert.legality import check
 from quant2e.graph.qdq_ops import qd
-from quant2e.observers.encodings import PerGroup, encode
+from quant2e.observers.encodings import PerGroupEncoding, encode
 from quant2e.observers.measuring import PerChannelMinMaxObserver
 from quant2e.observers.per_group import PerGroupMinMaxObserver
 
@@ -46,7 +46,7 @@ def test_the_encoding():
     observer = PerGroupMinMaxObserver(group_size=2, dtype=torch.int8, quant_min=-8, quant_max=7, qscheme=SYMMETRIC)
     observer(torch.tensor([[1.0, -15.0, 0.5, 0.25], [0.0, 0.0, 7.5, -3.0]]))
     found = encode(observer)
-    assert isinstance(found, PerGroup)
+    assert isinstance(found, PerGroupEncoding)
     assert torch.equal(found.scale[:, 0], torch.tensor([2.0, torch.finfo(torch.float32).eps]))
     assert torch.equal(found.scale[:, 1], torch.tensor([0.5 / 7.5, 1.0]))
     assert found.zero_point.tolist() == [[0, 0], [0, 0]]

@@ -24,7 +24,7 @@ from quant2e.graph.printer import graph_text
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.measuring import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from quant2e.prepare.prepare import prepare_pt2e
-from quant2e.report.record import ledger_of
+from quant2e.report.record import record_of
 from tests.quant2e.annotators import ACT, DYNAMIC, NOTHING, WEIGHT, WEIGHT_PER_TENSOR, Annotate, aten, on, products
 
 
@@ -113,7 +113,7 @@ def test_integers_masks_and_written_buffers_are_never_observed(model):
     for node in prepared.graph.nodes:
         if node.op == "call_module":
             assert node.args[0].meta["val"].is_floating_point()
-    notes = "\n".join(ledger_of(prepared).report.notes)
+    notes = "\n".join(record_of(prepared).report.notes)
     for line in ("(calls -> add_)", "(last -> copy_)", "(ids -> add", "a int64 tensor", "a bool tensor"):
         assert line in notes
     calibrate(prepared, [Batch])
@@ -326,7 +326,7 @@ def two_linears():
 
 
 def points(prepared):
-    return [tuple(map(str, group.points)) for group in ledger_of(prepared).plan.groups]
+    return [tuple(map(str, group.points)) for group in record_of(prepared).plan.groups]
 
 
 def test_the_callback_sees_every_point_in_pt2es_order():
@@ -353,7 +353,7 @@ def test_a_callback_that_replaces_an_observer():
 
     prepared = prepare_pt2e(two_linears(), Recalls(callback))
     calibrate(prepared, [torch.randn(2, 4)])
-    plan = ledger_of(prepared).plan
+    plan = record_of(prepared).plan
     assert str(plan.groups[plan.group_of(Output("linear"))].spec.dtype) == "torch.uint8"
     assert "u8[0, 255], per tensor affine, HistogramObserver: linear" in str(plan)
     text = graph_text(convert_pt2e(prepared).graph)
@@ -370,7 +370,7 @@ def test_a_callback_that_merges_points():
     prepared = prepare_pt2e(two_linears(), Recalls(callback))
     assert points(prepared)[0] == ("input_1 -> linear", "linear", "linear_1")
     calibrate(prepared, [torch.randn(2, 4)])
-    encodings = ledger_of(convert_pt2e(prepared)).encodings
+    encodings = record_of(convert_pt2e(prepared)).encodings
     assert len(encodings) == 4
     assert len({e for e in encodings if hasattr(e, "zero_point") and isinstance(e.scale, float)}) == 2
 
@@ -383,7 +383,7 @@ def test_a_callback_that_drops_and_adds_points():
         observers[relu] = MinMaxObserver(dtype=torch.uint8)
 
     prepared = prepare_pt2e(two_linears(), Recalls(callback))
-    plan = ledger_of(prepared).plan
+    plan = record_of(prepared).plan
     assert plan.group_of(Output("linear")) is None
     assert str(plan.groups[plan.group_of(Output("relu"))].spec.dtype) == "torch.uint8"
     calibrate(prepared, [torch.randn(2, 4)])
@@ -392,7 +392,7 @@ def test_a_callback_that_drops_and_adds_points():
 
 def test_the_report_says_what_the_callback_left():
     prepared = prepare_pt2e(two_linears(), Recalls(lambda gm, observers: observers.clear()))
-    assert ledger_of(prepared).report.quantized_ops == 0
+    assert record_of(prepared).report.quantized_ops == 0
 
 
 @pytest.mark.parametrize(
@@ -427,8 +427,8 @@ def test_derived_parameters_follow_an_exchanged_source():
     captured = capture(nn.Linear(4, 4).eval(), torch.randn(2, 4))
     prepared = prepare_pt2e(captured, Recalls(callback, bias))
     calibrate(prepared, [torch.randn(2, 4)])
-    ledger = ledger_of(convert_pt2e(prepared))
-    by_point = {str(g.points[0]): e for g, e in zip(ledger.plan.groups, ledger.encodings, strict=True)}
+    record = record_of(convert_pt2e(prepared))
+    by_point = {str(g.points[0]): e for g, e in zip(record.plan.groups, record.encodings, strict=True)}
     x, w, b = (by_point[f"{name} -> linear"] for name in ("input_1", "weight", "bias"))
     assert x.dtype == torch.uint8
     assert b.scale == pytest.approx(x.scale * w.scale, rel=1e-6)
@@ -537,7 +537,7 @@ def test_the_annotation_of_an_earlier_prepare_does_not_linger():
     prepare_pt2e(captured, products())
     assert not [n for n in captured.graph.nodes if ANNOTATION in n.meta]
     assert points(prepare_pt2e(captured, NOTHING)) == []
-    assert ledger_of(prepare_pt2e(captured, products())).plan.group_of(Edge("relu", "linear_1")) is not None
+    assert record_of(prepare_pt2e(captured, products())).plan.group_of(Edge("relu", "linear_1")) is not None
 
 
 class Reexporting(Quantizer):
@@ -572,7 +572,7 @@ class Accumulates(nn.Module):
 def test_a_transform_may_rebuild_the_graph():
     model, x = Accumulates(), torch.full((2, 4), 2.0)
     prepared = prepare_pt2e(capture(model, x), Reexporting(x))
-    assert ledger_of(prepared).plan.group_of(Output("add")) is not None
+    assert record_of(prepared).plan.group_of(Output("add")) is not None
     calibrate(prepared, [x])
     converted = convert_pt2e(prepared)
     assert torch.allclose(converted(x), torch.full((2, 4), 3.0), atol=0.02)

@@ -36,7 +36,7 @@ from quant2e import (
 )
 from quant2e.observers.encodings import encode
 from quant2e.passes.train_batch_norm import FUSED
-from quant2e.report.record import ledger_of
+from quant2e.report.record import record_of
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,
@@ -99,7 +99,7 @@ def train(prepared, batches, lr=0.02):
     return losses
 
 
-def settled(prepared):
+def range_tolerance(prepared):
     prepared.eval()
     prepared.apply(disable_observer)
     return prepared
@@ -138,7 +138,7 @@ def test_what_is_trained_is_what_is_converted(name, is_per_channel):
     losses = train(prepared, [data(*shape, seed=i) for i in range(1, 5)])
     assert losses[-1] != losses[0]
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
-    settled(prepared)
+    range_tolerance(prepared)
     x = data(*shape, seed=9)
     with torch.no_grad():
         expected, converted = prepared(x), convert_pt2e(prepared)
@@ -153,7 +153,7 @@ def test_what_is_trained_is_what_is_converted(name, is_per_channel):
     if is_per_channel:
         weight = next(n for n in converted.graph.nodes if "dequantize_per_channel" in str(n.target))
         assert weight.args[3] == (1 if name == "transposed" else 0)
-    assert ledger_of(converted).report.of(fused.norm).kind == "folded"
+    assert record_of(converted).report.of(fused.norm).kind == "folded"
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -196,7 +196,7 @@ def test_a_captured_model_in_evaluation_is_taken_too():
     prepared.train()
     train(prepared, [x, x])
     with torch.no_grad():
-        assert torch.equal(convert_pt2e(settled(prepared))(x), convert_pt2e(prepared)(x))
+        assert torch.equal(convert_pt2e(range_tolerance(prepared))(x), convert_pt2e(prepared)(x))
 
 
 def test_norms_that_start_at_zero_train():
@@ -213,7 +213,7 @@ def test_norms_that_start_at_zero_train():
     again = prepare_qat_pt2e(capture(model.train(), (x,)), quantizer())
     with torch.no_grad():
         again(x)
-        y, converted = settled(again)(x), convert_pt2e(again)
+        y, converted = range_tolerance(again)(x), convert_pt2e(again)
         torch.testing.assert_close(converted(x), y, rtol=0, atol=0.02)
 
 
@@ -234,7 +234,7 @@ def test_a_pair_called_twice_has_one_weight():
     assert first.scaled == second.scaled
     train(prepared, [x, x])
     with torch.no_grad():
-        y, converted = settled(prepared)(x), convert_pt2e(prepared)
+        y, converted = range_tolerance(prepared)(x), convert_pt2e(prepared)
         torch.testing.assert_close(converted(x), y, rtol=0, atol=0.05)
     weights = {n.args[0] for n in converted.graph.nodes if "dequantize_per_channel" in str(n.target)}
     assert len(weights) == 1
@@ -257,7 +257,7 @@ def test_one_weight_under_two_norms_has_two_scales():
     prepared = prepare_qat_pt2e(capture(model, (x,)), quantizer())
     train(prepared, [x, x])
     with torch.no_grad():
-        y, converted = settled(prepared)(x), convert_pt2e(prepared)
+        y, converted = range_tolerance(prepared)(x), convert_pt2e(prepared)
         torch.testing.assert_close(converted(x), y, rtol=0, atol=0.05)
     scales = {n.args[1] for n in converted.graph.nodes if "dequantize_per_channel" in str(n.target)}
     assert len(scales) == 2
@@ -269,7 +269,7 @@ def test_copies_pickles_and_state_dicts_convert_to_the_same():
     captured = capture(model, (x,))
     prepared = prepare_qat_pt2e(captured, quantizer())
     train(prepared, [x] * 3)
-    settled(prepared)
+    range_tolerance(prepared)
     loaded = prepare_qat_pt2e(captured, quantizer())
     loaded.load_state_dict(prepared.state_dict())
     loaded.eval()
@@ -303,7 +303,7 @@ def test_float_convolutions_keep_their_norm_until_conversion():
     assert [record.mac for record in prepared.meta[FUSED]] == ["conv2d"]
     train(prepared, [x] * 2)
     with torch.no_grad():
-        y, converted = settled(prepared)(x), convert_pt2e(prepared)
+        y, converted = range_tolerance(prepared)(x), convert_pt2e(prepared)
         torch.testing.assert_close(converted(x), y, rtol=0, atol=0.02)
     assert not any(node.target is aten.batch_norm.default for node in converted.graph.nodes)
 
@@ -364,7 +364,7 @@ def test_what_would_be_silent_is_an_error():
     with pytest.raises(CalibrationError, match="saw no data"):
         convert_pt2e(copy.deepcopy(prepared).eval())
     with pytest.raises(CalibrationError, match="before switching observers off"):
-        settled(copy.deepcopy(prepared))(x)
+        range_tolerance(copy.deepcopy(prepared))(x)
     with pytest.raises(Quant2eError, match="already prepared"):
         prepare_qat_pt2e(prepared, quantizer())
     train(prepared, [x])
@@ -409,14 +409,14 @@ def test_folding_in_training_mode_is_noted():
     x = data(2, 3, 6, 6)
     prepared = prepare_qat_pt2e(capture(PAIRS["conv2d"][0]().train(), (x,)), quantizer())
     prepared(x)
-    report = ledger_of(convert_pt2e(prepared)).report
+    report = record_of(convert_pt2e(prepared)).report
     assert any("converted in training mode" in note for note in report.notes)
 
 
 def test_training_without_fake_quantizers_is_noted():
     x = data(2, 3, 6, 6)
     prepared = prepare_qat_pt2e(capture(PAIRS["conv2d"][0]().train(), (x,)), quantizer(is_qat=False))
-    assert any("nothing is fake-quantized" in note for note in ledger_of(prepared).report.notes)
+    assert any("nothing is fake-quantized" in note for note in record_of(prepared).report.notes)
 
 
 # ---------------------------------------------------------------- configurations
@@ -476,7 +476,7 @@ def test_training_calibration_dynamic_and_weight_only_in_one_graph():
     )
     tables = EmbeddingQuantizer().set_global(get_embedding_quantization_config(is_qat=True))
     prepared = prepare_qat_pt2e(capture(Mixed().train(), (ids,)), ComposableQuantizer([tables, linear]))
-    kinds = {v.op.name: v.kind for v in ledger_of(prepared).report.verdicts}
+    kinds = {v.op.name: v.kind for v in record_of(prepared).report.verdicts}
     assert kinds == {
         "embedding": "weight-only", "linear": "static", "relu": "static", "linear_1": "static", "relu_1": "static",
         "linear_2": "dynamic", "linear_3": "float",
@@ -484,7 +484,7 @@ def test_training_calibration_dynamic_and_weight_only_in_one_graph():
     train(prepared, [ids] * 5, lr=2.0)  # far enough for the calibrated weight to leave the range it was measured with
     with torch.no_grad():
         prepared(ids)
-        y, converted = settled(prepared)(ids), convert_pt2e(prepared)
+        y, converted = range_tolerance(prepared)(ids), convert_pt2e(prepared)
         z = converted(ids)
     weight = prepared.get_parameter("calibrated.0.weight").detach()
     stored = converted.get_buffer("calibrated.0.weight_quantized")
@@ -570,7 +570,7 @@ def test_a_norm_whose_convolution_is_quantized_on_its_own_stays():
     prepared = prepare_qat_pt2e(capture(PAIRS["conv2d"][0]().train(), (x,)), BlindToNorms())
     assert prepared.meta[FUSED] == ()
     prepared(x)
-    y = settled(prepared)(x)
+    y = range_tolerance(prepared)(x)
     converted = convert_pt2e(prepared)
     assert torch.equal(converted(x), y)
     assert any(node.target is aten.batch_norm.default for node in converted.graph.nodes)

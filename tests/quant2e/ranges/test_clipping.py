@@ -3,10 +3,10 @@ import torch
 
 from quant2e.ranges.clipping import Clipping, products, promising
 from quant2e.ranges.histogram import Histogram
-from quant2e.ranges.qparams import Grid
+from quant2e.ranges.qparams import NumberFormat
 from quant2e.ranges.quantization_error import Filling, expected, filling
 
-GRID = Grid(dtype=torch.int8, quant_min=-8, quant_max=7)
+GRID = NumberFormat(dtype=torch.int8, quant_min=-8, quant_max=7)
 
 
 def bins_of(x):

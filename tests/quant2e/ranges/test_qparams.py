@@ -11,7 +11,7 @@ from quant2e.graph.qdq_ops import qd
 from quant2e.ranges.qparams import (
     FLOAT32_EPS,
     SMALLEST_SCALE,
-    Grid,
+    NumberFormat,
     dequantize_per_channel,
     dequantize_per_tensor,
     fake_quantize_per_channel,
@@ -26,7 +26,7 @@ I8, U8, I16, U16, I32 = torch.int8, torch.uint8, torch.int16, torch.uint16, torc
 
 
 def grid(dtype, qscheme, low, high, **more):
-    return Grid(dtype=dtype, quant_min=low, quant_max=high, qscheme=qscheme, **more)
+    return NumberFormat(dtype=dtype, quant_min=low, quant_max=high, qscheme=qscheme, **more)
 
 
 # dtype, scheme, quant_min, quant_max, custom, min, max -> scale, zero point
@@ -129,7 +129,7 @@ def test_power_of_two_scales_with_a_zero_point():
 )
 def test_a_bad_grid_is_refused(arguments, message):
     with pytest.raises(AnnotationError, match=message):
-        Grid(**arguments)
+        NumberFormat(**arguments)
 
 
 def test_plain_dtype():

@@ -5,10 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant2e.ranges.histogram import Histogram
-from quant2e.ranges.qparams import Grid
+from quant2e.ranges.qparams import NumberFormat
 from quant2e.ranges.quantization_error import expected, filling, fillings, mean_over, pointwise, reference
 
-GRID = Grid(dtype=torch.int8, quant_min=-4, quant_max=3, qscheme=torch.per_tensor_affine)
+GRID = NumberFormat(dtype=torch.int8, quant_min=-4, quant_max=3, qscheme=torch.per_tensor_affine)
 
 
 def parameters(*pairs):

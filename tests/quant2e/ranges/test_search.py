@@ -6,7 +6,7 @@ import torch
 
 from quant2e.errors import AnnotationError
 from quant2e.ranges.histogram import Histogram
-from quant2e.ranges.qparams import Grid
+from quant2e.ranges.qparams import NumberFormat
 from quant2e.ranges.quantization_error import expected, filling
 from quant2e.ranges.search import METHODS, divergences, magnitudes, mse, mse_ranges, search, searched_together
 
@@ -14,8 +14,8 @@ from quant2e.ranges.search import METHODS, divergences, magnitudes, mse, mse_ran
 def grid(bits, symmetric):
     if symmetric:
         half = 2 ** (bits - 1)
-        return Grid(dtype=torch.int8, quant_min=-half, quant_max=half - 1, qscheme=torch.per_tensor_symmetric)
-    return Grid(dtype=torch.uint8, quant_min=0, quant_max=2**bits - 1, qscheme=torch.per_tensor_affine)
+        return NumberFormat(dtype=torch.int8, quant_min=-half, quant_max=half - 1, qscheme=torch.per_tensor_symmetric)
+    return NumberFormat(dtype=torch.uint8, quant_min=0, quant_max=2**bits - 1, qscheme=torch.per_tensor_affine)
 
 
 def state_of(x, bins=2048):

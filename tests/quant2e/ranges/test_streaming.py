@@ -11,7 +11,7 @@ from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.ranges import histogram, streaming
 from quant2e.ranges.histogram import Histogram
 from quant2e.ranges.minmax import SENTINEL, MinMax, MovingAverage, look
-from quant2e.ranges.qparams import Grid
+from quant2e.ranges.qparams import NumberFormat
 from quant2e.ranges.search import search
 
 VALUES = st.floats(width=32, allow_nan=True, allow_infinity=True)
@@ -78,7 +78,7 @@ def test_channels_and_groups_are_tensors_of_their_own(layout):
         assert torch.equal(merged.rows()[i].histogram, alone.histogram)
         assert (row.min_val, row.max_val) == (alone.min_val, alone.max_val)
         assert bounds.min_val.flatten()[i] == alone.min_val
-        grid = Grid(dtype=torch.int8, quant_min=-8, quant_max=7)
+        grid = NumberFormat(dtype=torch.int8, quant_min=-8, quant_max=7)
         found = search(state, grid, "mse")
         assert [v.flatten()[i] for v in found] == list(search(alone, grid, "mse"))
     assert state.counts.tolist() == [72, 1, 0, 0]

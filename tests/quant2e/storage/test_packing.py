@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quant2e import FileFormatError
-from quant2e.storage.packing import pack_recipe, unpack_recipe
+from quant2e.storage.packing import pack_encodings, unpack_encodings
 
 float32s = st.floats(width=32, allow_nan=False, allow_infinity=False).map(lambda x: float(str(np.float32(x))))
 lists = (
@@ -20,15 +20,15 @@ lists = (
 
 @given(scale=lists, zero_point=lists)
 def test_packing_loses_nothing(scale, zero_point):
-    recipe = {"format": 1, "groups": [{"spec": "s8", "scale": scale, "zero_point": zero_point}]}
-    assert unpack_recipe(json.loads(json.dumps(pack_recipe(recipe)))) == recipe
+    encodings = {"format": 1, "groups": [{"spec": "s8", "scale": scale, "zero_point": zero_point}]}
+    assert unpack_encodings(json.loads(json.dumps(pack_encodings(encodings)))) == encodings
 
 
 def test_tables_shrink():
     scale = [float(str(x)) for x in np.random.default_rng(0).random(10_000, dtype=np.float32)]
-    recipe = {"groups": [{"scale": scale, "zero_point": [0] * 10_000}]}
-    assert len(json.dumps(pack_recipe(recipe))) < 54_000
-    assert pack_recipe(recipe)["groups"][0]["zero_point"] == {"integer": 0, "count": 10_000}
+    encodings = {"groups": [{"scale": scale, "zero_point": [0] * 10_000}]}
+    assert len(json.dumps(pack_encodings(encodings))) < 54_000
+    assert pack_encodings(encodings)["groups"][0]["zero_point"] == {"integer": 0, "count": 10_000}
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_tables_shrink():
 )
 def test_damage_is_an_error(damaged):
     with pytest.raises(FileFormatError, match="damaged"):
-        unpack_recipe({"groups": [{"scale": damaged}]})
+        unpack_encodings({"groups": [{"scale": damaged}]})

@@ -25,7 +25,7 @@ from quant2e.graph.printer import graph_text
 from quant2e.pipeline import quantize
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_model import load, save
-from quant2e.report.encodings import GroupRecipe, Recipe
+from quant2e.report.encodings import Encodings, GroupEncoding
 from quant2e.storage import pt2 as storage
 from quant2e.storage.archive_check import check_archive
 from tests.quant2e.annotators import DYNAMIC, products
@@ -87,7 +87,7 @@ def test_round_trip_here(quantized, saved):
         for ours, theirs in zip(leaves(again(*args, **kwargs)), leaves(quantized(*args, **kwargs)), strict=True):
             assert torch.equal(ours, theirs)
     assert again.report == quantized.report
-    assert again.recipe == quantized.recipe
+    assert again.encodings == quantized.encodings
     assert again.module.get_buffer("calls").item() == quantized.module.get_buffer("calls").item()
     for ours, theirs in zip(leaves(again.example_inputs), leaves(quantized.example_inputs), strict=True):
         assert torch.equal(ours, theirs)
@@ -156,7 +156,7 @@ def test_a_converted_graph_is_saved_with_its_report(tmp_path):
     x = torch.randn(2, 4)
     assert torch.equal(again(x), gm(x))
     assert again.report.quantized_ops == 1
-    assert again.recipe.groups[0].encoding == "per_tensor"
+    assert again.encodings.groups[0].encoding == "per_tensor"
 
 
 def test_one_tensor_as_two_example_inputs(tmp_path):
@@ -525,7 +525,7 @@ def test_a_record_that_is_not_ours(saved, tmp_path, record, message):
 NAMES = st.text(st.characters(codec="utf-8"), max_size=12)
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 GROUPS = st.builds(
-    GroupRecipe,
+    GroupEncoding,
     points=st.lists(NAMES, max_size=3).map(tuple),
     spec=NAMES,
     encoding=st.sampled_from(["per_tensor", "per_channel", "dynamic", "float16", "custom", "float"]),
@@ -538,15 +538,15 @@ GROUPS = st.builds(
 )
 
 
-@given(st.builds(Recipe, quantizer=NAMES, groups=st.lists(GROUPS, max_size=3).map(tuple)))
+@given(st.builds(Encodings, quantizer=NAMES, groups=st.lists(GROUPS, max_size=3).map(tuple)))
 @settings(max_examples=100, deadline=None)
-def test_recipes_survive_json(recipe):
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+def test_recipes_survive_json(encodings):
+    assert Encodings.from_dict(json.loads(json.dumps(encodings.as_dict()))) == encodings
 
 
 def test_recipes_survive_a_file(quantized, tmp_path):
-    quantized.recipe.to_file(tmp_path / "recipe.json")
-    assert Recipe.from_file(tmp_path / "recipe.json") == quantized.recipe
+    quantized.encodings.to_file(tmp_path / "recipe.json")
+    assert Encodings.from_file(tmp_path / "recipe.json") == quantized.encodings
 
 
 @pytest.mark.parametrize(
@@ -565,4 +565,4 @@ def test_recipes_survive_a_file(quantized, tmp_path):
 def test_what_is_no_recipe(tmp_path, text):
     (tmp_path / "recipe.json").write_text(text)
     with pytest.raises(FileFormatError):
-        Recipe.from_file(tmp_path / "recipe.json")
+        Encodings.from_file(tmp_path / "recipe.json")

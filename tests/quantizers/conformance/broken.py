@@ -153,7 +153,7 @@ def readers_disagree(self, model):
 def only_images(self, model):
     for node in calls(model, "conv2d"):
         if node.meta["val"].shape[-1] % 2:
-            raise NotImplementedError(f"odd width {node.meta['val'].shape[-1]}")
+            raise NotImplementedError(f"special_input width {node.meta['val'].shape[-1]}")
 
 
 def tidy_up(self, model):
@@ -219,10 +219,10 @@ BROKEN = {
     "mask": (plainly("add", "mul", "rsub"), "mask", "", "mul", "mask"),
     "scales along inputs": (of(Rule(conv, {"x": ACT, "w": ALONG_INPUTS}, ACT, name="conv")), "wrong axis", "conv", "conv2d", "over which the op sums"),
     "scales of activations": (of(Rule(add, {"x": PER_CHANNEL_ACT, "y": ACT}, ACT, name="add")), "wrong axis", "add", "add", "is an activation"),
-    "weight without activation": (of(Rule(conv, {"w": WEIGHT}, ACT, name="conv")), "island", "conv", "conv2d", "is float"),
-    "activation without weight": (of(Rule(conv, {"x": ACT}, ACT, name="conv")), "island", "conv", "conv2d", "is float"),
-    "some rules without activation": (of(CONV, Rule(clamp(linear), {"x": ACT, "w": WEIGHT}, ACT, name="linear + relu"), Rule(linear, {"w": WEIGHT}, name="linear")), "island", "linear", "linear", "its activation is not"),
-    "moves alone": (of(Rule(moves, {"x": ACT}, Same("x"), name="moves")), "island", "moves", "max_pool2d", "no integer op is next to it"),
+    "weight without activation": (of(Rule(conv, {"w": WEIGHT}, ACT, name="conv")), "isolated", "conv", "conv2d", "is float"),
+    "activation without weight": (of(Rule(conv, {"x": ACT}, ACT, name="conv")), "isolated", "conv", "conv2d", "is float"),
+    "some rules without activation": (of(CONV, Rule(clamp(linear), {"x": ACT, "w": WEIGHT}, ACT, name="linear + relu"), Rule(linear, {"w": WEIGHT}, name="linear")), "isolated", "linear", "linear", "its activation is not"),
+    "moves alone": (of(Rule(moves, {"x": ACT}, Same("x"), name="moves")), "isolated", "moves", "max_pool2d", "no integer op is next to it"),
     "one scale across a sum": (of(CONV, Rule(add, {"x": ACT, "y": ACT}, Same("x"), name="add")), "shared across", "add", "add", "the scale of its operand"),
     "two scales around a move": (of(CONV, Rule(moves, {"x": Follow(ACT)}, ACT, name="moves")), "mismatched scales", "moves", "max_pool2d", "scales of their own"),
     "bias in units of the weight": (of(Rule(conv, {"x": ACT, "w": WEIGHT, "b": WRONG_BIAS}, ACT, name="conv")), "bias scale", "conv", "conv2d", "s_x * s_w"),
@@ -239,7 +239,7 @@ BROKEN = {
     "range without zero": (of(Rule(conv, {"x": WITHOUT_ZERO, "w": WEIGHT}, ACT, name="conv")), "bad range", "conv", "conv2d", "leaves out 0"),
     "nodes of another graph": (after(remember_nodes), "another graph", "conv", "conv2d", "another graph"),
     "overlapping patterns": (after(readers_disagree), "requantized", None, None, "with other numbers for 'add"),
-    "raises on some shapes": (after(only_images), "raises", "", "", "NotImplementedError: odd width"),
+    "raises on some shapes": (after(only_images), "raises", "", "", "NotImplementedError: special_input width"),
     "rewrites in annotate": (after(tidy_up), "graph changed", "", "", "relu6"),
     "transform with another result": (ClampsLess, "result changed", "", "", "float result"),
     "spec on what is not read": (after(beyond_the_relu), "not an operand", "conv", "relu", "does not read"),

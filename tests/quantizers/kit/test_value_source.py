@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantizers.kit.value_source import Provenance, Source
+from quantizers.kit.value_source import Source, ValueSources
 from tests.quantizers.models import captured
 
 
@@ -28,7 +28,7 @@ EXAMPLE = (torch.randn(2, 4), torch.randint(0, 8, (2, 4)), torch.ones(2, 4, dtyp
 
 def of_result(function):
     gm = captured(Model(function), EXAMPLE)
-    found = Provenance(gm)
+    found = ValueSources(gm)
     (result,) = next(n for n in gm.graph.nodes if n.op == "output").all_input_nodes
     return found, result
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import GraphModule
 
-from lowering.executorch.xnnpack.legalize.activations import open_activations
+from lowering.executorch.xnnpack.legalize.activations import decompose_activations
 from lowering.executorch.xnnpack.legalize.attention import plain_attention
-from lowering.executorch.xnnpack.legalize.bags import open_bags
+from lowering.executorch.xnnpack.legalize.bags import decompose_embedding_bags
 from lowering.executorch.xnnpack.legalize.concat import distinct_operands, lone_operands
 from lowering.executorch.xnnpack.legalize.constants import fold_constants
 from lowering.executorch.xnnpack.legalize.dynamic import per_row, short_group_scales, spread_weight_scale
@@ -20,7 +20,7 @@ from lowering.executorch.xnnpack.legalize.edit import drop_unused
 from lowering.executorch.xnnpack.legalize.embedding import gather_then_dequantize
 from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
 from lowering.executorch.xnnpack.legalize.movement import one_grid, quantize_moves
-from lowering.executorch.xnnpack.legalize.normalization import open_normalizations
+from lowering.executorch.xnnpack.legalize.normalization import decompose_normalizations
 from lowering.executorch.xnnpack.legalize.pieces import implicit_expand, slice_pieces
 from lowering.executorch.xnnpack.legalize.pooling import (
     explicit_pooling,
@@ -29,7 +29,7 @@ from lowering.executorch.xnnpack.legalize.pooling import (
     pool_images,
 )
 from lowering.executorch.xnnpack.legalize.projection import split_projections
-from lowering.executorch.xnnpack.legalize.reductions import open_reductions
+from lowering.executorch.xnnpack.legalize.reductions import decompose_reductions
 from lowering.executorch.xnnpack.legalize.reshape import one_view
 from lowering.executorch.xnnpack.legalize.scalars import tensor_operands
 from lowering.executorch.xnnpack.legalize.scores import scores_in_three_dimensions
@@ -42,12 +42,12 @@ EXACT: tuple[Rewrite, ...] = (
     plain_attention,
     batched_matmul,
     scores_in_three_dimensions,
-    open_normalizations,
-    open_activations,
+    decompose_normalizations,
+    decompose_activations,
     pool_images,
     keep_mean_dims,
-    open_reductions,
-    open_bags,
+    decompose_reductions,
+    decompose_embedding_bags,
     gather_then_dequantize,
     fold_constants,
     spread_weight_scale,
@@ -71,7 +71,7 @@ DECLARED: tuple[Rewrite, ...] = (short_group_scales, per_row)
 """Rewrites that change numbers, because the target computes that way; what lowers with them says so."""
 
 
-def canonicalise(module: GraphModule, rewrites: Sequence[Rewrite]) -> dict[str, int]:
+def legalize(module: GraphModule, rewrites: Sequence[Rewrite]) -> dict[str, int]:
     """Apply rewrites in order, in place; returns how often each applied, those that did not left out."""
     applied = {}
     for rewrite in rewrites:

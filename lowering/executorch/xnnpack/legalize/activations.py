@@ -24,7 +24,7 @@ from quant2e.graph.dataflow import operand
 _ATEN = torch.ops.aten
 
 
-def open_activations(module: GraphModule) -> int:
+def decompose_activations(module: GraphModule) -> int:
     """Rewrite activations of float32 tensors; returns how many."""
     count = 0
     for node in list(module.graph.nodes):

@@ -22,7 +22,7 @@ _BAGS = (_ATEN.embedding_bag.default, _ATEN.embedding_bag.padding_idx)
 _MEAN, _MAX = 1, 2
 
 
-def open_bags(module: GraphModule) -> int:
+def decompose_embedding_bags(module: GraphModule) -> int:
     """Write every embedding bag as a lookup and a reduction; returns how many.
 
     As documented for ``include_last_offset``, rows behind the last offset are in no bag. The maximum of bags of

@@ -23,7 +23,7 @@ from quant2e.graph.dataflow import operand
 _ATEN = torch.ops.aten
 
 
-def open_normalizations(module: GraphModule) -> int:
+def decompose_normalizations(module: GraphModule) -> int:
     """Rewrite normalizations of float32 tensors over dimensions of fixed size; returns how many."""
     count = 0
     for node in list(module.graph.nodes):

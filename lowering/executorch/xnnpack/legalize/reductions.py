@@ -23,7 +23,7 @@ from quant2e.graph.qdq_ops import QUANTIZE
 _ATEN = torch.ops.aten
 
 
-def open_reductions(module: GraphModule) -> int:
+def decompose_reductions(module: GraphModule) -> int:
     """Rewrite reductions of float32 tensors over one dimension of fixed size; returns how many."""
     count = 0
     for node in list(module.graph.nodes):
