@@ -1,7 +1,12 @@
-"""What the machine's 8-bit multiply-add can hold.
+"""Instruction sets of a CPU, and the bound under which their u8 × s8 products are exact.
 
-Without VNNI or AMX an x86 CPU adds two u8 × s8 products into a *saturating* 16-bit lane (``vpmaddubsw``). Products of
-full-range operands overflow it: 2·255·128 > 32767. With activations in 0..127 they cannot: 2·127·128 = 32512.
+    -32768 <= a · w₁ + a · w₂ <= 32767        for the two largest weights of a channel, and for the two smallest
+
+Without VNNI or AMX an x86 CPU adds two neighbouring products into a *saturating* 16-bit lane (``vpmaddubsw``). Products
+of full-range operands overflow it: 2·255·128 > 32767. With activations in 0..127 they cannot: 2·127·128 = 32512. A lane
+holds a₁·w₁ + a₂·w₂ with 0 <= a₁, a₂ <= a; which weights meet in one depends on how a kernel packs them, and the bound
+holds for any packing. It holds for any zero point as well: oneDNN multiplies the stored integers and corrects for the
+zero point afterwards, in 32 bits.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from quant2e.errors import AnnotationError
 
@@ -76,3 +82,43 @@ def detect(environment: Mapping[str, str] | None = None) -> InstructionSet:
 def _own(able: Mapping[str, object]) -> InstructionSet:
     kinds = {"amx_tile": "amx", "avx512_vnni": "avx512_vnni", "avx_vnni": "avx2_vnni", "avx512_f": "avx512"}
     return TARGETS[next((name for feature, name in kinds.items() if able.get(feature)), "avx2")]
+
+
+LANE = torch.iinfo(torch.int16)
+"""What the sum of two products must fit."""
+
+
+def extreme_weights(rows: Tensor) -> Tensor:
+    """The two largest numbers of each row, at least 0, and the two smallest, at most 0: ``[rows, 4]``.
+
+    ``rows``: ``[rows, n]``, one row per output channel. Zeros stand where a row has fewer than two numbers.
+    """
+    most = min(2, rows.shape[1])
+    largest, smallest = rows.topk(most).values.clamp(min=0), rows.topk(most, largest=False).values.clamp(max=0)
+    missing = (0, 2 - most)
+    return torch.cat([torch.nn.functional.pad(pair, missing) for pair in (largest, smallest)], 1)
+
+
+def pair_sums(extremes: Tensor) -> Tensor:
+    """Largest and smallest sum of two weights of each channel, ``[channels, 2]``, from what `extreme_weights` gives."""
+    return torch.sum(extremes.unflatten(1, (2, 2)), 2)
+
+
+def pairs_fit(extremes: Tensor, largest_activation: int) -> Tensor:
+    """Whether the products of no two integer weights of a channel leave a 16-bit lane, ``[channels]``.
+
+    ``extremes``: as `extreme_weights` gives them. ``largest_activation``: of unsigned 8-bit activations.
+    """
+    largest, smallest = (pair_sums(extremes) * largest_activation).unbind(1)
+    return (largest <= LANE.max) & (smallest >= LANE.min)
+
+
+def may_overflow(weight: Tensor, largest_activation: int) -> bool:
+    """Whether two products of any output channel may leave the 16-bit lane.
+
+    ``weight``: int8, output channels first. ``largest_activation``: of unsigned 8-bit activations.
+    """
+    if weight.numel() == 0:
+        return False
+    rows = weight.reshape(weight.shape[0], -1).to(torch.int32)
+    return not bool(pairs_fit(extreme_weights(rows), largest_activation).all())

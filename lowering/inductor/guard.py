@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from lowering.inductor.rewrites.graph import call, constant, operands
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ, MOVES
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weight_of
-from lowering.inductor.saturation import adds_in_16_bits, may_overflow
+from quant2e.cpu import detect, may_overflow
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 
 aten = torch.ops.aten
@@ -94,7 +94,7 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
     if operands(activation)["dtype"] not in (torch.uint8, torch.int8):
         return f"int8 kernels take 8-bit activations, not {operands(activation)['dtype']}"
     depthwise = node.target in CONVOLUTION and value.shape[1] == 1  # its kernels add in 32 bits
-    if adds_in_16_bits() and not depthwise and may_overflow(value, operands(activation)["quant_max"]):
+    if detect().saturates and not depthwise and may_overflow(value, operands(activation)["quant_max"]):
         return (
             "int8 kernels may saturate on this CPU, which has no VNNI, with activations and weights this large: "
             "quantize with reduce_range=True"

@@ -1,9 +1,7 @@
 """Ranges under which u8 × s8 products stay exact on CPUs that add two of them in 16 bits, chosen per layer.
 
-``vpmaddubsw`` adds two products into a signed 16-bit lane that saturates. With activations in 0..top and the two
-largest weights of a channel (and the two smallest) summing to p, no lane overflows while ``top · p <= 32767``, however
-the kernel packs its weights, and whatever the zero point is: oneDNN multiplies the stored integers and corrects for the
-zero point afterwards, in 32 bits.
+With activations in 0..top and the two largest weights of a channel (and the two smallest) summing to p, no 16-bit lane
+overflows while ``top · p <= 32767``: the bound of `quant2e.cpu`.
 
 That product is a budget of two sides. Fewer activation integers make coarser activations, a smaller p means larger
 weight scales. Which side gives, and how far, is decided after calibration, for all layers that read one tensor
@@ -22,13 +20,11 @@ from torch.fx import Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import EdgeOrNode
+from quant2e.cpu import LANE, extreme_weights, pair_sums, pairs_fit
 from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from quant2e.ranges.qparams import NumberFormat, quantize_per_channel
 from quant2e.ranges.quantization_error import expected, filling
 from quant2e.ranges.search import mse
-
-_LANE = 32767
-"""What a lane holds; the smallest number is one further from zero, which nobody needs."""
 
 TOPS = tuple(range(127, 256, 16))
 """Candidates for the largest activation integer: 7 bits, 8 bits, and between."""
@@ -68,29 +64,25 @@ class PairedWeightObserver(PerChannelMinMaxObserver):
     def _measure(self, x: Tensor) -> None:
         rows = x.movedim(self.ch_axis, 0).flatten(1).float()
         self.depth = rows.shape[1]
-        most = min(2, self.depth)
-        largest, smallest = rows.topk(most).values.clamp(min=0), rows.topk(most, largest=False).values.clamp(max=0)
-        missing = (0, 2 - most)
-        pad = torch.nn.functional.pad
-        self.extremes = torch.cat([pad(largest, missing), pad(smallest, missing)], 1)
+        self.extremes = extreme_weights(rows)
         self.energy = rows.square().sum(1)
 
     def scales(self, top: int) -> Tensor:
         """Scales ``[channels]`` with which no two products with activations in 0..top leave a lane."""
         own, _ = self.grid.qparams(*self.range())
-        limit, pairs = _LANE // top, self.extremes.unflatten(1, (2, 2)).sum(2).abs().amax(1)
+        limit, pairs = LANE.max // top, pair_sums(self.extremes).abs().amax(1)
         found = torch.maximum(own, pairs / (limit - 1))  # each of two roundings adds at most a half
         for finer in (*(pairs / (limit - spare) for spare in (0.75, 0.5, 0.25, 0.0)), own):
             tried = torch.maximum(own, finer)
-            found = torch.where(self._largest_pair(tried) <= limit, tried, found)
+            found = torch.where(pairs_fit(self._integers(tried), top), tried, found)
         return found
 
-    def _largest_pair(self, scales: Tensor) -> Tensor:
+    def _integers(self, scales: Tensor) -> Tensor:
+        """`extremes` as the weights are stored with these scales."""
         g = self.grid
         zeros = torch.zeros_like(scales)
         integers: Tensor = quantize_per_channel(self.extremes, scales, zeros, 0, g.quant_min, g.quant_max, torch.int32)
-        largest: Tensor = integers.unflatten(1, (2, 2)).sum(2).abs().amax(1)
-        return largest
+        return integers
 
     def noise(self, scales: Tensor) -> float:
         """Mean square of the rounding errors over that of the weights. A channel that rounds to zero loses itself."""

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lowering.inductor.saturation import may_overflow
 from quant2e import AnnotationError, capture, convert_pt2e, prepare_pt2e, quantize
+from quant2e.cpu import may_overflow
 from quant2e.graph.qdq_ops import qd
 from quant2e.observers.encodings import encode
 from quantizers import (

@@ -13,6 +13,7 @@ from lowering.inductor.kernels import engines
 from lowering.inductor.kernels.engines import ENGINES, KernelChoice, Product, fastest
 from lowering.inductor.report import Kernel, build_report
 from lowering.inductor.rewrites.graph import private_copy
+from quant2e.cpu import TARGETS
 from quant2e.errors import LoweringError
 from quant2e.graph.qdq_ops import qd
 from tests.lowering.graphs import Weight, on_dynamic_grid, on_grid
@@ -243,7 +244,7 @@ def test_the_report_has_the_choice_and_its_times(monkeypatch):
         return KernelChoice(engine="float", product=product, seconds={"onednn": 2e-3, "float": 1e-3})
 
     monkeypatch.setattr("lowering.inductor.kernel_selection.fastest", slow)
-    monkeypatch.setattr("lowering.inductor.guard.adds_in_16_bits", lambda: False)  # on every machine
+    monkeypatch.setattr("lowering.inductor.guard.detect", lambda: TARGETS["avx512_vnni"])  # on every machine
     x = torch.randn(1, 16)
     model = capture(lambda m, x: F.linear(on_dynamic_grid(x), m.w()), x, w=Weight(torch.randn(8, 16)))
     report = to_inductor(model, (x,)).report

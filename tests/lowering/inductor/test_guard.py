@@ -5,6 +5,7 @@ import torch
 
 from lowering.inductor.guard import keep_from_patterns
 from lowering.inductor.rewrites.graph import private_copy
+from quant2e.cpu import TARGETS
 from quant2e.graph.qdq_ops import qd
 from tests.lowering.graphs import Weight, on_grid
 from tests.lowering.inductor.rewrites.test_pipeline import Fn, weight
@@ -42,7 +43,7 @@ TABLE = {
 
 @pytest.mark.parametrize("case", TABLE)
 def test_refused_or_not(case, monkeypatch):
-    monkeypatch.setattr("lowering.inductor.guard.adds_in_16_bits", lambda: False)
+    monkeypatch.setattr("lowering.inductor.guard.detect", lambda: TARGETS["avx512_vnni"])
     function, x, w, reason = TABLE[case]
     model = torch.export.export(Fn(function, w=w).eval(), (x,), strict=False).module()
     copy = private_copy(model)
@@ -87,7 +88,7 @@ def test_integers_move_only_between_equal_parameters(case):
 
 
 def test_without_vnni_only_what_cannot_saturate_is_int8(monkeypatch):
-    monkeypatch.setattr("lowering.inductor.guard.adds_in_16_bits", lambda: True)
+    monkeypatch.setattr("lowering.inductor.guard.detect", lambda: TARGETS["avx2"])
 
     def reasons(low, high):
         def function(m, x):

@@ -355,11 +355,12 @@ from tests.lowering.inductor.test_program import Fn, F, capture, u8
 from tests.lowering.graphs import Weight
 from lowering import to_inductor
 import lowering.inductor.guard
+from quant2e.cpu import TARGETS
 
 x = 2 + torch.rand(64, 256) / 2
 model = capture(Fn(lambda m, x: F.linear(u8(x, 0.01, 0), m.w()), w=Weight(torch.randn(64, 256).sign(), steps=127)), x)
 print(to_inductor(model, (x,)).report.of("linear").reason)
-lowering.inductor.guard.adds_in_16_bits = lambda: False
+lowering.inductor.guard.detect = lambda: TARGETS["avx512_vnni"]
 try:
     to_inductor(model, (x,), engines="onednn")
 except Exception as error:

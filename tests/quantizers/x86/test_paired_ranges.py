@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lowering
-from lowering.inductor.saturation import may_overflow
 from quant2e import calibrate, capture, convert_pt2e, prepare_pt2e, quantize
+from quant2e.cpu import may_overflow
 from quant2e.ranges.qparams import quantize_per_channel
 from quant2e.ranges.sqnr import sqnr_db
 from quantizers import ComposableQuantizer, EmbeddingQuantizer, X86InductorQuantizer
