@@ -28,7 +28,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import quant2e
-from benchmarks.record import record
+from benchmarks.demo.record import record
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import machine
 from quant2e.calibration.compiled import compiled_graph

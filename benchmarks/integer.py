@@ -21,7 +21,8 @@ import torch
 
 import lowering
 import quant2e
-from benchmarks import digits, minilm, timing, topics
+from benchmarks import timing
+from benchmarks.demo import digits, minilm, topics
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,

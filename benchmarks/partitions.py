@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.minilm import MAX_TOKENS, SentenceEmbedder, model_folder
-from benchmarks.peers_models import MINILM
+from benchmarks.demo.minilm import MAX_TOKENS, SentenceEmbedder, model_folder
+from benchmarks.peers.models import MINILM
 from benchmarks.programs import FLOWS, Inputs
 from benchmarks.shapes import SHAPES, bert_base, mobilenet_v2, mobilenet_v3, resnet18, vit
 

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import quant2e
-from benchmarks.digits import Digits, load
+from benchmarks.demo.digits import Digits, load
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 EPOCHS, BATCH, RATE = 30, 64, 0.1

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 import quant2e
-from benchmarks.record import record
+from benchmarks.demo.record import record
 from benchmarks.shapes import images, linears, resnet18
 from benchmarks.timing import machine
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import lowering
 import quant2e
-from benchmarks.record import record
+from benchmarks.demo.record import record
 from benchmarks.timing import machine
 from quant2e.accuracy.output_error import output_sqnr
 from quantizers import X86InductorQuantizer

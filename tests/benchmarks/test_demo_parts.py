@@ -8,11 +8,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import demo, digits, minilm, topics
-from benchmarks.outcome import Bound, Int8, Outcome
-from benchmarks.progress import Phases
-from benchmarks.retrieval import Embeddings, agreement, top1
-from benchmarks.table import markdown, table
+from benchmarks.demo import __main__ as demo
+from benchmarks.demo import digits, minilm, topics
+from benchmarks.demo.outcome import Bound, Int8, Outcome
+from benchmarks.demo.progress import Phases
+from benchmarks.demo.retrieval import Embeddings, agreement, top1
+from benchmarks.demo.table import markdown, table
 from benchmarks.timing import Latency, compare, machine
 
 # ------------------------------------------------------------------------------------------------------------- texts

@@ -8,16 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import peers, peers_process, peers_table
-from benchmarks.peers_process import Worker, WorkerError, build, environment
-from benchmarks.peers_table import Row, lines, means, ratio, sqnr_db
-from benchmarks.peers_worker import Job, Loaded, answer, peak_memory, reason, timed
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import process, table
+from benchmarks.peers.process import Worker, WorkerError, build, environment
+from benchmarks.peers.table import Row, lines, means, ratio, sqnr_db
+from benchmarks.peers.worker import Job, Loaded, answer, peak_memory, reason, timed
 
 ENGINE = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from benchmarks.peers_worker import Loaded
+from benchmarks.peers.worker import Loaded
 
 def build(job):
     job.file(".bin").write_bytes(b"program")
@@ -78,7 +79,7 @@ def test_a_worker_that_fails_says_why(job, tmp_path, function, said, seconds):
 
 
 def test_no_worker_is_started_when_memory_is_short(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(peers_process, "available_memory", lambda: 1e9)
+    monkeypatch.setattr(process, "available_memory", lambda: 1e9)
     with pytest.raises(WorkerError, match=r"not started: only 1\.0 GB of memory are available"):
         Worker([sys.executable], job, "serve", tmp_path / "log")
 
@@ -129,7 +130,7 @@ def test_ratios_are_medians_over_rounds():
 
 def test_lines_have_every_number_and_every_failure():
     made = list(lines(ROWS))
-    assert {len(line) for line in made} == {len(peers_table.HEADS)}
+    assert {len(line) for line in made} == {len(table.HEADS)}
     assert made[1] == ("M", "1", "1", "ours → Inductor", "4.00", "4.00 ×", "1.00 ×", "–", "20.0", "2.5", "3.0", "10")
     assert made[0][8] == "bit-equal"
     assert made[4][4] == r"failed: no \| pipe"

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowering
-from benchmarks.digits import DigitsNet
+from benchmarks.demo.digits import DigitsNet
 from quant2e import integer_report, quantize
 from quant2e.integer import to_integer
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowering
-from benchmarks import topics
-from benchmarks.outcome import Bound, Int8, Outcome
-from benchmarks.pipeline import Call, Case, Target, run_targets, save_float
-from benchmarks.progress import Advance, Phases
-from benchmarks.retrieval import Embeddings, agreement
+from benchmarks.demo import topics
+from benchmarks.demo.outcome import Bound, Int8, Outcome
+from benchmarks.demo.pipeline import Call, Case, Target, run_targets, save_float
+from benchmarks.demo.progress import Advance, Phases
+from benchmarks.demo.retrieval import Embeddings, agreement
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,

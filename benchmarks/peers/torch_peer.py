@@ -14,8 +14,8 @@ import torch
 import lowering
 import quant2e
 from benchmarks import programs
-from benchmarks.peers_models import Inputs, calibration_of, inputs_of, model_of
-from benchmarks.peers_worker import TRANSFORMERS, Job, Loaded
+from benchmarks.peers.models import Inputs, calibration_of, inputs_of, model_of
+from benchmarks.peers.worker import TRANSFORMERS, Job, Loaded
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 
 

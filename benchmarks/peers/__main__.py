@@ -27,19 +27,19 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks import peers_openvino
-from benchmarks.peers_models import MODELS
-from benchmarks.peers_process import Worker, WorkerError, build
-from benchmarks.peers_table import HEADS, Row, lines, means, plot, sqnr_db
-from benchmarks.peers_worker import Job
-from benchmarks.progress import Phases
-from benchmarks.record import record
+from benchmarks.demo.progress import Phases
+from benchmarks.demo.record import record
+from benchmarks.peers import openvino_peer
+from benchmarks.peers.models import MODELS
+from benchmarks.peers.process import Worker, WorkerError, build
+from benchmarks.peers.table import HEADS, Row, lines, means, plot, sqnr_db
+from benchmarks.peers.worker import Job
 from benchmarks.timing import Machine, machine
 
-RESULTS = Path(__file__).parent / "results" / "peers"
+RESULTS = Path(__file__).parents[1] / "results" / "peers"
 TITLE = "Ours and its peers"
-MODEL, TORCH = "benchmarks.peers_models", "benchmarks.peers_torch"
-ONNX, OPENVINO = "benchmarks.peers_onnx", "benchmarks.peers_openvino"
+MODEL, TORCH = "benchmarks.peers.models", "benchmarks.peers.torch_peer"
+ONNX, OPENVINO = "benchmarks.peers.onnx_peer", "benchmarks.peers.openvino_peer"
 SECONDS, MOST = 0.3, 50
 """How long an engine is called in one round, and how often at most."""
 PREPARE_SECONDS = 3600.0
@@ -61,7 +61,7 @@ class Engine:
     @property
     def python(self) -> str:
         """The interpreter that has this engine."""
-        return str(peers_openvino.environment()) if self.load.startswith(OPENVINO) else sys.executable
+        return str(openvino_peer.environment()) if self.load.startswith(OPENVINO) else sys.executable
 
 
 ENGINES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers_worker import ONNX, TRANSFORMERS, Job, Loaded, arrays, calibration
+from benchmarks.peers.worker import ONNX, TRANSFORMERS, Job, Loaded, arrays, calibration
 
 
 class _Reader:

@@ -18,8 +18,8 @@ from torch import nn
 
 import lowering
 import quant2e
-from benchmarks.outcome import Int8
-from benchmarks.progress import Advance, Phases
+from benchmarks.demo.outcome import Int8
+from benchmarks.demo.progress import Advance, Phases
 from benchmarks.timing import Latency, compare
 
 Call = Callable[..., torch.Tensor]

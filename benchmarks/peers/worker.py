@@ -1,6 +1,6 @@
 """One engine in a process of its own: it prepares a model there, and runs it as often as the parent asks.
 
-``python -m benchmarks.peers_worker JOB.json build|serve``. The parent speaks JSON lines over stdin and stdout; whatever the
+``python -m benchmarks.peers.worker JOB.json build|serve``. The parent speaks JSON lines over stdin and stdout; whatever the
 engine prints goes to stderr. Standard library and numpy only, so that it runs in the environment of any engine.
 """
 

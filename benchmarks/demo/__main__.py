@@ -16,10 +16,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import digits, minilm
-from benchmarks.outcome import Outcome
-from benchmarks.progress import Phases
-from benchmarks.table import markdown, table
+from benchmarks.demo import digits, minilm
+from benchmarks.demo.outcome import Outcome
+from benchmarks.demo.progress import Phases
+from benchmarks.demo.table import markdown, table
 from benchmarks.timing import Machine, machine
 
 MODELS = {"digits": digits.run, "minilm": minilm.run}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers_worker import ONNX, TRANSFORMERS, Job, Loaded, arrays, calibration
+from benchmarks.peers.worker import ONNX, TRANSFORMERS, Job, Loaded, arrays, calibration
 
 CACHE = Path.home() / ".cache" / "quant2e" / "openvino"
 

@@ -1,7 +1,7 @@
 """Where the time of a compiled model goes, beside what its products would take at the best rate of their kernels.
 
-``python -m benchmarks.peers_profile`` writes ``benchmarks/results/peers_profile.md`` and ``.json``: for the models of
-``benchmarks.peers``, on one thread, what torch's profiler says of the program of float Inductor, of ours and of torchao's.
+``python -m benchmarks.peers.profile`` writes ``benchmarks/results/peers_profile.md`` and ``.json``: for the models of
+``benchmarks.peers.__main__``, on one thread, what torch's profiler says of the program of float Inductor, of ours and of torchao's.
 Products are linear layers, convolutions and attention; "other ops" are calls of torch between them; the rest is code that Inductor
 generated and the Python between the calls. The best rate is that of ``onednn.qlinear_pointwise``, and of a float
 ``linear``, on square matrices in the same run: the bound is the time of all multiply-accumulates at that rate.
@@ -23,26 +23,26 @@ import torch
 from rich.console import Console
 
 import quant2e
-from benchmarks import peers_torch
-from benchmarks.peers_models import MODELS, inputs_of, model_of
-from benchmarks.peers_process import build
-from benchmarks.peers_worker import Job
-from benchmarks.progress import Phases
-from benchmarks.record import record
+from benchmarks.demo.progress import Phases
+from benchmarks.demo.record import record
+from benchmarks.peers import torch_peer
+from benchmarks.peers.models import MODELS, inputs_of, model_of
+from benchmarks.peers.process import build
+from benchmarks.peers.worker import Job
 from benchmarks.timing import machine
 from lowering.inductor.kernels.engines import Engine, Float, OneDnn, Product, timed
 from quant2e.report.float_ops import count_macs
 
-RESULTS = Path(__file__).parent / "results" / "peers_profile"
+RESULTS = Path(__file__).parents[1] / "results" / "peers_profile"
 TITLE = "Where the time goes"
 HEADS = (
     "model", "batch", "engine", "ms", "products ms", "calls", "other ops ms", "generated and between ms", "GMAC",
     "GMAC/s in products", "of the best rate", "bound ms",
 )  # fmt: skip
 ENGINES = {
-    "float Inductor": peers_torch.inductor,
-    "ours → Inductor": peers_torch.ours_inductor,
-    "torchao X86, 7 bits → Inductor": peers_torch.torchao_7_bit,
+    "float Inductor": torch_peer.inductor,
+    "ours → Inductor": torch_peer.ours_inductor,
+    "torchao X86, 7 bits → Inductor": torch_peer.torchao_7_bit,
 }
 PRODUCTS = (
     "onednn::q", "mkldnn::_convolution", "mkldnn::_linear", "mkl::_mkl_linear", "aten::addmm", "aten::mm", "aten::bmm",
@@ -113,11 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for batch in chosen.batches:
                 place = Path(folder) / f"{model}_{batch}"
                 place.mkdir()
-                data = Job(engine="data", build="benchmarks.peers_models:write", load="", model=model, batch=batch,
+                data = Job(engine="data", build="benchmarks.peers.models:write", load="", model=model, batch=batch,
                            threads=1, folder=str(place))  # fmt: skip
                 build([sys.executable], data, place / "log", 3600)
                 for engine in ENGINES:
-                    job = Job(engine=engine, build="benchmarks.peers_profile:measure", load="", model=model,
+                    job = Job(engine=engine, build="benchmarks.peers.profile:measure", load="", model=model,
                               batch=batch, threads=1, folder=str(place))  # fmt: skip
                     with phases.phase(f"{model}, batch {batch}: {engine}"):
                         build([sys.executable], job, place / "log", 3600)

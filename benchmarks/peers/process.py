@@ -11,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from benchmarks.peers_worker import Job
+from benchmarks.peers.worker import Job
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LEAST_MEMORY = 3e9
 """Bytes that must be available before another worker is started: running out would end other processes too."""
 
@@ -49,7 +49,7 @@ class Worker:
         self._log = log
         with log.open("a") as output:
             self._process = subprocess.Popen(
-                [*python, "-m", "benchmarks.peers_worker", str(described), stage],
+                [*python, "-m", "benchmarks.peers.worker", str(described), stage],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,

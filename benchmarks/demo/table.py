@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.table import Table
 
-from benchmarks.outcome import Int8, Outcome
+from benchmarks.demo.outcome import Int8, Outcome
 
 MEASURES = {
     "mean_cosine": ("mean cosine with float", "{:.4f}"),

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import topics
-from benchmarks.peers_worker import ONNX, TRANSFORMERS, Job, arrays, calibration
+from benchmarks.demo import topics
+from benchmarks.peers.worker import ONNX, TRANSFORMERS, Job, arrays, calibration
 from benchmarks.shapes import SHAPES
 
 MINILM = "MiniLM"
@@ -38,7 +38,7 @@ class _Whole(nn.Module):
 def _made(name: str) -> nn.Module:
     torch.manual_seed(0)
     if name == MINILM:
-        from benchmarks.minilm import SentenceEmbedder, model_folder
+        from benchmarks.demo.minilm import SentenceEmbedder, model_folder
 
         return SentenceEmbedder(model_folder()).eval()
     made = SHAPES[name][0]()
@@ -75,7 +75,7 @@ def batches_of(name: str, batch: int) -> list[Inputs]:
         return [SHAPES[name][1](batch) for _ in range(1 + CALIBRATION_BATCHES)]
     from transformers import AutoTokenizer
 
-    from benchmarks.minilm import MAX_TOKENS, model_folder
+    from benchmarks.demo.minilm import MAX_TOKENS, model_folder
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     texts = topics.load()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowering
-from benchmarks.outcome import Bound, Int8, Outcome
-from benchmarks.pipeline import Call, Case, Target, run_targets, save_float
-from benchmarks.progress import Advance, Phases, silent
+from benchmarks.demo.outcome import Bound, Int8, Outcome
+from benchmarks.demo.pipeline import Call, Case, Target, run_targets, save_float
+from benchmarks.demo.progress import Advance, Phases, silent
 from quantizers import (
     X86InductorQuantizer,
     XNNPACKQuantizer,

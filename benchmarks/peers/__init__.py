@@ -1,0 +1,1 @@
+"""Peers beside ours: torchao, ExecuTorch, onnxruntime and OpenVINO, interleaved in each setting."""
