@@ -10,7 +10,6 @@ import torch
 from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
 
 from quant2e.errors import LoweringError
 
@@ -84,6 +83,8 @@ def signature_of(exported: ExportedProgram) -> Signature:
 
 def check_bounded(exported: ExportedProgram) -> None:
     """Raise `LoweringError` naming every dynamic size of an input that has no upper bound: memory is planned for it."""
+    from torch.utils._sympy.numbers import int_oo  # loads sympy, which importing lowering does not
+
     names = set(exported.graph_signature.user_inputs)
     open_ended = [
         f"dimension {dim} of '{node.name}'"

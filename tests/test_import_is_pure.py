@@ -25,6 +25,11 @@ OPTIONAL = {
     "transformers",
 }
 
+HEAVY = ("sympy", "mpmath", "torch._dynamo", "torch._inductor", "torch.onnx", "torch.fx.experimental.symbolic_shapes")
+"""What takes long to load, and no user of every name needs: functions import it."""
+
+LOADED = "import json, sys, torch\nwith_torch = set(sys.modules)\nimport {}\nprint(json.dumps([*{{*sys.modules}} - with_torch]))"
+
 PATCHES_EVERYTHING = """
 import logging, os, random, sys, warnings
 import numpy, torch, torch._inductor.config, torch._dynamo.config
@@ -56,12 +61,28 @@ def probe(package: str, path: Path = ROOT) -> dict[str, list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("package", ["quant2e", "quantizers", "lowering"])
+@pytest.fixture(params=["quant2e", "quantizers", "lowering"])
+def package(request):
+    return request.param
+
+
 def test_importing_changes_nothing(package):
     found = probe(package)
     assert found["changed"] == []
     assert package in found["loaded"]
     assert OPTIONAL & set(found["loaded"]) == set()
+
+
+def test_importing_is_quick(package):
+    """What is not loaded costs no time, on any machine: beyond ``import torch``, our own files and a few small ones."""
+    command = [sys.executable, "-c", LOADED.format(package)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    loaded = json.loads(done.stdout)
+    ours = [name for name in loaded if name.split(".")[0] in {"quant2e", "quantizers", "lowering"}]
+    assert package in ours
+    assert [name for name in loaded if any(name == heavy or name.startswith(heavy + ".") for heavy in HEAVY)] == []
+    assert {name.split(".")[0] for name in set(loaded) - set(ours)} - {"torch", *sys.stdlib_module_names} == set()
 
 
 def test_the_probe_sees_what_a_package_changes(tmp_path):

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import CodeType
 from typing import Any
 
@@ -20,14 +20,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 from torch.fx import _pytree as fx_pytree
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.fx.graph import _PyTreeCodeGen
 
 from quant2e.errors import CaptureError
 from quant2e.graph.serialized import spec_from_state, spec_state
 
 _GUARD_MESSAGE = "Guard failed: "
-_NAMESPACE = {**SYMPY_INTERP, "math": math, "inf": math.inf}
 
 
 def distinct(*example: Any) -> Any:
@@ -66,7 +64,7 @@ class Inputs:
             return  # symbolic tracing: there is no value to look at
         for condition in self.conditions:
             try:
-                holds = bool(eval(_compiled(condition), _NAMESPACE, bound))  # noqa: S307  # torch's own conditions
+                holds = bool(eval(_compiled(condition), _namespace(), bound))  # noqa: S307  # torch's own conditions
             except (AttributeError, IndexError, TypeError, KeyError):
                 holds = False
             if not holds:
@@ -135,6 +133,14 @@ def _nested_as(value: Any, spec: pytree.TreeSpec) -> bool:
 def _keys(spec: pytree.TreeSpec) -> list[Any]:
     """Keys of a dict spec; a defaultdict's context also carries its factory."""
     return list(spec.context[1] if spec.type is defaultdict else spec.context)
+
+
+@cache
+def _namespace() -> dict[str, Any]:
+    """What conditions may mention besides the inputs: torch writes divisions and roundings of sizes as functions."""
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP  # loads sympy, which importing quant2e does not
+
+    return {**SYMPY_INTERP, "math": math, "inf": math.inf}
 
 
 @lru_cache(maxsize=4096)

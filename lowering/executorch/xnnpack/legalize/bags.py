@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lowering.executorch.xnnpack.legalize.edit import emit, number, shape_of
 from quant2e.graph.dataflow import operand
@@ -83,6 +82,8 @@ def _one_length(offsets: Node, ids: Node) -> int | None:
     start, end, step = (one.meta["val"] if isinstance(one, Node) else one for one in offsets.args)
     rows: Any = shape_of(ids)[0]
     whole = start == 0 and isinstance(step, int) and step > 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy: not while importing
+
     return step if whole and statically_known_true(end == rows) and statically_known_true(rows % step == 0) else None
 
 
