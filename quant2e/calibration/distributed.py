@@ -108,7 +108,6 @@ def reduce_statistics(prepared: GraphModule) -> None:
         state = {"min_val": least.reshape(shape), "max_val": most.reshape(shape), "counts": next(pieces)}
         if "histogram" in observer.statistics:
             state["histogram"] = next(pieces).reshape(observer.get_buffer("histogram").shape)
-            state["peaks"] = next(pieces).reshape(observer.get_buffer("peaks").shape)
         put(observer, state)
 
 
@@ -139,8 +138,6 @@ def _agree_on_shapes(observers: Sequence[UniformQuantizationObserverBase[Any]], 
             if "histogram" in observer.statistics:
                 bins = observer.get_buffer("histogram").shape[-1]
                 state["histogram"] = torch.zeros((*shape, bins), dtype=torch.int64)
-                peaks = observer.get_buffer("peaks").shape[-2:]
-                state["peaks"] = torch.zeros((*shape, *peaks), dtype=torch.int64)
             put(observer, state)
 
 
@@ -157,4 +154,4 @@ def _summands(observer: UniformQuantizationObserverBase[Any], low: Tensor, high:
     own = streaming.windows(observer.min_val.reshape(-1), observer.max_val.reshape(-1), bins)
     common = streaming.windows(low.to(histogram.device), high.to(histogram.device), bins)
     widened = streaming.widen(histogram.reshape(-1, bins), own, common)
-    return [observer.counts, widened, observer.get_buffer("peaks")]
+    return [observer.counts, widened]

@@ -33,9 +33,13 @@ from quant2e.ranges.histogram import Histogram
 from quant2e.ranges.minmax import MovingAverage
 from quant2e.ranges.search import check_method
 
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, FORMAT)
 RECORD = "statistics.json"
 _KIND = "quant2e statistics"
+_FORMER_BUFFERS = ("peaks",)
+"""What format 1 also holds, and nothing reads."""
+
 _DIFFERENCE_LINES = 24
 
 State = Mapping[str, Tensor]
@@ -174,13 +178,17 @@ class Statistics:
         try:
             with zipfile.ZipFile(source) as file:
                 record = json.loads(file.read(RECORD))
-                if record["kind"] != _KIND or record["format"] != FORMAT:
+                if record["kind"] != _KIND or record["format"] not in _READABLE:
                     raise FileFormatError(
                         f"{source} holds {record['kind']} of format {record['format']!r}; this version reads "
-                        f"{_KIND} of format {FORMAT}"
+                        f"{_KIND} of formats {' and '.join(str(known) for known in _READABLE)}"
                     )
                 states = {
-                    name: {buffer: _array(file, f"{name}/{buffer}.npy") for buffer in buffers}
+                    name: {
+                        buffer: _array(file, f"{name}/{buffer}.npy")
+                        for buffer in buffers
+                        if buffer not in _FORMER_BUFFERS
+                    }
                     for name, buffers in record["states"].items()
                 }
                 estimators = {str(name): str(text) for name, text in record["estimators"].items()}

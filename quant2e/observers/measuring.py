@@ -117,7 +117,7 @@ class MovingAveragePerChannelMinMaxObserver(UniformQuantizationObserverBase[MinM
 class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
     """A histogram of all data, per tensor, and the range that ``method`` derives from it (see `range_search`).
 
-    ``method``: "mse", "percentile" (of ``|x|``), "entropy", "minmax" or "mean_of_maxima". ``method`` and ``percentile`` are plain
+    ``method``: "mse", "percentile" (of ``|x|``), "entropy" or "minmax". ``method`` and ``percentile`` are plain
     attributes: change them after calibration to derive other parameters from the same data.
     """
 

@@ -250,6 +250,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        state_dict.pop(prefix + "peaks", None)  # in checkpoints of versions that had it
         for name in self.statistics:
             saved, buffer = state_dict.get(prefix + name), self.get_buffer(name)
             if saved is not None and saved.dim() and buffer.dim():

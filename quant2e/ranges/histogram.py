@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant2e.errors import AnnotationError, CalibrationError
-from quant2e.ranges import exact_sum, streaming
+from quant2e.ranges import streaming
 from quant2e.ranges.minmax import (
     Batch,
     MinMax,
@@ -37,8 +37,6 @@ _EXACT_BITS = 24
 
 _SMALLEST_EXPONENT = -120
 """Narrowest bin; ``2**120`` is still a float32. All values below one width share the bin of zero."""
-
-_PEAKS = (2, exact_sum.SLOTS)
 
 _CHUNK = 1 << 16
 """Values binned at a time, so that the temporaries stay in the cache."""
@@ -80,16 +78,13 @@ def window(low: float, high: float, bins: int) -> Window:
 @dataclass(frozen=True)
 class HistogramState:
     """``histogram``: int64 ``[bins]`` over ``window(min_val, max_val, bins)``; the rest as in `MinMaxState`.
-
-    ``peaks``: int64 ``[2, 256]``, the exact sums of every batch's minimum and maximum, see `exact_sum`. Per channel or
-    group: ``[*channels, bins]`` and ``[*channels, 2, 256]``, each row with the window of its own range.
+    Per channel or group: ``[*channels, bins]``, each row with the window of its own range.
     """
 
     min_val: Tensor
     max_val: Tensor
     counts: Tensor
     histogram: Tensor
-    peaks: Tensor
 
     @property
     def empty(self) -> bool:
@@ -104,9 +99,8 @@ class HistogramState:
     def rows(self) -> list[HistogramState]:
         """The state of each channel or group, as one of a whole tensor. ``counts`` are those of all together."""
         histogram = self.histogram.reshape(-1, self.histogram.shape[-1])
-        peaks = self.peaks.reshape(-1, *_PEAKS)
-        parts = zip(self.min_val.reshape(-1), self.max_val.reshape(-1), histogram, peaks, strict=True)
-        return [HistogramState(low, high, self.counts, counts, sums) for low, high, counts, sums in parts]
+        parts = zip(self.min_val.reshape(-1), self.max_val.reshape(-1), histogram, strict=True)
+        return [HistogramState(low, high, self.counts, counts) for low, high, counts in parts]
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -162,8 +156,7 @@ class Histogram:
         none = empty_like(like, self._whole)
         shape = (self.bins,) if self._whole else (0, self.bins)
         histogram = torch.zeros(shape, dtype=torch.int64, device=none.counts.device)
-        peaks = torch.zeros((*shape[:-1], *_PEAKS), dtype=torch.int64, device=none.counts.device)
-        return HistogramState(none.min_val, none.max_val, none.counts, histogram, peaks)
+        return HistogramState(none.min_val, none.max_val, none.counts, histogram)
 
     def update(self, state: HistogramState, x: Tensor) -> HistogramState:
         check_floating(x)
@@ -175,8 +168,7 @@ class Histogram:
         batch = look(x, axis=None)
         low, high = torch.minimum(state.min_val, batch.min_val), torch.maximum(state.max_val, batch.max_val)
         histogram = self._recount(state, batch, x, float(low), float(high))
-        peaks = state.peaks + _peaks(batch.min_val, batch.max_val)
-        return HistogramState(low, high, state.counts + batch.counts, histogram, peaks)
+        return HistogramState(low, high, state.counts + batch.counts, histogram)
 
     def _update_rows(self, state: HistogramState, x: Tensor) -> HistogramState:
         rows = rows_of(x, self.axis, self.group_size)
@@ -187,12 +179,10 @@ class Histogram:
         if state.min_val.numel() == 0:
             none = torch.full(shape, float("inf"), device=x.device)
             bins = torch.zeros((*shape, self.bins), dtype=torch.int64, device=x.device)
-            peaks = torch.zeros((*shape, *_PEAKS), dtype=torch.int64, device=x.device)
-            before = HistogramState(none, -none, state.counts, bins, peaks)
+            before = HistogramState(none, -none, state.counts, bins)
         check_channels(before.min_val, seen.low.reshape(shape))
         made = streaming.update(_as_rows(before), flat, seen)
-        peaks = before.peaks + _peaks(seen.low, seen.high).reshape(before.peaks.shape)
-        return _from_rows(made, shape, state.counts + seen.counts, peaks)
+        return _from_rows(made, shape, state.counts + seen.counts)
 
     def _recount(self, state: HistogramState, batch: Batch, x: Tensor, low: float, high: float) -> Tensor:
         values = x if batch.usable is None else x[batch.usable]
@@ -210,17 +200,17 @@ class Histogram:
             )
         if a.min_val.numel() == 0 or b.min_val.numel() == 0:
             seen = a if b.min_val.numel() == 0 else b
-            return HistogramState(seen.min_val, seen.max_val, a.counts + b.counts, seen.histogram, seen.peaks)
+            return HistogramState(seen.min_val, seen.max_val, a.counts + b.counts, seen.histogram)
         if not self._whole or a.counts.device.type != "cpu":
             check_channels(a.min_val, b.min_val)
             made = streaming.merge(_as_rows(a), _as_rows(b))
-            return _from_rows(made, a.min_val.shape, a.counts + b.counts, a.peaks + b.peaks)
+            return _from_rows(made, a.min_val.shape, a.counts + b.counts)
         total = MinMax().merge(MinMaxState(a.min_val, a.max_val, a.counts), MinMaxState(b.min_val, b.max_val, b.counts))
         histogram = a.histogram if b.empty else b.histogram
         if not (a.empty or b.empty):
             win = window(float(total.min_val), float(total.max_val), self.bins)
             histogram = widen(a.histogram, a.window, win) + widen(b.histogram, b.window, win)
-        return HistogramState(total.min_val, total.max_val, total.counts, histogram, a.peaks + b.peaks)
+        return HistogramState(total.min_val, total.max_val, total.counts, histogram)
 
     def range(self, state: HistogramState) -> tuple[Tensor, Tensor]:
         """The exact extremes. `range_search.search` derives other ranges from the same state."""
@@ -232,11 +222,6 @@ def _as_rows(state: HistogramState) -> streaming.Rows:
     return streaming.Rows(state.min_val.reshape(-1), state.max_val.reshape(-1), state.histogram.reshape(-1, bins))
 
 
-def _from_rows(rows: streaming.Rows, shape: tuple[int, ...], counts: Tensor, peaks: Tensor) -> HistogramState:
+def _from_rows(rows: streaming.Rows, shape: tuple[int, ...], counts: Tensor) -> HistogramState:
     histogram = rows.histogram.reshape(*shape, rows.histogram.shape[-1])
-    return HistogramState(rows.low.reshape(shape), rows.high.reshape(shape), counts, histogram, peaks)
-
-
-def _peaks(low: Tensor, high: Tensor) -> Tensor:
-    """The extremes of one batch as sums; nothing for a batch without values."""
-    return exact_sum.slots_of(torch.stack([low, high], -1), (low <= high).unsqueeze(-1).expand(*low.shape, 2))
+    return HistogramState(rows.low.reshape(shape), rows.high.reshape(shape), counts, histogram)

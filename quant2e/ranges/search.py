@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from quant2e.errors import AnnotationError
-from quant2e.ranges import exact_sum
 from quant2e.ranges.clipping import products, promising
 from quant2e.ranges.histogram import HistogramState
 from quant2e.ranges.qparams import NumberFormat
@@ -173,17 +172,7 @@ def _products(around: tuple[Tensor, Tensor], factors: tuple[float, ...], togethe
     return products(*around, torch.tensor(factors, dtype=torch.float64), together)
 
 
-def mean_of_maxima(state: HistogramState) -> tuple[float, float]:
-    """The mean of every batch's minimum and the mean of every batch's maximum, exact sums rounded once.
-
-    The averaging mode of Distiller's collectors (N. Zmora et al., "Neural Network Distiller", arXiv:1910.12232). It
-    depends on which samples made a batch, and not on the order of the batches.
-    """
-    low, high = (exact_sum.mean(sums) for sums in state.peaks.cpu())
-    return low, high
-
-
-METHODS = ("minmax", "percentile", "mse", "entropy", "mean_of_maxima")
+METHODS = ("minmax", "percentile", "mse", "entropy")
 
 
 def check_method(method: str, percentile: float) -> None:
@@ -248,6 +237,4 @@ def _search(state: HistogramState, grid: NumberFormat, method: str, percentile: 
         return mse(state, grid)
     if method == "entropy":
         return entropy(state, grid)
-    if method == "mean_of_maxima":
-        return mean_of_maxima(state)
     return minmax(state)

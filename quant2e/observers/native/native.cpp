@@ -91,11 +91,11 @@ void observe_average(uint64_t* stack, uint64_t, uint64_t) {
 
 // As Histogram.update in histogram.py.
 void observe_histogram(uint64_t* stack, uint64_t, uint64_t) {
-  Argument x(stack[0]), low_of(stack[2]), high_of(stack[3]), counts(stack[4]), bins_of(stack[5]), sums_of(stack[6]);
+  Argument x(stack[0]), low_of(stack[2]), high_of(stack[3]), counts(stack[4]), bins_of(stack[5]);
   const Values values = values_of(x);
   if (values.count == 0) return;
   float *min_val = low_of.data<float>(), *max_val = high_of.data<float>();
-  int64_t *histogram = bins_of.data<int64_t>(), *peaks = sums_of.data<int64_t>(), size = 0;
+  int64_t *histogram = bins_of.data<int64_t>(), size = 0;
   must(aoti_torch_get_numel(bins_of.handle, &size));
   const int bins = (int)size, parts = parts_of(values);
   const bool empty = *min_val > *max_val;
@@ -119,8 +119,6 @@ void observe_histogram(uint64_t* stack, uint64_t, uint64_t) {
   }
   for (int t = 0; t < parts; ++t) locals[t].hand_over(histogram, now);
   *min_val = low, *max_val = high;
-  add_exactly(peaks, all.low + 0.0f);
-  add_exactly(peaks + kSlots, all.high + 0.0f);
 }
 
 }  // namespace

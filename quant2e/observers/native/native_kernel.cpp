@@ -279,18 +279,6 @@ void scan_parts(int64_t first, int64_t last, void* context) {
          work.locals ? work.locals + t : nullptr);
 }
 
-constexpr int kSlots = 256;
-
-// As in exact_sum.py.
-void add_exactly(int64_t* slots, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  int exponent = (bits >> 23) & 0xFF;
-  int64_t mantissa = (int64_t)(bits & 0x7FFFFF) + ((int64_t)(exponent > 0) << 23);
-  slots[exponent] += bits >> 31 ? -mantissa : mantissa;
-  ++slots[kSlots - 1];
-}
-
 float towards(float average, float value, float constant) {
   float step = value - average;
   float moved = constant * step;

@@ -27,10 +27,10 @@ _SEEN = "Tensor x, float limit, Tensor(a!) min_val, Tensor(b!) max_val, Tensor(c
 SCHEMAS = {
     "observe_minmax": f"({_SEEN}) -> ()",
     "observe_average": f"({_SEEN}, float constant) -> ()",
-    "observe_histogram": f"({_SEEN}, Tensor(d!) histogram, Tensor(e!) peaks) -> ()",
+    "observe_histogram": f"({_SEEN}, Tensor(d!) histogram) -> ()",
 }
 """``x``: float32 of any shape and strides. ``limit``: smallest magnitude of a mask sentinel. ``min_val``, ``max_val``:
-float32 scalars; ``counts``: int64 ``[4]``, see `ranges.TALLY`; ``histogram``: int64 ``[bins]``; ``peaks``: int64 ``[2, 256]``.
+float32 scalars; ``counts``: int64 ``[4]``, see `ranges.TALLY`; ``histogram``: int64 ``[bins]``.
 """
 
 

@@ -1,5 +1,6 @@
 """One process, many processes, and a run that was killed and resumed: the same scales, bit for bit."""
 
+import io
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -188,6 +190,34 @@ def rewritten(path, target, change):
     return target
 
 
+def as_format_1(path, target):
+    """The file that the first format would be, with the estimators as text and the sums of every batch's extremes."""
+    estimators = {name: repr(observer.estimator) for name, observer in measuring(prepared()).items()}
+    histograms = [name for name, text in estimators.items() if text.startswith("Histogram")]
+
+    def change(record):
+        record.update(format=1, estimators=estimators)
+        for name in histograms:
+            record["states"][name].append("peaks")
+
+    rewritten(path, target, change)
+    raw = io.BytesIO()
+    np.lib.format.write_array(raw, np.zeros((2, 256), dtype=np.int64))
+    with zipfile.ZipFile(target, "a") as file:
+        for name in histograms:
+            file.writestr(f"{name}/peaks.npy", raw.getvalue())
+    return target
+
+
+def test_files_of_the_first_format_are_read(tmp_path):
+    whole = quant2e.calibrate(prepared(), data())
+    for i, part in enumerate((slice(0, 5), slice(5, 12))):
+        save_statistics(quant2e.calibrate(prepared(), data()[part]), tmp_path / f"{i}.stats")
+    old = as_format_1(tmp_path / "0.stats", tmp_path / "old.stats")
+    assert len(zipfile.ZipFile(old).namelist()) > len(zipfile.ZipFile(tmp_path / "0.stats").namelist())
+    assert buffers(load_statistics(prepared(), old, tmp_path / "1.stats")) == buffers(whole)
+
+
 class Evil:
     def __reduce__(self):
         return (os.system, ("echo never > /tmp/quant2e-evil",))
@@ -198,7 +228,7 @@ def test_files_that_are_wrong_are_refused_in_words(tmp_path):
     save_statistics(quant2e.calibrate(prepared(), data()), path)
     target = prepared()
     changes = {
-        "format": (lambda r: r.update(format=2), "format 2; this version reads quant2e statistics of format 1"),
+        "format": (lambda r: r.update(format=3), "format 3; this version reads quant2e statistics of formats 1 and 2"),
         "kind": (lambda r: r.update(kind="a poem"), "holds a poem"),
         "state": (lambda r: r.pop("states"), "is no statistics file, or is damaged"),
         "estimator": (lambda r: r["estimators"].update(activation_post_process_0="exit()"), "is none of MinMax"),
