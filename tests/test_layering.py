@@ -41,6 +41,9 @@ LAZY: Mapping[str, str] = {
 }
 """Module prefix → target. Only lowering may import it, inside functions, and one file (or folder) per target."""
 
+COMPILED = "quant2e/calibration/compiled.py"
+"""The one file of the core that may set an option of ``torch._inductor``, inside a function: `torch.compile` needs it."""
+
 OPTIONAL: Mapping[str, str] = {"hypothesis": "quantizers/conformance/", "torchao": "quantizers/torchao.py"}
 """Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place."""
 
@@ -50,11 +53,14 @@ INSTEAD: Mapping[str, str] = {
     "executorch": "call lowering.to_executorch, or hand the user a graph to pass on",
     "torch._inductor": "call lowering.to_inductor",
     "onnx": "call lowering.to_onnx",
-    "lowering": "take the lowered program as an argument, or look the lowering up by name inside a function",
-    "quantizers": "take a Quantizer as an argument, or look it up by name inside a function",
+    "lowering": "take the lowered program as an argument; only the command line looks the lowering up by name",
+    "quantizers": "take a Quantizer as an argument; only the command line looks it up by name",
     "benchmarks": "move what is needed into a package",
     "tests": "move what is needed into a package",
 }
+
+COMMAND_LINE = "quant2e/cli.py"
+"""The one file that looks its subcommands up by name, wherever they are."""
 
 DIALECT = "quant2e/graph/qdq_ops.py"
 """The one file that may reach into torch.ao: importing it registers the quantized_decomposed ops."""
@@ -124,7 +130,7 @@ def complaint(path: str, found: Import) -> str:
     folder = path.split("/")[0]
     top = found.module.split(".")[0]
     if top in LAYERS:
-        looked_up = folder == "quant2e" and found.by_name and found.lazy
+        looked_up = path == COMMAND_LINE and found.by_name and found.lazy
         return "" if top in LAYERS[folder] or looked_up else f"{folder} may not import {top}"
     if folder not in SHIPPED:
         return ""
@@ -133,9 +139,9 @@ def complaint(path: str, found: Import) -> str:
     if path.startswith(OPTIONAL.get(top, "/")):
         return "" if found.lazy else "import it inside the function that needs it: it is optional"
     if any(found.is_of(prefix) for prefix in LAZY):
-        if folder != "lowering":
+        if folder != "lowering" and not (path == COMPILED and found.is_of("torch._inductor")):
             return f"{folder} may not import {top if top != 'torch' else '.'.join(found.module.split('.')[:2])}"
-        return "" if found.lazy else "import it inside the function that needs it: importing lowering must not load it"
+        return "" if found.lazy else f"import it inside the function that needs it: importing {folder} must not load it"
     if top in {"torch", "numpy"} or top in sys.stdlib_module_names:
         return ""
     return f"{folder} depends on torch, numpy and the standard library only"
@@ -194,6 +200,7 @@ ALLOWED = [
         "def f(g):\n    from torch._inductor.compile_fx import compile_fx\n    return compile_fx(g)",
     ),
     ("lowering/inductor.py", "import torch\ndef f():\n    return torch._inductor.config.freezing"),
+    ("quant2e/calibration/compiled.py", "def f():\n    import torch._inductor.config"),
     ("lowering/mobile/xnnpack.py", "def f():\n    import executorch.exir"),
     ("lowering/onnx.py", "def f():\n    import onnx, onnxruntime\n    import torch.onnx"),
     ("benchmarks/demo.py", "import rich, transformers, torchao, lowering, quantizers"),
@@ -224,6 +231,14 @@ FORBIDDEN = [
     ("quant2e/api.py", "from lowering import to_inductor", "quant2e may not import lowering; instead: take"),
     ("quant2e/api.py", "def f():\n    import quantizers", "quant2e may not import quantizers"),
     ("quant2e/api.py", "import importlib\nimportlib.import_module('lowering')", "quant2e may not import lowering"),
+    ("quant2e/cli.py", "import importlib\nimportlib.import_module('lowering')", "quant2e may not import lowering"),
+    (
+        "quant2e/calibration/compiled.py",
+        "import importlib\ndef f():\n    importlib.import_module('lowering.inductor.compile')",
+        "quant2e may not import lowering; instead: take the lowered program as an argument",
+    ),
+    ("quant2e/calibration/compiled.py", "import torch._inductor.config", "importing quant2e must not load it"),
+    ("quant2e/calibration/compiled.py", "def f():\n    import onnx", "quant2e may not import onnx"),
     ("quant2e/passes/fold.py", "from ...lowering import x", "quant2e may not import lowering"),
     ("quantizers/x86.py", "import lowering.inductor", "quantizers may not import lowering"),
     ("quantizers/x86.py", "from torchao.quantization import pt2e", "torch, numpy and the standard library only"),

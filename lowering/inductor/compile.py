@@ -112,15 +112,6 @@ def _shape_env(whole: bool) -> Any:
 
 
 @contextmanager
-def constant_weights() -> Iterator[None]:
-    """``torch.compile`` makes weights constants of the programs that it compiles in here, and packs them."""
-    import torch._inductor.config
-
-    with torch._inductor.config.patch(freezing=True):
-        yield
-
-
-@contextmanager
 def _flags(inspect: Callable[[Graph], None]) -> Iterator[None]:
     """What the int8 patterns need, for the duration of one compilation.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,13 +34,23 @@ def compiled_graph(prepared: GraphModule) -> Callable[..., Any]:
     own._modules = prepared._modules  # the observers themselves
     run = torch.compile(own, dynamic=False, options=options)
 
-    constant_weights = import_module("lowering.inductor.compile").constant_weights
-
     def call(*args: Any, **kwargs: Any) -> Any:
-        with constant_weights():  # read while tracing: as an option it comes too late
+        with constant_weights():
             return run(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def constant_weights() -> Iterator[None]:
+    """``torch.compile`` makes weights constants of the programs that it compiles in here, and packs them.
+
+    Inductor reads this setting while it traces: among the options of ``torch.compile`` it would come too late.
+    """
+    import torch._inductor.config
+
+    with torch._inductor.config.patch(freezing=True):
+        yield
 
 
 def _convolutions(prepared: GraphModule) -> Iterator[Node]:
