@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.convert.insert_qdq import FakeValueCache
 from quant2e.errors import FileFormatError, Quant2eError
-from quant2e.graph.edit import copy_provenance
+from quant2e.graph.edit import set_origin
 from quant2e.graph.inputs import Inputs, leaf_paths, read_inputs
 from quant2e.graph.module import CapturedModule, copy_graph
 from quant2e.graph.mutation import written_in_sight
@@ -232,7 +232,7 @@ def _read_integers(gm: GraphModule, node: Node, grid: tuple[Any, ...], value: Te
     for user in [user for user in node.users if not (user.target in DEQUANTIZE and user.args[1:] == grid)]:
         with gm.graph.inserting_before(user):
             dequantize = gm.graph.call_function(_DEQUANTIZE, (node, *grid), out)
-        copy_provenance(dequantize, user, value=value)
+        set_origin(dequantize, user, value=value)
         user.replace_input_with(node, dequantize)
 
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import constant, drop_unused, emit, tensor_at
 from lowering.executorch.xnnpack.legalize.embedding import gather_then_dequantize
 from quant2e.errors import LoweringError, where
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.edit import emit, emit_constant
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 
 aten = torch.ops.aten
 
@@ -80,7 +82,9 @@ def in_form(module: GraphModule, convention: Convention) -> None:
     for node in list(module.graph.nodes):
         if node.op == "call_function" and node.target in DEQUANTIZE:
             _plain_constants(module, node)
-    drop_unused(module)
+    remove_dead_code(module)
+    prune_unused_attributes(module)
+    module.recompile()
     module.graph.lint()
 
 
@@ -184,8 +188,8 @@ def _integer_bias(module: GraphModule, node: Node) -> None:
     integers = (bias.detach().double() / unit).round()
     if not bool(unit.all()) or float(integers.abs().max()) > _ACCUMULATOR_MAX:
         return  # a bias that the accumulator cannot hold stays float
-    stored = constant(module, node, "bias_int32", integers.to(torch.int32))
-    scales = constant(module, node, "bias_scale", unit.to(torch.float32))
+    stored = emit_constant(module, node, "bias_int32", integers.to(torch.int32))
+    scales = emit_constant(module, node, "bias_scale", unit.to(torch.float32))
     bounds = (-_ACCUMULATOR_MAX - 1, _ACCUMULATOR_MAX)
     value = emit(node, qd.dequantize_per_channel.default, stored, scales, None, 0, *bounds, torch.int32)
     node.update_arg(2, value)
@@ -226,7 +230,7 @@ def _as_matmul(module: GraphModule, node: Node, turned: dict[str, str]) -> None:
             stored = node.graph.get_attr(turned[name])
         stored.meta["val"] = _args(weight)[0].meta["val"].t()
     else:
-        stored = constant(module, node, name, values.t().contiguous())
+        stored = emit_constant(module, node, name, values.t().contiguous())
         turned[name] = str(stored.target)
     product = emit(node, aten.matmul.default, _args(node)[0], emit(node, weight.target, stored, *rest, **weight.kwargs))
     if len(_args(node)) > 2 and _args(node)[2] is not None:
@@ -250,12 +254,12 @@ def _plain_constants(module: GraphModule, node: Node) -> None:
         return
     zeros = tensor_at(module, _args(node)[2])
     if zeros is not None and not zeros.is_floating_point() and zeros.dtype is not stored.dtype:
-        node.update_arg(2, constant(module, node, f"{_name(_args(node)[2])}", zeros.to(stored.dtype)))
+        node.update_arg(2, emit_constant(module, node, f"{_name(_args(node)[2])}", zeros.to(stored.dtype)))
     low, high = _bounds(node)
     fits = stored.dtype is torch.int8 and low >= -8 and high <= 7
     if fits and stored.dim() > 1 and not _name(_args(node)[0]).endswith(INT4):
         base = _name(_args(node)[0])
-        node.update_arg(0, constant(module, node, f"{base}{INT4}", stored))
+        node.update_arg(0, emit_constant(module, node, f"{base}{INT4}", stored))
 
 
 def _bounds(node: Node) -> tuple[int, int]:

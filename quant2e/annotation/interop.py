@@ -16,26 +16,11 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.plan import DerivedFrom, Edge, Ignored, Output, Plan, Point, SharedWith, resolve_plan
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError, PlanError, where
+from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.mutation import WrittenInSight, written_in_sight
 
 QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that the quantize ops take."""
-
-
-def node_tensor(gm: GraphModule, node: Node) -> torch.Tensor | None:
-    """The (fake) tensor a node produces; None when it produces something else or is not recorded."""
-    value = node.meta.get("val")
-    if value is None and node.op == "get_attr":
-        value = attribute(gm, str(node.target))
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def attribute(gm: GraphModule, path: str) -> Any:
-    """What a ``get_attr`` node of that target reads; None when the path does not exist."""
-    value: Any = gm
-    for part in path.split("."):
-        value = getattr(value, part, None)
-    return value
 
 
 def read_plan(gm: GraphModule) -> Plan:

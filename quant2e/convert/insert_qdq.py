@@ -14,7 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.specs import ANNOTATION
-from quant2e.graph.edit import copy_provenance, register_tensor, stands_for
+from quant2e.graph.attributes import register_tensor
+from quant2e.graph.edit import set_origin, stands_for
 from quant2e.graph.qdq_ops import qd
 from quant2e.observers.encodings import (
     CustomEncoding,
@@ -87,7 +88,7 @@ def round_at(gm: GraphModule, observer_call: Node, value: torch.Tensor, encoding
     path = register_tensor(gm, f"{prefix}_on_grid", rounded)
     with gm.graph.inserting_before(observer_call):
         constant = gm.graph.get_attr(path)
-    copy_provenance(constant, observer_call, value=rounded)
+    set_origin(constant, observer_call, value=rounded)
     observer_call.replace_all_uses_with(constant)
     gm.graph.erase_node(observer_call)
 
@@ -118,7 +119,7 @@ def quantize_at(
             parameters = _parameters(gm, encoding, prefix)
             ops = _OPS[type(encoding)]
         q = gm.graph.call_function(ops[0], (x, *parameters))
-        copy_provenance(q, observer_call, value=(fake_values or FakeValueCache())(x.meta.get("val"), encoding.dtype))
+        set_origin(q, observer_call, value=(fake_values or FakeValueCache())(x.meta.get("val"), encoding.dtype))
         stands_for(q, observer_call)
     if isinstance(encoding, DynamicEncoding):
         for node in (parameters[0].args[0], *parameters[:2], q):
@@ -145,11 +146,11 @@ def _dynamic_parameters(gm: GraphModule, call: Node, x: Node, encoding: DynamicE
     values: tuple[Any, Any] | None = None
     if isinstance(value, torch.Tensor):
         values = (value.new_empty(1, dtype=torch.float64), value.new_empty(1, dtype=torch.int64))
-    copy_provenance(chosen, call, value=values)
+    set_origin(chosen, call, value=values)
     parts = []
     for i in range(2):
         part = gm.graph.call_function(operator.getitem, (chosen, i))
-        copy_provenance(part, call, value=None if values is None else values[i])
+        set_origin(part, call, value=None if values is None else values[i])
         parts.append(part)
     ops = (qd.quantize_per_tensor.tensor, qd.dequantize_per_tensor.tensor)
     return ops, (*parts, encoding.quant_min, encoding.quant_max, encoding.dtype)
@@ -183,7 +184,7 @@ def _dequantize_per_consumer(gm: GraphModule, call: Node, q: Node, op: Any, para
             continue
         with gm.graph.inserting_before(user):
             dq = gm.graph.call_function(op, (q, *parameters), out)
-        copy_provenance(dq, user if user.op == "call_function" else call, value=value)
+        set_origin(dq, user if user.op == "call_function" else call, value=value)
         stands_for(dq, call)
         _mark(dq, user)
         user.replace_input_with(call, dq)
@@ -195,9 +196,9 @@ def _half_precision(gm: GraphModule, call: Node, x: Node) -> None:
     value = x.meta.get("val")
     own = value.dtype if isinstance(value, torch.Tensor) else torch.float32
     half = gm.graph.call_function(cast, (x, torch.float16))
-    copy_provenance(half, call, value=_meta_of(value, torch.float16))
+    set_origin(half, call, value=_meta_of(value, torch.float16))
     back = gm.graph.call_function(cast, (half, own))
-    copy_provenance(back, call, value=_meta_of(value, own))
+    set_origin(back, call, value=_meta_of(value, own))
     for node in (half, back):
         stands_for(node, call)
     call.replace_all_uses_with(back)

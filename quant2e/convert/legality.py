@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.interop import node_tensor
 from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.errors import PassError, where
+from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.passes.split_dequantize import consumers

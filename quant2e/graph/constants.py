@@ -13,23 +13,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from quant2e.errors import PassError, where
+from quant2e.graph.attributes import attribute
 from quant2e.graph.effects import aliases, is_deterministic, writes
 
 Memory = tuple[str, int] | Node
 """Where a tensor lives: a storage, or the node that allocated it."""
-
-
-_MISSING = object()
-
-
-def attribute(module: torch.nn.Module, path: str) -> Any:
-    """Value at a dotted path below ``module``. Raises `PassError` when there is none."""
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name, _MISSING)
-        if value is _MISSING:
-            raise PassError(f"the graph reads the attribute '{path}', which its module does not have")
-    return value
 
 
 def _owner(graph: Graph) -> torch.nn.Module:

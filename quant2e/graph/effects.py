@@ -15,6 +15,8 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.attributes import attribute
+
 aten = torch.ops.aten
 
 _SILENT_ALIASES = frozenset(
@@ -143,17 +145,10 @@ def subgraphs(node: Node) -> list[GraphModule]:
     found = []
     for operand in node.all_input_nodes:
         if operand.op == "get_attr" and root is not None:
-            module = _lookup(root, str(operand.target))
+            module = attribute(root, str(operand.target), None)
             if isinstance(module, GraphModule):
                 found.append(module)
     return found
-
-
-def _lookup(root: torch.nn.Module, path: str) -> Any:
-    value: Any = root
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value
 
 
 def writes(node: Node) -> list[Node]:

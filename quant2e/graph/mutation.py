@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from quant2e.graph.constants import Memory, attribute, memories
+from quant2e.graph.attributes import attribute
+from quant2e.graph.constants import Memory, memories
 from quant2e.graph.effects import writes
 
 

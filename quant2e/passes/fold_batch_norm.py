@@ -19,7 +19,8 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from quant2e.graph.constants import attribute, constant_nodes, evaluate
+from quant2e.graph.attributes import attribute, free_path, replace_tensor
+from quant2e.graph.constants import constant_nodes, evaluate
 from quant2e.graph.effects import argument, aten, flag_of
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 
@@ -257,7 +258,7 @@ def _place(gm: GraphModule, match: _Match, role: str, old: Node | None, tensor: 
     parameter = torch.nn.Parameter(tensor, requires_grad)
     if old is not None and old.op == "get_attr":
         if _is_exclusive(claims[id(attribute(gm, str(old.target)))]):
-            assign(gm, str(old.target), parameter)
+            replace_tensor(gm, str(old.target), parameter)
             return old
         base = f"{old.target}_{label_of(match.norm)}"
     elif weight.op == "get_attr":
@@ -265,7 +266,7 @@ def _place(gm: GraphModule, match: _Match, role: str, old: Node | None, tensor: 
     else:
         base = f"{match.mac.name}_{role}"
     path = free_path(gm, base.removeprefix("."))
-    assign(gm, path, parameter)
+    replace_tensor(gm, path, parameter)
     with gm.graph.inserting_after(old if old is not None else weight):
         node = gm.graph.get_attr(path)
     mode = getattr(match.mac.meta["val"], "fake_mode", None)
@@ -282,31 +283,6 @@ def label_of(norm: Node) -> str:
     mean = argument(norm, "running_mean")
     module = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else ""
     return module.replace(".", "_") or norm.name
-
-
-def free_path(gm: GraphModule, base: str) -> str:
-    """``base``, or ``base_1``, ... : an attribute path that is not taken. An attribute that is None is free."""
-    path, suffix = base, 0
-    while _taken(gm, path):
-        suffix += 1
-        path = f"{base}_{suffix}"
-    return path
-
-
-def _taken(gm: GraphModule, path: str) -> bool:
-    value: Any = gm
-    for name in path.split("."):
-        value = getattr(value, name, None)
-    return value is not None
-
-
-def assign(gm: GraphModule, path: str, parameter: torch.nn.Parameter) -> None:
-    """Put a parameter at ``path``, in place of a parameter, buffer or constant. Other owners of the old one keep it."""
-    prefix, _, name = path.rpartition(".")
-    owner = gm.get_submodule(prefix)
-    for table in (owner._buffers, vars(owner)):
-        table.pop(name, None)
-    owner.register_parameter(name, parameter)
 
 
 def set_operand(mac: Node, name: str, value: Node | None) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.attributes import register_tensor
 from quant2e.graph.constants import constant_nodes, evaluate
-from quant2e.graph.edit import register_tensor
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 from quant2e.ranges.qparams import quantize_per_channel
 

@@ -21,16 +21,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.constants import attribute, constant_nodes, evaluate
-from quant2e.graph.edit import copy_provenance
+from quant2e.graph.attributes import attribute, free_path, replace_tensor
+from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.edit import set_origin
 from quant2e.graph.effects import argument, aten
 from quant2e.passes.fold_batch_norm import (
     FOLDED,
     GENERAL,
     LINEAR,
     TRANSPOSED,
-    assign,
-    free_path,
     label_of,
     producer,
     set_operand,
@@ -192,7 +191,7 @@ def _before(gm: GraphModule, node: Node | None, place: Node) -> Node | None:
 def _call(source: Node, target: Any, args: tuple[Any, ...], value: Any = None) -> Node:
     """A call at the insertion point of the graph, with the origin of ``source``."""
     node = source.graph.call_function(target, args)
-    copy_provenance(node, source, value=value)
+    set_origin(node, source, value=value)
     return node
 
 
@@ -247,7 +246,7 @@ def _unfuse(gm: GraphModule, record: FusedNorm, nodes: Mapping[str, Node], folde
     if record.bias_observer is not None:
         with gm.graph.inserting_before(mac):
             observed = gm.graph.call_module(record.bias_observer, (operand,))
-        copy_provenance(observed, mac, value=operand.meta.get("val"))
+        set_origin(observed, mac, value=operand.meta.get("val"))
         operand = observed
     set_operand(mac, "bias", operand)
     norm.replace_all_uses_with(mac)
@@ -301,9 +300,9 @@ def _place(
         path = free_path(gm, (str(weight.target).rpartition(".")[0] + f".{role}").removeprefix("."))
     if path is None:
         path = free_path(gm, f"{mac.name}_{role}")
-    assign(gm, path, torch.nn.Parameter(tensor, requires_grad=False))
+    replace_tensor(gm, path, torch.nn.Parameter(tensor, requires_grad=False))
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(path)
     value = (old or argument(norm, "running_mean")).meta.get("val")
-    copy_provenance(node, mac, value=tensor if value is None else value)
+    set_origin(node, mac, value=tensor if value is None else value)
     return node

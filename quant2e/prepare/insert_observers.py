@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError
-from quant2e.graph.edit import copy_provenance, stands_for
+from quant2e.graph.edit import set_origin, stands_for
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.fake_quant import FixedQParamsFakeQuantize
 from quant2e.observers.measuring import FixedQParamsObserver
@@ -140,7 +140,7 @@ class _Inserter:
             place = graph.inserting_after(after)
         with place:
             call = graph.call_module(name, (after,))
-        copy_provenance(call, origin, value=after.meta.get("val"))
+        set_origin(call, origin, value=after.meta.get("val"))
         stands_for(call, after)
         return call
 

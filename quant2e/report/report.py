@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.interop import node_tensor
 from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
 
 STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED = "static", "dynamic", "weight-only", "float", "folded"

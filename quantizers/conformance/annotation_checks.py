@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.interop import node_tensor, read_plan
+from quant2e.annotation.interop import read_plan
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION, INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import PlanError, Quant2eError
 from quant2e.graph.dataflow import Constants
+from quant2e.graph.fake_values import node_tensor
 from quant2e.prepare.insert_observers import make_observers
 from quant2e.ranges.qparams import plain_dtype
 from quantizers.conformance.report import Finding

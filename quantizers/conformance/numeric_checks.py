@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.interop import attribute
 from quant2e.annotation.pattern import short_name
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 from quantizers.conformance.isolation_checks import WEIGHTED
 from quantizers.conformance.report import Finding
@@ -37,8 +37,8 @@ def _scale(gm: GraphModule, node: Any) -> Tensor | None:
         return None
     scale = node.args[1]
     if isinstance(scale, Node):
-        found = attribute(gm, str(scale.target)) if scale.op == "get_attr" else None
-        return found.double() if isinstance(found, Tensor) else None
+        found = tensor_at(gm, scale)
+        return None if found is None else found.double()
     return torch.tensor(scale, dtype=torch.float64) if isinstance(scale, float) else None
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.interop import node_tensor
 from quant2e.annotation.pattern import Match, explain, roots, short_name, solutions
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
 from quant2e.graph.dataflow import Constants
+from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.mutation import WrittenInSight, written_in_sight
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quantizers.kit.behind_norms import as_if_folded

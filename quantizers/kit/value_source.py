@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.interop import attribute
 from quant2e.annotation.pattern import short_name
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operand
 from quant2e.passes.fold_weights import is_quantize
 
@@ -110,7 +110,7 @@ class ValueSources:
         if node.op == "placeholder":
             return Source.DATA if carries_values else Source.INDEX
         if node.op == "get_attr":
-            value = attribute(self.gm, str(node.target))
+            value = tensor_at(self.gm, node)
             return Source.PARAMETER if isinstance(value, nn.Parameter) else Source.LITERAL
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return Source.DATA
@@ -122,9 +122,10 @@ class ValueSources:
 
     def _masking(self, node: Node) -> Node | None:
         if node.op == "get_attr":
-            value = attribute(self.gm, str(node.target))
-            known = isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and not value.is_meta
-            return node if known and _has_sentinel(value) else None
+            value = tensor_at(self.gm, node)
+            if value is None or isinstance(value, nn.Parameter) or value.is_meta:
+                return None
+            return node if _has_sentinel(value) else None
         if node.op != "call_function" or not _is_float(node.meta.get("val")):
             return None
         name = short_name(node.target).removesuffix("_")
@@ -139,7 +140,7 @@ class ValueSources:
 def is_float(node: Node, gm: GraphModule) -> bool:
     """Whether a node produces one floating-point tensor."""
     value = node.meta.get("val")
-    return _is_float(attribute(gm, str(node.target)) if value is None and node.op == "get_attr" else value)
+    return _is_float(tensor_at(gm, node) if value is None else value)
 
 
 def _is_float(value: Any, *, or_complex: bool = False) -> bool:

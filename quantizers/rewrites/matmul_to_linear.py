@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.interop import node_tensor
 from quant2e.graph.dataflow import Constants, operand
+from quant2e.graph.fake_values import node_tensor
 
 aten = torch.ops.aten
 

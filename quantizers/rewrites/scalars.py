@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.attributes import register_tensor
 from quant2e.graph.dataflow import operand
-from quant2e.graph.edit import register_tensor
 from quantizers.rewrites.matmul_to_linear import ORIGINAL_TARGET
 
 aten = torch.ops.aten

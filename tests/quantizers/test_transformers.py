@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from quant2e import capture, convert_pt2e, prepare_pt2e
-from quant2e.annotation.interop import node_tensor
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.graph.fake_values import node_tensor
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,

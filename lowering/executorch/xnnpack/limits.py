@@ -14,9 +14,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.executorch.xnnpack.legalize.dynamic import chooser_of
-from lowering.executorch.xnnpack.legalize.edit import shape_of, tensor_at
 from lowering.executorch.xnnpack.legalize.movement import CLAMPS
 from quant2e.errors import LoweringError, where
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.fake_values import shape_of
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 
 _ATEN = torch.ops.aten

@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.edit import copy_provenance, register_tensor
+from quant2e.graph.attributes import register_tensor
+from quant2e.graph.edit import set_origin
 from quant2e.integer.arithmetic.requantization import Requantization
 
 aten = torch.ops.aten
@@ -73,7 +74,7 @@ class Builder:
         """One ATen op; its ``val`` is worked out where the operands' are known: fake tensors, or real ones in a graph of such."""
         assert self._place is not None
         node = self.gm.graph.call_function(target, args, kwargs)
-        copy_provenance(node, self._place, value=self._value(node))
+        set_origin(node, self._place, value=self._value(node))
         return node
 
     def _value(self, node: Node) -> Any:
@@ -97,7 +98,7 @@ class Builder:
         assert self._place is not None
         path = register_tensor(self.gm, name.replace(".", "_"), value)
         node = self.gm.graph.get_attr(path)
-        copy_provenance(node, self._place, value=value)
+        set_origin(node, self._place, value=value)
         return node
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:

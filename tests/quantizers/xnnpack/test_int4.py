@@ -6,7 +6,7 @@ from torch import nn
 
 import lowering
 from quant2e import AnnotationError, capture, convert_pt2e, load, prepare_qat_pt2e, quantize
-from quant2e.annotation.interop import attribute
+from quant2e.graph.attributes import attribute
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quantizers.models import IMAGE, annotated, reasons
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant2e import AnnotationError, Quant2eError, quantize
-from quant2e.annotation.interop import attribute
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.graph.attributes import attribute
 from quantizers import QuantizationConfig, XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quantizers.models import IMAGE, ROWS, TOKENS, Attention, Of, Residual, annotated, annotations, reasons
 

@@ -16,7 +16,6 @@ from lowering.executorch.xnnpack.legalize.bags import decompose_embedding_bags
 from lowering.executorch.xnnpack.legalize.concat import distinct_operands, lone_operands
 from lowering.executorch.xnnpack.legalize.constants import fold_constants
 from lowering.executorch.xnnpack.legalize.dynamic import per_row, short_group_scales, spread_weight_scale
-from lowering.executorch.xnnpack.legalize.edit import drop_unused
 from lowering.executorch.xnnpack.legalize.embedding import gather_then_dequantize
 from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
 from lowering.executorch.xnnpack.legalize.movement import one_grid, quantize_moves
@@ -35,6 +34,7 @@ from lowering.executorch.xnnpack.legalize.scalars import tensor_operands
 from lowering.executorch.xnnpack.legalize.scores import scores_in_three_dimensions
 from lowering.executorch.xnnpack.legalize.select import slice_selects
 from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
+from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 
 Rewrite = Callable[[GraphModule], int]
 
@@ -78,6 +78,8 @@ def legalize(module: GraphModule, rewrites: Sequence[Rewrite]) -> dict[str, int]
         count = rewrite(module)
         if count:
             applied[rewrite.__name__] = count
-    drop_unused(module)
+    remove_dead_code(module)
+    prune_unused_attributes(module)
+    module.recompile()
     module.graph.lint()
     return applied

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, number, shape_of
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit, emit_number
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 
@@ -41,9 +42,9 @@ def decompose_activations(module: GraphModule) -> int:
 
 
 def _hardsigmoid(module: GraphModule, node: Node, x: Node) -> Node:
-    shifted = emit(node, _ATEN.add.Tensor, x, number(module, node, 3.0))
+    shifted = emit(node, _ATEN.add.Tensor, x, emit_number(module, node, 3.0))
     return emit(
-        node, _ATEN.div.Tensor, emit(node, _ATEN.hardtanh.default, shifted, 0.0, 6.0), number(module, node, 6.0)
+        node, _ATEN.div.Tensor, emit(node, _ATEN.hardtanh.default, shifted, 0.0, 6.0), emit_number(module, node, 6.0)
     )
 
 
@@ -51,12 +52,12 @@ def _gelu(module: GraphModule, node: Node, x: Node) -> Node | None:
     if operand(node, "approximate") != "tanh":
         return None
     cube = emit(node, _ATEN.mul.Tensor, emit(node, _ATEN.mul.Tensor, x, x), x)
-    cube = emit(node, _ATEN.mul.Tensor, cube, number(module, node, 0.044715))
+    cube = emit(node, _ATEN.mul.Tensor, cube, emit_number(module, node, 0.044715))
     inner = emit(
-        node, _ATEN.mul.Tensor, emit(node, _ATEN.add.Tensor, x, cube), number(module, node, math.sqrt(2 / math.pi))
+        node, _ATEN.mul.Tensor, emit(node, _ATEN.add.Tensor, x, cube), emit_number(module, node, math.sqrt(2 / math.pi))
     )
-    gate = emit(node, _ATEN.add.Tensor, emit(node, _ATEN.tanh.default, inner), number(module, node, 1.0))
-    return emit(node, _ATEN.mul.Tensor, emit(node, _ATEN.mul.Tensor, x, number(module, node, 0.5)), gate)
+    gate = emit(node, _ATEN.add.Tensor, emit(node, _ATEN.tanh.default, inner), emit_number(module, node, 1.0))
+    return emit(node, _ATEN.mul.Tensor, emit(node, _ATEN.mul.Tensor, x, emit_number(module, node, 0.5)), gate)
 
 
 def _prelu(_: GraphModule, node: Node, x: Node) -> Node | None:
@@ -77,9 +78,9 @@ def _elu(module: GraphModule, node: Node, x: Node) -> Node | None:
     if scale != 1 or input_scale != 1:
         return None
     fallen = emit(node, _ATEN.exp.default, emit(node, _ATEN.neg.default, _below(node, x)))
-    fallen = emit(node, _ATEN.sub.Tensor, fallen, number(module, node, 1.0))
+    fallen = emit(node, _ATEN.sub.Tensor, fallen, emit_number(module, node, 1.0))
     if alpha != 1:
-        fallen = emit(node, _ATEN.mul.Tensor, fallen, number(module, node, float(alpha)))
+        fallen = emit(node, _ATEN.mul.Tensor, fallen, emit_number(module, node, float(alpha)))
     return emit(node, _ATEN.add.Tensor, emit(node, _ATEN.relu.default, x), fallen)
 
 
@@ -88,7 +89,7 @@ def _softplus(module: GraphModule, node: Node, x: Node) -> Node | None:
     if operand(node, "beta") not in (None, 1) or (operand(node, "threshold") or 20) < 20:
         return None
     decay = emit(node, _ATEN.exp.default, emit(node, _ATEN.neg.default, emit(node, _ATEN.abs.default, x)))
-    tail = emit(node, _ATEN.log.default, emit(node, _ATEN.add.Tensor, decay, number(module, node, 1.0)))
+    tail = emit(node, _ATEN.log.default, emit(node, _ATEN.add.Tensor, decay, emit_number(module, node, 1.0)))
     return emit(node, _ATEN.add.Tensor, emit(node, _ATEN.relu.default, x), tail)
 
 

@@ -13,8 +13,9 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import constant, emit, number, shape_of
 from lowering.executorch.xnnpack.legalize.matmul import product
+from quant2e.graph.edit import emit, emit_constant, emit_number
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 _LOWEST = torch.finfo(torch.float32).min
@@ -59,7 +60,7 @@ def _attention(module: GraphModule, node: Node, masks: dict[Node, tuple[Node, No
             return None
     scale = given.get("scale")
     factor = float(scale) if isinstance(scale, int | float) else 1 / math.sqrt(int(shape_of(query)[-1]))
-    scaled = emit(node, _ATEN.mul.Tensor, query, number(module, node, factor))
+    scaled = emit(node, _ATEN.mul.Tensor, query, emit_number(module, node, factor))
     scores = product(node, scaled, emit(node, _ATEN.transpose.int, key, -2, -1))
     if not isinstance(mask, Node):
         return product(node, emit(node, _ATEN.softmax.int, scores, -1), value)
@@ -89,4 +90,4 @@ def _causal(module: GraphModule, node: Node, query: Node, key: Node) -> Node | N
     rows, columns = shape_of(query)[-2], shape_of(key)[-2]
     if not isinstance(rows, int) or not isinstance(columns, int):
         return None
-    return constant(module, node, "causal_mask", torch.ones(rows, columns, dtype=torch.bool).tril())
+    return emit_constant(module, node, "causal_mask", torch.ones(rows, columns, dtype=torch.bool).tril())

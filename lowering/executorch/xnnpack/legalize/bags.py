@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, number, shape_of
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit, emit_number
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 _BAGS = (_ATEN.embedding_bag.default, _ATEN.embedding_bag.padding_idx)
@@ -163,5 +164,5 @@ def _counting(node: Node, like: Node) -> Node:
 
 def _like(module: GraphModule, node: Node, rows: Node, value: float) -> Node:
     """A number in the dtype of the rows."""
-    found, dtype = number(module, node, value), rows.meta["val"].dtype
+    found, dtype = emit_number(module, node, value), rows.meta["val"].dtype
     return found if dtype is torch.float32 else emit(node, _ATEN.to.dtype, found, dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit
+from quant2e.graph.edit import emit
 from quant2e.graph.qdq_ops import DEQUANTIZE
 
 _ATEN = torch.ops.aten

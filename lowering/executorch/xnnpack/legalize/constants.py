@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
-from lowering.executorch.xnnpack.legalize.edit import constant, tensor_at
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.edit import emit_constant
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 
 FLOOR = 64 * 1024
@@ -29,7 +30,7 @@ def fold_constants(module: GraphModule) -> int:
     for node, value in values.items():
         if node.op == "get_attr" or all(user in values for user in node.users):
             continue
-        stored = constant(module, node, "folded", value.detach().clone().contiguous())
+        stored = emit_constant(module, node, "folded", value.detach().clone().contiguous())
         node.replace_all_uses_with(stored)
         count += 1
     return count

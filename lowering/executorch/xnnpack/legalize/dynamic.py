@@ -15,7 +15,8 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import constant, emit, tensor_at
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.edit import emit, emit_constant
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, qd
 
 _ATEN = torch.ops.aten
@@ -50,8 +51,8 @@ def spread_weight_scale(module: GraphModule) -> int:
         values = tensor_at(module, stored)
         if values is None or zero_point != 0 or not isinstance(scale, int | float):
             continue
-        scales = constant(module, node, "weight_scales", torch.full((len(values),), float(scale)))
-        zeros = constant(module, node, "weight_zero_points", torch.zeros(len(values), dtype=torch.int64))
+        scales = emit_constant(module, node, "weight_scales", torch.full((len(values),), float(scale)))
+        zeros = emit_constant(module, node, "weight_zero_points", torch.zeros(len(values), dtype=torch.int64))
         spread = emit(
             node, qd.dequantize_per_channel.default, stored, scales, zeros, 0, low, high, dtype, **weight.kwargs
         )
@@ -97,7 +98,7 @@ def short_group_scales(module: GraphModule) -> int:
         scales = tensor_at(module, weight.args[1])
         if scales is None or torch.equal(scales, scales.bfloat16().to(scales.dtype)):
             continue
-        short = constant(module, weight, "group_scales", scales.detach().bfloat16().to(scales.dtype))
+        short = emit_constant(module, weight, "group_scales", scales.detach().bfloat16().to(scales.dtype))
         weight.args = (weight.args[0], short, *weight.args[2:])
         count += 1
     return count

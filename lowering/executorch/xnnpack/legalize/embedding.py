@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import constant, emit, shape_of, tensor_at
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.edit import emit, emit_constant
+from quant2e.graph.fake_values import shape_of
 from quant2e.graph.qdq_ops import qd
 
 _ATEN = torch.ops.aten
@@ -53,7 +55,7 @@ def _rows(module: GraphModule, node: Node, dequantize: Node) -> Node | None:
         values = _centred(
             module, node, _gather(node, _node(dequantize.args[0])), torch.tensor(zero_point), gather=False
         )
-        scales = constant(module, node, "embedding_scale", torch.tensor(scale, dtype=torch.float32))
+        scales = emit_constant(module, node, "embedding_scale", torch.tensor(scale, dtype=torch.float32))
         return _cast(emit(node, _ATEN.mul.Tensor, values, scales), node, dtype)
     if dequantize.target is qd.dequantize_per_channel_group.default:
         return _group_rows(module, node, dequantize)
@@ -70,7 +72,7 @@ def _rows(module: GraphModule, node: Node, dequantize: Node) -> Node | None:
     values = _gather(node, _node(table))
     zeros = torch.zeros((), dtype=torch.int64) if zero_of is None or not zero_of.any() else zero_of.reshape(shape)
     values = _centred(module, node, values, zeros, gather=zeros.dim() == 2)
-    scales = constant(module, node, "embedding_scales", scale_of.reshape(shape).contiguous())
+    scales = emit_constant(module, node, "embedding_scales", scale_of.reshape(shape).contiguous())
     if per_row:
         scales = _gather(node, scales)
     return _cast(emit(node, _ATEN.mul.Tensor, values, scales), node, dtype)
@@ -90,7 +92,9 @@ def _group_rows(module: GraphModule, node: Node, dequantize: Node) -> Node | Non
     if zero_of is not None and zero_of.any():
         zeros = zero_of.reshape(len(scale_of), -1, 1)
     centred = _centred(module, node, grouped, zeros, gather=zeros.dim() == 3)
-    scales = _gather(node, constant(module, node, "embedding_scales", scale_of.reshape(len(scale_of), -1).contiguous()))
+    scales = _gather(
+        node, emit_constant(module, node, "embedding_scales", scale_of.reshape(len(scale_of), -1).contiguous())
+    )
     scaled = emit(node, _ATEN.mul.Tensor, centred, emit(node, _ATEN.unsqueeze.default, scales, rank))
     return _cast(emit(node, _ATEN.flatten.using_ints, scaled, rank - 1, rank), node, dtype)
 
@@ -114,7 +118,7 @@ def _centred(module: GraphModule, node: Node, values: Node, zeros: torch.Tensor,
     values = emit(node, _ATEN.to.dtype, values, torch.float32)
     if not zeros.any():
         return values
-    offset = constant(module, node, "embedding_zero_points", zeros.to(torch.float32))
+    offset = emit_constant(module, node, "embedding_zero_points", zeros.to(torch.float32))
     return emit(node, _ATEN.sub.Tensor, values, _gather_any(node, offset) if gather else offset)
 
 

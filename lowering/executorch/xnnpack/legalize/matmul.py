@@ -11,7 +11,8 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, shape_of
+from quant2e.graph.edit import emit
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 

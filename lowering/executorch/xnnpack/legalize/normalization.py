@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, number, shape_of
 from lowering.executorch.xnnpack.legalize.reductions import reduced
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit, emit_number
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 
@@ -102,7 +103,7 @@ def _normalised(module: GraphModule, node: Node, x: Node, eps: float) -> Node:
 
 
 def _spread(module: GraphModule, node: Node, variance: Node, eps: float) -> Node:
-    epsilon = number(module, node, eps)
+    epsilon = emit_number(module, node, eps)
     return emit(node, _ATEN.rsqrt.default, emit(node, _ATEN.add.Tensor, variance, epsilon))
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, shape_of
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 _SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split.sizes, _ATEN.split_with_sizes.default, _ATEN.chunk.default})

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import constant, emit, shape_of, tensor_at
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit, emit_constant
+from quant2e.graph.fake_values import shape_of
 from quant2e.graph.qdq_ops import qd
 
 _ATEN = torch.ops.aten
@@ -156,4 +158,4 @@ _DEQUANTIZE = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_cha
 
 
 def _cut(module: GraphModule, node: Node, stored: Tensor, part: _Part) -> Node:
-    return constant(module, node, "part", stored.detach()[part.start : part.stop].clone())
+    return emit_constant(module, node, "part", stored.detach()[part.start : part.stop].clone())

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import constant, emit, shape_of
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit, emit_constant
+from quant2e.graph.fake_values import shape_of
 from quant2e.graph.qdq_ops import QUANTIZE
 
 _ATEN = torch.ops.aten
@@ -57,7 +58,7 @@ def reduced(module: GraphModule, node: Node, x: Node, dim: int, weight: float) -
     """``weight`` times the sum over ``dim``, which keeps size 1."""
     rank, size = len(shape_of(x)), shape_of(x)[dim]
     assert isinstance(size, int)
-    row = constant(module, node, "reduction", torch.full((1, size), weight))
+    row = emit_constant(module, node, "reduction", torch.full((1, size), weight))
     order = [*(d for d in range(rank) if d != dim), dim]
     if dim == rank - 1:
         return emit(node, _ATEN.linear.default, x, row)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, shape_of
+from quant2e.graph.edit import emit
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 RESHAPES = frozenset(

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, number
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit, emit_number
 
 _ATEN = torch.ops.aten
 _BINARY: Mapping[Any, Any] = {
@@ -54,12 +54,12 @@ def _rewritten(module: GraphModule, node: Node, x: Node) -> Node | None:
         value, alpha = operand(node, 1), operand(node, "alpha")
         if alpha not in (None, 1) or not isinstance(value, int | float):
             return None
-        return emit(node, _BINARY[target], x, number(module, node, float(value)))
+        return emit(node, _BINARY[target], x, emit_number(module, node, float(value)))
     if target is _ATEN.rsub.Scalar and operand(node, "alpha") in (None, 1):
         value = operand(node, 1)
-        return emit(node, _ATEN.sub.Tensor, number(module, node, float(value)), x)
+        return emit(node, _ATEN.sub.Tensor, emit_number(module, node, float(value)), x)
     if target is _ATEN.reciprocal.default:
-        return emit(node, _ATEN.div.Tensor, number(module, node, 1.0), x)
+        return emit(node, _ATEN.div.Tensor, emit_number(module, node, 1.0), x)
     if target is _ATEN.square.default:
         return emit(node, _ATEN.mul.Tensor, x, x)
     if target is _ATEN.pow.Tensor_Scalar:
@@ -78,5 +78,5 @@ def _power(module: GraphModule, node: Node, x: Node, exponent: float) -> Node | 
     if exponent == -0.5:
         return emit(node, _ATEN.rsqrt.default, x)
     if exponent == -1:
-        return emit(node, _ATEN.div.Tensor, number(module, node, 1.0), x)
+        return emit(node, _ATEN.div.Tensor, emit_number(module, node, 1.0), x)
     return None

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, shape_of
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 _VIEWS = frozenset({_ATEN.reshape.default, _ATEN.view.default})

@@ -10,7 +10,8 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.edit import emit, shape_of
+from quant2e.graph.edit import emit
+from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
 
