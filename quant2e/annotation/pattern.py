@@ -13,7 +13,9 @@ What a match promises:
 - operands that the pattern does not mention are free;
 - an op includes its in-place spelling (``relu`` finds ``relu_``), unless a view would see the change;
 - every node of the match but its root has exactly one use, which is inside the match;
-- no bound operand is produced inside the match, and a name that occurs twice is the same tensor twice.
+- no bound operand is produced inside the match, and a name that occurs twice is the same tensor twice;
+- a norm of ``folded`` is looked through, as if it were folded already: ``relu(mac(x, w, b))`` is found where the graph
+  has ``relu(batch_norm(mac(x, w)))``, with the norm's shift as ``b`` where the op has no bias of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,6 +38,11 @@ NodeEdge = tuple[Node, Node]
 
 Condition = Callable[[Node], bool | str]
 """Looks at one node and answers True, False, or the reason why not."""
+
+Folded = Mapping[Node, Node]
+"""Norms that will be folded: norm → the op into which it will be."""
+
+_NONE: Folded = MappingProxyType({})
 
 
 # ---------------------------------------------------------------- the language
@@ -160,11 +168,13 @@ class Match:
 
     ``root``: the node whose value leaves the pattern. ``nodes``: all nodes of the pattern, in graph order of data.
     ``operands``: for each name the edges it stands for (several for a list of tensors, or a name used twice).
+    ``folded``: the norms that were looked through; the root may be one.
     """
 
     root: Node
     nodes: tuple[Node, ...]
     operands: Mapping[str, tuple[NodeEdge, ...]]
+    folded: tuple[Node, ...] = ()
 
     @property
     def edges(self) -> Mapping[str, NodeEdge]:
@@ -190,16 +200,25 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What an attempt has found so far: nodes from the root inwards, bound edges."""
+    """What an attempt has found so far: nodes from the root inwards, bound edges.
+
+    ``results``: for each node the one that has its value, which is the norm that will be folded into it if there is one.
+    """
 
     nodes: tuple[Node, ...] = ()
+    results: tuple[Node, ...] = ()
     edges: tuple[tuple[str, NodeEdge], ...] = ()
 
     def match(self) -> Match:
         operands: dict[str, tuple[NodeEdge, ...]] = {}
         for name, edge in self.edges:
             operands[name] = (*operands.get(name, ()), edge)
-        return Match(self.nodes[0], tuple(reversed(self.nodes)), operands)
+        folded = tuple(result for result in self.results if result not in self.nodes)
+        return Match(self.results[0], tuple(reversed(self.nodes)), operands, folded)
+
+
+_Wanted = tuple["Arg | Pattern", Any, Node, str]
+"""What a pattern wants of an operand, the operand, the node that reads it, and which of its operands it is."""
 
 
 @dataclass(slots=True)
@@ -207,6 +226,7 @@ class _Search:
     """One search: the constants of the graph, and the failure that got furthest."""
 
     constants: Constants
+    folded: Folded
     explaining: bool
     nearest: Mismatch | None = None
     size: int = 0
@@ -218,32 +238,33 @@ class _Search:
         if best is None or (mismatch.matched, -mismatch.missing) > (best.matched, -best.missing):
             self.nearest = mismatch
 
-    def call(self, pattern: Pattern, node: Node, found: _Found) -> Iterator[_Found]:
+    def call(self, pattern: Pattern, result: Node, found: _Found) -> Iterator[_Found]:
+        node = self.folded.get(result, result)
         for choice in _choices(pattern):
             if self.explaining and not found.nodes:
                 self.size = _size(choice)
             if not self.explaining and node.target not in choice.targets:
                 continue
-            if (reason := _head_mismatch(choice, node, inner=bool(found.nodes))) is not None:
+            if (reason := _head_mismatch(choice, node, result, inner=bool(found.nodes))) is not None:
                 self.miss(node, found, reason)
                 continue
-            grown = replace(found, nodes=(*found.nodes, node))
-            keywords = [(want, operand(node, name), name) for name, want in choice.keywords]
+            grown = replace(found, nodes=(*found.nodes, node), results=(*found.results, result))
+            keywords = [(want, *_read(node, name, result), name) for name, want in choice.keywords]
             orders = itertools.permutations(choice.operands) if choice.any_order else [choice.operands]
             for order in orders:
-                wanted = [(want, operand(node, i), f"operand {i}") for i, want in enumerate(order)]
+                wanted = [(want, *_read(node, i, result), f"operand {i}") for i, want in enumerate(order)]
                 yield from self.operands(wanted + keywords, node, grown)
 
-    def operands(self, wanted: Sequence[tuple[Arg | Pattern, Any, str]], node: Node, found: _Found) -> Iterator[_Found]:
+    def operands(self, wanted: Sequence[_Wanted], node: Node, found: _Found) -> Iterator[_Found]:
         if not wanted:
-            inside = next((p for _, (p, _) in found.edges if p in found.nodes), None)
+            inside = next((p for _, (p, _) in found.edges if p in found.results), None)
             if inside is None:
                 yield found
             else:
                 self.miss(node, found, f"'{inside.name}' is both inside the pattern and an operand of it")
             return
-        (want, have, place), *rest = wanted
-        options = self.bind(want, have, place, node, found) if isinstance(want, Arg) else ()
+        (want, have, reader, place), *rest = wanted
+        options = self.bind(want, have, place, reader, found) if isinstance(want, Arg) else ()
         if not isinstance(want, Arg):
             if isinstance(have, Node):
                 options = self.call(want, have, found)
@@ -291,13 +312,24 @@ def _depends(culprit: Node) -> str:
     )
 
 
-def _head_mismatch(pattern: Op, node: Node, *, inner: bool) -> str | None:
+def _read(node: Node, name: int | str, result: Node) -> tuple[Any, Node]:
+    """An operand, and the node that reads it: what ``node`` lacks is what the norm behind it has under that name."""
+    have = operand(node, name)
+    if have is None and result is not node and isinstance(node.target, OpOverload):
+        names = [declared.name for declared in node.target._schema.arguments]
+        own = names[name] if isinstance(name, int) and name < len(names) else name
+        if isinstance(lent := operand(result, own), Node):
+            return lent, result
+    return have, node
+
+
+def _head_mismatch(pattern: Op, node: Node, result: Node, *, inner: bool) -> str | None:
     """Why ``node`` is not a call that ``pattern`` describes, before its operands are looked at."""
     if node.op != "call_function" or node.target not in pattern.targets:
         names = " or ".join(sorted({short_name(t).removesuffix("_") for t in pattern.targets}))
         return f"'{node.name}' is {short_name(node.target) if node.op == 'call_function' else node.op}, not {names}"
-    if inner and (count := uses(node)) != 1:
-        return f"the output of '{node.name}' is used {count} times ({', '.join(u.name for u in node.users)})"
+    if inner and (count := uses(result)) != 1:
+        return f"the output of '{result.name}' is used {count} times ({', '.join(u.name for u in result.users)})"
     if (alias := alias_of_written(node)) is not None:
         return f"'{node.name}' writes in place to a tensor that is also seen through '{alias.name}'"
     if pattern.when is not None and (answer := pattern.when(node)) is not True:
@@ -309,20 +341,24 @@ def _name_of(condition: Callable[..., Any]) -> str:
     return str(getattr(condition, "__name__", condition))
 
 
-def solutions(pattern: Pattern, node: Node, constants: Constants | None = None) -> Iterator[Match]:
+def solutions(
+    pattern: Pattern, node: Node, constants: Constants | None = None, *, folded: Folded = _NONE
+) -> Iterator[Match]:
     """Every way in which ``pattern`` matches with its root at ``node``, in the order the pattern is written."""
-    search = _Search(constants or Constants(), explaining=False)
+    search = _Search(constants or Constants(), folded, explaining=False)
     return (found.match() for found in search.call(pattern, node, _Found()))
 
 
-def match(pattern: Pattern, node: Node) -> Match | None:
+def match(pattern: Pattern, node: Node, *, folded: Folded = _NONE) -> Match | None:
     """The first way in which ``pattern`` matches with its root at ``node``, or None."""
-    return next(solutions(pattern, node), None)
+    return next(solutions(pattern, node, folded=folded), None)
 
 
-def explain(pattern: Pattern, node: Node, constants: Constants | None = None) -> Mismatch | None:
+def explain(
+    pattern: Pattern, node: Node, constants: Constants | None = None, *, folded: Folded = _NONE
+) -> Mismatch | None:
     """Why ``pattern`` does not match with its root at ``node``: the attempt that got furthest. None if it matches."""
-    search = _Search(constants or Constants(), explaining=True)
+    search = _Search(constants or Constants(), folded, explaining=True)
     if next(search.call(pattern, node, _Found()), None) is not None:
         return None
     return search.nearest
@@ -351,14 +387,16 @@ def arguments(pattern: Arg | Pattern) -> dict[str, Arg]:
     return {name: arg for part in parts for name, arg in arguments(part).items()}
 
 
-def find(pattern: Pattern, graph: Graph) -> Iterator[Match]:
+def find(pattern: Pattern, graph: Graph, *, folded: Folded = _NONE) -> Iterator[Match]:
     """Matches that share no node, in reverse graph order, so that the largest pattern claims its nodes first."""
     taken: set[Node] = set()
     constants, targets = Constants(), roots(pattern)
+    into = set(folded.values())
     for node in reversed(graph.nodes):
-        if node.target not in targets or node in taken:
+        op = folded.get(node, node)
+        if node in into or op.target not in targets or op in taken:
             continue
-        free = (m for m in solutions(pattern, node, constants) if taken.isdisjoint(m.nodes))
+        free = (m for m in solutions(pattern, node, constants, folded=folded) if taken.isdisjoint(m.nodes))
         if (found := next(free, None)) is not None:
             taken.update(found.nodes)
             yield found

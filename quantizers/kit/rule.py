@@ -173,12 +173,12 @@ class Rule:
         return answer or f"does not meet the condition {getattr(self.when, '__name__', self.when)}"
 
     def annotations(self, match: Match) -> dict[Node, QuantizationAnnotation]:
-        """What the rule hangs on the nodes of a match."""
+        """What the rule hangs on the nodes of a match, and on the norms that will be folded into them."""
         made = {
             node: QuantizationAnnotation(
                 _annotated=True, rule=self.name, _is_output_of_quantized_pattern=node is match.root
             )
-            for node in match.nodes
+            for node in (*match.nodes, *match.folded)
         }
         for name, spec in self.operands.items():
             edges = match.operands.get(name, ())

@@ -5,6 +5,8 @@
 
 First, against the flow of data, the rules that bring their own numbers: of all matches that end in a node the largest
 wins, then the first in the table. Then, with the flow, the rules that `Follow`. What is left float gets a reason.
+
+Before training, batch norms are still in the graph. Patterns look through those that conversion will fold.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.pattern import Match, explain, roots, short_name, solutions
+from quant2e.annotation.pattern import Folded, Match, explain, roots, short_name, solutions
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
 from quant2e.graph.dataflow import Constants
 from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.mutation import WrittenInSight, written_in_sight
 from quant2e.graph.qdq_ops import DEQUANTIZE
-from quantizers.kit.behind_norms import as_if_folded
+from quant2e.passes.train_batch_norm import trainable_norms
 from quantizers.kit.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
 from quantizers.kit.rule import ChosenConfig, Follow, Rule, parts
 from quantizers.kit.value_source import Source, ValueSources, is_float
@@ -50,6 +52,7 @@ class RuleQuantizer(Quantizer):
         self.notes: list[str] = []
         """What the user should know about the choices made, for the report."""
         self._why: dict[str, str] = {}
+        self._folded: Folded = {}
         self.trials = Trials()
         """What the last run tried, rule by rule and node by node; `explain` reads it."""
 
@@ -73,6 +76,10 @@ class RuleQuantizer(Quantizer):
         rooted = any(node.target in roots(rule.pattern) for rule in self.table(config))
         return known or ("" if rooted else f"no rule covers {node.target}")
 
+    def folded_into(self, node: Node) -> Node:
+        """The op that a batch norm of the graph will be folded into; of any other node, the node itself."""
+        return self._folded.get(node, node)
+
     def objection_to_node(self, node: Node) -> str | None:
         """Why an op must stay float whatever rule matches it, if it must."""
         return None
@@ -91,9 +98,11 @@ class RuleQuantizer(Quantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate all matches."""
-        with as_if_folded(model):
-            run = _Pass(self, model)
-            self._why, self.trials = run.run(), run.trials
+        self._folded = {
+            norm: op for op, norm in trainable_norms(model) if ANNOTATION not in op.meta and ANNOTATION not in norm.meta
+        }
+        run = _Pass(self, model, self._folded)
+        self._why, self.trials = run.run(), run.trials
         return model
 
     def validate(self, model: GraphModule) -> None:
@@ -125,6 +134,7 @@ class _Pass:
 
     quantizer: RuleQuantizer
     gm: GraphModule
+    folded: Folded
     constants: Constants = field(default_factory=Constants)
     value_sources: ValueSources = field(init=False)
     choices: dict[Node, ChosenConfig] = field(init=False)
@@ -143,11 +153,12 @@ class _Pass:
         """Annotate; answer why the other float ops are not."""
         own, following = self._index()
         self.following = frozenset(following)
-        calls = list(self.choices)
-        for node in reversed(calls):
+        calls, into = list(self.choices), set(self.folded.values())
+        results = [node for node in calls if node not in into]
+        for node in reversed(results):
             found = list(self._matches(own, node))
             self._apply(max(found, key=lambda pair: len(pair[1].nodes), default=None), found)
-        for node in calls:
+        for node in results:
             found = list(self._matches(following, node))
             self._apply(next(iter(found), None), found)
         return {
@@ -164,14 +175,15 @@ class _Pass:
                     (following if rule.follows else own)[target].append((config, rule))
         return own, following
 
-    def _matches(self, index: Mapping[Any, list[tuple[Any, Rule]]], node: Node) -> Iterator[tuple[Rule, Match]]:
-        """The acceptable match of each rule that ends in ``node``."""
+    def _matches(self, index: Mapping[Any, list[tuple[Any, Rule]]], result: Node) -> Iterator[tuple[Rule, Match]]:
+        """The acceptable match of each rule whose value is that of ``result``: an op, or the norm folded into it."""
+        node = self.folded.get(result, result)
         if ANNOTATION in node.meta:
-            self._note_claimed(index, node)
+            self._note_claimed(index, node, result)
             return
         for config, rule in index.get(node.target, ()):
             seen = False
-            for match in solutions(rule.pattern, node, self.constants):
+            for match in solutions(rule.pattern, result, self.constants, folded=self.folded):
                 seen = True
                 if self.choices[rule.anchor(match)].config != config:
                     continue
@@ -180,14 +192,16 @@ class _Pass:
                     yield rule, match
                     break
                 self.trials.add(node, Trial(rule.name, MATCHED, objection, size=len(match.nodes)))
-            if not seen and (nearest := explain(rule.pattern, node, self.constants)) is not None:
+            if seen:
+                continue
+            if (nearest := explain(rule.pattern, result, self.constants, folded=self.folded)) is not None:
                 self.trials.add(node, Trial(rule.name, NEARLY, nearest.reason, missing=nearest.missing))
 
-    def _note_claimed(self, index: Mapping[Any, list[tuple[Any, Rule]]], node: Node) -> None:
+    def _note_claimed(self, index: Mapping[Any, list[tuple[Any, Rule]]], node: Node, result: Node) -> None:
         """Remember the rules that would match at a node which is part of another match already."""
         owner = self.trials.owner.get(node.name)
         for _, rule in index.get(node.target, ()):
-            match = next(solutions(rule.pattern, node, self.constants), None)
+            match = next(solutions(rule.pattern, result, self.constants, folded=self.folded), None)
             if match is None or (owner is not None and rule.name == owner[0] and len(match.nodes) <= len(owner[2])):
                 continue
             reason = f"'{node.name}' is already part of {self._owner(node)}"
@@ -287,7 +301,8 @@ class _Pass:
                 spec = getattr(user.meta.get(ANNOTATION), "input_qspec_map", {}).get(current)
                 if spec is not None and not getattr(spec, "is_dynamic", False):
                     return True
-                if user.target in self.following and ANNOTATION not in user.meta and user not in seen:
+                continues = user.target in self.following or user in self.folded
+                if continues and ANNOTATION not in user.meta and user not in seen:
                     seen.add(user)
                     waiting.append(user)
         return False
@@ -307,12 +322,13 @@ class _Pass:
         for node, annotation in self.quantizer.refine(rule, match, rule.annotations(match)).items():
             node.meta[ANNOTATION] = annotation
             self.trials.owner[node.name] = (rule.name, match.root.name, names)
-        self.trials.add(match.root, Trial(rule.name, APPLIED, size=len(names)))
+        op = self.folded.get(match.root, match.root)
+        self.trials.add(op, Trial(rule.name, APPLIED, size=len(names)))
         for other, smaller in found:
             if other is not rule:
                 why = "comes first" if rule.follows or len(smaller.nodes) == len(names) else "takes more ops"
                 reason = f"rule '{rule.name}' {why}"
-                self.trials.add(match.root, Trial(other.name, MATCHED, reason, size=len(smaller.nodes)))
+                self.trials.add(op, Trial(other.name, MATCHED, reason, size=len(smaller.nodes)))
         activations = [
             producer
             for name, spec in rule.operands.items()
@@ -331,6 +347,8 @@ class _Pass:
         choice = self.choices[node]
         if choice.config is None:
             return f"set to float by {choice.setting}" if choice.explicit else "no configuration covers it"
+        if node in self.folded:
+            return f"folded into '{self.folded[node].name}', which stays float"
         source = self.value_sources.source[node]
         if source is not Source.DATA:
             return self.value_sources.objection(node) or "a constant, computed from parameters and buffers"

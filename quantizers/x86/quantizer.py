@@ -160,7 +160,7 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     def uncovered(self, node: Node, config: Any) -> str:
         """Why an op stays float; of an activation behind an int8 kernel, that it costs no more than arithmetic."""
-        producer = next(iter(node.all_input_nodes), None)
+        producer = next(map(self.folded_into, node.all_input_nodes), None)
         kernel = None if producer is None or ANNOTATION not in producer.meta else short_name(producer.target)
         fused = next((names for kind, names in FUSED.items() if kernel and kernel.startswith(kind)), ())
         name = short_name(node.target).removesuffix("_")

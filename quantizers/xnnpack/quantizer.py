@@ -228,7 +228,8 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
         return self._is_worth_it(match.root) or _BETWEEN
 
     def _is_worth_it(self, node: Node) -> bool:
-        def floats(other: Node) -> bool:
+        def floats(result: Node) -> bool:
+            other = self.folded_into(result)
             return other.name in self._whole or _floats(other)
 
         return not stands_between_float_ops(node, self._constants, lambda n: not floats(n) and _passes(n), floats)

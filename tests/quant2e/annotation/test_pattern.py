@@ -271,3 +271,73 @@ def test_matches_are_disjoint_and_closed(steps):
         assert any(again.nodes == m.nodes for again in solutions(whole, m.root))
     targets = {aten.relu.default, aten.add.Tensor, aten.conv2d.default}
     assert set(nodes) == {n for n in graph.nodes if n.target in targets}
+
+
+# ---------------------------------------------------------------- norms that will be folded
+
+
+def with_norms(function):
+    """A graph in training mode, and its norms with the op that each will be folded into."""
+    model = Of(function)
+    model.norm, model.bare = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1, bias=False)
+    gm = torch.export.export(model.train(), (torch.randn(2, 3, 4, 4),)).module()
+    norms = [n for n in gm.graph.nodes if n.target is aten.batch_norm.default]
+    return gm.graph, {n: n.args[0] for n in norms if n.args[0].target is aten.conv2d.default}
+
+
+@pytest.mark.parametrize(
+    ("function", "pattern", "expected"),
+    [
+        (
+            lambda m, i: F.relu(m.norm(m.conv(i))),
+            relu(conv) | conv,
+            ["conv2d relu: x=i>conv2d, w=conv_weight>conv2d, b=conv_bias>conv2d"],
+        ),
+        # an op without a bias takes the norm's shift, by whatever spelling
+        (
+            lambda m, i: F.relu(m.norm(m.bare(i))),
+            relu(conv) | conv,
+            ["conv2d relu: x=i>conv2d, w=bare_weight>conv2d, b=norm_bias>batch_norm"],
+        ),
+        (lambda m, i: m.norm(m.bare(i)), mac, ["conv2d: x=i>conv2d, w=bare_weight>conv2d, b=norm_bias>batch_norm"]),
+        # an operand from outside is the norm itself
+        (
+            lambda m, i: m.norm(m.conv(i)) + i,
+            add([y, x]),
+            ["add: y=batch_norm>add, x=i>add"],
+        ),
+        # what reads the norm counts
+        (
+            lambda m, i: (lambda n: F.relu(n) * n)(m.norm(m.conv(i))),
+            relu(conv) | conv,
+            ["conv2d: x=i>conv2d, w=conv_weight>conv2d, b=conv_bias>conv2d"],
+        ),
+        # what is folded is not there
+        (lambda m, i: m.norm(m.conv(i)), op(aten.batch_norm.default)(x), []),
+        (lambda m, i: m.norm(F.relu(i)), op(aten.batch_norm.default)(x), ["batch_norm: x=relu>batch_norm"]),
+    ],
+)
+def test_norms_that_will_be_folded_are_looked_through(function, pattern, expected):
+    graph, folded = with_norms(function)
+    before = str(graph)
+    assert [text(m) for m in find(pattern, graph, folded=folded)] == expected
+    assert str(graph) == before
+
+
+def test_the_value_of_a_match_is_that_of_the_last_norm():
+    graph, folded = with_norms(lambda m, i: m.norm(m.conv(F.relu(m.norm(m.conv(i))))))
+    first, last = folded
+    alone, pair = find(relu(conv) | conv, graph, folded=folded)
+    assert (alone.root, alone.nodes, alone.folded) == (last, (folded[last],), (last,))
+    assert (pair.root.name, [n.name for n in pair.nodes], pair.folded) == ("relu", ["conv2d", "relu"], (first,))
+    assert match(relu(conv), pair.root) is None
+    assert match(relu(conv), pair.root, folded=folded).nodes == pair.nodes
+
+
+def test_mismatches_behind_a_norm_name_what_is_there():
+    graph, folded = with_norms(lambda m, i: (lambda n: F.relu(n) * n)(m.norm(m.conv(i))))
+    assert str(explain(relu(conv), node(graph, "relu"), folded=folded)) == (
+        "the output of 'batch_norm' is used 2 times (relu, mul)"
+    )
+    assert str(explain(relu(linear), node(graph, "relu"), folded=folded)) == "'conv2d' is conv2d, not linear"
+    assert str(explain(relu(linear), node(graph, "relu"))) == "'batch_norm' is batch_norm, not linear"

@@ -39,7 +39,9 @@ MODELS = {
     "no bias, relu in place": lambda: model(lambda m, i: m.n(m.c(i)).relu_(), conv(bias=False)),
     "hardtanh": lambda: model(lambda m, i: F.hardtanh(m.n(m.c(i)))),
     "sigmoid": lambda: model(lambda m, i: m.n(m.c(i)).sigmoid()),
-    "norm without scale": lambda: model(lambda m, i: m.n(m.c(i)).relu(), conv(bias=False), nn.BatchNorm2d(3, affine=False)),
+    "norm without scale": lambda: model(
+        lambda m, i: m.n(m.c(i)).relu(), conv(bias=False), nn.BatchNorm2d(3, affine=False)
+    ),
     "depthwise": lambda: model(lambda m, i: m.n(m.c(i)).relu(), conv(groups=3, bias=False)),
     "padded": lambda: model(lambda m, i: m.n(m.c(F.pad(i, (1, 1, 1, 1)))).relu(), conv(padding=0, bias=False)),
     "transposed": lambda: model(lambda m, i: m.n(m.c(i)).relu(), nn.ConvTranspose2d(3, 3, 3)),
@@ -96,6 +98,10 @@ def training_graph(name):
     return copy_graph(trained(name))
 
 
+def node(gm, name):
+    return next(node for node in gm.graph.nodes if node.name == name)
+
+
 def annotate(gm, quantizer):
     quantizer.transform_for_annotation(gm)
     quantizer.annotate(gm)
@@ -106,3 +112,66 @@ def annotate(gm, quantizer):
 def test_annotations(name, golden):
     texts = [f"# {m}\n{annotations_text(annotate(training_graph(m), QUANTIZERS[name]()))}\n" for m in MODELS]
     golden(f"plans/training/{name.replace(' ', '_').replace(',', '')}", "\n".join(texts))
+
+
+def test_the_graph_is_never_changed_while_a_quantizer_looks():
+    seen = set()
+
+    def look(node):
+        node.graph.lint()
+        seen.add(str(node.graph))
+        return node.name == "add"
+
+    gm = training_graph("residual of two")
+    before = str(gm.graph)
+    annotate(gm, xnnpack().set_node(look, None))
+    assert seen == {before}
+    assert str(gm.graph) == before
+
+
+def test_settings_for_the_edge_behind_a_norm_apply():
+    gm = annotate(training_graph("residual"), quantizer := xnnpack().set_edge("batch_norm", "add", None))
+    assert "add" not in annotations_text(gm)
+    assert quantizer.reason(node(gm, "add")) == "rule 'add': edge (batch_norm -> add) is set to float"
+
+
+@pytest.mark.parametrize(
+    ("name", "quantizer", "of", "reason"),
+    [
+        ("relu", xnnpack, "batch_norm", "quantized by conv"),
+        ("conv3d", xnnpack, "batch_norm", "folded into 'conv3d', which stays float"),
+        ("conv3d", xnnpack, "conv3d", "XNNPACK has no such convolution"),
+        ("not folded: alone", xnnpack, "batch_norm", "XNNPACK computes it in float"),
+        ("read twice", Npu, "relu", "rule 'mac': the output of 'batch_norm' is used 2 times (relu, add)"),
+        (
+            "sigmoid",
+            x86,
+            "sigmoid",
+            (
+                "computed in float on what the int8 kernel of 'conv2d' returns, without being quantized between: "
+                "that kernel takes in relu, relu6, hardtanh, hardswish and silu, not sigmoid"
+            ),
+        ),
+        ("relu", lambda: xnnpack().set_module_name("c", None), "conv2d", "set to float by module name 'c'"),
+        ("relu", lambda: xnnpack().set_module_name("c", None), "batch_norm", "folded into 'conv2d', which stays float"),
+        # The convolution decides, as it does where the norm is folded already.
+        ("relu", lambda: xnnpack().set_module_name("n", None), "batch_norm", "quantized by conv"),
+    ],
+)
+def test_reasons(name, quantizer, of, reason):
+    quantizer = quantizer()
+    gm = annotate(training_graph(name), quantizer)
+    assert quantizer.reason(node(gm, of)) == reason
+
+
+def test_explanations_name_the_end_of_the_chain():
+    quantizer = xnnpack()
+    gm = annotate(training_graph("conv"), quantizer)
+    told = {name: quantizer.explain(node(gm, name)).splitlines()[1:] for name in ("conv2d", "batch_norm")}
+    assert told == {
+        "conv2d": [
+            "  applied: rule 'conv' to conv2d, which ends in 'batch_norm'",
+            "  nearly matched: rule 'pad + conv': 'inputs_0' is placeholder, not constant_pad_nd or pad",
+        ],
+        "batch_norm": ["  applied: rule 'conv' to conv2d, which ends here"],
+    }
