@@ -68,9 +68,9 @@ def test_files_keep_the_tables(kind, tmp_path):
     quantized = result(kind)
     quantized.save(tmp_path / "tables.pt2")
     again = load(tmp_path / "tables.pt2")
-    assert again.recipe == quantized.recipe
+    assert again.encodings == quantized.encodings
     assert all(map(torch.equal, again(*IDS), quantized(*IDS)))
-    sizes = [group.group_size for group in again.recipe.groups]
+    sizes = [group.group_size for group in again.encodings.groups]
     assert sizes == [kind[1], kind[1]]
 
 

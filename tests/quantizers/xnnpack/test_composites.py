@@ -137,7 +137,7 @@ def test_the_parts_of_a_split_tensor_share_its_scale(name):
     result = quantize(model.eval(), IMAGE, static(), [IMAGE])
     assert result.report.of(op).reason == "moves"
     groups = [
-        group for group in result.recipe.groups if any(point in group.points for point in ("getitem", "getitem_1"))
+        group for group in result.encodings.groups if any(point in group.points for point in ("getitem", "getitem_1"))
     ]
     assert len(groups) == 1
     assert {"getitem", "getitem_1", "conv2d"} <= set(groups[0].points)
@@ -152,7 +152,7 @@ def test_shuffled_channels_keep_one_scale():
     result = quantize(Of(shuffle, c=CONV).eval(), IMAGE, static(), [IMAGE])
     assert not [v.op.name for v in result.report.verdicts if v.kind == "float"]
     assert (
-        len({g.scale for g in result.recipe.groups if g.encoding == "per_tensor"}) == 2
+        len({g.scale for g in result.encodings.groups if g.encoding == "per_tensor"}) == 2
     )  # the input, and all the rest
 
 

@@ -42,7 +42,7 @@ def test_the_program_computes_what_the_graph_says(configuration, size, tmp_path)
 
 def test_scales_of_groups_are_what_xnnpack_stores():
     result = quantize(model(), ROWS, set_to(IN_GROUPS))
-    (group,) = [g for g in result.recipe.groups if g.encoding == "per_group"]
+    (group,) = [g for g in result.encodings.groups if g.encoding == "per_group"]
     scales = torch.tensor(group.scale)
     assert torch.equal(scales, scales.bfloat16().float())
     assert (group.group_size, scales.numel(), set(group.zero_point)) == (32, 48 * 2, {0})

@@ -84,7 +84,7 @@ def test_a_bias_is_on_the_grid_of_its_accumulator(per_channel):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2)).eval()
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=per_channel))
     result = quantize(model, IMAGE, quantizer, [IMAGE])
-    on_grid = [group for group in result.recipe.groups if group.encoding == "on_grid"]
+    on_grid = [group for group in result.encodings.groups if group.encoding == "on_grid"]
     assert len(on_grid) == 2
     graph = result.module
     for node in graph.graph.nodes:
