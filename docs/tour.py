@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import lowering
 import quant2e
-from quant2e.graph.printer import graph_text
-from quant2e.report.record import record_of
+from quant2e import graph_text, plan_of
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 
@@ -51,7 +50,7 @@ def main(folder: Path) -> quant2e.QuantizedModel:
 
     # 1. Capture. torch.export turns the module into a flat graph of ATen ops. Train and eval still work on it.
     graph = quant2e.capture(model, example_inputs)
-    show("1. captured: ATen ops, in the order they run", graph_text(graph.graph))
+    show("1. captured: ATen ops, in the order they run", graph_text(graph))
 
     # 2. A quantizer says what the backend computes in integers, and with which numbers. It does not touch the graph;
     # it annotates it, when prepare asks.
@@ -61,14 +60,14 @@ def main(folder: Path) -> quant2e.QuantizedModel:
     # 3. Prepare. Batch norms are folded, annotations are read into a plan (one line per set of quantization
     # parameters, then the points that share it), and one observer per line goes into a copy of the graph.
     prepared = quant2e.prepare_pt2e(graph, quantizer)
-    show("3. the plan: numbers, and the points that share them", record_of(prepared).plan)
+    show("3. the plan: numbers, and the points that share them", plan_of(prepared))
 
     # 4. Calibrate. Observers keep ranges and counts, never data. Weights were already observed.
     quant2e.calibrate(prepared, batches)
 
     # 5. Convert. Weights become integers; around every annotated op stand quantize and dequantize.
     converted = quant2e.convert_pt2e(prepared)
-    show("5. converted: the Q/DQ graph", graph_text(converted.graph))
+    show("5. converted: the Q/DQ graph", graph_text(converted))
 
     # 6. The same in one call, which also holds batches out to measure the error, and returns the report: a verdict
     # for every float op, sizes, and what did not happen.

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from quant2e.accuracy.output_error import output_sqnr
+from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.calibrate import Call, Progress, batch_count, calibrate
 from quant2e.calibration.range_selection import collapsed, select_ranges
 from quant2e.convert.convert import convert_pt2e
@@ -75,7 +76,7 @@ class _HoldOut:
 def quantize(
     model: nn.Module | ExportedProgram | GraphModule,
     example_inputs: Any,
-    quantizer: Any,
+    quantizer: Quantizer,
     calibration_data: Iterable[Any] | None = None,
     *,
     kwargs: Mapping[str, Any] | None = None,

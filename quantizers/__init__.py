@@ -9,6 +9,7 @@ function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86Induct
 
 from quant2e.annotation.config import OperatorConfig, QuantizationConfig
 from quant2e.cpu import InstructionSet
+from quantizers.capabilities import Capabilities, Capability
 from quantizers.composable import ComposableQuantizer
 from quantizers.embedding import (
     EmbeddingQuantizer,
@@ -16,11 +17,11 @@ from quantizers.embedding import (
     get_embedding_quantization_config,
 )
 from quantizers.kit.printer import annotations_text
-from quantizers.kit.rule import Derived, Follow, Rule, Same
+from quantizers.kit.rule import ChosenConfig, Derived, Follow, Rule, Same
 from quantizers.kit.rule_quantizer import RuleQuantizer
 from quantizers.settings.configurable import ConfigurableQuantizer
 from quantizers.settings.recipes import Numbers, Scheme, recipe
-from quantizers.torchao import as_torchao
+from quantizers.torchao import TorchaoQuantizer, as_torchao
 from quantizers.x86.quantizer import (
     X86InductorQuantizer,
     get_default_x86_inductor_quantization_config,
@@ -29,6 +30,9 @@ from quantizers.x86.quantizer import (
 from quantizers.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 
 __all__ = [
+    "Capabilities",
+    "Capability",
+    "ChosenConfig",
     "ComposableQuantizer",
     "ConfigurableQuantizer",
     "Derived",
@@ -42,6 +46,7 @@ __all__ = [
     "RuleQuantizer",
     "Same",
     "Scheme",
+    "TorchaoQuantizer",
     "X86InductorQuantizer",
     "XNNPACKQuantizer",
     "annotations_text",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.quantizer import Quantizer
+from quant2e.annotation.quantizer import Quantizer, annotated, transformed
 from quant2e.annotation.specs import ANNOTATION, EdgeOrNode
 from quant2e.errors import AnnotationError, where
 from quantizers.capabilities import Capabilities, Told, told_by
@@ -22,7 +22,7 @@ class ComposableQuantizer(Quantizer):
     child leaves a node float; a later one may still take it.
     """
 
-    def __init__(self, quantizers: Sequence[Any]) -> None:
+    def __init__(self, quantizers: Sequence[Quantizer]) -> None:
         super().__init__()
         self.quantizers = list(quantizers)
         self._idle: list[str] = []
@@ -41,8 +41,7 @@ class ComposableQuantizer(Quantizer):
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """All children's transformations, in order."""
         for child in self.quantizers:
-            transform = getattr(child, "transform_for_annotation", None)
-            model = (transform(model) if callable(transform) else None) or model
+            model = transformed(child, model)
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:
@@ -50,7 +49,7 @@ class ComposableQuantizer(Quantizer):
         owners: dict[str, _Owned] = {}
         self._idle = []
         for index, child in enumerate(self.quantizers):
-            model = child.annotate(model) or model
+            model = annotated(child, model)
             named = {node.name: node for node in model.graph.nodes}
             for name, owned in owners.items():
                 self._check_untouched(owned, named.get(name), index)
@@ -85,9 +84,9 @@ class ComposableQuantizer(Quantizer):
     def explain(self, node: Node) -> str:
         """What each child has to say about a node, in order."""
         told = [
-            f"{self._name(index)}: {child.explain(node)}"
+            f"{self._name(index)}: {explain(node)}"
             for index, child in enumerate(self.quantizers)
-            if callable(getattr(child, "explain", None))
+            if callable(explain := getattr(child, "explain", None))
         ]
         return "\n".join(told) or "none of the quantizers explains itself"
 

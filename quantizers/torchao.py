@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.interop import read_plan
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan, Point
+from quant2e.annotation.quantizer import Quantizer, annotated, transformed
 from quant2e.annotation.specs import ANNOTATION, EdgeOrNode
 from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.errors import Quant2eError
@@ -28,7 +29,7 @@ from quant2e.passes.fold_weights import attribute_path
 from quant2e.prepare.insert_observers import DerivedObserver, make_observers
 
 
-def as_torchao(quantizer: Any) -> TorchaoQuantizer:
+def as_torchao(quantizer: Quantizer) -> TorchaoQuantizer:
     """``quantizer``, with annotations that torchao's ``prepare_pt2e`` and ``convert_pt2e`` understand.
 
     Raises `Quant2eError` where torchao is not installed. From the first call on torchao takes our observers for its own
@@ -46,18 +47,17 @@ def as_torchao(quantizer: Any) -> TorchaoQuantizer:
 class TorchaoQuantizer:
     """What `as_torchao` returns: torchao's quantizer interface, over one of ours."""
 
-    def __init__(self, quantizer: Any) -> None:
+    def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
         self._plan = Plan()
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """The quantizer's own transformation."""
-        changed: GraphModule = self.quantizer.transform_for_annotation(model) or model
-        return changed
+        return transformed(self.quantizer, model)
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """The quantizer's annotations, rewritten with torchao's classes."""
-        model = self.quantizer.annotate(model) or model
+        model = annotated(self.quantizer, model)
         self._plan = read_plan(model)
         self._rewrite(model)
         return model

@@ -6,13 +6,21 @@ import ast
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
 from types import ModuleType, UnionType
-from typing import get_origin
+from typing import ForwardRef, Literal, get_args, get_origin, is_typeddict
 
 import pytest
 
 PACKAGES = ("quant2e", "quantizers", "lowering")
+PUBLIC = (*PACKAGES, "quant2e.integer", "quant2e.pt2e", "quantizers.conformance")
+"""Modules whose ``__all__`` is the interface."""
+
+ROOT = Path(__file__).parents[1]
 
 
 class Bare(str):
@@ -68,6 +76,10 @@ def member_line(name: str, member: object) -> str:
 def describe(name: str, target: object, public: frozenset[type]) -> Iterator[str]:
     """One line for a name, and for a class one more per method and property of its own."""
     if inspect.isclass(target):
+        if is_typeddict(target):
+            fields = ", ".join(f"{key}: {bare(kept)}" for key, kept in inspect.get_annotations(target).items())
+            yield f"class {name}(TypedDict): ({fields})"
+            return
         bases = ", ".join(base.__name__ for base in target.__bases__ if base is not object)
         head = f"class {name}({bases})" if bases else f"class {name}"
         if target.__name__ != name:
@@ -103,7 +115,7 @@ def imported_names(package: ModuleType) -> set[str]:
     names: set[str] = set()
     for node in ast.parse(inspect.getsource(package)).body:
         match node:
-            case ast.ImportFrom(module=source) if source != "__future__":
+            case ast.ImportFrom(module=source) if source not in {"__future__", "typing"}:
                 names |= {alias.asname or alias.name for alias in node.names}
             case ast.Import():
                 names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
@@ -114,13 +126,13 @@ def imported_names(package: ModuleType) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-@pytest.fixture(params=PACKAGES)
+@pytest.fixture(params=PUBLIC)
 def package(request):
     return importlib.import_module(request.param)
 
 
 def test_names_and_signatures(package, golden):
-    everything = (getattr(each, name) for each in map(importlib.import_module, PACKAGES) for name in each.__all__)
+    everything = (getattr(each, name) for each in map(importlib.import_module, PUBLIC) for name in each.__all__)
     public = frozenset(filter(inspect.isclass, everything))
     lines = [line for name in sorted(package.__all__) for line in describe(name, getattr(package, name), public)]
     golden(f"public_api/{package.__name__}", "\n".join(lines))
@@ -134,6 +146,80 @@ def test_the_list_is_complete_and_free_of_repetition(package):
 def test_everything_public_says_what_it_does(package):
     assert package.__doc__
     assert [gap for name in package.__all__ for gap in undocumented(name, getattr(package, name))] == []
+
+
+def classes_in(annotation: object, known: Mapping[str, object]) -> Iterator[type]:
+    """The classes that an annotation is made of; names in quotes or in text are looked up in ``known``."""
+    if isinstance(annotation, str):
+        for node in ast.walk(ast.parse(annotation, mode="eval")):
+            if isinstance(node, ast.Name):
+                yield from classes_in(known.get(node.id), known)
+    elif isinstance(annotation, ForwardRef):
+        yield from classes_in(annotation.__forward_arg__, known)
+    elif inspect.isclass(annotation) and not get_origin(annotation):
+        yield annotation
+    for argument in () if get_origin(annotation) is Literal else get_args(annotation):
+        for part in argument if isinstance(argument, list) else [argument]:
+            yield from classes_in(part, known)
+
+
+def annotations_of(target: object) -> Iterator[tuple[Mapping[str, object], object]]:
+    """Every annotation in the signatures of a function or a class, with the names of the module that it was written in."""
+    if inspect.isclass(target):
+        ours = [base for base in target.__mro__ if base.__module__.split(".")[0] in PACKAGES]
+        for base in ours:
+            names = vars(sys.modules[base.__module__])
+            yield from ((names, kept) for name, kept in inspect.get_annotations(base).items() if name[0] != "_")
+            for name, member in vars(base).items():
+                if is_method(member) and (not name.startswith("_") or name in {"__call__", "__init__"}):
+                    yield from annotations_of(getattr(member, "fget", None) or getattr(member, "__func__", member))
+    elif inspect.isfunction(target):
+        yield from ((target.__globals__, kept) for kept in inspect.get_annotations(target).values())
+    elif get_origin(target):
+        yield {}, target
+
+
+def test_what_pt2e_scripts_import_comes_from_quant2e_too():
+    quant2e = importlib.import_module("quant2e")
+    names = importlib.import_module("quant2e.pt2e").__all__
+    assert set(names) & set(quant2e.__all__) == set()
+    assert all(getattr(quant2e, name) is getattr(quant2e.pt2e, name) for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'default_observr'"):
+        _ = quant2e.default_observr
+
+
+def test_a_listing_shows_what_a_new_program_needs():
+    quant2e = importlib.import_module("quant2e")
+    assert set(dir(quant2e)) == {*quant2e.__all__, "__version__"}
+    assert len(quant2e.__all__) < 70
+
+
+def test_the_version_is_that_of_the_distribution(monkeypatch):
+    quant2e = importlib.import_module("quant2e")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    monkeypatch.setattr(metadata, "version", {"quant2e": project["version"]}.__getitem__)
+    assert quant2e.__version__ == project["version"]
+
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", not_installed)
+    assert quant2e.__version__ == "0+unknown"
+
+
+def test_what_public_signatures_mention_is_public():
+    """Whoever is told a class by a signature can import it: to annotate a function of their own, or to test for it."""
+    modules = [importlib.import_module(name) for name in PUBLIC if name != "lowering"]
+    public = {name: getattr(module, name) for module in modules for name in module.__all__}
+    exported = {each for each in public.values() if inspect.isclass(each)}
+    hidden = {
+        f"{mentioned.__module__}.{mentioned.__qualname__}, mentioned by {name}"
+        for name, target in public.items()
+        for known, annotation in annotations_of(target)
+        for mentioned in classes_in(annotation, known)
+        if mentioned.__module__.split(".")[0] in PACKAGES and mentioned not in exported
+    }
+    assert sorted(hidden) == []
 
 
 def test_errors_are_one_family():

@@ -1,16 +1,20 @@
-"""The base class of backend quantizers. Any object with these methods works as well."""
+"""The quantizer interface: a protocol, and the base class of quantizers that declare it.
+
+An object with these four methods is a `Quantizer`, whichever library it comes from; those of PT2E's own are.
+"""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import Any
+from abc import abstractmethod
+from typing import Any, Protocol, runtime_checkable
 
 from torch.fx import GraphModule
 
 from quant2e.annotation.specs import EdgeOrNode
 
 
-class Quantizer(ABC):
+@runtime_checkable
+class Quantizer(Protocol):
     """Says which tensors of a graph a backend computes on in integers, and with which numbers.
 
     `prepare_pt2e` calls the methods once each, in the order below, on a copy of the captured graph.
@@ -30,3 +34,17 @@ class Quantizer(ABC):
 
     def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, Any]) -> None:
         """Look at, or replace in place, the observer of each annotated point before it enters the graph."""
+        return  # optional: what a protocol leaves empty would have to be implemented
+
+
+def transformed(quantizer: Any, model: GraphModule) -> GraphModule:
+    """The graph after ``transform_for_annotation`` of any quantizer: also of one without, or one that returns nothing."""
+    transform = getattr(quantizer, "transform_for_annotation", None)
+    made = transform(model) if callable(transform) else None
+    return made if isinstance(made, GraphModule) else model
+
+
+def annotated(quantizer: Any, model: GraphModule) -> GraphModule:
+    """The graph after ``annotate`` of any quantizer: also of one that annotates in place and returns nothing."""
+    made = quantizer.annotate(model)
+    return made if isinstance(made, GraphModule) else model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 _SHORT = {
     torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.float64: "f64",
@@ -43,9 +43,10 @@ def _value_text(node: Node) -> str:
     return f": {dtype_text(value.dtype)}[{', '.join(str(s) for s in value.shape)}]"
 
 
-def graph_text(graph: Graph) -> str:
+def graph_text(graph: Graph | GraphModule) -> str:
     """One line per node, ``%name: dtype[shape] = target(arguments)``; what nobody reads is shown as well."""
     lines = []
+    graph = graph.graph if isinstance(graph, GraphModule) else graph
     for node in graph.nodes:
         if node.op == "output":
             lines.append(f"return {_argument_text(node.args[0])}")

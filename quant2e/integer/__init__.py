@@ -5,6 +5,7 @@ In: what `convert_pt2e` returned. Out: a GraphModule that exports, saves, compil
 """
 
 from quant2e.integer.accumulators import Accumulator, Overflow, simulate_accumulator
+from quant2e.integer.arithmetic.builder import Record
 from quant2e.integer.arithmetic.requantization import REQUANTIZATIONS, Requantization
 from quant2e.integer.convert import to_integer
 from quant2e.integer.report import IntegerReport, IntegerVerdict, integer_report
@@ -16,6 +17,7 @@ __all__ = [
     "IntegerReport",
     "IntegerVerdict",
     "Overflow",
+    "Record",
     "Requantization",
     "dump_vectors",
     "integer_report",

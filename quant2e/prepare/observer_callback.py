@@ -13,13 +13,14 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import Edge, Group, Output, Plan, Point
+from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import EdgeOrNode, QuantizationSpec
 from quant2e.errors import AnnotationError, PlanError
 from quant2e.prepare.insert_observers import DerivedObserver
 
 
 def call_back(
-    gm: GraphModule, quantizer: Any, plan: Plan, made: list[nn.Module]
+    gm: GraphModule, quantizer: Quantizer, plan: Plan, made: list[nn.Module]
 ) -> tuple[Plan, Mapping[int, nn.Module]]:
     """Call ``quantizer.prepare_obs_or_fq_callback(gm, map)``; returns the plan and its observers by group.
 

@@ -6,7 +6,6 @@ The model that comes in is left untouched: the work is done on a copy of its gra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.interop import read_plan
 from quant2e.annotation.plan import DerivedFrom, Plan
+from quant2e.annotation.quantizer import Quantizer, annotated, transformed
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError, Quant2eError, where
 from quant2e.graph.capture import as_graph_module
@@ -36,11 +36,11 @@ from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import Report, judge, tensor_bytes
 
 
-def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphModule:
+def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer) -> GraphModule:
     """Insert the observers that ``quantizer`` asks for.
 
-    ``model``: what `capture` or ``torch.export`` made, in eval mode; it is not changed. ``quantizer``: a `Quantizer`, or
-    any object with PT2E's methods. Batch norms are folded first; weights are observed here, activations by running
+    ``model``: what `capture` or ``torch.export`` made, in eval mode; it is not changed. ``quantizer``: a `Quantizer`,
+    of any library. Batch norms are folded first; weights are observed here, activations by running
     the result on calibration data.
 
     Raises `CaptureError` for a graph in training mode, `AnnotationError` and `PlanError` for annotations that are
@@ -49,7 +49,7 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphM
     return _prepare(model, quantizer, training=False)
 
 
-def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> GraphModule:
+def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer) -> GraphModule:
     """Insert the fake-quantizers that ``quantizer`` asks for, for quantization-aware training.
 
     ``model``: what `capture` or ``torch.export`` made of a model in training (or eval) mode; it is not changed, nor are its
@@ -62,7 +62,7 @@ def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Any) -> Gr
     return _prepare(model, quantizer, training=True)
 
 
-def _prepare(model: GraphModule | ExportedProgram, quantizer: Any, *, training: bool) -> GraphModule:
+def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, training: bool) -> GraphModule:
     own = as_graph_module(model, compiled=False)
     gm: GraphModule = own
     if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in gm.graph.nodes):
@@ -117,7 +117,7 @@ def _check_trainable(gm: GraphModule) -> None:
         )
 
 
-def _annotate(gm: GraphModule, quantizer: Any) -> GraphModule:
+def _annotate(gm: GraphModule, quantizer: Quantizer) -> GraphModule:
     if isinstance(quantizer, type):
         raise AnnotationError(
             f"{quantizer.__name__} is a class; a quantizer has annotate(model): pass an object, {quantizer.__name__}()"
@@ -128,16 +128,12 @@ def _annotate(gm: GraphModule, quantizer: Any) -> GraphModule:
                 f"{type(quantizer).__name__} has no method '{method}': a quantizer has annotate(model) and "
                 "validate(model); derive it from quant2e.Quantizer"
             )
-    if callable(getattr(quantizer, "transform_for_annotation", None)):
-        transformed = quantizer.transform_for_annotation(gm)
-        gm = transformed if isinstance(transformed, GraphModule) else gm
-    annotated = quantizer.annotate(gm)
-    gm = annotated if isinstance(annotated, GraphModule) else gm
+    gm = annotated(quantizer, transformed(quantizer, gm))
     quantizer.validate(gm)
     return gm
 
 
-def _explainer(quantizer: Any) -> Callable[[Node], str]:
+def _explainer(quantizer: Quantizer) -> Callable[[Node], str]:
     """Why a quantizer left a node float: its own words when it has some."""
     own = getattr(quantizer, "reason", None) or getattr(quantizer, "explain", None)
 
@@ -148,7 +144,7 @@ def _explainer(quantizer: Any) -> Callable[[Node], str]:
     return explain
 
 
-def _quantizer_notes(quantizer: Any) -> tuple[str, ...]:
+def _quantizer_notes(quantizer: Quantizer) -> tuple[str, ...]:
     return tuple(str(note) for note in getattr(quantizer, "notes", ()) or ())
 
 

@@ -85,6 +85,7 @@ class NumberFormat:
 
     @property
     def symmetric(self) -> bool:
+        """Whether zero lies in the middle."""
         return self.qscheme in SYMMETRIC_SCHEMES
 
     def qparams(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,3 +36,17 @@ def record_of(gm: GraphModule) -> GraphRecord:
             "there is nothing on record about it"
         )
     return record
+
+
+def report_of(gm: GraphModule) -> Report:
+    """The report of a prepared or converted graph: a verdict for every float op of the captured one, sizes and notes.
+
+    It has an SQNR where `quant2e.quantize` measured one. Raises `Quant2eError` for a graph without a record: one that was
+    not made here, or was loaded from a file (there `QuantizedModel.report` is the report).
+    """
+    return record_of(gm).report
+
+
+def plan_of(gm: GraphModule) -> Plan:
+    """The plan of a prepared or converted graph: which points share which numbers. Raises as `report_of` does."""
+    return record_of(gm).plan

@@ -10,7 +10,7 @@ Needs Hypothesis.
 """
 
 from quantizers.conformance.check import check
-from quantizers.conformance.program import Program
+from quantizers.conformance.program import Given, Program, Step
 from quantizers.conformance.report import KINDS, Conformance, Finding
 
-__all__ = ["KINDS", "Conformance", "Finding", "Program", "check"]
+__all__ = ["KINDS", "Conformance", "Finding", "Given", "Program", "Step", "check"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from quant2e.annotation.quantizer import Quantizer
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.integer.arithmetic.requantization import Requantization
 from quantizers.conformance.capabilities import TestedPatterns, capabilities, opt_in_rules
@@ -28,7 +29,7 @@ CHANCES = {"not deterministic": 3}
 
 
 def check(
-    quantizer: Any,
+    quantizer: Quantizer | Callable[[], Quantizer],
     *,
     examples: int = 25,
     seed: int = 0,
@@ -63,11 +64,13 @@ def check(
     return search.report()
 
 
-def _instance(quantizer: Any) -> Any:
-    made = quantizer if callable(getattr(quantizer, "annotate", None)) and not isinstance(quantizer, type) else None
-    if made is None and callable(quantizer):
+def _instance(quantizer: Any) -> Quantizer:
+    made: Quantizer | None = None
+    if callable(getattr(quantizer, "annotate", None)) and not isinstance(quantizer, type):
+        made = quantizer
+    elif callable(quantizer):
         made = quantizer()
-    if not callable(getattr(made, "annotate", None)):
+    if made is None or not callable(getattr(made, "annotate", None)):
         raise AnnotationError(f"{quantizer!r} is no quantizer, and makes none: it needs a method annotate(model)")
     return made
 
@@ -75,7 +78,7 @@ def _instance(quantizer: Any) -> Any:
 class _Search:
     """One check while it runs."""
 
-    def __init__(self, quantizer: Any, known: TestedPatterns, limits: Limits, seed: int, deadline: float) -> None:
+    def __init__(self, quantizer: Quantizer, known: TestedPatterns, limits: Limits, seed: int, deadline: float) -> None:
         self.quantizer, self.known, self.limits, self.seed, self.deadline = quantizer, known, limits, seed, deadline
         self.examples = 0
         self.complete = True
