@@ -16,8 +16,9 @@ from quant2e.annotation.config import OperatorConfig, QuantizationConfig
 from quant2e.annotation.pattern import Match, constant, op
 from quant2e.annotation.specs import QuantizationSpec, group_size_of
 from quant2e.errors import AnnotationError
+from quant2e.graph.dataflow import operand
+from quant2e.graph.fake_values import node_tensor
 from quant2e.observers.per_group import PerGroupMinMaxObserver
-from quantizers.kit.conditions import operand_value
 from quantizers.kit.observers import table_observer
 from quantizers.kit.rule import Rule
 from quantizers.settings.configurable import ConfigurableQuantizer
@@ -111,7 +112,7 @@ def _rules(config: Any) -> tuple[Rule, ...]:
 
     def divides(match: Match) -> bool | str:
         """A table whose rows are a whole number of groups."""
-        tensor = operand_value(match.root, 0)
+        tensor = node_tensor(operand(match.root, 0))
         if size is None or tensor is None or (tensor.dim() == 2 and tensor.shape[1] % size == 0):
             return True
         return f"groups of {size} do not divide the rows of its table, which is {list(tensor.shape)}"

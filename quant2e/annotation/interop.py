@@ -42,7 +42,7 @@ def read_plan(gm: GraphModule) -> Plan:
             implicit.add(node.name)
         for point, spec in _annotated_points(node, note):
             value = _concrete(spec, point, nodes)
-            reason = None if value is None else _unquantizable(gm, nodes, point, written)
+            reason = None if value is None else _unquantizable(nodes, point, written)
             if reason is not None:
                 ignored.append(Ignored(point, reason))
                 # Whatever shares with this point cannot be quantized either.
@@ -123,14 +123,12 @@ def _concrete(spec: Any, point: Point, nodes: dict[str, Node]) -> Any:
     )
 
 
-def _unquantizable(
-    gm: GraphModule, nodes: Mapping[str, Node], point: Point, written: Mapping[Node, WrittenInSight]
-) -> str | None:
+def _unquantizable(nodes: Mapping[str, Node], point: Point, written: Mapping[Node, WrittenInSight]) -> str | None:
     """Why a point cannot be quantized, whatever its spec says; None when it can."""
     node = nodes[point.tensor]
     if node in written and (isinstance(point, Output) or nodes[point.dst] in written[node].consumers):
         return f"written in place by '{written[node].writer.name}'"
-    tensor = node_tensor(gm, node)
+    tensor = node_tensor(node)
     if tensor is None:
         return None if "val" not in node.meta and node.op != "get_attr" else "not a single tensor"
     dtype = str(tensor.dtype).removeprefix("torch.")

@@ -30,32 +30,32 @@ _DTYPE_ARGUMENT: dict[Any, int] = {
 """Position of the storage dtype among the arguments; the two before it are the integer range."""
 
 
-def _no_observer_left(_gm: GraphModule, node: Node) -> str | None:
+def _no_observer_left(node: Node) -> str | None:
     if node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX):
         return "an observer is left in the graph"
     return None
 
 
-def _quantizes_float(gm: GraphModule, node: Node) -> str | None:
+def _quantizes_float(node: Node) -> str | None:
     if node.target not in QUANTIZE or not isinstance(node.args[0], Node):
         return None
-    tensor = node_tensor(gm, node.args[0])
+    tensor = node_tensor(node.args[0])
     if tensor is not None and not tensor.is_floating_point():
         return f"it quantizes '{node.args[0].name}', a tensor of {tensor.dtype}"
     return None
 
 
-def _dequantizes_its_dtype(gm: GraphModule, node: Node) -> str | None:
+def _dequantizes_its_dtype(node: Node) -> str | None:
     position = _DTYPE_ARGUMENT.get(node.target)
     if node.target not in DEQUANTIZE or position is None or not isinstance(node.args[0], Node):
         return None
-    tensor = node_tensor(gm, node.args[0])
+    tensor = node_tensor(node.args[0])
     if tensor is not None and tensor.dtype != node.args[position]:
         return f"it dequantizes {node.args[position]}, but '{node.args[0].name}' is {tensor.dtype}"
     return None
 
 
-def _range_fits(_gm: GraphModule, node: Node) -> str | None:
+def _range_fits(node: Node) -> str | None:
     position = _DTYPE_ARGUMENT.get(node.target)
     if position is None:
         return None
@@ -66,26 +66,26 @@ def _range_fits(_gm: GraphModule, node: Node) -> str | None:
     return None if bounds[0] <= low <= high <= bounds[1] else f"the range [{low}, {high}] does not fit {dtype}"
 
 
-def _dq_undoes_q(_gm: GraphModule, node: Node) -> str | None:
+def _dq_undoes_q(node: Node) -> str | None:
     source = node.args[0] if node.target in DEQUANTIZE else None
     if isinstance(source, Node) and source.target in QUANTIZE and source.args[1:] != node.args[1 : len(source.args)]:
         return f"its parameters are not those of its quantize '{source.name}'"
     return None
 
 
-def _one_consumer(_gm: GraphModule, node: Node) -> str | None:
+def _one_consumer(node: Node) -> str | None:
     if node.target in DEQUANTIZE and len(consumers(node)) > 1:
         return f"it has {len(consumers(node))} consumers; every consumer has a dequantize of its own"
     return None
 
 
-def _scales_fit_channels(gm: GraphModule, node: Node) -> str | None:
+def _scales_fit_channels(node: Node) -> str | None:
     if node.target not in _PER_CHANNEL:
         return None
     x, scale, _, axis = node.args[:4]
     if not isinstance(x, Node) or not isinstance(scale, Node) or not isinstance(axis, int):
         return None
-    tensor, scales = node_tensor(gm, x), node_tensor(gm, scale)
+    tensor, scales = node_tensor(x), node_tensor(scale)
     if tensor is None or scales is None:
         return None
     if axis >= tensor.dim():
@@ -95,10 +95,10 @@ def _scales_fit_channels(gm: GraphModule, node: Node) -> str | None:
     return None
 
 
-def _scales_fit_groups(gm: GraphModule, node: Node) -> str | None:
+def _scales_fit_groups(node: Node) -> str | None:
     if node.target not in _PER_GROUP or not isinstance(node.args[0], Node) or not isinstance(node.args[1], Node):
         return None
-    tensor, scales, size = node_tensor(gm, node.args[0]), node_tensor(gm, node.args[1]), node.args[6]
+    tensor, scales, size = node_tensor(node.args[0]), node_tensor(node.args[1]), node.args[6]
     if tensor is None or scales is None or not isinstance(size, int):
         return None
     if tensor.dim() != 2 or tensor.shape[1] % size:
@@ -107,17 +107,17 @@ def _scales_fit_groups(gm: GraphModule, node: Node) -> str | None:
     return None if scales.numel() == wanted else f"{scales.numel()} scales for {wanted} groups"
 
 
-def _positive_scale(gm: GraphModule, node: Node) -> str | None:
+def _positive_scale(node: Node) -> str | None:
     if node.target in _PER_TENSOR and isinstance(node.args[1], float):
         return None if 0 < node.args[1] < float("inf") else f"its scale is {node.args[1]}"
     if node.target in (*_PER_CHANNEL, *_PER_GROUP) and isinstance(node.args[1], Node):
-        scales = node_tensor(gm, node.args[1])
+        scales = node_tensor(node.args[1])
         if type(scales) is Tensor and not bool((torch.isfinite(scales) & (scales > 0)).all()):
             return "one of its scales is not a positive, finite number"
     return None
 
 
-LEGAL: tuple[tuple[str, Callable[[GraphModule, Node], str | None]], ...] = (
+LEGAL: tuple[tuple[str, Callable[[Node], str | None]], ...] = (
     ("no observer is left", _no_observer_left),
     ("only float tensors are quantized", _quantizes_float),
     ("a dequantize reads the dtype it names", _dequantizes_its_dtype),
@@ -137,7 +137,7 @@ def problems(gm: GraphModule) -> list[str]:
         f"{where(node)}: {wrong} (rule: {name})"
         for node in gm.graph.nodes
         for name, rule in LEGAL
-        if (wrong := rule(gm, node)) is not None
+        if (wrong := rule(node)) is not None
     ]
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator
 from functools import cache
-from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.attributes import attribute
+from quant2e.graph.dataflow import operand
 
 aten = torch.ops.aten
 
@@ -71,20 +71,6 @@ TRAINING_ARGUMENTS = ("train", "training", "use_input_stats")
 """Names, in ATen schemas, of the flag that says whether the op behaves as in training."""
 
 
-def argument(node: Node, name: str, default: Any = None) -> Any:
-    """Value of the argument ``name`` of an ATen node: positional, keyword, or the schema's default."""
-    if not isinstance(node.target, OpOverload):
-        return default
-    if name in node.kwargs:
-        return node.kwargs[name]
-    for position, declared in enumerate(node.target._schema.arguments):
-        if declared.name == name:
-            if not declared.kwarg_only and position < len(node.args):
-                return node.args[position]
-            return declared.default_value if declared.has_default_value() else default
-    return default
-
-
 @cache
 def _flag_in(target: OpOverload) -> str | None:
     names = [declared.name for declared in target._schema.arguments]
@@ -97,7 +83,7 @@ def flag_of(node: Node) -> str | None:
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return None
     flag = _flag_in(target)
-    if flag is not None and target in _NORMS and argument(node, "running_mean") is None:
+    if flag is not None and target in _NORMS and operand(node, "running_mean") is None:
         return None  # a norm without running statistics uses those of the batch in both modes
     return flag
 
@@ -105,18 +91,18 @@ def flag_of(node: Node) -> str | None:
 def trains(node: Node) -> bool:
     """Does the node drop values, or use and update batch statistics, as in training?"""
     if node.target is aten.scaled_dot_product_attention.default:
-        return bool(argument(node, "dropout_p"))
+        return bool(operand(node, "dropout_p"))
     flag = flag_of(node)
-    if flag is None or not argument(node, flag):
+    if flag is None or not operand(node, flag):
         return False
     # Dropping out with probability 0 is no training: recurrent layers have "dropout", the others "p".
-    return bool(argument(node, "p", argument(node, "dropout", 1.0)))
+    return bool(operand(node, "p", operand(node, "dropout", 1.0)))
 
 
 def _tensors(node: Node, names: Iterable[str]) -> Iterator[Node]:
     """The nodes among the arguments of these names."""
     for name in names:
-        value = argument(node, name)
+        value = operand(node, name)
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, Node):
                 yield item
@@ -143,9 +129,9 @@ def subgraphs(node: Node) -> list[GraphModule]:
     """Graphs that a higher-order op (``cond``, an autocast region) runs."""
     root = node.graph.owning_module
     found = []
-    for operand in node.all_input_nodes:
-        if operand.op == "get_attr" and root is not None:
-            module = attribute(root, str(operand.target), None)
+    for source in node.all_input_nodes:
+        if source.op == "get_attr" and root is not None:
+            module = attribute(root, str(source.target), None)
             if isinstance(module, GraphModule):
                 found.append(module)
     return found

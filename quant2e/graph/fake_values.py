@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
@@ -24,10 +24,17 @@ def shape_of(node: Node) -> tuple[int | torch.SymInt, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def node_tensor(gm: GraphModule, node: Node) -> Tensor | None:
-    """The (fake) tensor a node produces; None when it produces something else or is not recorded."""
-    value = node.meta.get("val")
-    return tensor_at(gm, node) if value is None else value if isinstance(value, Tensor) else None
+def node_tensor(node: object) -> Tensor | None:
+    """The (fake) tensor that a node produces; None for literals, for other results and where none is recorded.
+
+    What a ``get_attr`` node reads is known without a record, in a graph that belongs to a module.
+    """
+    if not isinstance(node, Node):
+        return None
+    value, owner = node.meta.get("val"), node.graph.owning_module
+    if value is None and owner is not None:
+        value = tensor_at(owner, node)
+    return value if isinstance(value, Tensor) else None
 
 
 def fake_mode(nodes: Iterable[Node]) -> FakeTensorMode | None:

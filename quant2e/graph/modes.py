@@ -8,13 +8,12 @@ is remembered in the node's metadata.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 
 from quant2e.errors import CaptureError, Quant2eError, where
-from quant2e.graph.effects import BATCH_NORMS, argument, aten, flag_of, trains
+from quant2e.graph.dataflow import operand, set_operand
+from quant2e.graph.effects import BATCH_NORMS, aten, flag_of, trains
 
 _COUNT = "quant2e_batch_count"
 """Key in a batch norm's metadata: what to restore of the increment of ``num_batches_tracked`` that evaluation drops; None
@@ -44,9 +43,9 @@ def set_training(graph: Graph, mode: bool) -> bool:
             changed = True
         name = flag_of(node)
         wanted = mode and not node.meta.get(FROZEN)
-        if name is None or bool(argument(node, name)) == wanted:
+        if name is None or bool(operand(node, name)) == wanted:
             continue
-        _set_argument(node, name, wanted)
+        set_operand(node, name, wanted)
         changed = True
         if (path := _count_path(node)) is not None:
             if wanted:
@@ -105,29 +104,16 @@ def check_eval(gm: GraphModule) -> None:
     )
 
 
-def _set_argument(node: Node, name: str, value: Any) -> None:
-    assert isinstance(node.target, OpOverload)
-    for position, declared in enumerate(node.target._schema.arguments):
-        if declared.name == name:
-            if position < len(node.args) and not declared.kwarg_only:
-                node.update_arg(position, value)
-            elif declared.has_default_value() and declared.default_value == value:
-                node.kwargs = {key: kept for key, kept in node.kwargs.items() if key != name}
-            else:
-                node.update_kwarg(name, value)
-            return
-
-
 def _set_attention_dropout(node: Node, mode: bool) -> bool:
     if node.target is not aten.scaled_dot_product_attention.default:
         return False
-    probability = argument(node, "dropout_p")
+    probability = operand(node, "dropout_p")
     if mode and probability == 0 and _ATTENTION_DROPOUT in node.meta:
-        _set_argument(node, "dropout_p", node.meta.pop(_ATTENTION_DROPOUT))
+        set_operand(node, "dropout_p", node.meta.pop(_ATTENTION_DROPOUT))
         return True
     if not mode and probability != 0:
         node.meta[_ATTENTION_DROPOUT] = probability
-        _set_argument(node, "dropout_p", 0.0)
+        set_operand(node, "dropout_p", 0.0)
         return True
     return False
 
@@ -152,7 +138,7 @@ def _counted(node: Node) -> str | None:
 
 def _count_path(node: Node) -> str | None:
     """Path where the counter of a batch norm lies, next to its running mean."""
-    mean = argument(node, "running_mean") if node.target in _COUNTING else None
+    mean = operand(node, "running_mean") if node.target in _COUNTING else None
     if not isinstance(mean, Node) or mean.op != "get_attr":
         return None
     prefix, dot, last = str(mean.target).rpartition(".")

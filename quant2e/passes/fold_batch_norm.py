@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from quant2e.graph.attributes import attribute, free_path, replace_tensor
 from quant2e.graph.constants import constant_nodes, evaluate
-from quant2e.graph.effects import argument, aten, flag_of
+from quant2e.graph.dataflow import operand, set_operand
+from quant2e.graph.effects import aten, flag_of
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 
 _CONV = frozenset(
@@ -78,8 +78,8 @@ class _Match:
 
     def key(self) -> tuple[Any, ...]:
         """What determines the folded tensors: two uses of one conv and one norm can share them."""
-        parts = [argument(self.norm, name) for name in ("weight", "bias", "running_mean", "running_var", "eps")]
-        return (argument(self.mac, "weight"), argument(self.mac, "bias"), *parts)
+        parts = [operand(self.norm, name) for name in ("weight", "bias", "running_mean", "running_var", "eps")]
+        return (operand(self.mac, "weight"), operand(self.mac, "bias"), *parts)
 
 
 def fold_batch_norm(gm: GraphModule) -> bool:
@@ -110,7 +110,7 @@ def _fold(gm: GraphModule) -> tuple[Fold, ...]:
     claims = _claims(gm, matches)
     for match in matches:
         mac, norm, key = match.mac, match.norm, match.key()
-        old_weight, old_bias = argument(mac, "weight"), argument(mac, "bias")
+        old_weight, old_bias = operand(mac, "weight"), operand(mac, "bias")
         if key not in placed:
             weight, bias = _folded_tensors(gm, match)
             placed[key] = (
@@ -143,7 +143,7 @@ def _find(gm: GraphModule) -> list[_Match]:
         mac = producer(norm)
         if mac is None:
             continue
-        weight, bias = argument(mac, "weight"), argument(mac, "bias")
+        weight, bias = operand(mac, "weight"), operand(mac, "bias")
         if weight in constants and (bias is None or bias in constants):
             matches.append(_Match(mac, norm))
     return matches
@@ -153,10 +153,10 @@ def _is_affine(norm: Node, constants: set[Node]) -> bool:
     """Does the norm scale and shift by constants? Only its normalised result may be used."""
     if norm.target is not aten._native_batch_norm_legit_no_training.default:
         flag = flag_of(norm)
-        if flag is None or argument(norm, flag):
+        if flag is None or operand(norm, flag):
             return False
-    statistics = [argument(norm, name) for name in ("running_mean", "running_var")]
-    affine = [argument(norm, name) for name in ("weight", "bias")]
+    statistics = [operand(norm, name) for name in ("running_mean", "running_var")]
+    affine = [operand(norm, name) for name in ("weight", "bias")]
     if not all(value in constants for value in statistics):
         return False
     if not all(value is None or value in constants for value in affine):
@@ -168,7 +168,7 @@ def _is_affine(norm: Node, constants: set[Node]) -> bool:
 
 def producer(norm: Node) -> Node | None:
     """The op whose channels are the norm's, when the norm is all that reads it."""
-    axis, node = 1, argument(norm, "input")
+    axis, node = 1, operand(norm, "input")
     while isinstance(node, Node) and len(node.users) == 1 and isinstance(node.meta.get("val"), Tensor):
         rank = node.meta["val"].dim()
         if node.target in _MACS:
@@ -178,12 +178,12 @@ def producer(norm: Node) -> Node | None:
         source = _axis_before(node, axis, rank)
         if source is None:
             return None
-        axis, node = source, argument(node, "self")
+        axis, node = source, operand(node, "self")
     return None
 
 
 def _weight_rank(mac: Node) -> int:
-    weight = argument(mac, "weight")
+    weight = operand(mac, "weight")
     value = weight.meta.get("val") if isinstance(weight, Node) else None
     return value.dim() if isinstance(value, Tensor) else 0
 
@@ -193,10 +193,10 @@ def _axis_before(node: Node, axis: int, rank: int) -> int | None:
     if node.target in (aten.contiguous.default, aten.clone.default):
         return axis
     if node.target is aten.permute.default:
-        dims = argument(node, "dims")
+        dims = operand(node, "dims")
         return int(dims[axis] % rank)
     if node.target is aten.transpose.int:
-        first, second = argument(node, "dim0") % rank, argument(node, "dim1") % rank
+        first, second = operand(node, "dim0") % rank, operand(node, "dim1") % rank
         return int({first: second, second: first}.get(axis, axis))
     return None
 
@@ -206,19 +206,19 @@ def _folded_tensors(gm: GraphModule, match: _Match) -> tuple[Tensor, Tensor]:
     value: dict[str, Any] = {
         name: None if node is None else evaluate(gm, node).detach()
         for name, node in (
-            ("w", argument(mac, "weight")),
-            ("b", argument(mac, "bias")),
-            *((name, argument(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")),
+            ("w", operand(mac, "weight")),
+            ("b", operand(mac, "bias")),
+            *((name, operand(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")),
         )
     }
-    w, b, mean, var, eps = value["w"], value["b"], value["running_mean"], value["running_var"], argument(norm, "eps")
+    w, b, mean, var, eps = value["w"], value["b"], value["running_mean"], value["running_var"], operand(norm, "eps")
     gain = torch.ones_like(mean) if value["weight"] is None else value["weight"]
     shift = torch.zeros_like(mean) if value["bias"] is None else value["bias"]
     if mac.target in LINEAR:
         weight, bias = fuse_linear_bn_weights(w, b, mean, var, eps, gain, shift)
         return weight.data, bias.data
-    transposed = mac.target in TRANSPOSED or (mac.target in GENERAL and argument(mac, "transposed"))
-    groups = argument(mac, "groups")
+    transposed = mac.target in TRANSPOSED or (mac.target in GENERAL and operand(mac, "transposed"))
+    groups = operand(mac, "groups")
     if not transposed or groups == 1:
         weight, bias = fuse_conv_bn_weights(w, b, mean, var, eps, gain, shift, transpose=transposed)
         return weight.data, bias.data
@@ -240,8 +240,8 @@ def _claims(gm: GraphModule, matches: list[_Match]) -> _Claims:
         tensor = id(attribute(gm, str(node.target)))
         uses[tensor].add(("reader", node))
         for user in node.users:
-            roles = [name for name in ("weight", "bias") if user in keys and argument(user, name) is node]
-            reads = sum(operand is node for operand in (*user.args, *user.kwargs.values()))
+            roles = [name for name in ("weight", "bias") if user in keys and operand(user, name) is node]
+            reads = sum(value is node for value in (*user.args, *user.kwargs.values()))
             uses[tensor].add((keys[user], roles[0]) if roles and reads == 1 else user)
     return uses
 
@@ -253,7 +253,7 @@ def _is_exclusive(uses: set[Any]) -> bool:
 
 def _place(gm: GraphModule, match: _Match, role: str, old: Node | None, tensor: Tensor, claims: _Claims) -> Node:
     """Register ``tensor`` and give the node that reads it: the old one where nothing else reads the old tensor."""
-    weight = argument(match.mac, "weight")
+    weight = operand(match.mac, "weight")
     requires_grad = _requires_grad(gm, old if old is not None else weight)
     parameter = torch.nn.Parameter(tensor, requires_grad)
     if old is not None and old.op == "get_attr":
@@ -280,24 +280,14 @@ def _requires_grad(gm: GraphModule, node: Node) -> bool:
 
 def label_of(norm: Node) -> str:
     """Short name of a norm: its module's, or its node's."""
-    mean = argument(norm, "running_mean")
+    mean = operand(norm, "running_mean")
     module = str(mean.target).rpartition(".")[0] if mean.op == "get_attr" else ""
     return module.replace(".", "_") or norm.name
 
 
-def set_operand(mac: Node, name: str, value: Node | None) -> None:
-    """Replace an operand of an ATen node, positional or keyword."""
-    assert isinstance(mac.target, OpOverload)
-    position = [declared.name for declared in mac.target._schema.arguments].index(name)
-    if name in mac.kwargs or position > len(mac.args):
-        mac.update_kwarg(name, value)
-    else:
-        mac.args = (*mac.args[:position], value, *mac.args[position + 1 :])
-
-
 def _bypass(norm: Node) -> None:
     """Let the readers of the norm's result read its input, and remove the norm."""
-    source = argument(norm, "input")
+    source = operand(norm, "input")
     if norm.target is aten.batch_norm.default:
         norm.replace_all_uses_with(source)
     else:

@@ -23,8 +23,9 @@ from torch.fx import GraphModule, Node
 from quant2e.errors import Quant2eError
 from quant2e.graph.attributes import attribute, free_path, replace_tensor
 from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.edit import set_origin
-from quant2e.graph.effects import argument, aten
+from quant2e.graph.effects import aten
 from quant2e.passes.fold_batch_norm import (
     FOLDED,
     GENERAL,
@@ -32,7 +33,6 @@ from quant2e.passes.fold_batch_norm import (
     TRANSPOSED,
     label_of,
     producer,
-    set_operand,
 )
 
 FUSED = "quant2e_fused_batch_norms"
@@ -64,16 +64,16 @@ def trainable_norms(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
     norms = [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]
     constants = constant_nodes(gm.graph) if norms else set()
     for norm in norms:
-        statistics = [argument(norm, name) for name in ("running_mean", "running_var")]
-        affine = [argument(norm, name) for name in ("weight", "bias")]
+        statistics = [operand(norm, name) for name in ("running_mean", "running_var")]
+        affine = [operand(norm, name) for name in ("weight", "bias")]
         if not all(_is_attribute(node) for node in statistics):
             continue
         if not all(node is None or _is_attribute(node) for node in affine):
             continue
         mac = producer(norm)
-        if mac is None or mac is not argument(norm, "input"):
+        if mac is None or mac is not operand(norm, "input"):
             continue
-        weight, bias = argument(mac, "weight"), argument(mac, "bias")
+        weight, bias = operand(mac, "weight"), operand(mac, "bias")
         if weight in constants and (bias is None or bias in constants):
             yield mac, norm
 
@@ -94,8 +94,8 @@ def fuse(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> tuple[FusedNorm
 
 def _fuse(gm: GraphModule, mac: Node, norm: Node, made: dict[tuple[Any, ...], tuple[Node, Node]]) -> FusedNorm:
     graph = gm.graph
-    weight, bias = argument(mac, "weight"), argument(mac, "bias")
-    key = (weight, *(argument(norm, name) for name in ("weight", "running_var", "eps")), _layout(mac))
+    weight, bias = operand(mac, "weight"), operand(mac, "bias")
+    key = (weight, *(operand(norm, name) for name in ("weight", "running_var", "eps")), _layout(mac))
     with graph.inserting_before(mac):
         if key not in made:
             made[key] = _scale(gm, mac, norm, weight)
@@ -130,10 +130,10 @@ def _fuse(gm: GraphModule, mac: Node, norm: Node, made: dict[tuple[Any, ...], tu
 
 def _scale(gm: GraphModule, mac: Node, norm: Node, weight: Node) -> tuple[Node, Node]:
     """Nodes of ``w·s`` and of ``s``, in front of ``mac``."""
-    variance, gain = (_before(gm, argument(norm, name), mac) for name in ("running_var", "weight"))
+    variance, gain = (_before(gm, operand(norm, name), mac) for name in ("running_var", "weight"))
     assert variance is not None
     like = variance.meta.get("val")
-    deviation = _call(mac, aten.add.Tensor, (variance, argument(norm, "eps")), like)
+    deviation = _call(mac, aten.add.Tensor, (variance, operand(norm, "eps")), like)
     deviation = _call(mac, aten.sqrt.default, (deviation,), like)
     if gain is None:
         scale = _call(mac, aten.reciprocal.default, (deviation,), like)
@@ -154,12 +154,12 @@ def _scale(gm: GraphModule, mac: Node, norm: Node, weight: Node) -> tuple[Node, 
 
 def _layout(mac: Node) -> tuple[bool, int]:
     """Is the op transposed, and with how many groups?"""
-    transposed = mac.target in TRANSPOSED or (mac.target in GENERAL and bool(argument(mac, "transposed")))
-    return transposed, 1 if mac.target in LINEAR else int(argument(mac, "groups"))
+    transposed = mac.target in TRANSPOSED or (mac.target in GENERAL and bool(operand(mac, "transposed")))
+    return transposed, 1 if mac.target in LINEAR else int(operand(mac, "groups"))
 
 
 def _sizes(mac: Node) -> tuple[int, ...]:
-    value = argument(mac, "weight").meta.get("val")
+    value = operand(mac, "weight").meta.get("val")
     assert isinstance(value, Tensor), "the weight's shape is recorded: its producer was looked at"
     return tuple(value.shape)
 
@@ -230,25 +230,25 @@ def _unfuse(gm: GraphModule, record: FusedNorm, nodes: Mapping[str, Node], folde
         for name, node in (
             ("w", weight),
             ("b", bias),
-            *((name, argument(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")),
+            *((name, operand(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")),
         )
     }
     if record.scaled not in folded:
         # The very operations of the graph: the integers are those that were trained with.
-        deviation = torch.sqrt(values["running_var"] + argument(norm, "eps"))
+        deviation = torch.sqrt(values["running_var"] + operand(norm, "eps"))
         scale = torch.reciprocal(deviation) if values["weight"] is None else values["weight"] / deviation
         tensor = _scaled_weight(mac, values["w"], scale)
         folded[record.scaled] = _place(gm, weight, weight, norm, mac, "weight", tensor, {scaled}, scaled)
         scaled.replace_all_uses_with(folded[record.scaled])
     readers = {nodes[name] for name in record.unscaled} | set(mac.all_input_nodes)
-    tensor = _folded_bias(values, argument(norm, "eps"))
-    operand = _place(gm, bias, weight, norm, mac, "bias", tensor, readers, mac)
+    tensor = _folded_bias(values, operand(norm, "eps"))
+    moved = _place(gm, bias, weight, norm, mac, "bias", tensor, readers, mac)
     if record.bias_observer is not None:
         with gm.graph.inserting_before(mac):
-            observed = gm.graph.call_module(record.bias_observer, (operand,))
-        set_origin(observed, mac, value=operand.meta.get("val"))
-        operand = observed
-    set_operand(mac, "bias", operand)
+            observed = gm.graph.call_module(record.bias_observer, (moved,))
+        set_origin(observed, mac, value=moved.meta.get("val"))
+        moved = observed
+    set_operand(mac, "bias", moved)
     norm.replace_all_uses_with(mac)
     gm.graph.erase_node(norm)
     for name in reversed(record.unscaled):
@@ -303,6 +303,6 @@ def _place(
     replace_tensor(gm, path, torch.nn.Parameter(tensor, requires_grad=False))
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(path)
-    value = (old or argument(norm, "running_mean")).meta.get("val")
+    value = (old or operand(norm, "running_mean")).meta.get("val")
     set_origin(node, mac, value=tensor if value is None else value)
     return node

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.errors import CaptureError, where
 from quant2e.graph.constants import constant_nodes, evaluate
-from quant2e.graph.effects import argument
+from quant2e.graph.dataflow import operand
 from quant2e.graph.modes import set_training, training_nodes
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.fake_quant import FakeQuantizeBase
@@ -68,7 +68,7 @@ def train_through_norms(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.
     for record, (mac, norm) in zip(fused, pairs, strict=True):
         moves[Edge(record.old_weight, mac.name)] = Edge(record.scaled, mac.name)
         moves[Output(record.old_weight)] = Output(record.scaled)
-        shift = argument(norm, "bias")
+        shift = operand(norm, "bias")
         candidates = [Edge(record.old_bias, mac.name)] if record.old_bias is not None else []
         candidates += [Edge(shift.name, norm.name)] if shift is not None else []
         if (point := next((p for p in candidates if p in plan), None)) is not None:
@@ -79,7 +79,7 @@ def train_through_norms(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.
 
 
 def _belongs(mac: Node, norm: Node, plan: Plan) -> bool:
-    weight = argument(mac, "weight")
+    weight = operand(mac, "weight")
     own = Edge(weight.name, mac.name) in plan or (Output(weight.name) in plan and len(weight.users) == 1)
     return own and Output(mac.name) not in plan and Edge(mac.name, norm.name) not in plan
 

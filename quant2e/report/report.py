@@ -135,16 +135,16 @@ def judge(
             reason = f"into {into}" if into else "rewritten before annotation"
             made[op.name] = Verdict(op, FOLDED, reason)
             continue
-        made[op.name] = _judge_node(op, node, gm, plan, constants, made, explain, ignored)
+        made[op.name] = _judge_node(op, node, plan, constants, made, explain, ignored)
     return tuple(made.values())
 
 
-def _operands(node: Node, gm: GraphModule, plan: Plan, constants: frozenset[Node]) -> _Operands:
+def _operands(node: Node, plan: Plan, constants: frozenset[Node]) -> _Operands:
     activations: list[bool] = []
     fixed: list[bool] = []
     dynamic = False
     for src in node.all_input_nodes:
-        tensor = node_tensor(gm, src)
+        tensor = node_tensor(src)
         if tensor is None or not tensor.is_floating_point():
             continue
         group = plan.group_of(Edge(src.name, node.name))
@@ -158,7 +158,6 @@ def _operands(node: Node, gm: GraphModule, plan: Plan, constants: frozenset[Node
 def _judge_node(
     op: FloatOp,
     node: Node,
-    gm: GraphModule,
     plan: Plan,
     constants: frozenset[Node],
     made: Mapping[str, Verdict],
@@ -173,7 +172,7 @@ def _judge_node(
     if node.target is operator.getitem and (whole := made.get(node.all_input_nodes[0].name)) is not None:
         return Verdict(op, whole.kind, whole.reason)
     rule = getattr(note, "rule", "") or "annotated"
-    operands = _operands(node, gm, plan, constants)
+    operands = _operands(node, plan, constants)
     if operands.dynamic:
         return Verdict(op, DYNAMIC, rule)
     if operands.activations and all(operands.activations):

@@ -81,7 +81,7 @@ class Annotated:
 
     def tensor(self, node: Node) -> Tensor | None:
         """The (fake) tensor of a node."""
-        return node_tensor(self.gm, node)
+        return node_tensor(node)
 
     def is_constant(self, node: Node) -> bool:
         """Whether it depends on parameters only."""

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.annotation.pattern import Match
-from quant2e.graph.dataflow import operand
-from quantizers.kit.value_source import literal
+from quant2e.graph.dataflow import literal, operand
+from quant2e.graph.fake_values import node_tensor
 
 
 def value(node: Node) -> Tensor:
@@ -15,13 +15,6 @@ def value(node: Node) -> Tensor:
     tensor = node.meta.get("val")
     assert isinstance(tensor, Tensor), f"'{node.name}' produces {tensor!r}"
     return tensor
-
-
-def operand_value(node: Node, index: int) -> Tensor | None:
-    """The (fake) tensor of an operand; None where it is a literal or not recorded."""
-    source = operand(node, index)
-    tensor = source.meta.get("val") if isinstance(source, Node) else None
-    return tensor if isinstance(tensor, Tensor) else None
 
 
 def unscaled(node: Node) -> bool | str:
@@ -37,8 +30,8 @@ def in_eval_mode(node: Node) -> bool | str:
 
 def same_dtype(node: Node) -> bool | str:
     """A conversion that changes layout or device, not the dtype."""
-    before, after = operand_value(node, 0), node.meta.get("val")
-    same = before is not None and isinstance(after, Tensor) and before.dtype == after.dtype
+    before, after = node_tensor(operand(node, 0)), node_tensor(node)
+    same = before is not None and after is not None and before.dtype == after.dtype
     return True if same else "it changes the dtype"
 
 
@@ -67,7 +60,7 @@ def spatial(node: Node) -> int:
 
 def batched(node: Node) -> bool | str:
     """A convolution over a batch of inputs; torch takes a single one as well."""
-    before = operand_value(node, 0)
+    before = node_tensor(operand(node, 0))
     if before is None or before.dim() == spatial(node) + 2:
         return True
     return "its input has no batch dimension"

@@ -270,7 +270,7 @@ class _Pass:
         return weight or (len(dequantized) == len(given) > 0)
 
     def _not_quantizable(self, node: Node) -> str | None:
-        tensor = node_tensor(self.gm, node)
+        tensor = node_tensor(node)
         if not isinstance(tensor, Tensor):
             return "not a single tensor"
         if tensor.dtype not in self.quantizer.dtypes:

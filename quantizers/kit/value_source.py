@@ -18,7 +18,6 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.graph.attributes import tensor_at
-from quant2e.graph.dataflow import operand
 from quant2e.passes.fold_weights import is_quantize
 
 MASK_VALUE = 1e4
@@ -163,10 +162,3 @@ def _has_sentinel(value: Tensor) -> bool:
         return False
     largest = value.detach().abs().amax().item()
     return not math.isfinite(largest) or largest >= MASK_VALUE
-
-
-def literal(node: Node, name: int | str) -> Any:
-    """An operand that is a number or a list of numbers; None when it is a tensor or symbolic."""
-    value = operand(node, name)
-    items = value if isinstance(value, list | tuple) else (value,)
-    return None if any(isinstance(item, Node) for item in items) else value

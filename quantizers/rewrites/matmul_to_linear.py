@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.dataflow import Constants, operand
@@ -25,14 +24,14 @@ def products_as_linear(gm: GraphModule, wanted: Callable[[Node], bool]) -> bool:
     """Rewrite the products that ``wanted`` answers True for. Returns whether any was."""
     constants, changed = Constants(), False
     for node in list(gm.graph.nodes):
-        if node.op != "call_function" or (parts := _parts(gm, node)) is None or not wanted(node):
+        if node.op != "call_function" or (parts := _parts(node)) is None or not wanted(node):
             continue
         x, weight, bias = parts
         if constants.culprit(x) is None or any(
             constants.culprit(n) is not None for n in (weight, bias) if n is not None
         ):
             continue
-        fake = node_tensor(gm, weight)
+        fake = node_tensor(weight)
         assert fake is not None, f"'{weight.name}' is a matrix by now"
         with gm.graph.inserting_before(node):
             transposed = gm.graph.call_function(aten.t.default, (weight,))
@@ -47,24 +46,24 @@ def products_as_linear(gm: GraphModule, wanted: Callable[[Node], bool]) -> bool:
     return changed
 
 
-def _parts(gm: GraphModule, node: Node) -> tuple[Node, Node, Node | None] | None:
+def _parts(node: Node) -> tuple[Node, Node, Node | None] | None:
     """Input, weight and bias of a product of a matrix (or a stack of rows) and a matrix; None for other nodes."""
     bias = None
     if node.target is aten.addmm.default:
         if operand(node, "alpha") not in (None, 1) or operand(node, "beta") not in (None, 1):
             return None
         bias, x, weight = (operand(node, i) for i in range(3))
-        if _rank(gm, bias) != 1:
+        if _rank(bias) != 1:
             return None
     elif node.target in (aten.mm.default, aten.matmul.default):
         x, weight = (operand(node, i) for i in range(2))
     else:
         return None
-    if not isinstance(x, Node) or not isinstance(weight, Node) or (_rank(gm, x) or 0) < 1 or _rank(gm, weight) != 2:
+    if not isinstance(x, Node) or not isinstance(weight, Node) or (_rank(x) or 0) < 1 or _rank(weight) != 2:
         return None
     return x, weight, bias
 
 
-def _rank(gm: GraphModule, node: object) -> int | None:
-    tensor: Tensor | None = node_tensor(gm, node) if isinstance(node, Node) else None
+def _rank(node: object) -> int | None:
+    tensor = node_tensor(node)
     return None if tensor is None else tensor.dim()

@@ -15,11 +15,10 @@ from torch.fx import Node
 
 from quant2e.annotation.pattern import Match, Op, Pattern, op, short_name
 from quant2e.annotation.specs import group_size_of
-from quant2e.graph.dataflow import operand
+from quant2e.graph.dataflow import literal, operand
 from quantizers.kit import families as f
 from quantizers.kit.conditions import in_eval_mode, same_shape, spatial
 from quantizers.kit.rule import Follow, Rule, Same
-from quantizers.kit.value_source import literal
 
 aten = torch.ops.aten
 

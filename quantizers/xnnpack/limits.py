@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.annotation.pattern import Match
-from quant2e.graph.dataflow import operand
-from quantizers.kit.conditions import operand_value, spatial, value, zero_padding
-from quantizers.kit.value_source import literal
+from quant2e.graph.dataflow import literal, operand
+from quant2e.graph.fake_values import node_tensor
+from quantizers.kit.conditions import spatial, value, zero_padding
 
 
 def up_to_two_dimensions(node: Node) -> bool | str:
@@ -43,7 +43,7 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
 
 def over_image(node: Node) -> bool | str:
     """A mean over the two last of four dimensions. XNNPACK keeps them, and a reshape behind it removes them."""
-    before, dims = operand_value(node, 0), literal(node, "dim")
+    before, dims = node_tensor(operand(node, 0)), literal(node, "dim")
     if before is None or before.dim() != 4 or sorted(d % 4 for d in dims or ()) != [2, 3]:
         return "XNNPACK averages over the two last of four dimensions only"
     return True if operand(node, "dtype") is None else "it changes the dtype"
@@ -51,7 +51,7 @@ def over_image(node: Node) -> bool | str:
 
 def to_one_pixel(node: Node) -> bool | str:
     """An adaptive pooling that averages a whole image."""
-    before = operand_value(node, 0)
+    before = node_tensor(operand(node, 0))
     if before is None or before.dim() != 4 or tuple(value(node).shape[2:]) != (1, 1):
         return "XNNPACK has average pooling to one pixel only, on four dimensions"
     return True
@@ -69,7 +69,7 @@ def dense_2d(match: Match) -> bool | str:
     if spatial(node) != 2:
         return "XNNPACK has dynamic convolutions in two dimensions only"
     groups = operand(node, "groups")
-    before = operand_value(node, 0)
+    before = node_tensor(operand(node, 0))
     depthwise = groups > 1 and (before is None or before.shape[1] == groups)
     return "XNNPACK has no dynamic depthwise convolution" if depthwise else True
 
@@ -78,7 +78,7 @@ def of_four_bits(match: Match, group_size: int | None) -> bool | str:
     """A linear whose weight XNNPACK can store in 4 bits: pairs of values, or groups of a multiple of 32."""
     weight, node = match.edges["w"]
     tensor = weight.meta.get("val")
-    columns = tensor.shape[-1] if isinstance(tensor, Tensor) else operand_value(node, 0).shape[-1]  # type: ignore[union-attr]
+    columns = tensor.shape[-1] if isinstance(tensor, Tensor) else node_tensor(operand(node, 0)).shape[-1]  # type: ignore[union-attr]
     step = group_size or 2
     return True if columns % step == 0 else f"its {columns} inputs are no multiple of {step}, as 4 bits need"
 
@@ -87,7 +87,7 @@ def pads_image(node: Node) -> bool | str:
     """A padding that the delegate computes with the convolution behind it: zeros, around the spatial dimensions."""
     if (answer := zero_padding(node)) is not True:
         return answer
-    sizes, image = literal(node, "pad"), operand_value(node, 0)
+    sizes, image = literal(node, "pad"), node_tensor(operand(node, 0))
     if sizes is None or image is None or any(not isinstance(size, int) or size < 0 for size in sizes):
         return "its sizes are not fixed, or it crops"
     spatial_only = not any(sizes[2 * (image.dim() - 2) :])

@@ -64,8 +64,8 @@ def test_every_linear_and_table_and_nothing_integer(encoder, name):
     quantizer.annotate(gm)
     annotated = {n: n.meta[ANNOTATION] for n in gm.graph.nodes if ANNOTATION in n.meta}
     for node, note in annotated.items():
-        assert node_tensor(gm, node).is_floating_point()
-        assert all(node_tensor(gm, src).is_floating_point() for src, spec in note.input_qspec_map.items() if spec)
+        assert node_tensor(node).is_floating_point()
+        assert all(node_tensor(src).is_floating_point() for src, spec in note.input_qspec_map.items() if spec)
     count = {op: sum(f"aten.{op}." in str(n.target) for n in annotated) for op in ("linear", "embedding")}
     assert count == {"linear": 12, "embedding": 3}
     why = reasons(gm, quantizer)

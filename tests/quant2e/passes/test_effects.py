@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant2e.graph.capture import capture
-from quant2e.graph.effects import aliases, argument, is_deterministic, is_random, trains, writes
+from quant2e.graph.dataflow import operand
+from quant2e.graph.effects import aliases, is_deterministic, is_random, trains, writes
 
 
 class One(nn.Module):
@@ -62,12 +63,12 @@ def test_effects(body, written, shared, random, deterministic):
 def test_arguments_by_name_wherever_they_are():
     gm = capture(One(lambda t: F.layer_norm(t.x, [3], t.b)), torch.ones(2, 3))
     node = next(n for n in gm.graph.nodes if n.op == "call_function")
-    assert argument(node, "normalized_shape") == [3]
-    assert argument(node, "weight").name == "b"
-    assert argument(node, "eps") == 1e-5
-    assert argument(node, "absent", "default") == "default"
+    assert operand(node, "normalized_shape") == [3]
+    assert operand(node, "weight").name == "b"
+    assert operand(node, "eps") == 1e-5
+    assert operand(node, "absent", "default") == "default"
     node.args, node.kwargs = node.args[:2], {"weight": node.args[2]}
-    assert argument(node, "weight").name == "b"
+    assert operand(node, "weight").name == "b"
 
 
 def test_attention_with_dropout_trains():
