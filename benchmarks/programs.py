@@ -19,7 +19,7 @@ from torch import nn
 
 import lowering
 import quant2e
-from lowering.executorch.report import delegation_of
+from lowering.executorch.report import report_on
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 Inputs = tuple[Any, ...]
@@ -39,7 +39,7 @@ class Program:
     seconds: float
 
 
-def _program(buffer: bytes, report: lowering.Delegation, seconds: float) -> Program:
+def _program(buffer: bytes, report: lowering.ExecuTorchReport, seconds: float) -> Program:
     delegates = tuple(sum(partition.ops.values()) for partition in report.partitions)
     left = Counter(leftover.op for leftover in report.leftovers)
     return Program(buffer=buffer, delegates=delegates, left=dict(left.most_common()), seconds=seconds)
@@ -76,7 +76,7 @@ def theirs(model: nn.Module, inputs: Inputs, scheme: str, calibration: Sequence[
             graph(*batch)
         graph = convert_pt2e(graph)
     edge = to_edge_transform_and_lower(torch.export.export(graph, inputs), partitioner=[XnnpackPartitioner()])
-    report = delegation_of(edge.exported_program().graph_module, {}, {})
+    report = report_on(edge.exported_program().graph_module, {}, {})
     import executorch.kernels.quantized  # noqa: F401
 
     buffer = bytes(edge.to_executorch().buffer)

@@ -4,22 +4,25 @@ In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program 
 """
 
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch
-from lowering.executorch.report import Delegation, Leftover, Partition
+from lowering.executorch.report import ExecuTorchReport, Leftover, Partition
 from lowering.inductor.package import InductorPackage, package_inductor
 from lowering.inductor.program import InductorProgram, to_inductor
 from lowering.inductor.report import InductorReport, LoweredOp
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
+from lowering.program import LoweredProgram, LoweringReport
 from lowering.verify import Bound, Verification, verify
 
 __all__ = [
     "Bound",
-    "Delegation",
     "ExecuTorchProgram",
+    "ExecuTorchReport",
     "InductorPackage",
     "InductorProgram",
     "InductorReport",
     "Leftover",
     "LoweredOp",
+    "LoweredProgram",
+    "LoweringReport",
     "Method",
     "OnnxProgram",
     "OnnxReport",

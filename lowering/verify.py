@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 
 from quant2e.errors import LoweringError
 from quant2e.graph.qdq_ops import qd
+from quant2e.report.html import html_table
+from quant2e.report.plain_data import plain_data
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
@@ -72,7 +74,7 @@ LEEWAY_DB = 6.0
 """How much more noise than its own a graph's lowered program may have: twice the amplitude."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Verification:
     """How far a lowered program is from its Q/DQ graph.
 
@@ -110,6 +112,17 @@ class Verification:
             f"{self.max_abs_diff:.3g}, SQNR {self.sqnr_db:.1f} dB over {self.batches} batch(es){integers}; "
             f"required: {self.bound}{noise}"
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {"passed": self.passed, **plain_data(self)}
+
+    def __repr__(self) -> str:
+        return f"Verification: {self}"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, value) for name, value in self.as_dict().items() if name != "bound" and value is not None]
+        return html_table(("", "value"), [*rows, ("required", self.bound)], repr(self))
 
     def check(self, what: str) -> None:
         """Raise `LoweringError` unless the bound holds. ``what`` names the lowered program."""

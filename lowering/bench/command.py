@@ -13,8 +13,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lowering.bench.worker import Footprint, in_child, measure_footprint, measure_times
+from quant2e.report.plain_data import plain_data
 
 _EXAMPLE = textwrap.dedent("""\
     example:
@@ -37,6 +39,10 @@ class Row:
     footprint: Footprint
     medians: dict[int, float]
     ratios: dict[int, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**plain_data(self)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from lowering.executorch.io_parameters import constants, quantized_io_in
-from lowering.executorch.program import ExecuTorchProgram, Method
-from lowering.executorch.report import Delegation, Rejections, delegation_of
+from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
+from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends, undisturbed
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
 from lowering.executorch.xnnpack.limits import check_limits
@@ -139,7 +140,7 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     )
 
 
-def _verified(method: Method, prepared: _Prepared, batches: list[Inputs]) -> Delegation:
+def _verified(method: Method, prepared: _Prepared, batches: list[Inputs]) -> ExecuTorchReport:
     """The report with the comparisons; raises `LoweringError` when one is beyond its bound."""
     what = "the ExecuTorch program"
     if method.name != FORWARD:
@@ -202,7 +203,7 @@ def _lower(
             programs = {name: one.exported for name, one in prepared.items()}
             edge = to_edge_transform_and_lower(programs, partitioner=chosen, constant_methods=published or None)
         reports = {
-            name: delegation_of(edge.exported_program(name).graph_module, rejections.reasons, one.rewrites)
+            name: report_on(edge.exported_program(name).graph_module, rejections.reasons, one.rewrites)
             for name, one in prepared.items()
         }
         made = edge.to_executorch()
@@ -210,12 +211,14 @@ def _lower(
         raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
     check_program(made.executorch_program)
     buffer = bytes(made.buffer)
+    loaded = LoadedFile(buffer)
     methods = {
         name: Method(
             name,
             replace(reports[name], size=len(buffer), notes=one.notes),
             signature_of(one.exported),
             one.quantized_io,
+            partial(loaded.execute, name),
         )
         for name, one in prepared.items()
     }

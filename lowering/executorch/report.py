@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
+from lowering.program import LoweringReport, Table
 from lowering.verify import Verification
 from quant2e.errors import where
 
@@ -37,15 +38,16 @@ class Leftover:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delegation:
-    """The report of a lowering.
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ExecuTorchReport(LoweringReport):
+    """What runs a method of a program, or a program.
 
     ``partitions``: the delegates, in order. ``leftovers``: every other op, and why no delegate has it.
     ``rewrites``: how often each rewrite applied before partitioning. ``notes``: what the target does differently
     from the graph. ``size``: bytes of the program. ``verification``: the program against its Q/DQ graph; None when
     that was not asked for. ``per_row``: the program against the graph with a scale per row, where activations are
-    quantized at run time.
+    quantized at run time. ``methods``: of a program with several methods, the report of each; the other fields then sum
+    them up, and ``verification`` is the worst.
     """
 
     partitions: tuple[Partition, ...]
@@ -55,6 +57,19 @@ class Delegation:
     size: int = 0
     verification: Verification | None = None
     per_row: Verification | None = None
+    methods: Mapping[str, ExecuTorchReport] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> str:
+        methods = f"{len(self.methods)} methods: " if self.methods else ""
+        delegated = f"{len(self.partitions)} delegate(s) with {self.delegated_ops} op(s)"
+        return f"{methods}{delegated}, {len(self.leftovers)} op(s) left to kernels, {self.size / 1e6:.2f} MB"
+
+    def table(self) -> Table:
+        rows = [(p.backend, count, op, "") for p in self.partitions for op, count in p.ops.items()]
+        left = Counter((leftover.op, leftover.reason) for leftover in self.leftovers)
+        rows += [("kernel", count, op, reason) for (op, reason), count in left.most_common()]
+        return ("runs in", "count", "op", "why not delegated"), rows
 
     @property
     def delegated_ops(self) -> int:
@@ -62,8 +77,9 @@ class Delegation:
         return sum(sum(partition.ops.values()) for partition in self.partitions)
 
     def __str__(self) -> str:
-        delegated = f"{len(self.partitions)} delegate(s) with {self.delegated_ops} op(s)"
-        lines = [f"{delegated}, {len(self.leftovers)} op(s) left to kernels, {self.size / 1e6:.2f} MB"]
+        lines = [self.headline]
+        if self.methods:
+            return "\n".join([*lines, *(f"method '{name}': {report}" for name, report in self.methods.items())])
         lines += [f"  delegate {i}: {partition}" for i, partition in enumerate(self.partitions)]
         grouped = Counter((leftover.op, leftover.reason) for leftover in self.leftovers)
         lines += [f"  left: {count} × {op}: {reason}" for (op, reason), count in grouped.most_common()]
@@ -111,7 +127,7 @@ def op_name(node: Node) -> str:
     return name.removeprefix("aten.") if name.startswith("aten.aten.") else name
 
 
-def delegation_of(module: GraphModule, reasons: Mapping[str, str], rewrites: Mapping[str, int]) -> Delegation:
+def report_on(module: GraphModule, reasons: Mapping[str, str], rewrites: Mapping[str, int]) -> ExecuTorchReport:
     """Read the delegates and the leftover ops from a partitioned graph."""
     partitions, leftovers = [], []
     for node in module.graph.nodes:
@@ -121,7 +137,28 @@ def delegation_of(module: GraphModule, reasons: Mapping[str, str], rewrites: Map
             partitions.append(_partition(module, node))
         else:
             leftovers.append(Leftover(op=op_name(node), place=where(node), reason=reasons.get(node.name, NO_RULE)))
-    return Delegation(partitions=tuple(partitions), leftovers=tuple(leftovers), rewrites=dict(rewrites))
+    return ExecuTorchReport(partitions=tuple(partitions), leftovers=tuple(leftovers), rewrites=dict(rewrites))
+
+
+def report_on_program(methods: Mapping[str, ExecuTorchReport]) -> ExecuTorchReport:
+    """The report of the only method, or one that sums up those of several."""
+    reports = list(methods.values())
+    if len(reports) == 1:
+        return reports[0]
+    return ExecuTorchReport(
+        partitions=tuple(partition for report in reports for partition in report.partitions),
+        leftovers=tuple(leftover for report in reports for leftover in report.leftovers),
+        rewrites=dict(sum((Counter(report.rewrites) for report in reports), Counter())),
+        notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+        size=max(report.size for report in reports),  # each says how large the file is
+        verification=_worst(report.verification for report in reports),
+        per_row=_worst(report.per_row for report in reports),
+        methods=dict(methods),
+    )
+
+
+def _worst(found: Iterable[Verification | None]) -> Verification | None:
+    return min((one for one in found if one is not None), key=lambda one: one.sqnr_db, default=None)
 
 
 def _partition(module: GraphModule, call: Node) -> Partition:

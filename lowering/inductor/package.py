@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from lowering.inductor.compile import FakeInputs, load_package, package_flat
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
 from lowering.inductor.pipeline import Rewritten
-from lowering.inductor.program import Captured, captured, verified
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
 from lowering.inductor.signature import Signature
-from lowering.verify import Inputs, Verification
+from lowering.inductor.source import Source, source_of, verified
+from lowering.program import LoweredProgram
+from lowering.verify import Inputs
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 
@@ -35,19 +37,21 @@ LARGEST = 64
 """What counts as the largest size where the bound is above it, and twice the example's is not."""
 
 
-class InductorPackage:
-    """A package for AOTInductor. ``path``: where it is; ``report``: which ops run as int8 kernels, and what to know.
+class InductorPackage(LoweredProgram[InductorReport]):
+    """A package for AOTInductor. ``path``: where it is. Calling it runs the file.
 
-    ``verification``: how far the program in the file is from its Q/DQ graph; None when that was not asked for.
-    Calling it runs the file: it takes and returns what the model takes and returns.
+    ``report``: which ops run as int8 kernels, what to know, and how far the program in the file is from its Q/DQ graph.
     """
 
     def __init__(self, path: Path, report: InductorReport, signature: Signature) -> None:
         self.path = path
-        self.report = report
-        self.verification: Verification | None = None
+        self._report = report
         self._signature = signature
         self._loaded: Callable[..., Any] | None = None
+
+    @property
+    def report(self) -> InductorReport:
+        return self._report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the package. Raises `LoweringError` when the inputs are not what the graph was captured for."""
@@ -59,14 +63,21 @@ class InductorPackage:
         with torch.no_grad():
             return self._loaded(*positional, **keywords)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Copy the package to ``path``, which ends in ``.pt2``."""
+        _check_suffix(Path(path))
+        with atomic_file(Path(path)) as part:
+            shutil.copyfile(self.path, part)
+
 
 def package_inductor(
     model: Any,
     example_inputs: Any = None,
-    path: str | os.PathLike[str] | None = None,
     *,
+    path: str | os.PathLike[str],
     dynamic_shapes: Any = None,
     verify: bool = True,
+    verify_inputs: Iterable[Any] = (),
     engines: Engines = "measured",
 ) -> InductorPackage:
     """Compile a quantized model ahead of time into a file for ``torch._inductor.aoti_load_package``.
@@ -76,21 +87,28 @@ def package_inductor(
     others the call raises.
 
     ``path``: of the file, ending in ``.pt2``; it appears whole, after it was checked, or not at all. ``verify``: load the
-    file, run it on the example inputs, and with dynamic sizes on their smallest and largest values too, and compare it
-    with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are the graph and its kernels, but for
-    kernels of our own (``few_rows``), which the process that loads the file does not have.
+    file, run it on the example inputs and on ``verify_inputs``, and with dynamic sizes on their smallest and largest
+    values too, and compare it with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are the graph
+    and its kernels, but for kernels of our own (``few_rows``), which the process that loads the file does not have.
 
     Raises `LoweringError` when the graph cannot be compiled, takes or returns what a package cannot, or computes
     something else once it is compiled.
     """
-    if path is None or Path(path).suffix != ".pt2":
-        raise LoweringError(f"package_inductor needs the path of the file to write, ending in .pt2, not {path!r}")
-    source = captured(model, example_inputs, dynamic_shapes, "package_inductor")
+    _check_suffix(Path(path))
+    source = source_of(model, example_inputs, dynamic_shapes, "package_inductor")
+    return write_package(source, Path(path), engines, verify=verify, verify_inputs=verify_inputs)
+
+
+def write_package(
+    source: Source, path: Path, engines: Engines, *, verify: bool, verify_inputs: Iterable[Any] = ()
+) -> InductorPackage:
+    """`package_inductor`, of a graph that is at hand."""
+    _check_suffix(path)
     _check_boundary(source.signature)
     rewritten = Rewritten(source.graph, engines, [engine for engine in ENGINES if engine.name != FEW_ROWS])
     inputs = FakeInputs(source.signature.inputs, source.signature.symbols, whole=True)
     kernels: list[Kernel] = []
-    with atomic_file(Path(path)) as part:
+    with atomic_file(path) as part:
         package_flat(
             rewritten.flat(source.signature),
             inputs.values,
@@ -99,15 +117,20 @@ def package_inductor(
             part,
         )
         report = rewritten.report(kernels)
-        package = InductorPackage(part, report, source.signature)
         corners: list[tuple[int, ...]] = []
         if verify:
-            example = source.known_example()
+            example, *more = source.batches(verify_inputs)
             corners = list(_corners(source, example))
-            package.verification = verified(package, source.graph, _batches(source, example, corners), "the package")
-        package.report = replace(report, notes=(*report.notes, *_notes(source.signature, inputs, corners)))
-    package.path = Path(path)
-    return package
+            batches = [*_batches(source, example, corners), *more]
+            in_file = InductorPackage(part, report, source.signature)
+            report = replace(report, verification=verified(in_file, source.graph, batches, "the package"))
+    notes = (*report.notes, *_notes(source.signature, inputs, corners))
+    return InductorPackage(path, replace(report, notes=notes), source.signature)
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix != ".pt2":
+        raise LoweringError(f"a package needs the path of the file to write, ending in .pt2, not {str(path)!r}")
 
 
 def _check_boundary(signature: Signature) -> None:
@@ -139,7 +162,7 @@ def _types(spec: pytree.TreeSpec) -> Iterator[Any]:
             yield from _types(child)
 
 
-def _corners(source: Captured, example: Inputs) -> Iterator[tuple[int, ...]]:
+def _corners(source: Source, example: Inputs) -> Iterator[tuple[int, ...]]:
     """Values of the dynamic sizes to compare at: each as small as it may be, and as large."""
     signature = source.signature
     given = signature.sizes(signature.flatten(*example))
@@ -150,7 +173,7 @@ def _corners(source: Captured, example: Inputs) -> Iterator[tuple[int, ...]]:
     return itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS)
 
 
-def _batches(source: Captured, example: Inputs, corners: Sequence[tuple[int, ...]]) -> list[Inputs]:
+def _batches(source: Source, example: Inputs, corners: Sequence[tuple[int, ...]]) -> list[Inputs]:
     signature = source.signature
     values = signature.flatten(*example)
     return [example, *(signature.structured(signature.resized(values, sizes)) for sizes in corners)]

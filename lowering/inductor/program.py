@@ -5,55 +5,49 @@ rewrite a copy of the graph (`inductor_rewritten`) ─▶ compile ─▶ run aga
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import Graph, GraphModule
-from torch.utils import _pytree as pytree
+from torch.fx import Graph
 
 from lowering.inductor.compile import FakeInputs, Flat, compile_flat
 from lowering.inductor.kernel_selection import Engines
+from lowering.inductor.package import write_package
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
-from lowering.inductor.signature import Signature
-from lowering.verify import Bound, Inputs, Verification, as_inputs, compare, compare_within_noise, graph_of
-from quant2e.errors import LoweringError
-
-BOUND = Bound(steps=1.0, sqnr_db=30.0)
-"""What a program must reach. Fused float ops differ from eager ones in the last bit, which moves some numbers over
-the edge between two integers, and in a deep network such steps travel: 45 to 50 dB over six transformer layers, and
-43 dB where the graph rounds weights to bfloat16, which the int8 kernels do not. Wrong programs are far below:
-saturated kernels measure 10 to 22 dB, a wrong pattern less than 10. A graph whose own noise is larger is held to that
-(`lowering.verify.compare_within_noise`)."""
+from lowering.inductor.source import Source, source_of, verified
+from lowering.program import LoweredProgram
 
 
-class InductorProgram:
+class InductorProgram(LoweredProgram[InductorReport]):
     """A compiled model. Call it like the model it came from: same inputs, same outputs, no gradients.
 
-    ``report``: which quantized ops became int8 kernels, and why the others did not. ``verification``: how far the
-    program is from its Q/DQ graph on the example inputs; None when that was not asked for.
+    ``report``: which quantized ops became int8 kernels, and why the others did not; and how far the program is from its
+    Q/DQ graph.
 
     Sizes are those the graph was captured with, except along dynamic dimensions. Where Inductor made an assumption
     on a dynamic size that an input does not meet (a batch of one, say), the program is compiled again for exactly
     that size, once, with the same flags.
     """
 
-    report: InductorReport
-    verification: Verification | None
-
-    def __init__(self, model: GraphModule, signature: Signature, engines: Engines = "measured") -> None:
-        self._rewritten = Rewritten(model, engines)
-        self._signature = signature
-        self._inputs = FakeInputs(signature.inputs, signature.symbols)
+    def __init__(self, source: Source, engines: Engines = "measured") -> None:
+        self._source = source
+        self._engines = engines
+        self._rewritten = Rewritten(source.graph, engines)
+        self._signature = source.signature
+        self._inputs = FakeInputs(self._signature.inputs, self._signature.symbols)
         self._runs: dict[tuple[int, ...], Flat] = {}
-        self.verification = None
         kernels: list[Kernel] = []
         self._general = self._compile(self._inputs, lambda graph: kernels.extend(int8_kernels(graph)))
-        self.report = self._rewritten.report(kernels)
+        self._report = self._rewritten.report(kernels)
+
+    @property
+    def report(self) -> InductorReport:
+        return self._report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program. Raises `LoweringError` when the inputs are not what the graph was captured for."""
@@ -65,6 +59,17 @@ class InductorProgram:
         laid_out = zip(self._signature.inputs, self._signature.laid_out(values), strict=True)
         with torch.no_grad():
             return self._signature.unflatten(run(*[value for spec, value in laid_out if spec.taken]))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Compile the same graph ahead of time into a package, as `package_inductor` does; ``path`` ends in ``.pt2``.
+
+        A program that was compared with its graph is compared again, as it stands in the file.
+        """
+        write_package(self._source, Path(path), self._engines, verify=self.verification is not None)
+
+    def _verify(self, batches: Iterable[Any]) -> None:
+        found = verified(self, self._source.graph, self._source.batches(batches), "the program that Inductor made")
+        self._report = replace(self._report, verification=found)
 
     def _program_for(self, sizes: tuple[int, ...], values: Sequence[Any]) -> Flat:
         if self._inputs.accept(sizes):
@@ -81,6 +86,7 @@ def to_inductor(
     *,
     dynamic_shapes: Any = None,
     verify: bool = True,
+    verify_inputs: Iterable[Any] = (),
     engines: Engines = "measured",
 ) -> InductorProgram:
     """Compile a quantized model with Inductor.
@@ -88,119 +94,15 @@ def to_inductor(
     ``model``: a QuantizedModel, or a captured GraphModule (Q/DQ or float). ``example_inputs``: a tensor, a tuple of
     positional inputs or a dict of keyword inputs; those of the QuantizedModel by default. ``dynamic_shapes``: as in
     ``torch.export``; needed only where the graph was captured without them. ``verify``: run the program and the
-    graph on the example inputs, and raise when they differ by more than `BOUND` allows. ``engines``: what computes
-    each product. ``"measured"`` times the engines on each shape, on this machine; ``"onednn"`` and ``"float"`` are one engine for all; a dict from op names to engines decides for those ops.
+    graph on the example inputs and on ``verify_inputs``, and raise when they differ by more than `BOUND` allows.
+    ``engines``: what computes each product. ``"measured"`` times the engines on each shape, on this machine;
+    ``"onednn"`` and ``"float"`` are one engine for all; a dict from op names to engines decides for those ops.
     The report has the choices and the times.
 
     The model is left as it is, and so is every setting of torch: Inductor's flags are set for the compilations alone.
     Raises `LoweringError` when the graph cannot be compiled, or computes something else once it is.
     """
-    source = captured(model, example_inputs, dynamic_shapes, "to_inductor")
-    program = InductorProgram(source.graph, source.signature, engines)
+    program = InductorProgram(source_of(model, example_inputs, dynamic_shapes, "to_inductor"), engines)
     if verify:
-        program.verification = verified(
-            program, source.graph, [source.known_example()], "the program that Inductor made"
-        )
+        program._verify(verify_inputs)
     return program
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Captured:
-    """A graph to compile. ``example``: inputs of one call, where there are any."""
-
-    graph: GraphModule
-    signature: Signature
-    example: Inputs | None
-
-    def known_example(self) -> Inputs:
-        """The example, to run the program on. Raises `LoweringError` when there is none."""
-        if self.example is None:
-            raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
-        return self.example
-
-
-def captured(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) -> Captured:
-    """What a user gave, as a graph to compile; captured again where ``dynamic_shapes`` ask for it."""
-    graph = graph_of(model)
-    if not isinstance(graph, GraphModule):
-        raise LoweringError(
-            f"{asker} takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "
-            f"capture returned"
-        )
-    example = _example(model, example_inputs)
-    if dynamic_shapes is not None:
-        graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
-    leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
-    return Captured(graph=graph, signature=Signature(graph, leaves), example=example)
-
-
-def _example(model: Any, example_inputs: Any) -> Inputs | None:
-    if example_inputs is not None:
-        return as_inputs(example_inputs)
-    remembered = getattr(model, "example_inputs", None)
-    if remembered is None or isinstance(model, GraphModule):
-        return None
-    args, kwargs = as_inputs(remembered)
-    return args, {**kwargs, **(getattr(model, "example_kwargs", None) or {})}
-
-
-def _with_dynamic_shapes(graph: GraphModule, example: Inputs | None, dynamic_shapes: Any) -> GraphModule:
-    """The graph itself when it was captured with dynamic sizes; otherwise captured again with them."""
-    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
-    if any(isinstance(size, torch.SymInt) for v in values if isinstance(v, Tensor) for size in v.shape):
-        return graph
-    if example is None:
-        raise LoweringError("dynamic_shapes needs example_inputs, to capture the graph again with sizes that vary")
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(_without_checks(graph), *example, dynamic_shapes=dynamic_shapes)
-    except Exception as error:
-        raise LoweringError(
-            f"the graph cannot be captured with these dynamic_shapes, because it was captured with fixed sizes at first: "
-            f"pass dynamic_shapes to quant2e.quantize or capture instead. {type(error).__name__}: {error}"
-        ) from error
-    found = exported.module()
-    assert isinstance(found, GraphModule)
-    return found
-
-
-def _without_checks(graph: GraphModule) -> GraphModule:
-    """The graph without the module that holds its inputs to the sizes it was captured with."""
-    nodes = copy.deepcopy(graph.graph)
-    for node in list(nodes.nodes):
-        if node.op == "call_module" and node.name == "_guards_fn" and not node.users:
-            nodes.erase_node(node)
-    return GraphModule(graph, nodes)
-
-
-def verified(program: Callable[..., Any], graph: GraphModule, batches: Sequence[Inputs], what: str) -> Verification:
-    """Compare ``program`` with ``graph``; raises `LoweringError` beyond `BOUND`, calling the program ``what``.
-
-    The first batch is run twice: a program that wrote to its constants in the first call computes something else then.
-    """
-    batches = [batches[0], *batches]
-    found = compare(program, graph, batches, bound=BOUND)
-    if not found.passed:
-        found = compare_within_noise(program, graph, batches)
-    found.check(what)
-    _check_inputs_kept(program, graph, what, *batches[0])
-    return found
-
-
-def _check_inputs_kept(
-    program: Callable[..., Any], graph: GraphModule, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Raise `LoweringError` when the program writes to an input that the graph leaves alone."""
-
-    def after(run: Callable[..., Any]) -> list[Any]:
-        own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-        with torch.no_grad():
-            run(*own[0], **own[1])
-        return [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor)]
-
-    for place, (got, wanted) in enumerate(zip(after(program), after(graph), strict=True)):
-        if not torch.equal(got.nan_to_num(), wanted.nan_to_num()):
-            raise LoweringError(
-                f"{what} writes to tensor {place} of its inputs, and the Q/DQ graph does not: report this with the "
-                f"model; the Q/DQ graph itself is right"
-            )

@@ -14,6 +14,8 @@ from lowering.inductor.kernels.engines import FEW_ROWS, KernelChoice
 from lowering.inductor.rewrites.graph import TAG, constant, operands
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ
 from lowering.inductor.rewrites.weights import CONVOLUTION, LINEAR, activation_of, weight_of
+from lowering.program import LoweringReport, Table
+from lowering.verify import Verification
 from quant2e.errors import where
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 
@@ -43,16 +45,18 @@ class LoweredOp:
         return not self.reason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InductorReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class InductorReport(LoweringReport):
     """What Inductor made of each op that has a quantized operand, in graph order.
 
     ``notes`` concern the whole graph. ``engines``: by op name, what was chosen to compute it, and the times measured.
+    ``verification``: the program against its Q/DQ graph; None when that was not asked for.
     """
 
     ops: tuple[LoweredOp, ...]
     notes: tuple[str, ...] = ()
     engines: Mapping[str, KernelChoice] = field(default_factory=dict)
+    verification: Verification | None = None
 
     @property
     def int8(self) -> tuple[LoweredOp, ...]:
@@ -71,11 +75,21 @@ class InductorReport:
                 return op
         raise KeyError(name)
 
+    @property
+    def headline(self) -> str:
+        return f"{len(self.int8)} of {len(self.ops)} ops with quantized operands run as int8 kernels"
+
+    def table(self) -> Table:
+        return ("op", "kernel", "why not int8", "where"), [(op.name, op.kernel, op.reason, op.place) for op in self.ops]
+
     def __str__(self) -> str:
-        lines = [f"{len(self.int8)} of {len(self.ops)} ops with quantized operands run as int8 kernels"]
+        lines = [self.headline]
         lines += [f"  int8   {op.name}: {op.kernel}" for op in self.int8]
         lines += [f"  {'float ' if op.kernel == 'float' else 'weight'} {op.name}: {op.reason}" for op in self.leftovers]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        lines += [f"  note: {note}" for note in self.notes]
+        if self.verification is not None:
+            lines.append(f"  against the Q/DQ graph: {self.verification}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,8 +32,8 @@ _PROTOBUF_LIMIT = 2**31 - 1
 def to_onnx(
     model: Any,
     example_inputs: Any = None,
-    path: str | os.PathLike[str] | None = None,
     *,
+    path: str | os.PathLike[str],
     dynamic_shapes: Any = None,
     target: str = "onnxruntime",
     verify: bool = True,
@@ -53,8 +53,6 @@ def to_onnx(
     Raises `LoweringError`, before a file is written, when onnx, onnxscript or onnxruntime is missing, when the graph
     cannot be exported or held by the target, and when the file does not compute what its graph says.
     """
-    if path is None:
-        raise LoweringError("to_onnx needs the path of the file to write")
     if target not in CONVENTIONS:
         raise LoweringError(f"target {target!r}: to_onnx writes for {', '.join(map(repr, CONVENTIONS))}")
     reference = graph_of(model)
@@ -67,12 +65,11 @@ def to_onnx(
         exported = _export(module, inputs, shapes)
         quantized_io = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
         with atomic_file(Path(path)) as part:
-            report = _write(exported, part, target, quantized_io)
-            program = OnnxProgram(part, report, signature_of(exported))
+            report, signature = _write(exported, part, target, quantized_io), signature_of(exported)
             if verify:
-                program.report = _verified(program, reference, [inputs, *map(as_inputs, verify_inputs)])
-        program.path = Path(path)
-    return program
+                in_file = OnnxProgram(part, report, signature)
+                report = _verified(in_file, reference, [inputs, *map(as_inputs, verify_inputs)])
+    return OnnxProgram(Path(path), report, signature)
 
 
 def _write(exported: ExportedProgram, path: Path, target: str, quantized_io: QuantizedIO) -> OnnxReport:

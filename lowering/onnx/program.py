@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from lowering.program import LoweredProgram, LoweringReport, Table
 from lowering.signature import Signature
 from lowering.verify import Verification
 from quant2e.errors import LoweringError
+from quant2e.files import atomic_file
 
 INTEGER_KERNELS = frozenset(
     {
@@ -65,8 +68,8 @@ def notes_on(kernels: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_WHY.get(name, _WHY[""]) for name in sorted(kernels)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OnnxReport:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class OnnxReport(LoweringReport):
     """What an ONNX file holds and what onnxruntime runs of it on integers.
 
     ``opset``; ``size``: bytes of the file; ``constants``: bytes of its constants by dtype; ``integer_kernels``: ops of
@@ -83,9 +86,21 @@ class OnnxReport:
     notes: tuple[str, ...] = ()
     verification: Verification | None = None
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
         held = ", ".join(f"{size:,} {name}" for name, size in sorted(self.constants.items(), key=lambda item: -item[1]))
-        lines = [f"ONNX, opset {self.opset}, for {self.convention}: {self.size:,} bytes; constants: {held} bytes"]
+        return f"ONNX, opset {self.opset}, for {self.convention}: {self.size:,} bytes; constants: {held} bytes"
+
+    def table(self) -> Table:
+        kernels = sorted((self.integer_kernels or {}).items())
+        rows = [
+            *((name, count, "on integers") for name, count in kernels),
+            *((n, 1, "in float") for n in self.float_products),
+        ]
+        return ("onnxruntime's op", "count", "computes"), rows
+
+    def __str__(self) -> str:
+        lines = [self.headline]
         if self.integer_kernels is not None:
             kernels = ", ".join(f"{count} {name}" for name, count in sorted(self.integer_kernels.items()))
             lines.append(f"onnxruntime runs on integers: {kernels or 'nothing'}")
@@ -96,7 +111,7 @@ class OnnxReport:
         return "\n".join(lines)
 
 
-class OnnxProgram:
+class OnnxProgram(LoweredProgram[OnnxReport]):
     """An ONNX file. ``path``: where it is; ``report``: what is in it and how it compares with its graph.
 
     Calling it runs it in onnxruntime on the CPU: it takes and returns what the model takes and returns.
@@ -104,9 +119,13 @@ class OnnxProgram:
 
     def __init__(self, path: Path, report: OnnxReport, signature: Signature) -> None:
         self.path = path
-        self.report = report
+        self._report = report
         self._signature = signature
         self._session: Any = None
+
+    @property
+    def report(self) -> OnnxReport:
+        return self._report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run on positional and keyword inputs; keywords in any order. Raises `LoweringError` on other inputs."""
@@ -114,6 +133,11 @@ class OnnxProgram:
         if self._session is None:
             self._session = session(self.path)
         return run(self._session, flat, self._signature)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Copy the file to ``path``."""
+        with atomic_file(Path(path)) as part:
+            shutil.copyfile(self.path, part)
 
 
 def session(path: Path, optimized: Path | None = None) -> Any:

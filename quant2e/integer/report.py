@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
 from quant2e.integer.arithmetic.builder import Record
 from quant2e.integer.arithmetic.requantization import Requantization
+from quant2e.report.plain_data import plain_data
 
 INTEGER = "quant2e_integer"
 """Key in ``gm.meta`` under which an integer graph keeps its `IntegerReport`."""
@@ -48,6 +50,10 @@ class IntegerReport:
             if verdict.name == name:
                 return verdict
         raise KeyError(name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; without ``records``, which hold tensors: `quant2e.dump_vectors` writes those."""
+        return {name: plain_data(getattr(self, name)) for name in ("requantization", "verdicts", "notes")}
 
     def __str__(self) -> str:
         integer = sum(v.integer for v in self.verdicts)

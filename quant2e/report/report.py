@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
+from quant2e.report.plain_data import plain_data
 
 STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED = "static", "dynamic", "weight-only", "float", "folded"
 KINDS = (STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED)
@@ -78,14 +79,15 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; `from_dict` is its inverse."""
-        return asdict(self) | {"int8_mac_share": self.int8_mac_share}
+        return {**plain_data(self), "int8_mac_share": self.int8_mac_share}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """The report that `as_dict` described."""
         verdicts = tuple(Verdict(FloatOp(**v["op"]), v["kind"], v["reason"]) for v in data["verdicts"])
-        known = {k: data[k] for k in ("float_bytes", "quantized_bytes", "sqnr_db", "sqnr_source")}
-        return cls(verdicts=verdicts, notes=tuple(data["notes"]), **known)
+        known = {k: data[k] for k in ("float_bytes", "quantized_bytes", "sqnr_source")}
+        sqnr_db = None if data["sqnr_db"] is None else float(data["sqnr_db"])
+        return cls(verdicts=verdicts, notes=tuple(data["notes"]), sqnr_db=sqnr_db, **known)
 
     def __str__(self) -> str:
         counts = Counter(v.kind for v in self.verdicts)

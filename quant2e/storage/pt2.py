@@ -152,7 +152,9 @@ def _record(source: Path, text: str | bytes) -> tuple[Report, Encodings, Quantiz
             )
         quantized_io = QuantizedIO.from_dict(record["boundary"]) if "boundary" in record else QuantizedIO()
         return Report.from_dict(record["report"]), Encodings.from_dict(unpack_encodings(record["recipe"])), quantized_io
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except FileFormatError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(f"the report inside {source} is not readable: {error}") from error
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from quant2e.report.plain_data import plain_data
 from quantizers.conformance.program import Program
 
 KINDS: Mapping[str, str] = {
@@ -63,6 +65,11 @@ class Finding:
         """The reproducing graph as text; empty for what belongs to no graph."""
         return "" if self.reproducer is None else str(self.reproducer)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON; the reproducer is the text of its graph."""
+        names = ("kind", "message", "rule", "node", "op", "graph", "warning")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def key(self) -> tuple[str, str, str]:
         """Findings with equal keys are one defect."""
@@ -103,6 +110,12 @@ class Conformance:
     def passed(self) -> bool:
         """Whether there are no errors, and at least one graph was examined."""
         return not self.errors and self.examples > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        findings = [finding.as_dict() for finding in self.findings]
+        rest = {name: plain_data(getattr(self, name)) for name in ("examples", "reached", "seed", "complete", "notes")}
+        return {"quantizer": self.quantizer, "passed": self.passed, "findings": findings, **rest}
 
     def __str__(self) -> str:
         counts = Counter(f.kind for f in self.errors)

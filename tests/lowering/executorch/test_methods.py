@@ -95,8 +95,13 @@ def test_several_methods_share_their_weights():
     assert torch.equal(program.methods["encode"](x), -program.methods["decode"](x))
     with pytest.raises(LoweringError, match=r"has the methods encode, decode: choose one"):
         program(x)
-    with pytest.raises(LoweringError, match=r"has the methods encode, decode: choose one"):
-        _ = program.report
+    reports = {name: method.report for name, method in program.methods.items()}
+    assert program.report.methods == reports
+    assert program.report.partitions == tuple(p for report in reports.values() for p in report.partitions)
+    assert program.report.size == len(program.buffer)
+    assert program.verification in {method.verification for method in program.methods.values()}
+    assert "method 'decode': 1 delegate(s)" in str(program.report)
+    assert repr(program).startswith("ExecuTorchProgram: 2 methods: 2 delegate(s)")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_process_without_our_code_runs_the_same_int8_program(tmp_path):
     batch = {"image": {0: torch.export.Dim("batch", min=1, max=64)}, "factor": None, "shift": None}
     graph = capture(Model(), (image, 3), {"shift": shift}, dynamic_shapes=batch)
     model = SimpleNamespace(module=graph, example_inputs=(image, 3), example_kwargs={"shift": shift})
-    package = package_inductor(model, None, tmp_path / "model.pt2", engines="onednn")
+    package = package_inductor(model, path=tmp_path / "model.pt2", engines="onednn")
     calls = [(torch.randn(size, 3, 16, 16), torch.randn(16)) for size in (1, 5, 64)]
     torch.save(calls, tmp_path / "calls.pt")
     command = [sys.executable, "-c", LOADS, str(tmp_path)]
@@ -85,7 +85,10 @@ def test_a_process_without_our_code_runs_the_same_int8_program(tmp_path):
     with pytest.raises(LoweringError, match="size is 65"):
         package(torch.randn(65, 3, 16, 16), 3, shift=shift)
     package(image.to(memory_format=torch.channels_last), 3, shift=shift)  # brought into the layout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.pt", "model.pt2", "outputs.pt"]
+    program.save(tmp_path / "saved.pt2")
+    loaded = torch._inductor.aoti_load_package(str(tmp_path / "saved.pt2"))
+    assert same(outputs[2], loaded(calls[2][0], 3, shift=calls[2][1]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.pt", "model.pt2", "outputs.pt", "saved.pt2"]
 
 
 def same(one, other):
@@ -114,12 +117,23 @@ def test_a_package_that_computes_something_else_does_not_appear(tmp_path, monkey
     path.write_bytes(b"old")
     fake(monkeypatch, lambda x: model(x) * 2)
     with pytest.raises(LoweringError, match="the package does not compute what its Q/DQ graph says"):
-        package_inductor(model, (x,), path)
+        package_inductor(model, (x,), path=path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
-    package = package_inductor(model, (x,), path, verify=False)
+    package = package_inductor(model, (x,), path=path, verify=False)
     assert (package.path, package.verification, path.read_bytes()) == (path, None, b"new")
     fake(monkeypatch, model)
-    assert package_inductor(model, (x,), path).verification.sqnr_db == float("inf")
+    assert package_inductor(model, (x,), path=path).verification.sqnr_db == float("inf")
+
+
+def test_a_package_is_copied_and_further_inputs_are_compared(tmp_path, monkeypatch):
+    model, x = capture(nn.Linear(4, 4), (torch.randn(2, 4),)), torch.randn(2, 4)
+    fake(monkeypatch, model)
+    package = package_inductor(model, (x,), path=tmp_path / "model.pt2", verify_inputs=[(x + 1,), (x + 2,)])
+    assert package.verification.batches == 4  # the first is run twice
+    package.save(tmp_path / "copy.pt2")
+    assert (tmp_path / "copy.pt2").read_bytes() == b"new"
+    with pytest.raises(LoweringError, match=r"ending in \.pt2, not '.*model'"):
+        package.save(tmp_path / "model")
 
 
 def test_dynamic_sizes_are_compared_at_their_ends(tmp_path, monkeypatch):
@@ -133,7 +147,7 @@ def test_dynamic_sizes_are_compared_at_their_ends(tmp_path, monkeypatch):
 
     model = capture(Pick(), (ids, torch.tensor([[1, 1, 1]])), dynamic_shapes=shapes)
     fake(monkeypatch, lambda ids, bias: (seen.append(ids), ids + bias)[1])
-    package_inductor(model, (ids, torch.tensor([[1, 1, 1]])), tmp_path / "model.pt2")
+    package_inductor(model, (ids, torch.tensor([[1, 1, 1]])), path=tmp_path / "model.pt2")
     assert list(dict.fromkeys(tuple(x.shape) for x in seen)) == [(2, 3), (1, 3), (1, 64), (64, 3), (64, 64)]
     assert set(torch.cat([x.flatten() for x in seen]).tolist()) == {1, 2, 3}  # what the example holds, repeated
 
@@ -155,7 +169,6 @@ class Pair(NamedTuple):
 @pytest.mark.parametrize(
     ("make", "path", "message"),
     [
-        (lambda x: x + 1, None, "ending in .pt2, not None"),
         (lambda x: x + 1, "model.pte", "ending in .pt2"),
         (lambda x: (x + 1, None), "model.pt2", "the graph returns None, and packages return tensors only"),
         (lambda x: Pair(x + 1, x + 2), "model.pt2", "takes or returns namedtuple"),
@@ -164,7 +177,7 @@ class Pair(NamedTuple):
 def test_what_a_package_cannot_hold_is_refused(make, path, message, tmp_path):
     x = torch.randn(2, 4)
     with pytest.raises(LoweringError, match=message):
-        package_inductor(capture(Out(make), (x,)), (x,), tmp_path / path if path else None)
+        package_inductor(capture(Out(make), (x,)), (x,), path=tmp_path / path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -175,7 +175,7 @@ class Blocks(nn.Module):
 def test_four_bits(tmp_path):
     x = torch.randn(3, 64)
     graph = capture(Blocks().eval(), (x,))
-    program = to_onnx(graph, (x,), tmp_path / "four.onnx")
+    program = to_onnx(graph, (x,), path=tmp_path / "four.onnx")
     assert program.report.verification.max_steps < 0.001
     assert program.report.integer_kernels == {"MatMulNBits": 1}
     assert program.report.constants["int4"] == (24 * 64 + 24 * 8 + 24 * 2 + 8) // 2
@@ -203,7 +203,7 @@ class RunTime(nn.Module):
 def test_parameters_found_at_run_time(tmp_path):
     torch.manual_seed(0)
     x = torch.randn(4, 33)
-    program = to_onnx(capture(RunTime().eval(), (x,)), (x,), tmp_path / "dynamic.onnx")
+    program = to_onnx(capture(RunTime().eval(), (x,)), (x,), path=tmp_path / "dynamic.onnx")
     data = x * 3 - 1
     expected = RunTime()(data)
     for got, wanted, step in zip(program(data), expected, (0.1, 0.2, 0.1, 0.1, 0.02, 0.02), strict=True):
@@ -244,7 +244,6 @@ def graph():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"path": None}, "needs the path"),
         ({"target": "coreml"}, "target 'coreml': to_onnx writes for 'onnxruntime', 'tensorrt'"),
         ({"example_inputs": None}, "needs example_inputs"),
         ({"example_inputs": (torch.randn(2), torch.randn(2))}, "cannot trace"),
@@ -260,7 +259,7 @@ def test_mistakes(tmp_path, kwargs, message):
 def test_what_is_not_installed_is_said(tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(LoweringError, match=rf"ONNX export needs {missing}: pip install quant2e\[onnx\]"):
-        to_onnx(graph(), (torch.randn(2, 3),), tmp_path / "x.onnx")
+        to_onnx(graph(), (torch.randn(2, 3),), path=tmp_path / "x.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,7 +268,7 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatc
     path = tmp_path / "x.onnx"
     path.write_bytes(b"before")
     with pytest.raises(LoweringError, match="the ONNX file does not compute what its Q/DQ graph says"):
-        to_onnx(graph(), (torch.randn(2, 3),), path)
+        to_onnx(graph(), (torch.randn(2, 3),), path=path)
     assert path.read_bytes() == b"before"
     assert [p.name for p in tmp_path.iterdir()] == ["x.onnx"]
 
@@ -287,13 +286,15 @@ def test_other_inputs_are_refused_and_nothing_global_changes(tmp_path):
 
     source = graph()
     code, before = source.code, state()
-    program = to_onnx(source, (torch.randn(2, 3),), tmp_path / "x.onnx")
+    program = to_onnx(source, (torch.randn(2, 3),), path=tmp_path / "x.onnx")
     assert state() == before
     assert source.code == code
     assert torch.onnx.is_in_onnx_export() is False
     with pytest.raises(LoweringError, match=r"this program takes 'x': float32\[2, 3\], not float32\[4, 3\]"):
         program(torch.randn(4, 3))
-    unchecked = to_onnx(source, (torch.randn(2, 3),), tmp_path / "y.onnx", verify=False)
+    program.save(tmp_path / "copy.onnx")
+    assert (tmp_path / "copy.onnx").read_bytes() == program.path.read_bytes()
+    unchecked = to_onnx(source, (torch.randn(2, 3),), path=tmp_path / "y.onnx", verify=False)
     assert unchecked.report.verification is None
     assert unchecked.report.integer_kernels is None
 
@@ -306,6 +307,6 @@ def test_inputs_by_keyword_and_inputs_that_nothing_reads(tmp_path):
     rows = [torch.full((2, 3), value) for value in (1.0, 2.0, 3.0, 4.0)]
     keywords = {"a": rows[0], "unused": rows[1], "b": rows[2], "c": rows[3]}
     source = capture(Keywords().eval(), (), keywords)
-    program = to_onnx(source, keywords, tmp_path / "k.onnx")
+    program = to_onnx(source, keywords, path=tmp_path / "k.onnx")
     swapped = {"c": rows[0], "b": rows[1], "unused": rows[2], "a": rows[3]}
     assert torch.equal(program(**swapped), source(**swapped))

@@ -1,0 +1,129 @@
+"""What is compiled, and how what came out is compared with it.
+
+model ─▶ `Source` (graph, signature, example inputs) ─▶ a program or a package ─▶ `verified` against the graph
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from lowering.inductor.signature import Signature
+from lowering.verify import Bound, Inputs, Verification, as_inputs, compare, compare_within_noise, graph_of
+from quant2e.errors import LoweringError
+
+BOUND = Bound(steps=1.0, sqnr_db=30.0)
+"""What a program must reach. Fused float ops differ from eager ones in the last bit, which moves some numbers over
+the edge between two integers, and in a deep network such steps travel: 45 to 50 dB over six transformer layers, and
+43 dB where the graph rounds weights to bfloat16, which the int8 kernels do not. Wrong programs are far below:
+saturated kernels measure 10 to 22 dB, a wrong pattern less than 10. A graph whose own noise is larger is held to that
+(`lowering.verify.compare_within_noise`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A graph to compile. ``example``: inputs of one call, where there are any."""
+
+    graph: GraphModule
+    signature: Signature
+    example: Inputs | None
+
+    def batches(self, more: Iterable[Any] = ()) -> list[Inputs]:
+        """The example and ``more``, to run the program on. Raises `LoweringError` when there is no example."""
+        if self.example is None:
+            raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
+        return [self.example, *map(as_inputs, more)]
+
+
+def source_of(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) -> Source:
+    """What a user gave, as a graph to compile; captured again where ``dynamic_shapes`` ask for it."""
+    graph = graph_of(model)
+    if not isinstance(graph, GraphModule):
+        raise LoweringError(
+            f"{asker} takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "
+            f"capture returned"
+        )
+    example = _example(model, example_inputs)
+    if dynamic_shapes is not None:
+        graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
+    leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
+    return Source(graph=graph, signature=Signature(graph, leaves), example=example)
+
+
+def _example(model: Any, example_inputs: Any) -> Inputs | None:
+    if example_inputs is not None:
+        return as_inputs(example_inputs)
+    remembered = getattr(model, "example_inputs", None)
+    if remembered is None or isinstance(model, GraphModule):
+        return None
+    args, kwargs = as_inputs(remembered)
+    return args, {**kwargs, **(getattr(model, "example_kwargs", None) or {})}
+
+
+def _with_dynamic_shapes(graph: GraphModule, example: Inputs | None, dynamic_shapes: Any) -> GraphModule:
+    """The graph itself when it was captured with dynamic sizes; otherwise captured again with them."""
+    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    if any(isinstance(size, torch.SymInt) for v in values if isinstance(v, Tensor) for size in v.shape):
+        return graph
+    if example is None:
+        raise LoweringError("dynamic_shapes needs example_inputs, to capture the graph again with sizes that vary")
+    try:
+        with torch.no_grad():
+            exported = torch.export.export(_without_checks(graph), *example, dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        raise LoweringError(
+            f"the graph cannot be captured with these dynamic_shapes, because it was captured with fixed sizes at first: "
+            f"pass dynamic_shapes to quant2e.quantize or capture instead. {type(error).__name__}: {error}"
+        ) from error
+    found = exported.module()
+    assert isinstance(found, GraphModule)
+    return found
+
+
+def _without_checks(graph: GraphModule) -> GraphModule:
+    """The graph without the module that holds its inputs to the sizes it was captured with."""
+    nodes = copy.deepcopy(graph.graph)
+    for node in list(nodes.nodes):
+        if node.op == "call_module" and node.name == "_guards_fn" and not node.users:
+            nodes.erase_node(node)
+    return GraphModule(graph, nodes)
+
+
+def verified(program: Callable[..., Any], graph: GraphModule, batches: Sequence[Inputs], what: str) -> Verification:
+    """Compare ``program`` with ``graph``; raises `LoweringError` beyond `BOUND`, calling the program ``what``.
+
+    The first batch is run twice: a program that wrote to its constants in the first call computes something else then.
+    """
+    batches = [batches[0], *batches]
+    found = compare(program, graph, batches, bound=BOUND)
+    if not found.passed:
+        found = compare_within_noise(program, graph, batches)
+    found.check(what)
+    _check_inputs_kept(program, graph, what, *batches[0])
+    return found
+
+
+def _check_inputs_kept(
+    program: Callable[..., Any], graph: GraphModule, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Raise `LoweringError` when the program writes to an input that the graph leaves alone."""
+
+    def after(run: Callable[..., Any]) -> list[Any]:
+        own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        with torch.no_grad():
+            run(*own[0], **own[1])
+        return [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor)]
+
+    for place, (got, wanted) in enumerate(zip(after(program), after(graph), strict=True)):
+        if not torch.equal(got.nan_to_num(), wanted.nan_to_num()):
+            raise LoweringError(
+                f"{what} writes to tensor {place} of its inputs, and the Q/DQ graph does not: report this with the "
+                f"model; the Q/DQ graph itself is right"
+            )

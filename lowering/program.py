@@ -1,0 +1,94 @@
+"""Lowered programs: one shape of what comes out, whatever the target.
+
+``program(*inputs)`` returns what the Q/DQ graph returns; ``program.report`` says what runs it, ``program.verification``
+how far the two are apart, and ``program.save(path)`` writes a file that the target's own runtime loads.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from lowering.verify import Verification
+from quant2e.report.html import html_table
+from quant2e.report.plain_data import plain_data
+
+NOTES_SHOWN = 6
+"""How many notes a summary has room for; ``str(report)`` has all."""
+
+Table = tuple[Sequence[str], Sequence[Sequence[object]]]
+"""Headers and rows."""
+
+
+class LoweringReport(ABC):
+    """What a target made of a graph. Subclasses are frozen dataclasses with the two fields below.
+
+    ``notes``: what to know about the whole. ``verification``: the program against its Q/DQ graph; None when that was not
+    asked for. ``str(report)`` is the whole report, ``repr(report)`` a summary of at most ten lines.
+    """
+
+    __slots__ = ()
+
+    notes: tuple[str, ...]
+    verification: Verification | None
+
+    @property
+    @abstractmethod
+    def headline(self) -> str:
+        """The result in one line."""
+
+    @abstractmethod
+    def table(self) -> Table:
+        """What happened to each op or group of ops, as headers and rows."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**plain_data(self)}
+
+    def summary(self, title: str) -> str:
+        """``title``, the headline, the first notes and the verification."""
+        lines = [f"{title}: {self.headline}", *(f"  note: {note}" for note in self.notes[:NOTES_SHOWN])]
+        if len(self.notes) > NOTES_SHOWN:
+            lines.append(f"  … {len(self.notes) - NOTES_SHOWN} more notes")
+        if self.verification is not None:
+            lines.append(f"  against its Q/DQ graph: {self.verification}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return self.summary(type(self).__name__)
+
+    def _repr_html_(self) -> str:
+        return html_table(*self.table(), repr(self))
+
+
+ReportT_co = TypeVar("ReportT_co", bound=LoweringReport, covariant=True)
+
+
+class LoweredProgram(ABC, Generic[ReportT_co]):
+    """A program that computes what its Q/DQ graph says, made by one of the functions of `lowering`."""
+
+    @property
+    @abstractmethod
+    def report(self) -> ReportT_co:
+        """What runs the program, and what to know about it."""
+
+    @property
+    def verification(self) -> Verification | None:
+        """How far the program is from its Q/DQ graph; None when that was not asked for."""
+        return self.report.verification
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on what the model takes, and return what it returns. Raises `LoweringError` on other inputs."""
+
+    @abstractmethod
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to a file, which appears whole or not at all."""
+
+    def __repr__(self) -> str:
+        return self.report.summary(type(self).__name__)
+
+    def _repr_html_(self) -> str:
+        return html_table(*self.report.table(), repr(self))
