@@ -1,7 +1,7 @@
 # Needs Python 3.11 and make; everything else comes from the package index.
 #
 #   make demo    environment, install, and the main job: a real transformer and a real CNN become int8 programs
-#   make test    environment, install, lint, types and tests with coverage
+#   make test    environment, install, lint, types and tests with coverage; at most a quarter of an hour on two cores
 #
 # Both are idempotent. The environment is built once and again only when pyproject.toml changes.
 
@@ -16,10 +16,11 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 COVERAGE := 85
 
-.PHONY: help install demo lint format test clean
+.PHONY: help install demo lint format test test-all clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
+	@echo "make test-all  make test, and the tests marked slow: long, and they rarely break. Run it before you land a change"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove the environment and everything generated"
@@ -55,10 +56,11 @@ format: $(INSTALLED)
 	@$(BIN)/ruff format
 
 # For the same reason the tests run even when lint fails. Coverage has a floor when all of them run.
-test: $(INSTALLED)
+test: MARKED := -m "not slow"
+test test-all: $(INSTALLED)
 	@lint=0; $(MAKE) --no-print-directory lint || lint=1; \
 	echo "==> pytest on $(WORKERS) workers"; \
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MARKED) --cov --cov-report=term \
 		$(or $(PYTEST_ARGS),--cov-fail-under=$(COVERAGE)); \
 	tests=$$?; \
 	[ $$lint = 0 ] || echo "==> lint failed: see above the tests"; \

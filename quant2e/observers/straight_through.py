@@ -1,5 +1,4 @@
-"""Fake quantization that can be trained through: the rounding of `qparams`, with the gradients of its straight-through
-estimator.
+"""Straight-through estimators: fake quantization, in the rounding of `ranges.qparams`, that can be trained through.
 
     y = (clamp(round(x / s) + z, low, high) - z) · s
     dy/dx = 1 where round(x / s) + z lies in [low, high], 0 elsewhere

@@ -318,7 +318,7 @@ def test_a_size_without_a_bound_is_refused_with_the_bound_to_give():
 
 
 def test_an_error_shows_the_users_line():
-    with pytest.raises(LoweringError, match=r"test_executorch\.py:\d+ `return self\.function"):
+    with pytest.raises(LoweringError, match=r"test_lower\.py:\d+ `return self\.function"):
         to_executorch(capture(Fn(lambda x: on_grid(x, (0.0, 0))), torch.randn(3)), (torch.randn(3),))
 
 
@@ -422,6 +422,7 @@ def test_another_input_is_refused_before_it_runs(value, got):
         program(value)
 
 
+@pytest.mark.slow
 def test_dynamic_batch_and_length_of_attention():
     batch, length = torch.export.Dim("batch", min=1, max=4), torch.export.Dim("length", min=2, max=12)
     x = torch.randn(2, 6, 16)

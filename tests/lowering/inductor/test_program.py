@@ -190,6 +190,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_every_known_wrong_lowering_is_right():
     x, image = torch.randn(8, 8), torch.randn(1, 8, 8, 8)
     parts = {

@@ -145,7 +145,7 @@ def test_what_never_applies_is_noted(configure, expected):
         (lambda q: q.set_node("linaer", FULL), "no op in this graph is named 'linaer'; did you mean 'linear'"),
         (lambda q: q.set_node(three_dimensional, FULL), "the predicate three_dimensional names no op in this graph"),
         (lambda q: q.set_node(3, FULL), "neither the name of a node nor a predicate"),
-        (lambda q: q.set_node(lambda n: n.args[7], FULL), r"the predicate in line \d+ of test_settings.py failed on '.*IndexError"),
+        (lambda q: q.set_node(lambda n: n.args[7], FULL), r"the predicate in line \d+ of test_scopes.py failed on '.*IndexError"),
         (lambda q: q.set_filter_function(lambda n: n.nothing), "failed on .*AttributeError"),
         (lambda q: q.set_global(3), "3 is not a configuration: give a QuantizationConfig, a recipe such as 'w8a8', or None"),
         (lambda q: q.set_edge("linear", "linear_1", None), r"there is no edge \(linear -> linear_1\); 'linear_1' reads 'relu', 'blocks_0_down_weight'"),

@@ -99,6 +99,7 @@ class Attention(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_the_program_computes_the_mask_once(monkeypatch):
     torch.manual_seed(0)
