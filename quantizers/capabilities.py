@@ -1,4 +1,4 @@
-"""What a composition of quantizers can quantize: the union of its children's capabilities, with its precedence."""
+"""Capabilities of a composition: the union of its children's, in order of precedence."""
 
 from __future__ import annotations
 

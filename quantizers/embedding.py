@@ -1,7 +1,7 @@
 """Embedding tables in 8 or 4 bits. Independent of the backend: only the weight is quantized.
 
-At 8 bits each row has a scale, at 4 bits each group of neighbours in a row. Rounding to the nearest step of a range that
-holds all values, the error is at most half a step of that row or group.
+At 8 bits each row has a scale, at 4 bits each group of neighbours in a row. Rounding to the nearest step of a range
+that holds all values, the error is at most half a step of that row or group.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can be wrong with the annotations of one graph, before any of it runs. One function per kind of mistake."""
+"""Checks of annotations, before any of the graph runs. One function per kind of mistake."""
 
 from __future__ import annotations
 

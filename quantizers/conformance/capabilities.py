@@ -1,4 +1,4 @@
-"""What a quantizer says that it quantizes: the patterns from which graphs for it are composed."""
+"""Declared capabilities: the patterns of a quantizer, from which graphs for it are composed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One program through the whole flow: annotate, several times, prepare, calibrate, convert, integer reference; and what is wrong."""
+"""Checks of the whole flow: annotate, several times, prepare, calibrate, convert, integer reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs out of pieces: one piece at a time for coverage, and random compositions.
+"""Program generation: one piece at a time for coverage, and random compositions.
 
 Compositions share inputs and results, use one tensor twice, return what is also used, start at inputs and end at
 outputs; some read integers and masks.
@@ -97,7 +97,7 @@ def _masked(builder: ProgramBuilder) -> None:
 
 
 def _indexed(builder: ProgramBuilder) -> None:
-    """Rows picked by an index that is computed from data. It comes out as zero, whichever value rounding makes the largest."""
+    """Rows picked by an index that is computed from data. It is zero, whichever value rounding makes the largest."""
     x = builder.pick(rank=2)
     best = builder.call(aten.argmax.default, x, -1)
     rows = builder.call(aten.remainder.Scalar, best, 1)

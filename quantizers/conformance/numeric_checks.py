@@ -1,4 +1,4 @@
-"""What can be wrong with the numbers of a converted graph: scales of biases, results too far from float."""
+"""Checks of a converted graph's numbers: scales of biases, results too far from float."""
 
 from __future__ import annotations
 

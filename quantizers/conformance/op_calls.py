@@ -1,4 +1,4 @@
-"""How to call the ops that quantizers quantize, with operands and sizes that are chosen.
+"""Calls of the ops that quantizers quantize, with operands and sizes that are chosen.
 
 A block takes a `Call`, which says what the pattern wants of the operands, and writes one call into the builder.
 """

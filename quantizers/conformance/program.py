@@ -1,4 +1,4 @@
-"""A generated model, as a value: straight-line calls of ATen ops that print, run, and can be made smaller.
+"""Generated programs, as values: straight-line calls of ATen ops that print, run, and can be made smaller.
 
 x0: float32[2, 4, 8, 8]
 v0 = conv2d.default(x0, weight[8, 4, 3, 3], bias[8], [1, 1], [1, 1])

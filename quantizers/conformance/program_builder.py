@@ -1,4 +1,4 @@
-"""A program while it is being written: values with their shapes, and choices that somebody else makes.
+"""Program builder: values with their shapes, and choices that somebody else makes.
 
 Whoever chooses (Hypothesis, or a random number generator) gets a list of options, the simplest first.
 """

@@ -1,6 +1,7 @@
-"""Functions of one tensor that a model spells out op by op: x·sigmoid(x), x·relu6(x+3)/6, (x-mean)·rsqrt(var+eps).
+"""Composite functions of one tensor, spelled out op by op: x·sigmoid(x), x·relu6(x+3)/6, (x-mean)·rsqrt(var+eps).
 
-Their pieces have ranges of their own, and rounding each of them costs more accuracy than the function is worth in speed.
+Their parts have ranges of their own, and rounding each of them costs more accuracy than the function is worth in
+speed.
 A composite is found by data flow alone. It is everything between an elementwise op and the nearest tensor through which
 all of its data passes, provided that the ops between are elementwise, or reductions of that tensor, and
 

@@ -1,4 +1,4 @@
-"""Why a node is quantized as it is, or float: every rule that was tried there, and what became of it.
+"""Explanations: every rule that was tried at a node, and what became of it.
 
 A quantizer keeps one `Trial` per rule and node while it annotates, since afterwards the graph is rewritten.
 """
@@ -22,7 +22,8 @@ APPLIED, MATCHED, NEARLY = "applied", "matched", "nearly matched"
 class Trial:
     """One rule tried with its root at one node.
 
-    ``outcome``: applied; matched, and did not apply for ``reason``; or nearly matched: the pattern stops for ``reason``.
+    ``outcome``: applied; matched, and did not apply for ``reason``; or nearly matched: the pattern stops for
+    ``reason``.
     ``size``: ops of the match. ``missing``: ops of the pattern that were not found, where it did not match.
     """
 
@@ -83,4 +84,5 @@ def _as_inner_op(node: Node, rules: Sequence[Rule]) -> Iterator[str]:
         if outer and rule.name not in told:
             told.add(rule.name)
             names = " or ".join(sorted({short_name(t).removesuffix("_") for t in outer}))
-            yield f"rule '{rule.name}': it covers {short_name(node.target)} only before {names}, and here {readers} reads it"
+            covers = f"it covers {short_name(node.target)} only before {names}, and here {readers} reads it"
+            yield f"rule '{rule.name}': {covers}"

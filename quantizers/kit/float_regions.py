@@ -1,4 +1,4 @@
-"""Elementwise ops that are better left in float: between float ops, and behind a detector's last convolution."""
+"""Float regions, elementwise ops that are better left in float: between float ops, and behind a detector's last convolution."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def float_tail(graph: Graph, products: Callable[[Node], bool], mixes: Callable[[
     """Ops behind the last product, from the first one on that mixes ranges: node → that first op.
 
     Box decoding multiplies sigmoids by strides and adds grids: coordinates of hundreds of pixels next to probabilities,
-    which no scale of 256 steps holds. ``products``: convolutions and linears; ``mixes``: elementwise ops of two tensors,
-    or a tensor and a number. A graph without a product has no tail.
+    which no scale of 256 steps holds. ``products``: convolutions and linears; ``mixes``: elementwise ops of two
+    tensors, or a tensor and a number. A graph without a product has no tail.
     """
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     if not any(products(node) for node in nodes):

@@ -1,4 +1,4 @@
-"""The annotations of a graph as text: what a quantizer decided, one line per annotated node."""
+"""Annotations as text: what a quantizer decided, one line per annotated node."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
     Rule(clamp(mac) | mac, {"x": ACT, "w": WEIGHT}, ACT, name="conv")     # its own scales
     Rule(moves(x),         {"x": Follow(ACT)}, Same("x"), name="moves")   # same scale in and out
 
-Wherever a spec is expected a rule may also say `Same` as another operand, `Derived` from others, or `Follow` the producer.
+Wherever a spec is expected a rule may also say `Same` as another operand, `Derived` from others, or `Follow` the
+producer.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Follow:
 
     The rule applies only where a producer that is quantized feeds one of the operands that follow: an op that moves
     values costs nothing inside a quantized region, and gains nothing outside. ``every``: all of those producers are.
-    ``inputs``: what the model is called with counts as quantized; with ``read``, only where something quantized reads the
-    result, perhaps behind further ops that follow.
+    ``inputs``: what the model is called with counts as quantized; with ``read``, only where something quantized reads
+    the result, perhaps behind further ops that follow.
     """
 
     spec: Any
@@ -76,7 +77,10 @@ class Derived:
 
     @classmethod
     def bias(cls, activation: str, weight: str) -> Derived:
-        """An int32 bias in units of the accumulator: scale ``s_x * s_w``, zero point 0 (Jacob et al., arXiv:1712.05877, 2.4)."""
+        """An int32 bias in units of the accumulator: scale ``s_x * s_w``, zero point 0.
+
+        Jacob et al., arXiv:1712.05877, 2.4.
+        """
         return cls((activation, weight), accumulator_scale, torch.int32, -INT32_SPAN, INT32_SPAN)
 
 
@@ -146,7 +150,7 @@ class Rule:
         return all(quantized) and self.result is None
 
     def anchor(self, match: Match) -> Node:
-        """The op of a match that computes, and so decides on the configuration: the one with a weight, or the innermost."""
+        """The op of a match that decides on the configuration: the one with a weight, or the innermost."""
         weighted = (name for name, arg in arguments(self.pattern).items() if arg.constant and name in match.operands)
         return next((match.edges[name][1] for name in weighted), match.nodes[0])
 
@@ -165,8 +169,8 @@ class Rule:
         answer: Any = True if self.when is None else self.when(match)
         if not isinstance(answer, bool | str):
             raise AnnotationError(
-                f"the condition of rule '{self.name}' answers {answer!r} for '{match.root.name}'; it should answer True, "
-                "False, or the reason why not"
+                f"the condition of rule '{self.name}' answers {answer!r} for '{match.root.name}'; it should answer "
+                "True, False, or the reason why not"
             )
         if answer is True:
             return None

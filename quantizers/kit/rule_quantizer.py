@@ -1,4 +1,4 @@
-"""A quantizer that is a table of rules.
+"""Rule-based quantizer: a table of rules over patterns.
 
     class NpuQuantizer(RuleQuantizer):
         rules = (Rule(clamp(mac) | mac, {"x": ACT, "w": WEIGHT}, ACT), Rule(moves(x), {"x": Follow(ACT)}, Same("x")))
@@ -117,7 +117,8 @@ class RuleQuantizer(Quantizer):
 
     def explain(self, node: Node) -> str:
         """The `reason`, and a line for every rule that was tried at the node: which applied, which matched and lost to
-        what, which nearly matched and why not. Call it after `annotate`, with a node of that graph or of what it became.
+        what, which nearly matched and why not. Call it after `annotate`, with a node of that graph or of what it
+        became.
         """
         rules = [rule for config in self.configs() for rule in self.table(config)]
         return self.trials.text(node, self.reason(node), rules)
@@ -224,7 +225,7 @@ class _Pass:
             if ANNOTATION in node.meta:
                 return f"'{node.name}' is already part of {self._owner(node)}"
             if isinstance(node.meta.get("val"), list | tuple):
-                # Each tensor that is picked from a split; embedding_bag and its kin answer with several, all of them float.
+                # Each tensor that is picked from a split; embedding_bag and its kin answer with several, all float.
                 picked = parts(node) if rule.result is not None else []
                 if (taken := next((part for part in picked if ANNOTATION in part.meta), None)) is not None:
                     return f"'{taken.name}' is already part of {self._owner(taken)}"
@@ -279,7 +280,7 @@ class _Pass:
         return "an empty tensor" if any(isinstance(size, int) and size == 0 for size in sizes) else None
 
     def _continues(self, rule: Rule, match: Match) -> bool:
-        """Whether the producers that the rule follows are quantized: one of them, or every one where the rule says so."""
+        """Whether the producers that the rule follows are quantized: one of them, or all where the rule says so."""
         following = {name: spec for name, spec in rule.operands.items() if isinstance(spec, Follow)}
         quantized = {
             name: [

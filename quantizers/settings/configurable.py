@@ -1,4 +1,4 @@
-"""A `RuleQuantizer` that users configure: globally, by operator, module type, module name, node, or single edge."""
+"""Configurable quantizer, a `RuleQuantizer` with settings: globally, by operator, module type, module name, node, or single edge."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ class ConfigurableQuantizer(RuleQuantizer):
     ) -> Self:
         """The use of one node's tensor by another, each given as for `set_node`; see `quantizers.settings.edges`.
 
-        Also takes a `QuantizationSpec`. Of a configuration the spec of activations is used, or that of weights where the
-        tensor is a constant.
+        Also takes a `QuantizationSpec`. Of a configuration the spec of activations is used, or that of weights where
+        the tensor is a constant.
         """
         is_spec = hasattr(quantization_config, "dtype")
         self._edges.put(
@@ -134,7 +134,9 @@ class ConfigurableQuantizer(RuleQuantizer):
         return self
 
     def set_filter_function(self, filter_fn: Callable[[Node], bool]) -> Self:
-        """Quantize only what ``filter_fn`` answers True for. It is asked about the op that computes, not what is fused."""
+        """Quantize only what ``filter_fn`` answers True for. It is asked about the op that computes, not what is fused
+        with it.
+        """
         self._settings.only = filter_fn
         return self
 

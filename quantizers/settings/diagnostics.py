@@ -1,4 +1,4 @@
-"""What the settings of a user covered in one graph: used, unused, shadowed, ambiguous, or without effect.
+"""Diagnostics of settings: used, unused, shadowed, ambiguous, or without effect in one graph.
 
 Nothing a user wrote is dropped in silence. A setting that names nothing in the graph is an error with near misses. A
 note, with the settings and the ops, says that a setting never applies because closer ones take all its ops, that two

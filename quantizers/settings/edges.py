@@ -1,4 +1,4 @@
-"""Settings for a single edge: the use of one tensor by one op.
+"""Edge settings: the use of one tensor by one op.
 
 ``None`` leaves the edge float, and with it whatever rule needs it quantized: a backend has no kernel with one operand
 quantized and the other not. A spec replaces the numbers that the rule would give that operand. Either is closer than
@@ -104,8 +104,8 @@ class EdgeSettings:
                     place, tuple
                 ):
                     raise AnnotationError(
-                        f"{scope}: rule '{rule.name}' gives it the numbers of edge ({place[0].name} -> {place[1].name}), "
-                        "because the op takes one set of them; set that edge"
+                        f"{scope}: rule '{rule.name}' gives it the numbers of edge "
+                        f"({place[0].name} -> {place[1].name}), because the op takes one set of them; set that edge"
                     )
                 specs[producer] = refine(self.made[scope], arguments(rule.pattern)[name].constant)
         return made

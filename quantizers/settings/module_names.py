@@ -1,4 +1,4 @@
-"""Where a node comes from, in the words of users: names and types of the modules around it, and the op it is."""
+"""Module paths, module types and functions of a node, as users spell them."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def targets_of(function: Any) -> frozenset[Any]:
     if not callable(function) or not isinstance(packet, OpOverloadPacket) or not _computes(packet):
         near = difflib.get_close_matches(name, dir(torch.nn.functional), n=3)
         raise AnnotationError(
-            f"{function!r} is not an op: give an overload (torch.ops.aten.linear.default), a packet, or a function such "
-            "as torch.nn.functional.linear" + (f"; did you mean {', '.join(near)}?" if near else "")
+            f"{function!r} is not an op: give an overload (torch.ops.aten.linear.default), a packet, or a function "
+            "such as torch.nn.functional.linear" + (f"; did you mean {', '.join(near)}?" if near else "")
         )
     return op(packet).targets
 

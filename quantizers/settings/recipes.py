@@ -1,4 +1,4 @@
-"""Configurations by short names: ``"w8a8"``, ``"w8a8-dynamic"``, ``"w8"``, ``"w4-g32"``, ``"a16w8"``.
+"""Recipes, configurations by short names: ``"w8a8"``, ``"w8a8-dynamic"``, ``"w8"``, ``"w4-g32"``, ``"a16w8"``.
 
     name   = numbers ("-" option)*        numbers = "w" bits | "w" bits "a" bits | "a" bits "w" bits
     option = "dynamic" | "static" | "qat"                    when activations get their parameters
@@ -46,8 +46,8 @@ _GRAMMAR = (
 class Numbers:
     """The numbers of one operand. What is None is as the backend's own configuration has it.
 
-    ``bits``: 2 to 8, or 16. ``range``: smallest and largest integer, if not all that the bits allow. ``symmetric``: zero
-    is the integer zero. ``granularity``: which elements share a scale. ``observer``: an observer class, or what its
+    ``bits``: 2 to 8, or 16. ``range``: smallest and largest integer, if not all that the bits allow. ``symmetric``:
+    zero is the integer zero. ``granularity``: which elements share a scale. ``observer``: an observer class, or what its
     ``with_args`` returns. ``eps``: smallest scale. Raises `AnnotationError` for bits or a range that cannot be.
     """
 

@@ -1,4 +1,4 @@
-"""What a user set, and which setting a node has.
+"""Scopes and precedence of settings: which configuration a node has.
 
 The closest setting wins, whatever the order they were made in:
 

@@ -1,4 +1,4 @@
-"""Which functions a table of rules quantizes, in the words of PT2E's ``get_supported_operators``."""
+"""Supported functions: what a table of rules quantizes, as PT2E's ``get_supported_operators`` answers."""
 
 from __future__ import annotations
 

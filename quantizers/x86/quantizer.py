@@ -40,7 +40,7 @@ def get_default_x86_inductor_quantization_config(
 
 
 def get_x86_inductor_linear_dynamic_fp16_config() -> QuantizationConfig:
-    """Weights of linear in float16, activations float32: half the bytes, for a kernel that widens them as it multiplies."""
+    """Weights of linear in float16, activations float32: half the bytes, widened by the kernel as it multiplies."""
     return _half_config()
 
 
@@ -142,8 +142,8 @@ class X86InductorQuantizer(ConfigurableQuantizer):
             return config
         if size is not None:
             raise AnnotationError(
-                f"weights in groups of {size}, and a quantized activation: int8 kernels know one weight scale per output "
-                "channel. Groups are for weight-only linear layers, 'w4-g32'"
+                f"weights in groups of {size}, and a quantized activation: int8 kernels know one weight scale per "
+                "output channel. Groups are for weight-only linear layers, 'w4-g32'"
             )
         if activation.dtype is not torch.uint8:
             raise AnnotationError(

@@ -1,4 +1,4 @@
-"""How the ranges of activations and weights are chosen for a machine: a configuration in, the one to quantize with out.
+"""Range policy for a machine: a configuration in, the one to quantize with out.
 
 Only configurations that use all of uint8 are touched: one with activations in 0..127 is exact on every machine.
 """
@@ -15,8 +15,8 @@ from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObser
 from quantizers.x86.paired_ranges import AgreedHistogramObserver, AgreedPlaceholderObserver, PairedWeightObserver
 
 RangePolicy = Literal["auto", "full", "7-bit activations", "7-bit weights"]
-"""``auto``: all bits where the machine multiplies them exactly, else what costs least accuracy, per layer. The others say
-what to do everywhere; ``full`` saturates on machines without VNNI."""
+"""``auto``: all bits where the machine multiplies them exactly, else what costs least accuracy, per layer. The others
+say what to do everywhere; ``full`` saturates on machines without VNNI."""
 
 SEVEN_BITS = 127
 _AGREED: dict[type[ObserverBase], type[ObserverBase]] = {

@@ -1,4 +1,4 @@
-"""What XNNPACK's numbers are: int8 activations per tensor, symmetric weights per tensor or channel."""
+"""XNNPACK configurations: int8 activations per tensor, symmetric weights per tensor or channel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DYNAMIC_EPS = torch.finfo(torch.float32).eps
 """Smallest scale of a dynamic activation."""
 
 WEIGHT_EPS = 2**-16
-"""Smallest scale of a weight. The delegate stores a bias as int32 with scale s_x·s_w ≥ 2⁻²⁸, so |bias| < 8 always fits."""
+"""Smallest scale of a weight. The delegate stores a bias as int32 with scale s_x·s_w ≥ 2⁻²⁸: |bias| < 8 always fits."""
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""What the XNNPACK delegate refuses, as conditions on nodes and matches. Each answers True, or the reason why not."""
+"""Limits of the XNNPACK delegate, as conditions on nodes and matches. Each answers True, or the reason why not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""XNNPACKQuantizer: what ExecuTorch's XNNPACK delegate runs on integers, annotated so that it is run there.
+"""XNNPACK quantizer: what ExecuTorch's XNNPACK delegate runs on integers, annotated so that it is run there.
 
 The table (`quantizers.xnnpack.rules`) says what the delegate takes, its limits (`quantizers.xnnpack.limits`) what it
 refuses; everything else it runs, or leaves, in float, and says why.
@@ -64,10 +64,10 @@ def _passes(node: Node) -> bool:
 class XNNPACKQuantizer(ConfigurableQuantizer):
     """Annotates what ExecuTorch's XNNPACK delegate runs on 8-bit integers.
 
-    Static: convolutions, transposed convolutions in two dimensions and linear, with a fused relu or clamp; add, sub, mul,
-    also with a number; cat, pooling, clamps and ops that move values, where they continue a quantized region. Activations
-    that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic: linear and ordinary
-    two-dimensional convolutions. Weight-only configurations are refused: the delegate has no such kernels.
+    Static: convolutions, transposed convolutions in two dimensions and linear, with a fused relu or clamp; add, sub,
+    mul, also with a number; cat, pooling, clamps and ops that move values, where they continue a quantized region.
+    Activations that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic: linear and
+    ordinary two-dimensional convolutions. Weight-only configurations are refused: the delegate has no such kernels.
 
     ``float_tail``: what a detector does behind its last convolution or linear, from the first sum or product on, stays
     float: box decoding mixes ranges that no common scale holds.
@@ -130,8 +130,8 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
         if size is None:
             if is_four_bits(weight) and not is_dynamic:
                 raise AnnotationError(
-                    "a weight in [-8, 7] is stored in 4 bits, which XNNPACK multiplies with activations quantized at run "
-                    "time only: use is_dynamic=True, or weight_qmin=-7 for 4 bits stored in 8"
+                    "a weight in [-8, 7] is stored in 4 bits, which XNNPACK multiplies with activations quantized at "
+                    "run time only: use is_dynamic=True, or weight_qmin=-7 for 4 bits stored in 8"
                 )
             return weight
         if not is_dynamic or not is_four_bits(weight) or size % 32:

@@ -1,4 +1,4 @@
-"""The table of what XNNPACK runs on integers, for a static and for a dynamic configuration."""
+"""Rules of XNNPACK: what it runs on integers, for a static and for a dynamic configuration."""
 
 from __future__ import annotations
 
