@@ -4,8 +4,8 @@
 
     prepared = prepare_pt2e(torch.export.export(model, example_inputs).module(), as_torchao(quantizer))
 
-Annotations are resolved by our plan and written down as torchao's: the first point of a group has the numbers, the others
-share with it, always backwards, which is all that torchao follows. The observers are ours.
+Annotations are resolved by our plan and written down as torchao's: the first point of a group has the numbers, the
+others share with it, always backwards, which is all that torchao follows. The observers are ours.
 """
 
 from __future__ import annotations

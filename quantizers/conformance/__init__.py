@@ -1,12 +1,12 @@
-"""Is a quantizer sound? Graphs over its own capabilities, run through the whole flow, and what an author needs to know.
+"""Conformance of a quantizer: graphs over its own capabilities through the whole flow, and what an author should know.
 
     from quantizers.conformance import check
 
     report = check(NpuQuantizer())
     assert report.passed, report
 
-In: a quantizer. Out: a `Conformance` with findings as data, each with the rule, the node and a small graph that shows it.
-Needs Hypothesis.
+In: a quantizer. Out: a `Conformance` with findings as data, each with the rule, the node and a small graph that shows
+it. Needs Hypothesis.
 """
 
 from quantizers.conformance.check import check

@@ -37,7 +37,8 @@ KEEPS_RANGE = MOVING | {
         "avg_pool2d.default", "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "mean.dim", "mean.default",
         "amax.default", "adaptive_max_pool2d.default", "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
         "max_pool2d_with_indices.default", "masked_fill.Scalar", "index.Tensor", "index_select.default", "split.Tensor",
-        "split_with_sizes.default", "chunk.default", "maximum.default", "minimum.default", "where.self", "gather.default",
+        "split_with_sizes.default", "chunk.default", "maximum.default", "minimum.default", "where.self",
+        "gather.default",
     )
 }  # fmt: skip
 """Ops whose results lie within the range of their operands (and zero)."""

@@ -1,4 +1,4 @@
-"""The entry: graphs over a quantizer's own capabilities, and a report of what is wrong with it."""
+"""Conformance check: graphs over a quantizer's own capabilities, and a report of what is wrong with it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from quantizers.conformance.program_builder import shapes_of
 from quantizers.conformance.report import WARNINGS, Conformance, Finding
 
 ATTEMPTS, FOLLOWING = 8, 24
-"""How often a graph for one alternative of a rule is drawn, until the rule applies to one; of a rule that follows others."""
+"""How often a graph for one alternative of a rule is drawn, until the rule applies; of a rule that follows others."""
 
 SHRUNK, TRIES = 2, 30
 """So many findings of one kind get a smaller graph, in so many tries each: examining a graph takes its time."""
@@ -45,9 +45,9 @@ def check(
     quantizer that does not tell. Each goes through annotate, prepare, calibrate, convert and the integer reference.
 
     ``examples``: random compositions, besides the graphs for each alternative of each rule. ``seed``: equal seeds give
-    equal graphs. ``seconds``: no further graph is begun after that. ``min_sqnr_db``: every result's distance from float.
-    ``requantization``: arithmetic of the integer reference, None leaves it out; ``strict``: every quantized op must have
-    an integer form. Raises `Quant2eError` where Hypothesis, which composes the graphs, is not installed.
+    equal graphs. ``seconds``: no further graph is begun after that. ``min_sqnr_db``: every result's distance from
+    float. ``requantization``: arithmetic of the integer reference, None leaves it out; ``strict``: every quantized op
+    must have an integer form. Raises `Quant2eError` where Hypothesis, which composes the graphs, is not installed.
     """
     quantizer = _instance(quantizer)
     search = _Search(
@@ -220,6 +220,6 @@ class _Search:
 
 
 def _same_defect(finding: Finding, outcome: Outcome) -> Finding | None:
-    """The same defect among the findings. Of what differs between two runs, either may be the first: its op is no part of it."""
+    """The same defect among the findings. Of what differs between two runs, either may come first, with any op."""
     chance = finding.kind in CHANCES
     return next((f for f in outcome.findings if f.key == finding.key or (chance and f.kind == finding.kind)), None)

@@ -51,7 +51,8 @@ class Limits:
 @dataclass(slots=True)
 class Outcome:
     """What one program showed. ``reached``: rule → how many of its matches were annotated. ``weighted``: (rule, op) of
-    ops with an integer weight → whether the activation is quantized, each seen way. ``refused``: rule → why it was not applied.
+    ops with an integer weight → whether the activation is quantized, each seen way. ``refused``: rule → why it was not
+    applied.
     """
 
     findings: list[Finding] = field(default_factory=list)

@@ -26,7 +26,9 @@ KINDS: Mapping[str, str] = {
     "shared across": "one scale on both sides of an op that changes the range of its values",
     "mismatched scales": "different scales on both sides of an op that only moves integers",
     "bias scale": "an integer bias whose scale is not that of the accumulator",
-    "isolated": "an op that is quantized on some sides only, so that it computes in float between quantize and dequantize",
+    "isolated": (
+        "an op that is quantized on some sides only, so that it computes in float between quantize and dequantize"
+    ),
     "requantized": "a tensor that is quantized twice, with different numbers, between an op and its reader",
     "never reached": "a rule that applied to no graph",
     "not generated": "a rule for whose ops no graph could be written",
@@ -88,9 +90,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Conformance:
-    """``findings``, errors first. ``examples``: graphs that went through the flow. ``reached``: rule → how many it applied to.
+    """``findings``, errors first. ``examples``: graphs that went through the flow.
 
-    ``complete``: the time limit did not cut the check short. ``seed``: gives the same graphs again.
+    ``reached``: rule → how many it applied to. ``complete``: the time limit did not cut the check short.
+    ``seed``: gives the same graphs again.
     """
 
     quantizer: str

@@ -108,8 +108,9 @@ def composites(
 ) -> dict[Node, tuple[Node, Node]]:
     """Member of a composite → the op that it ends in, and the tensor it is a function of.
 
-    ``floats``: whether the backend computes an op in float only. ``moves``: whether an op only moves values; such ops may
-    stand between the others, and are no members. Time is linear in the graph, with a bound on the size of a composite.
+    ``floats``: whether the backend computes an op in float only. ``moves``: whether an op only moves values; such ops
+    may stand between the others, and are no members. Time is linear in the graph, with a bound on the size of a
+    composite.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
     constants = Constants()

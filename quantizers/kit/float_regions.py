@@ -1,4 +1,4 @@
-"""Float regions, elementwise ops that are better left in float: between float ops, and behind a detector's last convolution."""
+"""Float regions: elementwise ops between float ops, and behind a detector's last convolution, are left in float."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def group_observer(group_size: int, is_qat: bool) -> ObserverFactory:
 
 
 def table_observer(is_qat: bool) -> ObserverFactory:
-    """The observer, or fake-quantizer, of an embedding table, per row: a row that is rarely looked up has no average."""
+    """The observer, or fake-quantizer, of an embedding table, per row. A rarely looked up row has no average."""
     if is_qat:
         return FakeQuantize.with_args(observer=MovingAveragePerChannelMinMaxObserver.with_args(averaging_constant=1))
     return PerChannelMinMaxObserver.with_args()

@@ -1,7 +1,7 @@
 """addmm(b, x, w)  =  linear(x, wᵀ, b)      and      x @ w  =  linear(x, wᵀ)      where ``w`` is constant.
 
-Backends know one product with a constant weight, linear. Some models (GPT-2's Conv1D) spell it otherwise. The node keeps
-its name and its metadata; only what it calls changes.
+Backends know one product with a constant weight, linear. Some models (GPT-2's Conv1D) spell it otherwise. The node
+keeps its name and its metadata; only what it calls changes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Configurable quantizer, a `RuleQuantizer` with settings: globally, by operator, module type, module name, node, or single edge."""
+"""Configurable quantizer: rules with settings, global, by operator, module type, module name, node, or single edge."""
 
 from __future__ import annotations
 

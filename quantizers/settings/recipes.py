@@ -47,8 +47,8 @@ class Numbers:
     """The numbers of one operand. What is None is as the backend's own configuration has it.
 
     ``bits``: 2 to 8, or 16. ``range``: smallest and largest integer, if not all that the bits allow. ``symmetric``:
-    zero is the integer zero. ``granularity``: which elements share a scale. ``observer``: an observer class, or what its
-    ``with_args`` returns. ``eps``: smallest scale. Raises `AnnotationError` for bits or a range that cannot be.
+    zero is the integer zero. ``granularity``: which elements share a scale. ``observer``: an observer class, or what
+    its ``with_args`` returns. ``eps``: smallest scale. Raises `AnnotationError` for bits or a range that cannot be.
     """
 
     bits: int = 8

@@ -35,8 +35,8 @@ def get_symmetric_quantization_config(
 
     ``is_dynamic``: activations get their parameters at run time, and results stay float. Equal arguments give equal
     configs. ``is_qat``: the specs make fake-quantizers, for `quant2e.prepare_qat_pt2e`.
-    ``weight_qmin=-8, weight_qmax=7`` is what XNNPACK stores in 4 bits, with ``is_dynamic`` only. ``group_size``: one scale
-    for so many neighbours in a row of a weight, a multiple of 32; 4 bits unless bounds are given.
+    ``weight_qmin=-8, weight_qmax=7`` is what XNNPACK stores in 4 bits, with ``is_dynamic`` only. ``group_size``: one
+    scale for so many neighbours in a row of a weight, a multiple of 32; 4 bits unless bounds are given.
     """
     if group_size is not None:
         if (weight_qmin, weight_qmax) == (-127, 127):

@@ -78,7 +78,7 @@ def of_four_bits(match: Match, group_size: int | None) -> bool | str:
     """A linear whose weight XNNPACK can store in 4 bits: pairs of values, or groups of a multiple of 32."""
     weight, node = match.edges["w"]
     tensor = weight.meta.get("val")
-    columns = tensor.shape[-1] if isinstance(tensor, Tensor) else node_tensor(operand(node, 0)).shape[-1]  # type: ignore[union-attr]
+    columns = (tensor if isinstance(tensor, Tensor) else value(operand(node, 0))).shape[-1]
     step = group_size or 2
     return True if columns % step == 0 else f"its {columns} inputs are no multiple of {step}, as 4 bits need"
 

@@ -33,9 +33,10 @@ from quantizers.xnnpack.rules import CLAMPS, ELEMENTWISE, PRODUCTS, dynamic_rule
 _FLOAT = "XNNPACK computes it in float"
 _BETWEEN = "it stands between ops that XNNPACK computes in float"
 _FLOAT_OPS = (
-    "gelu", "softmax", "sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "elu", "leaky_relu", "prelu", "exp", "log",
-    "sqrt", "rsqrt", "abs", "neg", "pow", "div", "avg_pool2d", "matmul", "bmm", "mm", "scaled_dot_product_attention",
-    "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "upsample_bilinear2d",
+    "gelu", "softmax", "sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "elu", "leaky_relu", "prelu", "exp",
+    "log", "sqrt", "rsqrt", "abs", "neg", "pow", "div", "avg_pool2d", "matmul", "bmm", "mm",
+    "scaled_dot_product_attention", "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm",
+    "upsample_bilinear2d",
 )  # fmt: skip
 
 _TYPICAL = get_symmetric_quantization_config(is_per_channel=True)
@@ -66,8 +67,8 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
 
     Static: convolutions, transposed convolutions in two dimensions and linear, with a fused relu or clamp; add, sub,
     mul, also with a number; cat, pooling, clamps and ops that move values, where they continue a quantized region.
-    Activations that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic: linear and
-    ordinary two-dimensional convolutions. Weight-only configurations are refused: the delegate has no such kernels.
+    Activations that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic: linear
+    and ordinary two-dimensional convolutions. Weight-only configurations are refused: the delegate has no such kernels.
 
     ``float_tail``: what a detector does behind its last convolution or linear, from the first sum or product on, stays
     float: box decoding mixes ranges that no common scale holds.
