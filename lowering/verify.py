@@ -8,6 +8,7 @@ range in the batch at hand, the step that an 8-bit output would have.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.errors import LoweringError
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.qdq_ops import qd
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
@@ -25,28 +27,9 @@ from quant2e.report.plain_data import plain_data
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
 
-_ATEN = torch.ops.aten
-_MOVES = frozenset(
-    {
-        _ATEN.view.default,
-        _ATEN.reshape.default,
-        _ATEN.flatten.using_ints,
-        _ATEN.permute.default,
-        _ATEN.transpose.int,
-        _ATEN.t.default,
-        _ATEN.squeeze.default,
-        _ATEN.squeeze.dim,
-        _ATEN.squeeze.dims,
-        _ATEN.unsqueeze.default,
-        _ATEN.slice.Tensor,
-        _ATEN.select.int,
-        _ATEN.contiguous.default,
-        _ATEN.clone.default,
-        _ATEN.detach.default,
-        _ATEN.alias.default,
-        _ATEN.expand.default,
-    }
-)
+_CUTS = movements(Effect.SPLIT)
+_MOVES = movements() - _CUTS - movements(Effect.JOIN)
+"""Ops behind which a scale is still that of the integers in front of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +148,7 @@ def output_scales(model: Any) -> list[float | None]:
 
 
 def _scale_at(node: Node) -> float | None:
-    while node.op == "call_function" and node.target in _MOVES and isinstance(node.args[0], Node):
+    while node.op == "call_function" and _moves(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     if node.op != "call_function":
         return None
@@ -173,6 +156,13 @@ def _scale_at(node: Node) -> float | None:
         scale = node.args[1]
         return float(scale) if isinstance(scale, int | float) else None
     return None
+
+
+def _moves(node: Node) -> bool:
+    """Whether the values of a node are those of its first operand: moved, or one of the tensors it was cut into."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], Node) and node.args[0].target in _CUTS
+    return node.target in _MOVES or node.target in _CUTS
 
 
 @dataclass(slots=True)

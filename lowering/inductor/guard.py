@@ -17,12 +17,13 @@ from lowering.inductor.rewrites.graph import call, constant, operands
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ, MOVES
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weight_of
 from quant2e.cpu import detect, may_overflow
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 
 aten = torch.ops.aten
 
 _TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
-_CARRY = MOVES | {aten.cat.default, aten.max_pool2d.default}
+_CARRY = MOVES | movements(Effect.JOIN) | {aten.max_pool2d.default}
 
 
 def arithmetic(gm: GraphModule, user: Node, dequantized: Node) -> None:

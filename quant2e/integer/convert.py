@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import constant_nodes
+from quant2e.graph.data_movement import When, movements
 from quant2e.graph.dataflow import operand
 from quant2e.graph.module import copy_graph
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
@@ -19,7 +20,6 @@ from quant2e.integer.arithmetic.grid import QUANTIZE_STATIC
 from quant2e.integer.arithmetic.requantization import Requantization
 from quant2e.integer.arithmetic.values import Context
 from quant2e.integer.functionalize import exposed, use_functional_ops
-from quant2e.integer.ops.data_movement import UNLESS_TRAINING
 from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
 from quant2e.integer.rewrite import rewrite
 from quant2e.passes import run
@@ -75,9 +75,12 @@ def to_integer(
     return gm
 
 
+_DROPOUTS = movements(when=When.EVALUATION)
+
+
 def _remove_idle_dropout(gm: GraphModule) -> bool:
     """Dropout in evaluation mode that nothing reads; `remove_dead_code` takes every dropout for a random number."""
-    idle = [n for n in gm.graph.nodes if n.target in UNLESS_TRAINING and not n.users and operand(n, "train") is False]
+    idle = [n for n in gm.graph.nodes if n.target in _DROPOUTS and not n.users and operand(n, "train") is False]
     for node in idle:
         gm.graph.erase_node(node)
     return bool(idle)

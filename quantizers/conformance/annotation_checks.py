@@ -15,18 +15,17 @@ from quant2e.annotation.pattern import short_name
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION, INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import PlanError, Quant2eError
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import Constants
 from quant2e.graph.fake_values import node_tensor
 from quant2e.prepare.insert_observers import make_observers
 from quant2e.ranges.qparams import plain_dtype
 from quantizers.conformance.report import Finding
-from quantizers.kit.families import moves
+from quantizers.kit.families import MOVES
 from quantizers.kit.value_source import ValueSources
 
-MOVING = frozenset(str(t) for choice in moves.choices for t in choice.targets) | {
-    f"aten.{name}"
-    for name in ("cat.default", "concat.default", "stack.default", "max_pool2d.default", "max_pool1d.default")
-}
+JOINS = frozenset(map(str, movements(Effect.JOIN)))
+MOVING = frozenset(map(str, MOVES)) | JOINS | {"aten.max_pool2d.default", "aten.max_pool1d.default"}
 """Ops whose results are values of their operands: their integers are moved, not computed."""
 
 KEEPS_RANGE = MOVING | {
@@ -35,10 +34,8 @@ KEEPS_RANGE = MOVING | {
         "relu.default", "relu_.default", "relu6.default", "relu6_.default", "hardtanh.default", "hardtanh_.default",
         "clamp.default", "clamp_.default", "clamp_min.default", "clamp_max.default", "avg_pool1d.default",
         "avg_pool2d.default", "adaptive_avg_pool1d.default", "adaptive_avg_pool2d.default", "mean.dim", "mean.default",
-        "amax.default", "adaptive_max_pool2d.default", "upsample_nearest2d.vec", "upsample_bilinear2d.vec",
-        "max_pool2d_with_indices.default", "masked_fill.Scalar", "index.Tensor", "index_select.default", "split.Tensor",
-        "split_with_sizes.default", "chunk.default", "maximum.default", "minimum.default", "where.self",
-        "gather.default",
+        "amax.default", "adaptive_max_pool2d.default", "upsample_bilinear2d.vec",
+        "max_pool2d_with_indices.default", "masked_fill.Scalar", "maximum.default", "minimum.default", "where.self",
     )
 }  # fmt: skip
 """Ops whose results lie within the range of their operands (and zero)."""

@@ -11,7 +11,7 @@ from torch.fx import Node
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
-from quantizers.conformance.annotation_checks import MOVING, Annotated, finding
+from quantizers.conformance.annotation_checks import JOINS, MOVING, Annotated, finding
 from quantizers.conformance.report import Finding
 
 WEIGHTED = frozenset(
@@ -67,7 +67,7 @@ def _is_integer(spec: Any) -> bool:
 
 def _only_moves(node: Node) -> bool:
     """Whether it moves the values of one tensor. A join is a kernel of its own: backends begin a region with it."""
-    return str(node.target) in MOVING and short_name(node.target) not in ("cat", "concat", "stack")
+    return str(node.target) in MOVING and str(node.target) not in JOINS
 
 
 def _partly(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:

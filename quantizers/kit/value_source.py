@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.graph.attributes import tensor_at
+from quant2e.graph.data_movement import MOVEMENTS
 from quant2e.passes.fold_weights import is_quantize
 
 MASK_VALUE = 1e4
@@ -44,41 +45,9 @@ _MASKING = frozenset({"full", "full_like", "new_full", "scalar_tensor", "masked_
 """Ops whose literal may be a masking value."""
 
 _KEEPS_SENTINELS = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "where",
-        "masked_fill",
-        "maximum",
-        "minimum",
-        "cat",
-        "stack",
-        "to",
-        "_to_copy",
-        "clone",
-        "contiguous",
-        "alias",
-        "detach",
-        "view",
-        "reshape",
-        "flatten",
-        "permute",
-        "transpose",
-        "t",
-        "slice",
-        "select",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "repeat",
-        "tril",
-        "triu",
-        "lift_fresh_copy",
-    ]
-)
+    {"add", "sub", "mul", "div", "neg", "where", "masked_fill", "maximum", "minimum", "getitem"}
+) | {short_name(target) for target in MOVEMENTS}
+"""Ops whose result holds the masking values of its operands: sums, choices, and what only moves values."""
 
 
 @dataclass(slots=True)

@@ -156,6 +156,25 @@ def test_output_scales():
     assert output_scales(nn.Identity()) == []
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda x: x.swapaxes(0, 1),
+        lambda x: x.unflatten(1, (3, 1)),
+        lambda x: x.flip(0),
+        lambda x: x.chunk(3, 1)[1],
+        lambda x: x.split(1)[0].expand(2, 3),
+        lambda x: x.repeat(1, 2).detach(),
+    ],
+)
+def test_an_output_has_the_scale_of_what_was_moved_there(move):
+    assert output_scales(graph(lambda_module(lambda x: move(on_grid(x.view(3, 3), (0.25, 0)))), X)) == [0.25]
+
+
+def test_one_of_several_results_of_arithmetic_has_no_scale():
+    assert output_scales(graph(lambda_module(lambda x: on_grid(x, (0.25, 0)).max(0)[0]), X)) == [None]
+
+
 def test_a_quantized_model_is_known_by_its_module():
     class Quantized:
         module = graph(Ends(), X)

@@ -25,19 +25,11 @@ _DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
 _MAY_ALIAS = frozenset(
     {
         aten.dropout.default,
-        aten.to.dtype,
-        aten.to.device,
-        aten.to.dtype_layout,
         aten._to_copy.default,
-        aten.contiguous.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.chunk.default,
         aten.clone.default,
     }
 )
-"""Ops that return their operand's memory in some cases, or are left out in some."""
+"""Ops that return their operand's memory in some cases, or are left out in some, although their schema does not say so."""
 
 
 def idle_dropouts(gm: GraphModule) -> None:

@@ -28,30 +28,13 @@ from lowering.inductor.rewrites.weights import (
     weight_of,
     weights_by_output,
 )
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 
 aten = torch.ops.aten
 
-
-MOVES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.unsqueeze.default,
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.contiguous.default,
-    }
-)
-"""Ops that move numbers of one tensor, whatever they are."""
+MOVES = movements(Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.SLICE, Effect.SELECT, integers=True)
+"""What may stand behind a dequantize as well as in front of it: as many numbers are dequantized, or fewer."""
 
 ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
 _TO_STATIC = {

@@ -9,12 +9,13 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import add_constant, call, constant, operands, replace
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 
 aten = torch.ops.aten
 
 LINEAR = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default})
-TRANSPOSES = frozenset({aten.t.default, aten.permute.default, aten.transpose.int})
+TRANSPOSES = movements(Effect.PERMUTE)
 _PRODUCTS = LINEAR - {aten.linear.default}
 CONVOLUTION = frozenset(
     {

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from quant2e.graph.data_movement import Effect, When, movements
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
@@ -22,33 +23,10 @@ from quant2e.integer.arithmetic.values import Context, Stored, Value, grid_attri
 
 aten = torch.ops.aten
 
-MOVES = frozenset(
-    {
-        aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints,
-        aten.unflatten.int, aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default,
-        aten.movedim.int, aten.movedim.intlist, aten.t.default, aten.numpy_T.default, aten.mT.default,
-        aten.slice.Tensor, aten.select.int, aten.narrow.default, aten.squeeze.default, aten.squeeze.dim,
-        aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default, aten.expand_as.default,
-        aten.broadcast_to.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
-        aten.detach.default, aten.channel_shuffle.default, aten.pixel_shuffle.default, aten.pixel_unshuffle.default,
-        aten.flip.default, aten.roll.default, aten.repeat.default, aten.index_select.default, aten.tile.default,
-        aten.repeat_interleave.self_int, aten.select_copy.int, aten.view_copy.default, aten.permute_copy.default,
-        aten.lift_fresh_copy.default, aten.diagonal.default, aten.unfold.default, aten.rot90.default,
-    }
-)  # fmt: skip
-"""Every value of the result is one of the first operand's."""
-
-CUTS = frozenset(
-    {
-        aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
-        aten.tensor_split.sections, aten.tensor_split.indices,
-    }
-)  # fmt: skip
-"""Give several tensors, all of values of the first operand."""
-
-UNLESS_TRAINING = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
-"""Give their operand back in evaluation mode."""
-_CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default})
+_CUTS = movements(Effect.SPLIT)
+_JOINS = movements(Effect.JOIN)
+MOVES = movements(integers=True) - _CUTS - _JOINS - movements(Effect.ZEROS)
+"""Every value of the result is one of the first operand's. Zeros that come in would have to be zero points."""
 
 
 class Moved(Value):
@@ -71,10 +49,14 @@ class Moved(Value):
         ctx.integer[self.node.name] = "moves integers"
         if self._drop:
             return x
-        args = tuple(x if a is self.node.args[0] else a for a in self.node.args)
-        if self.node.target is aten.expand_as.default:
-            args = (x, x if isinstance(args[1], Node) and args[1] is self.node.args[0] else args[1])
+        args = (x if a is self.node.args[0] else _shape_giver(ctx, a) for a in self.node.args)
         return ctx.b.call(self.node.target, *args, **self.node.kwargs)
+
+
+def _shape_giver(ctx: Context, argument: Any) -> Any:
+    """An argument of a move; of a quantized tensor (``view_as(x, y)``) only the sizes are read, which integers have."""
+    value = ctx.values.get(argument) if isinstance(argument, Node) else None
+    return argument if value is None or value.grid is None else value.quantized(ctx, value.grid)
 
 
 class Clamped(Value):
@@ -259,20 +241,18 @@ def _joined(ctx: Context, node: Node) -> Value:
 
 FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
     **dict.fromkeys(MOVES, _moved),
-    **dict.fromkeys(UNLESS_TRAINING, _dropout),
-    **dict.fromkeys(_CASTS, _cast),
+    **dict.fromkeys(movements(when=When.EVALUATION), _dropout),
+    **dict.fromkeys(movements(when=When.SAME_DTYPE), _cast),
     aten.relu.default: clamp(0, math.inf),
     aten.relu6.default: clamp(0, 6),
     aten.hardtanh.default: clamp("min_val", "max_val"),
     aten.clamp.default: clamp("min", "max"),
     aten.clamp_min.default: clamp("min", math.inf),
     aten.clamp_max.default: clamp(-math.inf, "max"),
-    **dict.fromkeys(CUTS, _moved),
-    **dict.fromkeys((aten.pad.default, aten.constant_pad_nd.default), _padded),
+    **dict.fromkeys(_CUTS, _moved),
+    **dict.fromkeys(movements(when=When.PADDING), _padded),
     operator.getitem: _piece,
-    aten.cat.default: _joined,
-    aten.concat.default: _joined,
-    aten.stack.default: _joined,
+    **{target: _joined for target in _JOINS if any(a.name == "dim" for a in target._schema.arguments)},
 }
 """Target → form."""
 

@@ -106,6 +106,28 @@ def test_what_has_a_kernel_or_no_equivalent_is_left_alone(op):
     assert [node.target for node in module.graph.nodes] == before
 
 
+@pytest.mark.parametrize(
+    "turned",
+    [
+        lambda x: x.transpose(1, 2),
+        lambda x: x.swapaxes(1, 2),
+        lambda x: x.movedim(1, 2),
+        lambda x: x.mT,
+        lambda x: torch.ops.aten.transpose_copy.int(x, 1, 2),
+        lambda x: x.transpose(1, 2).detach().narrow(1, 0, 16),
+    ],
+)
+def test_an_axis_is_moved_as_integers_however_that_is_spelled(turned):
+    linear = Weight(torch.randn(4, 5))
+    fn = Fn(lambda x, t: F.linear(turned(on_grid(t, (0.03, 0))), linear()))
+    module = torch.export.export(fn, (IMAGE, TOKENS), strict=False).module()
+    expected = module(IMAGE, TOKENS)
+    assert legalize(module, EXACT)["quantize_moves"] >= 1
+    assert torch.equal(module(IMAGE, TOKENS), expected)
+    (product,) = (node for node in module.graph.nodes if node.target is torch.ops.aten.linear.default)
+    assert "dequantize" in str(product.args[0].target)
+
+
 # --------------------------------------------------------------------------------------------- fused projections
 
 

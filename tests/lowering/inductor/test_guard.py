@@ -36,6 +36,11 @@ TABLE = {
     ),
     "input channels": (lambda m, x: F.linear(u8(x), m.w()), X, weight(8, 16, axis=1), "along axis 1"),
     "input channels of a product": (lambda m, x: u8(x) @ m.w().t(), X, weight(8, 16, axis=1), "along axis 1"),
+    # however the transposition is spelled, Inductor makes one op of it, and its patterns see the same
+    "input channels, mT": (lambda m, x: u8(x) @ m.w().mT, X, weight(8, 16, axis=1), "along axis 1"),
+    "input channels, swapaxes": (lambda m, x: u8(x) @ m.w().swapaxes(0, 1), X, weight(8, 16, axis=1), "along axis 1"),
+    "input channels, movedim": (lambda m, x: u8(x) @ m.w().movedim(0, 1), X, weight(8, 16, axis=1), "along axis 1"),
+    "asymmetric weight, cloned": (lambda m, x: F.linear(u8(x), m.w().clone()), X, weight(8, 16, zero_point=3), "zero points other than 0"),
     "asymmetric weight": (lambda m, x: F.linear(u8(x), m.w()), X, weight(8, 16, zero_point=3), "zero points other than 0"),
     "16-bit activation": (lambda m, x: F.linear(int16(x), m.w()), X, weight(8, 16), "8-bit activations"),
 }  # fmt: skip
@@ -72,6 +77,9 @@ MOVED = {
     "pool, another scale": (lambda m, x: again(0.06, 128)(F.max_pool2d(u8(x), 2)), 1),
     "pool, another zero point": (lambda m, x: again(0.03, 100)(F.max_pool2d(u8(x), 2)), 1),
     "view, narrower range": (lambda m, x: again(0.03, 128, 0, 200)(u8(x).view(4, -1)), 1),
+    "swapaxes, another scale": (lambda m, x: again(0.06, 128)(u8(x).swapaxes(1, 2)), 1),
+    "clone, another scale": (lambda m, x: again(0.06, 128)(u8(x).clone()), 1),
+    "stack, one of two differs": (lambda m, x: again(0.03, 128)(torch.stack([u8(x), again(0.03, 7)(x)])), 2),
     "cat, one of two differs": (lambda m, x: again(0.03, 128)(torch.cat([u8(x), again(0.03, 7)(x)])), 2),
 }
 

@@ -129,6 +129,24 @@ MOVES = {
     "split": lambda w, x: w.pick(w.op(aten.split.Tensor, x, 2, 1), 1),
     "split_with_sizes": lambda w, x: w.pick(w.op(aten.split_with_sizes.default, x, [1, 3], 2), 1),
     "unbind": lambda w, x: w.pick(w.op(aten.unbind.int, x, 1), 2),
+    # all that the table of moving ops says of integers, not only the ops that somebody met
+    "swapaxes": lambda w, x: w.op(aten.swapaxes.default, x, 0, 1),
+    "moveaxis": lambda w, x: w.op(aten.moveaxis.int, x, 0, 2),
+    "adjoint": lambda w, x: w.op(aten.adjoint.default, x),
+    "transpose_copy": lambda w, x: w.op(aten.transpose_copy.int, x, 0, 1),
+    "ravel": lambda w, x: w.op(aten.ravel.default, x),
+    "view_as": lambda w, x: w.op(aten.view_as.default, x, w.op(aten.view.default, x, [4, 6])),
+    "fliplr": lambda w, x: w.op(aten.fliplr.default, x),
+    "narrow_copy": lambda w, x: w.op(aten.narrow_copy.default, x, 2, 1, 2),
+    "index": lambda w, x: w.op(aten.index.Tensor, x, [None, w.constant(torch.tensor([2, 0]))]),
+    "gather": lambda w, x: w.op(aten.gather.default, x, 2, w.constant(torch.tensor([[[3, 0]]]))),
+    "take": lambda w, x: w.op(aten.take.default, x, w.constant(torch.tensor([5, 23]))),
+    "reflection_pad1d": lambda w, x: w.op(aten.reflection_pad1d.default, x, [1, 2]),
+    "replication_pad1d": lambda w, x: w.op(aten.replication_pad1d.default, x, [1, 2]),
+    "feature_alpha_dropout": lambda w, x: w.op(aten.feature_alpha_dropout.default, x, 0.5, False),
+    "type_as": lambda w, x: w.op(aten.type_as.default, x, x),
+    "hsplit": lambda w, x: w.pick(w.op(aten.hsplit.int, x, 3), 1),
+    "concatenate": lambda w, x: w.op(aten.concatenate.default, [x, x], 1),
 }
 
 

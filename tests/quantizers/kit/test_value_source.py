@@ -72,9 +72,17 @@ def test_source(function, source):
         (lambda m, x, i, b: x + m.never, "never"),
         (lambda m, x, i, b: (x.masked_fill(b, -65504.0)[:, None] * 0.5).expand(2, 3, 4), "masked_fill"),
         (lambda m, x, i, b: x + torch.full((4,), -1e4), "full"),
+        # wherever it is moved
+        (lambda m, x, i, b: x.masked_fill(b, float("-inf")).swapaxes(0, 1), "masked_fill"),
+        (lambda m, x, i, b: x.masked_fill(b, float("-inf")).broadcast_to(3, 2, 4), "masked_fill"),
+        (lambda m, x, i, b: x.masked_fill(b, float("-inf")).unflatten(1, (2, 2)), "masked_fill"),
+        (lambda m, x, i, b: x.masked_fill(b, float("-inf")).chunk(2, 1)[1], "masked_fill"),
+        (lambda m, x, i, b: x.masked_fill(b, float("-inf"))[:, i[0, :2] % 4], "masked_fill"),
+        (lambda m, x, i, b: torch.hstack([x, x.masked_fill(b, float("-inf"))]), "masked_fill"),
         # it ends where it is squashed
         (lambda m, x, i, b: x.masked_fill(b, float("-inf")).softmax(-1), None),
         (lambda m, x, i, b: x.masked_fill(b, 0.0), None),
+        (lambda m, x, i, b: x.masked_fill(b, float("-inf")).topk(2)[0].sigmoid(), None),
         (lambda m, x, i, b: x * 1e6, None),
         (lambda m, x, i, b: x + m.f, None),
     ],

@@ -13,27 +13,14 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.edit import emit
 from quant2e.graph.qdq_ops import qd
 
 _ATEN = torch.ops.aten
-MOVES = frozenset(
-    {
-        _ATEN.view.default,
-        _ATEN.reshape.default,
-        _ATEN.flatten.using_ints,
-        _ATEN.permute.default,
-        _ATEN.transpose.int,
-        _ATEN.squeeze.default,
-        _ATEN.squeeze.dim,
-        _ATEN.squeeze.dims,
-        _ATEN.unsqueeze.default,
-        _ATEN.slice.Tensor,
-        _ATEN.contiguous.default,
-        _ATEN.clone.default,
-        _ATEN.max_pool2d.default,
-    }
-)
+MOVES = movements(Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.SLICE) | {_ATEN.max_pool2d.default}
+"""What XNNPACK has integer kernels for: reshapes, permutations and slices, into which edge decompositions turn the rest,
+and the one reduction that picks values."""
 ARITHMETIC = frozenset(
     {
         _ATEN.linear.default,

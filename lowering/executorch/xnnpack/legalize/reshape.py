@@ -8,22 +8,12 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.edit import emit
 from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
-RESHAPES = frozenset(
-    {
-        _ATEN.flatten.using_ints,
-        _ATEN.unflatten.int,
-        _ATEN.squeeze.default,
-        _ATEN.squeeze.dim,
-        _ATEN.squeeze.dims,
-        _ATEN.unsqueeze.default,
-        _ATEN.reshape.default,
-        _ATEN.view.default,
-    }
-)
+RESHAPES = movements(Effect.RESHAPE)
 
 
 def one_view(module: GraphModule) -> int:

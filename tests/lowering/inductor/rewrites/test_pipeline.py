@@ -132,6 +132,11 @@ TABLE = {
     "embedding": (gathered_rows, graph(lambda m, i: m.table(i), IDS, table=Lookup()), (IDS,), "aten.index.Tensor", "dequantize_per_channel.default"),
     "embedding with zero points": (gathered_rows, graph(lambda m, i: m.table(i), IDS, table=Lookup(zero_point=3)), (IDS,), "aten.index.Tensor", "dequantize_per_channel.default"),
     "embedding per tensor": (gathered_rows, graph(lambda m, i: m.table(i), IDS, table=Lookup(axis=None)), (IDS,), "dequantize_per_tensor.default", ""),
+    "clone in between": (dequantize_last, graph(lambda m, x: F.linear(on_grid(x, (0.03, 5)).swapaxes(0, 1).clone(), m.w()), X, w=weight(8, X.shape[0])), (X,), "aten.clone.default", ""),
+    "per-tensor weight, mT": (
+        per_channel_weights, graph(lambda m, x: on_grid(x, (0.1, 0)) @ m.w().mT, X, w=weight(8, 16, axis=None)), (X,),
+        "dequantize_per_channel.default", "",
+    ),
     "per-tensor weight": (
         per_channel_weights, graph(lambda m, x: F.linear(on_grid(x, (0.1, 0)), m.w()), X, w=weight(8, 16, axis=None)), (X,),
         "dequantize_per_channel.default", "",
