@@ -16,12 +16,12 @@ from quant2e.report.report import Report
 from quant2e.storage.pt2 import Pt2Contents, read_pt2, write_pt2
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class QuantizedModel:
     """A Q/DQ graph with everything known about it.
 
     ``module``: the graph. ``example_inputs``, ``example_kwargs``, ``dynamic_shapes``: what it was captured with, and
-    what saving and lowering need. Calling the object calls the graph.
+    what saving and lowering need. Calling the object calls the graph; ``repr`` summarises the report.
     """
 
     module: GraphModule
@@ -33,6 +33,17 @@ class QuantizedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return self.report.summary(self._title)
+
+    def _repr_html_(self) -> str:
+        return self.report.html(self._title)
+
+    @property
+    def _title(self) -> str:
+        by = f", quantized by {self.encodings.quantizer}" if self.encodings.quantizer else ""
+        return f"QuantizedModel{by}"
 
     @property
     def quantized_io(self) -> QuantizedIO:

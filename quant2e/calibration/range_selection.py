@@ -39,7 +39,7 @@ _CLEARLY = 0.98
 """A candidate displaces an earlier one only with less than this part of its error: held-out data is a sample."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RangeChoice:
     """One tensor: the mean relative squared error of its consumers' outputs, per candidate (method, percentile)."""
 
@@ -60,6 +60,9 @@ class RangeChoice:
     def sqnr(self) -> float:
         """SQNR in dB of the winner, behind the ops that read the tensor."""
         return sqnr_db(1.0, self.errors[self.winner])
+
+    def __repr__(self) -> str:
+        return f"RangeChoice({self})"
 
     def __str__(self) -> str:
         errors = ", ".join(f"{method} {sqnr_db(1.0, error):.1f} dB" for (method, _), error in self.errors.items())

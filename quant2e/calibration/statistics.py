@@ -88,7 +88,7 @@ def _sizes(value: Tensor) -> str:
     return "[" + ", ".join(str(size) if type(size) is int else "?" for size in value.shape) + "]"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Statistics:
     """Statistics of every observer of one prepared model.
 
@@ -102,6 +102,13 @@ class Statistics:
     constant: frozenset[str]
     estimators: Mapping[str, str]
     batches: int = 0
+
+    def __repr__(self) -> str:
+        weights = len(self.constant)
+        return (
+            f"Statistics of {len(self.states) - weights} activations over {self.batches} batch{'es' if self.batches != 1 else ''}, "
+            f"and of {weights} constants"
+        )
 
     @classmethod
     def of(cls, prepared: GraphModule, batches: int = 0) -> Statistics:

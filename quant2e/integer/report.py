@@ -10,7 +10,9 @@ from torch.fx import GraphModule
 from quant2e.errors import Quant2eError
 from quant2e.integer.arithmetic.builder import Record
 from quant2e.integer.arithmetic.requantization import Requantization
+from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
+from quant2e.report.summary import summary
 
 INTEGER = "quant2e_integer"
 """Key in ``gm.meta`` under which an integer graph keeps its `IntegerReport`."""
@@ -29,15 +31,20 @@ class IntegerVerdict:
     reason: str
     annotated: bool
 
+    @property
+    def kind(self) -> str:
+        """``integer``; ``LEFT`` for an op that the quantizer asked for and that computes in float; ``float``."""
+        return "integer" if self.integer else "LEFT" if self.annotated else "float"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class IntegerReport:
     """Verdicts in the order of the graph; ``notes``: accumulators that need 64 bits. ``records``: what was written."""
 
     requantization: Requantization
     verdicts: tuple[IntegerVerdict, ...]
     notes: tuple[str, ...] = ()
-    records: tuple[Record, ...] = field(default=(), repr=False)
+    records: tuple[Record, ...] = field(default=())
 
     @property
     def left(self) -> tuple[IntegerVerdict, ...]:
@@ -55,15 +62,22 @@ class IntegerReport:
         """Plain data, for JSON; without ``records``, which hold tensors: `quant2e.dump_vectors` writes those."""
         return {name: plain_data(getattr(self, name)) for name in ("requantization", "verdicts", "notes")}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        return summary([f"IntegerReport: {self._headline}"], self.notes)
+
+    def _repr_html_(self) -> str:
+        rows = [(v.name, v.kind, v.reason) for v in self.verdicts]
+        return html_table(("op", "verdict", "reason"), rows, repr(self))
+
+    @property
+    def _headline(self) -> str:
         integer = sum(v.integer for v in self.verdicts)
-        lines = [
-            f"{integer} of {len(self.verdicts)} float ops compute in integers, requantization {self.requantization}"
-        ]
+        return f"{integer} of {len(self.verdicts)} float ops compute in integers, requantization {self.requantization}"
+
+    def __str__(self) -> str:
+        lines = [self._headline]
         width = max((len(v.name) for v in self.verdicts), default=0)
-        for v in self.verdicts:
-            kind = "integer" if v.integer else "LEFT" if v.annotated else "float"
-            lines.append(f"  {v.name:<{width}}  {kind:<7}  {v.reason}")
+        lines += [f"  {v.name:<{width}}  {v.kind:<7}  {v.reason}" for v in self.verdicts]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from quant2e.report.record import GraphRecord
 ENCODINGS_FORMAT = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class GroupEncoding:
     """One group of points that share parameters.
 
@@ -46,13 +47,42 @@ class GroupEncoding:
     zero_point: tuple[int, ...] = ()
     group_size: int = 0
 
+    def __repr__(self) -> str:
+        """One line, whatever the number of scales."""
+        numbers = {
+            "dtype": self.dtype,
+            "axis": "" if self.axis is None else str(self.axis),
+            "group_size": str(self.group_size or ""),
+            "scale": _range(self.scale),
+            "zero_point": _range(self.zero_point),
+        }
+        told = ", ".join(f"{name} {text}" for name, text in numbers.items() if text)
+        points = self.points[0] if len(self.points) == 1 else f"{len(self.points)} points from {self.points[0]}"
+        return f"GroupEncoding({points}: {self.encoding}{', ' if told else ''}{told})"
 
-@dataclass(frozen=True, slots=True)
+
+def _range(values: Sequence[float]) -> str:
+    """The value, or how many there are and between which bounds."""
+    if len(set(values)) < 2:
+        return "".join(f"{value:.4g}" for value in values[:1])
+    return f"{min(values):.4g}..{max(values):.4g} ({len(values)})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Encodings:
-    """Everything about how a model was quantized. ``quantizer``: the name of what annotated it."""
+    """Everything about how a model was quantized. ``quantizer``: the name of what annotated it.
+
+    ``repr`` counts the groups; ``as_dict`` and ``to_file`` have all numbers.
+    """
 
     quantizer: str
     groups: tuple[GroupEncoding, ...]
+
+    def __repr__(self) -> str:
+        counts = Counter(group.encoding for group in self.groups)
+        told = ", ".join(f"{count} {encoding}" for encoding, count in counts.most_common())
+        by = f" by {self.quantizer}" if self.quantizer else ""
+        return f"Encodings{by}: {len(self.groups)} groups of points{': ' if told else ''}{told}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; `from_dict` is its inverse."""

@@ -19,7 +19,9 @@ from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
+from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
+from quant2e.report.summary import summary
 
 STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED = "static", "dynamic", "weight-only", "float", "folded"
 KINDS = (STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED)
@@ -40,9 +42,9 @@ class Verdict:
         return self.kind in (STATIC, DYNAMIC, WEIGHT_ONLY)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
-    """Verdicts, sizes and accuracy of one quantization.
+    """Verdicts, sizes and accuracy of one quantization. ``str(report)`` is all of it, ``repr(report)`` a summary.
 
     ``float_bytes``/``quantized_bytes``: tensors that the float and the quantized graph hold. ``sqnr_db``: signal to
     quantization noise of the output against float, in dB, on ``sqnr_source``; None when it was not measured.
@@ -89,7 +91,23 @@ class Report:
         sqnr_db = None if data["sqnr_db"] is None else float(data["sqnr_db"])
         return cls(verdicts=verdicts, notes=tuple(data["notes"]), sqnr_db=sqnr_db, **known)
 
-    def __str__(self) -> str:
+    def summary(self, title: str) -> str:
+        """``title`` with the counts of verdicts, then shares, sizes, accuracy and the first notes, a line each."""
+        counts, *measures = self._headline()
+        return summary([f"{title}: {counts}", *measures], self.notes)
+
+    def html(self, title: str) -> str:
+        """`summary`, and below it a table of the verdicts."""
+        rows = [(v.op.name, v.kind, v.reason, v.op.module, v.op.macs) for v in self.verdicts]
+        return html_table(("op", "verdict", "reason", "module", "multiply-accumulates"), rows, self.summary(title))
+
+    def __repr__(self) -> str:
+        return self.summary("Report")
+
+    def _repr_html_(self) -> str:
+        return self.html("Report")
+
+    def _headline(self) -> list[str]:
         counts = Counter(v.kind for v in self.verdicts)
         lines = [f"{len(self.verdicts)} float ops: " + ", ".join(f"{counts[k]} {k}" for k in KINDS if counts[k])]
         lines.append(f"multiply-accumulates on int8: {self.int8_mac_share:.1%}")
@@ -98,6 +116,10 @@ class Report:
             lines.append(f"tensors: {self.float_bytes:,} -> {self.quantized_bytes:,} bytes ({ratio:.3f} x)")
         if self.sqnr_db is not None:
             lines.append(f"SQNR against float: {self.sqnr_db:.1f} dB on {self.sqnr_source}")
+        return lines
+
+    def __str__(self) -> str:
+        lines = self._headline()
         width = max((len(v.op.name) for v in self.verdicts), default=0)
         for v in self.verdicts:
             place = f"  [{v.op.module}]" if v.op.module else ""

@@ -1,0 +1,18 @@
+"""Summaries: what a console or a notebook shows of a report.
+
+The headline, then the first notes, each on a line of its own, then how many are left. ``str(report)`` is the whole report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NOTES_SHOWN = 6
+
+
+def summary(headline: Sequence[str], notes: Sequence[str]) -> str:
+    """Lines of text: ``headline`` (the first of its lines stands out), and at most `NOTES_SHOWN` of ``notes``."""
+    shown = [*headline[1:], *(f"note: {note}" for note in notes[:NOTES_SHOWN])]
+    if (left := len(notes) - NOTES_SHOWN) > 0:
+        shown.append(f"… {left} more note{'s' if left > 1 else ''}")
+    return "\n  ".join([*headline[:1], *shown])
