@@ -5,20 +5,28 @@ In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program 
 
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch
 from lowering.executorch.report import ExecuTorchReport, Leftover, Partition
+from lowering.inductor.kernels.engines import KernelChoice, Product
 from lowering.inductor.package import InductorPackage, package_inductor
 from lowering.inductor.program import InductorProgram, to_inductor
 from lowering.inductor.report import InductorReport, LoweredOp
+from lowering.inductor.signature import InductorInput, InductorSignature
+from lowering.inductor.source import InductorSource
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.program import LoweredProgram, LoweringReport
+from lowering.signature import Signature, TensorInput
 from lowering.verify import Bound, Verification, verify
 
 __all__ = [
     "Bound",
     "ExecuTorchProgram",
     "ExecuTorchReport",
+    "InductorInput",
     "InductorPackage",
     "InductorProgram",
     "InductorReport",
+    "InductorSignature",
+    "InductorSource",
+    "KernelChoice",
     "Leftover",
     "LoweredOp",
     "LoweredProgram",
@@ -27,6 +35,9 @@ __all__ = [
     "OnnxProgram",
     "OnnxReport",
     "Partition",
+    "Product",
+    "Signature",
+    "TensorInput",
     "Verification",
     "package_inductor",
     "to_executorch",

@@ -14,9 +14,7 @@ from typing import Any, Generic, TypeVar
 from lowering.verify import Verification
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
-
-NOTES_SHOWN = 6
-"""How many notes a summary has room for; ``str(report)`` has all."""
+from quant2e.report.summary import summary
 
 Table = tuple[Sequence[str], Sequence[Sequence[object]]]
 """Headers and rows."""
@@ -48,13 +46,11 @@ class LoweringReport(ABC):
         return {**plain_data(self)}
 
     def summary(self, title: str) -> str:
-        """``title``, the headline, the first notes and the verification."""
-        lines = [f"{title}: {self.headline}", *(f"  note: {note}" for note in self.notes[:NOTES_SHOWN])]
-        if len(self.notes) > NOTES_SHOWN:
-            lines.append(f"  … {len(self.notes) - NOTES_SHOWN} more notes")
+        """``title`` with the headline, the verification and the first notes."""
+        lines = [f"{title}: {self.headline}"]
         if self.verification is not None:
-            lines.append(f"  against its Q/DQ graph: {self.verification}")
-        return "\n".join(lines)
+            lines.append(f"against its Q/DQ graph: {self.verification}")
+        return summary(lines, self.notes)
 
     def __repr__(self) -> str:
         return self.summary(type(self).__name__)

@@ -23,8 +23,8 @@ from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
-from lowering.inductor.signature import Signature
-from lowering.inductor.source import Source, source_of, verified
+from lowering.inductor.signature import InductorSignature
+from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.program import LoweredProgram
 from lowering.verify import Inputs
 from quant2e.errors import LoweringError
@@ -43,7 +43,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
     ``report``: which ops run as int8 kernels, what to know, and how far the program in the file is from its Q/DQ graph.
     """
 
-    def __init__(self, path: Path, report: InductorReport, signature: Signature) -> None:
+    def __init__(self, path: Path, report: InductorReport, signature: InductorSignature) -> None:
         self.path = path
         self._report = report
         self._signature = signature
@@ -100,7 +100,7 @@ def package_inductor(
 
 
 def write_package(
-    source: Source, path: Path, engines: Engines, *, verify: bool, verify_inputs: Iterable[Any] = ()
+    source: InductorSource, path: Path, engines: Engines, *, verify: bool, verify_inputs: Iterable[Any] = ()
 ) -> InductorPackage:
     """`package_inductor`, of a graph that is at hand."""
     _check_suffix(path)
@@ -133,7 +133,7 @@ def _check_suffix(path: Path) -> None:
         raise LoweringError(f"a package needs the path of the file to write, ending in .pt2, not {str(path)!r}")
 
 
-def _check_boundary(signature: Signature) -> None:
+def _check_boundary(signature: InductorSignature) -> None:
     """Raise `LoweringError` for what a package cannot take or return."""
     for spec in signature.inputs:
         if isinstance(spec.value, torch.SymInt):
@@ -162,7 +162,7 @@ def _types(spec: pytree.TreeSpec) -> Iterator[Any]:
             yield from _types(child)
 
 
-def _corners(source: Source, example: Inputs) -> Iterator[tuple[int, ...]]:
+def _corners(source: InductorSource, example: Inputs) -> Iterator[tuple[int, ...]]:
     """Values of the dynamic sizes to compare at: each as small as it may be, and as large."""
     signature = source.signature
     given = signature.sizes(signature.flatten(*example))
@@ -173,13 +173,13 @@ def _corners(source: Source, example: Inputs) -> Iterator[tuple[int, ...]]:
     return itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS)
 
 
-def _batches(source: Source, example: Inputs, corners: Sequence[tuple[int, ...]]) -> list[Inputs]:
+def _batches(source: InductorSource, example: Inputs, corners: Sequence[tuple[int, ...]]) -> list[Inputs]:
     signature = source.signature
     values = signature.flatten(*example)
     return [example, *(signature.structured(signature.resized(values, sizes)) for sizes in corners)]
 
 
-def _notes(signature: Signature, inputs: FakeInputs, corners: Sequence[tuple[int, ...]]) -> Iterator[str]:
+def _notes(signature: InductorSignature, inputs: FakeInputs, corners: Sequence[tuple[int, ...]]) -> Iterator[str]:
     yield "the package checks dtype, sizes and strides of its inputs at each call"
     for spec in signature.inputs:
         if not isinstance(spec.value, Tensor):

@@ -19,7 +19,7 @@ from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.package import write_package
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
-from lowering.inductor.source import Source, source_of, verified
+from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.program import LoweredProgram
 
 
@@ -34,7 +34,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
     that size, once, with the same flags.
     """
 
-    def __init__(self, source: Source, engines: Engines = "measured") -> None:
+    def __init__(self, source: InductorSource, engines: Engines = "measured") -> None:
         self._source = source
         self._engines = engines
         self._rewritten = Rewritten(source.graph, engines)

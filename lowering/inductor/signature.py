@@ -15,7 +15,7 @@ from quant2e.errors import LoweringError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Input:
+class InductorInput:
     """One flat input. ``value``: the fake tensor, symbolic integer or constant that the graph was captured with."""
 
     name: str
@@ -42,7 +42,7 @@ class Input:
         return torch.contiguous_format
 
 
-class Signature:
+class InductorSignature:
     """Inputs and outputs of a captured graph.
 
     ``inputs``: one per placeholder, in order. ``symbols``: names and inclusive bounds of the sizes that may vary.
@@ -63,7 +63,7 @@ class Signature:
                 f"example inputs hold {len(example)}"
             )
         self.inputs = tuple(
-            Input(
+            InductorInput(
                 name=str(node.target),
                 value=_captured_value(node, example[place] if example is not None else None),
                 used=any(user.name != "_guards_fn" for user in node.users),
@@ -141,7 +141,7 @@ class Signature:
         """Outputs that no op computes: numbers, strings, None."""
         return tuple(leaf for leaf in self._outputs if not isinstance(leaf, Node))
 
-    def at(self, values: Sequence[Any]) -> tuple[Input, ...]:
+    def at(self, values: Sequence[Any]) -> tuple[InductorInput, ...]:
         """The inputs with their sizes fixed to those of ``values``."""
         return tuple(
             replace(spec, value=value) if isinstance(spec.value, Tensor | torch.SymInt) else spec
@@ -186,7 +186,7 @@ def _captured_value(node: Node, example: Any) -> Any:
     return value
 
 
-def _symbols(inputs: Sequence[Input]) -> dict[Any, tuple[float, float]]:
+def _symbols(inputs: Sequence[InductorInput]) -> dict[Any, tuple[float, float]]:
     found: dict[Any, tuple[float, float]] = {}
     for spec in inputs:
         for size in spec.value.shape if isinstance(spec.value, Tensor) else [spec.value]:
@@ -199,7 +199,7 @@ def _symbols(inputs: Sequence[Input]) -> dict[Any, tuple[float, float]]:
     return found
 
 
-def _check_tensor(spec: Input, value: Any, found: dict[Any, int]) -> None:
+def _check_tensor(spec: InductorInput, value: Any, found: dict[Any, int]) -> None:
     if not isinstance(value, Tensor):
         raise LoweringError(f"input '{spec.name}' is a {type(value).__name__}, and must be a tensor")
     if value.dtype is not spec.value.dtype:

@@ -1,6 +1,6 @@
 """What is compiled, and how what came out is compared with it.
 
-model ─▶ `Source` (graph, signature, example inputs) ─▶ a program or a package ─▶ `verified` against the graph
+model ─▶ `InductorSource` (graph, signature, example inputs) ─▶ a program or a package ─▶ `verified` against the graph
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from lowering.inductor.signature import Signature
+from lowering.inductor.signature import InductorSignature
 from lowering.verify import Bound, Inputs, Verification, as_inputs, compare, compare_within_noise, graph_of
 from quant2e.errors import LoweringError
 
@@ -28,11 +28,11 @@ saturated kernels measure 10 to 22 dB, a wrong pattern less than 10. A graph who
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class InductorSource:
     """A graph to compile. ``example``: inputs of one call, where there are any."""
 
     graph: GraphModule
-    signature: Signature
+    signature: InductorSignature
     example: Inputs | None
 
     def batches(self, more: Iterable[Any] = ()) -> list[Inputs]:
@@ -42,7 +42,7 @@ class Source:
         return [self.example, *map(as_inputs, more)]
 
 
-def source_of(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) -> Source:
+def source_of(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) -> InductorSource:
     """What a user gave, as a graph to compile; captured again where ``dynamic_shapes`` ask for it."""
     graph = graph_of(model)
     if not isinstance(graph, GraphModule):
@@ -54,7 +54,7 @@ def source_of(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) 
     if dynamic_shapes is not None:
         graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
     leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
-    return Source(graph=graph, signature=Signature(graph, leaves), example=example)
+    return InductorSource(graph=graph, signature=InductorSignature(graph, leaves), example=example)
 
 
 def _example(model: Any, example_inputs: Any) -> Inputs | None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowering.inductor.signature import Signature
+from lowering.inductor.signature import InductorSignature
 from quant2e.errors import LoweringError
 
 
@@ -18,7 +18,7 @@ X, GAIN, MASK = torch.ones(4, 3), torch.ones(3), torch.zeros(4, 3)
 @pytest.fixture(scope="module")
 def fixed():
     exported = torch.export.export(Two(), (X, {"gain": GAIN}), {"mask": MASK, "flag": True}, strict=False)
-    return Signature(exported.module(), None)
+    return InductorSignature(exported.module(), None)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def dynamic():
     kwargs = {"mask": MASK, "flag": True}
     names = dict(zip(("x", "options", "mask", "flag"), shapes, strict=True))
     exported = torch.export.export(Two(), (X, {"gain": GAIN}), kwargs, dynamic_shapes=names, strict=False)
-    return Signature(exported.module(), None)
+    return InductorSignature(exported.module(), None)
 
 
 def call(signature, x=X, gain=GAIN, mask=MASK, flag=True):
@@ -86,4 +86,4 @@ def test_another_structure_is_refused(args, kwargs, message, fixed):
 def test_example_inputs_of_another_number_are_refused():
     exported = torch.export.export(nn.ReLU(), (X,), strict=False).module()
     with pytest.raises(LoweringError, match=r"takes 1 input\(s\), \['input'\], and the example inputs hold 2"):
-        Signature(exported, [X, X])
+        InductorSignature(exported, [X, X])
