@@ -38,7 +38,7 @@ class EdgeScope:
     def covers(self, producer: Node, consumer: Node) -> bool:
         """Whether it names that edge."""
         named = (self.consumer, consumer), (self.producer, producer)
-        return all(end.closeness(Place(node)) is not None for end, node in named)
+        return all(end.specificity(Place(node)) is not None for end, node in named)
 
 
 def edge_scope(

@@ -47,7 +47,7 @@ class Level(IntEnum):
     NODE = 4
 
 
-Closeness = tuple[int, int]
+Specificity = tuple[int, int]
 """How closely a setting names a node, within its level. Larger is closer."""
 
 
@@ -82,7 +82,7 @@ class Everything:
     def __str__(self) -> str:
         return "the global configuration"
 
-    def closeness(self, place: Place) -> Closeness | None:
+    def specificity(self, place: Place) -> Specificity | None:
         """The same for all."""
         return (0, 0)
 
@@ -98,7 +98,7 @@ class Operator:
     def __str__(self) -> str:
         return f"operator '{self.spelled}'"
 
-    def closeness(self, place: Place) -> Closeness | None:
+    def specificity(self, place: Place) -> Specificity | None:
         """The fewer ops it stands for, the closer."""
         return None if self.targets.isdisjoint(place.targets) else (-len(self.targets), 0)
 
@@ -113,7 +113,7 @@ class ModuleType:
     def __str__(self) -> str:
         return f"module type '{self.name}'"
 
-    def closeness(self, place: Place) -> Closeness | None:
+    def specificity(self, place: Place) -> Specificity | None:
         """By depth; a qualified name is closer than a bare one."""
         bare = "." not in self.name
         return max(((d, not bare) for kind, d in place.types.items() if self.is_of(kind)), default=None)
@@ -133,7 +133,7 @@ class ModuleName:
     def __str__(self) -> str:
         return f"module name '{self.spelled}'"
 
-    def closeness(self, place: Place) -> Closeness | None:
+    def specificity(self, place: Place) -> Specificity | None:
         """By the depth of the outermost module that it names; there, an exact name is closer than a pattern."""
         exact = place.paths.get(plain_path(self.spelled))
         if exact is not None:
@@ -159,7 +159,7 @@ class ModuleExpression:
     def __str__(self) -> str:
         return f"module name matching '{self.expression.pattern}'"
 
-    def closeness(self, place: Place) -> Closeness | None:
+    def specificity(self, place: Place) -> Specificity | None:
         """By the depth of the outermost module that it matches."""
         return next(((d, 0) for path, d in place.paths.items() if path and self.expression.fullmatch(path)), None)
 
@@ -174,7 +174,7 @@ class NodeName:
     def __str__(self) -> str:
         return f"node '{self.name}'"
 
-    def closeness(self, place: Place) -> Closeness | None:
+    def specificity(self, place: Place) -> Specificity | None:
         """Closer than any predicate."""
         return (1, 0) if place.node.name == self.name else None
 
@@ -189,7 +189,7 @@ class Predicate:
     def __str__(self) -> str:
         return f"the predicate {name_of(self.function)}"
 
-    def closeness(self, place: Place) -> Closeness | None:
+    def specificity(self, place: Place) -> Specificity | None:
         """Asks the function."""
         return (0, 0) if ask(self.function, place.node) else None
 
@@ -251,14 +251,14 @@ class Settings:
             return ChosenConfig(None)
         return ChosenConfig(self.made[scope], str(scope), explicit=scope.level is not Level.EVERYTHING)
 
-    def ranked(self, node: Node) -> list[tuple[tuple[Level, Closeness], Scope]]:
+    def ranked(self, node: Node) -> list[tuple[tuple[Level, Specificity], Scope]]:
         """The scopes that a node is in, the one that applies first, each with how close it is."""
         return sorted(self._matching(Place(node)), key=lambda pair: pair[0], reverse=True)
 
-    def _matching(self, place: Place) -> Iterator[tuple[tuple[Level, Closeness], Scope]]:
+    def _matching(self, place: Place) -> Iterator[tuple[tuple[Level, Specificity], Scope]]:
         for scope in reversed(self.made):  # sorting is stable, so that the later comes first
-            if (closeness := scope.closeness(place)) is not None:
-                yield (scope.level, closeness), scope
+            if (specificity := scope.specificity(place)) is not None:
+                yield (scope.level, specificity), scope
 
 
 def node_scope(node: str | Node | Callable[[Node], bool]) -> NodeName | Predicate:

@@ -41,7 +41,7 @@ _CONV_UNARY = op(
 )
 _CLAMP = op(aten.clamp.default, when=_two_numbers)
 _LINEAR_UNARY = op(aten.relu.default, aten.gelu.default)
-_IDLE = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
+_DROPOUT = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
 
 FUSED = {"conv": ("relu", "relu6", "hardtanh", "hardswish", "silu"), "linear": ("relu", "gelu")}
 """Activations that become part of an int8 kernel."""
@@ -81,7 +81,7 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
     return (
         Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
         Rule(_CONV_UNARY(_CONV) | _CLAMP(_CONV) | _CONV, product, name="conv"),
-        Rule(_added(_IDLE(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
+        Rule(_added(_DROPOUT(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
         Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
         Rule(op(aten.matmul.default, aten.bmm.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
         Rule(f.mul(f.x, f.y), {"x": act, "y": act}, when=_equal_factors, name="mul", opt_in=True),
@@ -95,7 +95,7 @@ def dynamic_rules(config: Any) -> tuple[Rule, ...]:
     """Linear, with activations that get their parameters at run time."""
     product = {"x": config.input_activation, "w": config.weight}
     return (
-        Rule(_added(_IDLE(f.linear) | f.linear), product, None, _equal_shapes, "dynamic linear + add"),
+        Rule(_added(_DROPOUT(f.linear) | f.linear), product, None, _equal_shapes, "dynamic linear + add"),
         Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="dynamic linear"),
     )
 
