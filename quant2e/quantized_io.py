@@ -25,7 +25,7 @@ from quant2e.errors import FileFormatError, Quant2eError
 from quant2e.graph.edit import set_origin
 from quant2e.graph.inputs import Inputs, leaf_paths, read_inputs
 from quant2e.graph.module import CapturedModule, copy_graph
-from quant2e.graph.mutation import written_in_sight
+from quant2e.graph.mutation import observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 from quant2e.passes.dead_code import remove_dead_code
 from quant2e.passes.split_dequantize import split_dequantize
@@ -194,7 +194,7 @@ def _open_inputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
     """Turn placeholders into integers; yields their ports."""
     convention = gm.inputs if gm.inputs is not None else read_inputs(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    written, fake_values, checks = written_in_sight(gm.graph), FakeValueCache(), []
+    written, fake_values, checks = observable_writes(gm.graph), FakeValueCache(), []
     for index, (name, node) in enumerate(zip(leaf_paths(convention.names, convention.spec), placeholders, strict=True)):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():

@@ -21,7 +21,7 @@ from lowering.executorch.xnnpack.partitioner import forget_provenance, xnnpack_p
 from lowering.signature import check_bounded, signature_of
 from lowering.verify import LEEWAY_DB, Bound, Inputs, as_inputs, compare, compare_within_noise, graph_of
 from quant2e.errors import LoweringError
-from quant2e.graph.dataflow import is_in_place
+from quant2e.graph.effects import is_in_place
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
 FORWARD = "forward"

@@ -17,7 +17,7 @@ from quant2e.annotation.plan import DerivedFrom, Edge, Ignored, Output, Plan, Po
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError, PlanError, where
 from quant2e.graph.fake_values import node_tensor
-from quant2e.graph.mutation import WrittenInSight, written_in_sight
+from quant2e.graph.mutation import ObservableWrite, observable_writes
 
 QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that the quantize ops take."""
@@ -33,7 +33,7 @@ def read_plan(gm: GraphModule) -> Plan:
     implicit: set[str] = set()
     ignored: list[Ignored] = []
     nodes = {node.name: node for node in gm.graph.nodes}
-    written = written_in_sight(gm.graph)
+    written = observable_writes(gm.graph)
     for node in gm.graph.nodes:
         note = node.meta.get(ANNOTATION)
         if note is None:
@@ -123,7 +123,7 @@ def _concrete(spec: Any, point: Point, nodes: dict[str, Node]) -> Any:
     )
 
 
-def _unquantizable(nodes: Mapping[str, Node], point: Point, written: Mapping[Node, WrittenInSight]) -> str | None:
+def _unquantizable(nodes: Mapping[str, Node], point: Point, written: Mapping[Node, ObservableWrite]) -> str | None:
     """Why a point cannot be quantized, whatever its spec says; None when it can."""
     node = nodes[point.tensor]
     if node in written and (isinstance(point, Output) or nodes[point.dst] in written[node].consumers):

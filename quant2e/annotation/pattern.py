@@ -30,8 +30,10 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
-from quant2e.errors import AnnotationError, where
-from quant2e.graph.dataflow import Constants, alias_of_written, is_in_place, operand, uses
+from quant2e.errors import AnnotationError
+from quant2e.graph.constants import Constants, Variation
+from quant2e.graph.dataflow import operand, uses
+from quant2e.graph.mutation import seen_through
 
 NodeEdge = tuple[Node, Node]
 """``(producer, consumer)``."""
@@ -223,9 +225,9 @@ _Wanted = tuple["Arg | Pattern", Any, Node, str]
 
 @dataclass(slots=True)
 class _Search:
-    """One search: the constants of the graph, and the failure that got furthest."""
+    """One search: the constants of the graph, found when first needed, and the failure that got furthest."""
 
-    constants: Constants
+    constants: Constants | None
     folded: Folded
     explaining: bool
     nearest: Mismatch | None = None
@@ -237,6 +239,12 @@ class _Search:
         best = self.nearest
         if best is None or (mismatch.matched, -mismatch.missing) > (best.matched, -best.missing):
             self.nearest = mismatch
+
+    def variation(self, producers: Sequence[Node]) -> Variation | None:
+        """Why one of the producers is not constant; None if all are."""
+        if self.constants is None:
+            self.constants = Constants(producers[0].graph)
+        return next(filter(None, map(self.constants.variation, producers)), None)
 
     def call(self, pattern: Pattern, result: Node, found: _Found) -> Iterator[_Found]:
         node = self.folded.get(result, result)
@@ -282,8 +290,8 @@ class _Search:
                 kind = "is missing" if have is None else f"is the literal {have!r}, not a tensor"
                 self.miss(node, found, f"operand '{want.name}' ({place}) of '{node.name}' {kind}")
             return
-        if want.constant and (culprit := next(filter(None, map(self.constants.culprit, producers)), None)):
-            self.miss(node, found, f"operand '{want.name}' of '{node.name}' is not constant: {_depends(culprit)}")
+        if want.constant and (why := self.variation(producers)) is not None:
+            self.miss(node, found, f"operand '{want.name}' of '{node.name}' is not constant: {why}")
             return
         bound = next((edge[0] for name, edge in found.edges if name == want.name), None)
         if bound is not None and producers != (bound,):
@@ -304,14 +312,6 @@ def _size(pattern: Arg | Pattern) -> int:
     return 1 + min(sum(map(_size, operands)) for operands in parts)
 
 
-def _depends(culprit: Node) -> str:
-    if culprit.op == "placeholder":
-        return f"it depends on the input '{culprit.name}'"
-    return f"it depends on {where(culprit)}, which " + (
-        "changes a buffer" if is_in_place(culprit) else "differs from call to call"
-    )
-
-
 def _read(node: Node, name: int | str, result: Node) -> tuple[Any, Node]:
     """An operand, and the node that reads it: what ``node`` lacks is what the norm behind it has under that name."""
     have = operand(node, name)
@@ -330,7 +330,7 @@ def _head_mismatch(pattern: Op, node: Node, result: Node, *, inner: bool) -> str
         return f"'{node.name}' is {short_name(node.target) if node.op == 'call_function' else node.op}, not {names}"
     if inner and (count := uses(result)) != 1:
         return f"the output of '{result.name}' is used {count} times ({', '.join(u.name for u in result.users)})"
-    if (alias := alias_of_written(node)) is not None:
+    if (alias := seen_through(node)) is not None:
         return f"'{node.name}' writes in place to a tensor that is also seen through '{alias.name}'"
     if pattern.when is not None and (answer := pattern.when(node)) is not True:
         return answer or f"'{node.name}' does not meet the condition {_name_of(pattern.when)}"
@@ -345,7 +345,7 @@ def solutions(
     pattern: Pattern, node: Node, constants: Constants | None = None, *, folded: Folded = _NONE
 ) -> Iterator[Match]:
     """Every way in which ``pattern`` matches with its root at ``node``, in the order the pattern is written."""
-    search = _Search(constants or Constants(), folded, explaining=False)
+    search = _Search(constants, folded, explaining=False)
     return (found.match() for found in search.call(pattern, node, _Found()))
 
 
@@ -358,7 +358,7 @@ def explain(
     pattern: Pattern, node: Node, constants: Constants | None = None, *, folded: Folded = _NONE
 ) -> Mismatch | None:
     """Why ``pattern`` does not match with its root at ``node``: the attempt that got furthest. None if it matches."""
-    search = _Search(constants or Constants(), folded, explaining=True)
+    search = _Search(constants, folded, explaining=True)
     if next(search.call(pattern, node, _Found()), None) is not None:
         return None
     return search.nearest
@@ -390,7 +390,8 @@ def arguments(pattern: Arg | Pattern) -> dict[str, Arg]:
 def find(pattern: Pattern, graph: Graph, *, folded: Folded = _NONE) -> Iterator[Match]:
     """Matches that share no node, in reverse graph order, so that the largest pattern claims its nodes first."""
     taken: set[Node] = set()
-    constants, targets = Constants(), roots(pattern)
+    constants = Constants(graph) if any(arg.constant for arg in arguments(pattern).values()) else None
+    targets = roots(pattern)
     into = set(folded.values())
     for node in reversed(graph.nodes):
         op = folded.get(node, node)

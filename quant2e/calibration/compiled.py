@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.graph.dataflow import is_view, operand
+from quant2e.graph.dataflow import operand
+from quant2e.graph.effects import is_view
 from quant2e.graph.module import copy_graph
 
 aten = torch.ops.aten

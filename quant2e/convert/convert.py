@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from quant2e.convert.insert_qdq import FakeValueCache, quantize_at, round_at
 from quant2e.convert.legality import check
 from quant2e.errors import CalibrationError, Quant2eError, where
-from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.module import copy_graph
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.observers.base import OBSERVER_PREFIX
@@ -65,7 +65,7 @@ def convert_pt2e(
     own_written_tensors(gm)
     with searched_together(searchable(prepared.modules())):
         encodings = _encode_all(gm, calls)
-    constants = constant_nodes(gm.graph)
+    constants = Constants(gm.graph)
     notes += _notes(gm, calls, encodings)
     fake_values = FakeValueCache()
     for call in calls:

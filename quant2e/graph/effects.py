@@ -163,6 +163,16 @@ def aliases(node: Node) -> list[Node]:
     return list(_tensors(node, _shared(node.target)))
 
 
+def is_view(node: Node) -> bool:
+    """Does the node only give its operand another shape or name? Its result may share the operand's memory."""
+    return bool(aliases(node)) and not is_in_place(node)
+
+
+def is_in_place(node: Node) -> bool:
+    """Does the node's op change an operand, be it its elements (`writes`) or only its metadata (``detach_``)?"""
+    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
+
+
 def is_random(node: Node) -> bool:
     """Does the node draw random numbers? Dropout in eval mode does not."""
     if isinstance(node.target, HigherOrderOperator):
@@ -174,16 +184,14 @@ def is_random(node: Node) -> bool:
 
 
 def is_deterministic(node: Node) -> bool:
-    """Is the node's value a function of its operands alone?"""
+    """Is the node's value a function of what its operands hold when it runs?"""
     if node.op != "call_function":
         return False
     if isinstance(node.target, OpOverload):
-        return not (is_random(node) or writes(node) or node.target in _UNINITIALISED)
+        return not (is_random(node) or node.target in _UNINITIALISED)
     if isinstance(node.target, HigherOrderOperator):
         return False
-    if isinstance(
-        node.target, OpOverloadPacket
-    ):  # an op without its overload, as observers of other libraries write it
+    if isinstance(node.target, OpOverloadPacket):  # without its overload, as observers of other libraries write it
         overloads = [getattr(node.target, name) for name in node.target.overloads()]
         seeded = torch.Tag.nondeterministic_seeded
         return not any(o._schema.is_mutable or seeded in o.tags for o in overloads)

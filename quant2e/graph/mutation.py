@@ -1,4 +1,6 @@
-"""Writes in place, and who would miss them.
+"""Mutation analysis: which memory nodes share, and which in-place writes are observable.
+
+observable(w)  ⇔  the memory that w writes is read after w other than through its result, or is not the graph's own
 
 A quantized operand is a copy: what an op writes into it, nobody else sees. That is no loss when nobody else looks
 (``relu_(conv(x))``), and a wrong result when somebody does (a buffer, an input, a view of the same tensor).
@@ -6,21 +8,99 @@ A quantized operand is a copy: what an op writes into it, nobody else sees. That
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Set as AbstractSet
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from quant2e.graph.attributes import attribute
-from quant2e.graph.constants import Memory, memories
-from quant2e.graph.effects import writes
+from quant2e.graph.effects import aliases, is_view, writes
+
+Storage = tuple[str, Any] | Node
+"""What tells one piece of memory from another: a tensor's storage, or the node that allocated it."""
+
+
+def storage_of(node: Node, known: Mapping[Node, frozenset[Storage]]) -> frozenset[Storage]:
+    """Where the value of ``node`` may live, when that is ``known`` of the nodes it may share memory with."""
+    if node.op == "get_attr":
+        module, path = node.graph.owning_module, str(node.target)
+        value = None if module is None else attribute(module, path)
+        return frozenset({_storage(value) if isinstance(value, Tensor) else ("path", path)})
+    shared = [known[base] for base in aliases(node)]
+    return shared[0].union(*shared[1:]) if shared else frozenset({node})
+
+
+def _storage(tensor: Tensor) -> Storage:
+    pointer = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    return ("storage", pointer) if pointer else ("tensor", id(tensor))
+
+
+def storages(graph: Graph) -> dict[Node, frozenset[Storage]]:
+    """For each node, the memory its value may live in. Two parameters that are one tensor have one storage."""
+    found: dict[Node, frozenset[Storage]] = {}
+    for node in graph.nodes:
+        found[node] = storage_of(node, found)
+    return found
+
+
+def written_nodes(graph: Graph) -> set[Node]:
+    """Nodes whose tensor some node writes in place, under whatever name."""
+    written = [operand for node in graph.nodes for operand in writes(node)]
+    if not written:
+        return set()
+    memory = storages(graph)
+    places = frozenset[Storage]().union(*(memory[operand] for operand in written))
+    return {node for node in graph.nodes if not memory[node].isdisjoint(places)}
+
+
+def seen_through(writer: Node) -> Node | None:
+    """By what other name than its operand and its result somebody may see what an in-place op writes, if any.
+
+    A parameter, buffer or input; a view of the operand; what the operand is a view of, where that is read later or viewed
+    again. None for ops that return something else than what they write, as norms do that update statistics. As the graph
+    is now: costs a look at the operand's views and at what it is a view of.
+    """
+    returned = set(aliases(writer))
+    return next(filter(None, (_other_name(node, writer) for node in writes(writer) if node in returned)), None)
+
+
+def _other_name(operand: Node, writer: Node) -> Node | None:
+    for user in operand.users:
+        if user is not writer and is_view(user) and operand in aliases(user):
+            return user
+    pending = [operand]
+    while pending:
+        node = pending.pop()
+        if node.op != "call_function":
+            return node
+        for base in aliases(node):
+            for user in base.users:
+                if user is not node and base in aliases(user):
+                    return user
+                if user > writer:
+                    return base
+            pending.append(base)
+    return None
+
+
+def _is_seen(operand: Node, writer: Node) -> bool:
+    return _other_name(operand, writer) is not None or any(user > writer for user in operand.users)
+
+
+def observed_writes(node: Node) -> list[Node]:
+    """Nodes whose tensor ``node`` changes in place where that is seen: by another name, or by reading it afterwards.
+
+    What is written to memory of the graph's own, and read through the writer's result only, is seen by nobody.
+    """
+    return [operand for operand in writes(node) if _is_seen(operand, node)]
 
 
 @dataclass(frozen=True, slots=True)
-class WrittenInSight:
+class ObservableWrite:
     """A tensor that is written in place where others see it.
 
     ``consumers`` must get the tensor itself, not a copy: what writes it, what reads it afterwards, what makes a view.
@@ -30,60 +110,61 @@ class WrittenInSight:
     consumers: frozenset[Node]
 
 
-def written_in_sight(graph: Graph) -> dict[Node, WrittenInSight]:
+def observable_writes(graph: Graph) -> dict[Node, ObservableWrite]:
     """For every node whose tensor is written in place later on, where others see it: who writes and who must see it.
 
     A graph that writes nothing costs one look at each node.
     """
-    writers = [(node, operand) for node in graph.nodes for operand in writes(node)]
+    writers = [(node, operand) for node in graph.nodes for operand in observed_writes(node)]
     if not writers:
         return {}
     position = {node: i for i, node in enumerate(graph.nodes)}
-    memory = memories(graph)
-    sharing: dict[Memory, list[Node]] = defaultdict(list)
+    memory = storages(graph)
+    sharing: dict[Storage, list[Node]] = defaultdict(list)
     for node in graph.nodes:
         for place in memory[node]:
             sharing[place].append(node)
-    found: dict[Node, WrittenInSight] = {}
+    found: dict[Node, ObservableWrite] = {}
     for writer, operand in writers:
         earlier = {n for place in memory[operand] for n in sharing[place] if position[n] < position[writer]}
-        if _private(earlier, operand, writer, position):
-            continue
         for node in earlier:
-            known = found.get(node, WrittenInSight(writer, frozenset()))
+            known = found.get(node, ObservableWrite(writer, frozenset()))
             seeing = (u for u in node.users if u in earlier or position[u] >= position[writer])
-            found[node] = WrittenInSight(known.writer, known.consumers.union(seeing))
+            found[node] = ObservableWrite(known.writer, known.consumers.union(seeing))
     return found
-
-
-def _private(sharing: AbstractSet[Node], operand: Node, writer: Node, position: dict[Node, int]) -> bool:
-    """Whether the nodes that share the written memory are a chain of the graph's own, read by none after the write."""
-    for node in sharing:
-        if node.op != "call_function":
-            return False
-        heirs = [user for user in node.users if user in sharing]
-        if len(heirs) != (0 if node is operand else 1):
-            return False
-        if any(position[user] > position[writer] for user in node.users if user not in sharing):
-            return False
-    return True
 
 
 def written_attributes(gm: GraphModule) -> dict[str, Tensor]:
     """Parameters and buffers that the graph of ``gm`` writes, also through a view, by path."""
-    memory = memories(gm.graph)
-    written = set().union(*(memory[operand] for node in gm.graph.nodes for operand in writes(node)))
-    paths = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and not memory[n].isdisjoint(written)]
+    written = written_nodes(gm.graph)
+    paths = [str(n.target) for n in gm.graph.nodes if n.op == "get_attr" and n in written]
     values = {path: attribute(gm, path) for path in paths}
     return {path: value for path, value in values.items() if isinstance(value, Tensor)}
 
 
+def clone_together(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """A detached copy of every tensor, by its id. Where tensors share memory (one is a view of another), so do the copies."""
+    distinct = {id(tensor): tensor for tensor in tensors}
+    sharing = Counter(map(_storage, distinct.values()))
+    memory: dict[Storage, torch.UntypedStorage] = {}
+    copies = {}
+    for key, tensor in distinct.items():
+        place = _storage(tensor)
+        if sharing[place] == 1:
+            copies[key] = tensor.detach().clone()
+            continue
+        if place not in memory:
+            memory[place] = tensor.untyped_storage().clone()
+        empty = tensor.detach().new_empty(0)
+        copies[key] = empty.set_(memory[place], tensor.storage_offset(), tensor.size(), tensor.stride())
+    return copies
+
+
 def own_written_tensors(gm: GraphModule) -> None:
     """Give ``gm`` its own copies of what its graph writes, so that running it changes nobody else's tensors."""
-    copies: dict[int, Tensor] = {}
-    for path, value in written_attributes(gm).items():
-        if id(value) not in copies:
-            copies[id(value)] = value.detach().clone()
+    written = written_attributes(gm)
+    copies = clone_together(written.values())
+    for path, value in written.items():
         parent, _, name = path.rpartition(".")
         owner = gm.get_submodule(parent)
         table: dict[str, Any] = next((t for t in (owner._parameters, owner._buffers) if name in t), owner.__dict__)
@@ -96,19 +177,15 @@ def own_tensors(gm: GraphModule, *, trainable: bool = True) -> None:
 
     Tied parameters stay tied. ``trainable=False``: parameters lose their gradients.
     """
-    copies: dict[int, Tensor] = {}
-
-    def own(value: Tensor) -> Tensor:
-        if id(value) not in copies:
-            copy = value.detach().clone()
-            if isinstance(value, nn.Parameter):
-                copy = nn.Parameter(copy, value.requires_grad and trainable)
-            copies[id(value)] = copy
-        return copies[id(value)]
-
-    for module in gm.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
-        for table in tables:
-            for name, value in table.items():
-                if isinstance(value, Tensor):
-                    table[name] = own(value)
+    tables: list[dict[str, Any]] = [
+        table for module in gm.modules() for table in (module._parameters, module._buffers, vars(module))
+    ]
+    tensors = {id(v): v for table in tables for v in table.values() if isinstance(v, Tensor)}
+    copies = clone_together(tensors.values())
+    for key, value in tensors.items():
+        if isinstance(value, nn.Parameter):
+            copies[key] = nn.Parameter(copies[key], value.requires_grad and trainable)
+    for table in tables:
+        for name, value in table.items():
+            if isinstance(value, Tensor):
+                table[name] = copies[id(value)]

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.constants import constant_nodes
-from quant2e.graph.data_movement import When, movements
-from quant2e.graph.dataflow import operand
+from quant2e.graph.constants import Constants
 from quant2e.graph.module import copy_graph
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.integer.arithmetic.builder import Builder, Record
@@ -54,10 +52,10 @@ def to_integer(
     float_ops = [node.name for node in gm.graph.nodes if _computes_float(node)]
     targets = {node.name: str(node.target) for node in gm.graph.nodes}
     asked = _asked(gm)
-    ctx = Context(gm, Builder(gm, requantization), constant_nodes(gm.graph), exposed=exposed(gm))
+    ctx = Context(gm, Builder(gm, requantization), Constants(gm.graph), exposed=exposed(gm))
     constants = {node.name for node in ctx.constants}
     rewrite(ctx)
-    run(gm, (remove_dead_code, _remove_idle_dropout, remove_dead_code, prune_unused_attributes), compiled=False)
+    run(gm, (remove_dead_code, prune_unused_attributes), compiled=False)
     gm.graph.lint()
     gm.recompile()
     verdicts = tuple(
@@ -73,17 +71,6 @@ def to_integer(
         raise Quant2eError(f"{len(report.left)} quantized ops have no integer form ({requantization}):\n{lines}")
     _file(gm, report)
     return gm
-
-
-_DROPOUTS = movements(when=When.EVALUATION)
-
-
-def _remove_idle_dropout(gm: GraphModule) -> bool:
-    """Dropout in evaluation mode that nothing reads; `remove_dead_code` takes every dropout for a random number."""
-    idle = [n for n in gm.graph.nodes if n.target in _DROPOUTS and not n.users and operand(n, "train") is False]
-    for node in idle:
-        gm.graph.erase_node(node)
-    return bool(idle)
 
 
 def _computes_float(node: Node) -> bool:

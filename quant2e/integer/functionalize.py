@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.graph.dataflow import alias_of_written, is_in_place, is_view, operand
+from quant2e.graph.dataflow import operand
+from quant2e.graph.effects import is_in_place
+from quant2e.graph.mutation import seen_through, written_nodes
 
 aten = torch.ops.aten
 
@@ -24,7 +26,7 @@ def use_functional_ops(gm: GraphModule) -> bool:
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     changed = False
     for node in list(gm.graph.nodes):
-        if not is_in_place(node) or alias_of_written(node) is not None:
+        if not is_in_place(node) or seen_through(node) is not None:
             continue
         target = _functional(node.target)
         written = operand(node, 0)
@@ -40,21 +42,7 @@ def use_functional_ops(gm: GraphModule) -> bool:
 
 def exposed(gm: GraphModule) -> frozenset[Node]:
     """What the in-place ops that are left write to, under any of its names: integers would not see the write."""
-    found: set[Node] = set()
-    for node in gm.graph.nodes:
-        if not is_in_place(node):
-            continue
-        written = operand(node, 0)
-        waiting = [written] if isinstance(written, Node) else []
-        while waiting:
-            name = waiting.pop()
-            if name in found:
-                continue
-            found.add(name)
-            waiting += [user for user in name.users if is_view(user)]
-            base = operand(name, 0) if is_view(name) else None
-            waiting += [base] if isinstance(base, Node) else []
-    return frozenset(found)
+    return frozenset(node for node in written_nodes(gm.graph) if not is_in_place(node))
 
 
 def _functional(target: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What nothing reads is removed.
+"""Dead code elimination.
 
 f(x) without readers  =  nothing, when f only returns a value;   a tensor no node reads leaves the module
 """
@@ -14,15 +14,18 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from quant2e.graph.effects import is_random, writes
+from quant2e.graph.mutation import observed_writes
 
 
 def has_effect(node: Node) -> bool:
-    """Does the node do more than return a value: write a tensor, draw a random number, assert, call a module?"""
+    """Does the node do more than return a value: write what others see, draw a random number, assert, call a module?"""
     if node.op not in ("call_function", "get_attr"):
         return True
     if isinstance(node.target, OpOverload) and not node.target._schema.returns:
         return True  # assertions and constraints on sizes
-    return bool(writes(node)) or is_random(node) or node.is_impure()
+    if is_random(node) or observed_writes(node):
+        return True
+    return not writes(node) and node.is_impure(impure_random=False)
 
 
 def remove_dead_code(gm: GraphModule) -> bool:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from quant2e.graph.attributes import attribute, free_path, replace_tensor
-from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.effects import aten, flag_of
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
@@ -135,7 +135,7 @@ def _fold(gm: GraphModule) -> tuple[Fold, ...]:
 
 
 def _find(gm: GraphModule) -> list[_Match]:
-    constants = constant_nodes(gm.graph)
+    constants = Constants(gm.graph)
     matches = []
     for norm in gm.graph.nodes:
         if norm.target not in _NORMS or not _is_affine(norm, constants):
@@ -149,7 +149,7 @@ def _find(gm: GraphModule) -> list[_Match]:
     return matches
 
 
-def _is_affine(norm: Node, constants: set[Node]) -> bool:
+def _is_affine(norm: Node, constants: Constants) -> bool:
     """Does the norm scale and shift by constants? Only its normalised result may be used."""
     if norm.target is not aten._native_batch_norm_legit_no_training.default:
         flag = flag_of(norm)

@@ -15,7 +15,7 @@ from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.attributes import register_tensor
-from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 from quant2e.ranges.qparams import quantize_per_channel
 
@@ -57,7 +57,7 @@ def _integers(gm: GraphModule, node: Node) -> Tensor:
 
 def fold_weights(gm: GraphModule) -> bool:
     """Evaluate every quantize op on a constant and keep its integers as a buffer; True if there was any."""
-    constants = constant_nodes(gm.graph)
+    constants = Constants(gm.graph)
     folded = False
     for node in list(gm.graph.nodes):
         if node not in constants or not is_quantize(node):

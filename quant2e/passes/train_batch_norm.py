@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
 from quant2e.graph.attributes import attribute, free_path, replace_tensor
-from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.edit import set_origin
 from quant2e.graph.effects import aten
@@ -62,7 +62,7 @@ def trainable_norms(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
     Nothing else reads the op's result. In training and in evaluation mode.
     """
     norms = [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]
-    constants = constant_nodes(gm.graph) if norms else set()
+    constants = Constants(gm.graph) if norms else ()
     for norm in norms:
         statistics = [operand(norm, name) for name in ("running_mean", "running_var")]
         affine = [operand(norm, name) for name in ("weight", "bias")]

@@ -18,7 +18,7 @@ from quant2e.annotation.quantizer import Quantizer, annotated, transformed
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError, Quant2eError, where
 from quant2e.graph.capture import as_graph_module
-from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.inline_regions import opaque_regions
 from quant2e.graph.modes import check_eval
 from quant2e.graph.module import CapturedModule, copy_graph
@@ -85,7 +85,7 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, trai
         gm.inputs = inputs
     if not training:
         own_written_tensors(gm)
-    constants = frozenset(constant_nodes(gm.graph))
+    constants = frozenset(Constants(gm.graph))
     plan, observers = call_back(gm, quantizer, plan, make_observers(plan, training=training))
     report = Report(
         verdicts=judge(ops, gm, plan, constants, _explainer(quantizer)),

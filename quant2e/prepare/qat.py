@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.errors import CaptureError, where
-from quant2e.graph.constants import constant_nodes, evaluate
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand
 from quant2e.graph.modes import set_training, training_nodes
 from quant2e.observers.base import OBSERVER_PREFIX
@@ -180,7 +180,7 @@ def _measure_again(gm: GraphModule) -> None:
 
     Fake-quantizers followed the training; what calibrates (a module with a configuration that is not for training) did not.
     """
-    constants = constant_nodes(gm.graph)
+    constants = Constants(gm.graph)
     seen: dict[str, list[Node]] = {}
     for call in gm.graph.nodes:
         if call.op == "call_module" and str(call.target).startswith(OBSERVER_PREFIX):

@@ -38,10 +38,10 @@ def minmax(state: HistogramState) -> tuple[float, float]:
 
 def magnitudes(state: HistogramState) -> tuple[Tensor, float]:
     """Counts of ``|x|``, int64, in at most as many bins of equal width, from zero to the largest one; and that width."""
-    win = state.windows
-    width, used = float(win.width), torch.nonzero(state.histogram.cpu()).flatten()
-    number = (used + win.first.cpu()).abs()
-    while int(number.max()) >= state.histogram.numel():  # the window begins far from zero
+    win, width = state.window, state.window.width
+    used = torch.nonzero(state.histogram.cpu()).flatten()
+    number = (used + win.first).abs()
+    while int(number.max()) >= win.bins:  # the window begins far from zero
         number, width = number >> 1, width * 2
     folded = torch.zeros(int(number.max()) + 1, dtype=torch.int64)
     return folded.index_add_(0, number, state.histogram.cpu()[used]), width

@@ -15,8 +15,8 @@ from quant2e.annotation.pattern import short_name
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION, INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import PlanError, Quant2eError
+from quant2e.graph.constants import Constants
 from quant2e.graph.data_movement import Effect, movements
-from quant2e.graph.dataflow import Constants
 from quant2e.graph.fake_values import node_tensor
 from quant2e.prepare.insert_observers import make_observers
 from quant2e.ranges.qparams import plain_dtype
@@ -53,11 +53,12 @@ class Annotated:
     """A graph with annotations, and what is known about its tensors."""
 
     gm: GraphModule
-    constants: Constants = field(default_factory=Constants)
+    constants: Constants = field(init=False)
     value_sources: ValueSources = field(init=False)
     nodes: dict[str, Node] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.constants = Constants(self.gm.graph)
         self.value_sources = ValueSources(self.gm)
         self.nodes = {node.name: node for node in self.gm.graph.nodes}
 
@@ -83,7 +84,7 @@ class Annotated:
 
     def is_constant(self, node: Node) -> bool:
         """Whether it depends on parameters only."""
-        return self.constants.culprit(node) is None
+        return node in self.constants
 
 
 def finding(kind: str, node: Node, message: str) -> Finding:

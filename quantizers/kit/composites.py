@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, Node
 
 from quant2e.annotation.pattern import short_name
-from quant2e.graph.dataflow import Constants
+from quant2e.graph.constants import Constants
 
 _AT_MOST = 64
 """Ops of the largest composite that is looked for."""
@@ -56,7 +56,7 @@ class _Cone:
 
     def data(self, node: Node) -> list[Node]:
         """The operands that depend on the model's inputs."""
-        return [n for n in node.all_input_nodes if self.constants.culprit(n) is not None]
+        return [n for n in node.all_input_nodes if n not in self.constants]
 
     def composite(self, root: Node) -> tuple[frozenset[Node], Node] | None:
         """The composite that ends in ``root``, and the tensor it is a function of."""
@@ -113,11 +113,11 @@ def composites(
     composite.
     """
     position = {node: i for i, node in enumerate(graph.nodes)}
-    constants = Constants()
+    constants = Constants(graph)
     cone = _Cone(position, constants, floats, moves)
     found: dict[Node, tuple[Node, Node]] = {}
     for node in reversed(graph.nodes):
-        if not is_pointwise(node) or constants.culprit(node) is None:
+        if not is_pointwise(node) or node in constants:
             continue
         if (composite := cone.composite(node)) is None:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch.fx import Graph, Node
 
-from quant2e.graph.dataflow import Constants
+from quant2e.graph.constants import Constants
 
 
 def stands_between_float_ops(
@@ -17,7 +17,7 @@ def stands_between_float_ops(
     Quantizing it alone would cost a conversion on each side. ``passes``: ops to look through, which would be quantized
     together with this one: elementwise ones, and those that move values. ``floats``: ops that stay in float.
     """
-    sources = _ends(node, lambda n: [o for o in n.all_input_nodes if constants.culprit(o) is not None], passes)
+    sources = _ends(node, lambda n: [o for o in n.all_input_nodes if o not in constants], passes)
     if not all(source.op == "call_function" and floats(source) for source in sources):
         return False
     readers = _ends(node, lambda n: list(n.users), passes)

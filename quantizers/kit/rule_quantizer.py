@@ -23,9 +23,9 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.pattern import Folded, Match, explain, roots, short_name, solutions
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
-from quant2e.graph.dataflow import Constants
+from quant2e.graph.constants import Constants
 from quant2e.graph.fake_values import node_tensor
-from quant2e.graph.mutation import WrittenInSight, written_in_sight
+from quant2e.graph.mutation import ObservableWrite, observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.passes.train_batch_norm import trainable_norms
 from quantizers.kit.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
@@ -136,17 +136,18 @@ class _Pass:
     quantizer: RuleQuantizer
     gm: GraphModule
     folded: Folded
-    constants: Constants = field(default_factory=Constants)
+    constants: Constants = field(init=False)
     value_sources: ValueSources = field(init=False)
     choices: dict[Node, ChosenConfig] = field(init=False)
     computed: set[Node] = field(default_factory=set)
     trials: Trials = field(default_factory=Trials)
-    written: dict[Node, WrittenInSight] = field(init=False)
+    written: dict[Node, ObservableWrite] = field(init=False)
     following: frozenset[Any] = frozenset()
 
     def __post_init__(self) -> None:
+        self.constants = Constants(self.gm.graph)
         self.value_sources = ValueSources(self.gm)
-        self.written = written_in_sight(self.gm.graph)
+        self.written = observable_writes(self.gm.graph)
         calls = [node for node in self.gm.graph.nodes if node.op == "call_function"]
         self.choices = {node: self.quantizer.choose(node) for node in calls}
 
@@ -237,7 +238,7 @@ class _Pass:
                 return f"the output of '{node.name}' is {reason}"
         source = self.value_sources.source[match.root]
         if source is not Source.DATA and not rule.is_weight_only:
-            return self.value_sources.objection(match.root) or "a constant, computed from parameters and buffers"
+            return self._no_data(match.root)
         if (reason := self._operand_objection(rule, match)) is not None:
             return reason
         reasons = map(self.quantizer.objection_to_node, match.nodes)
@@ -248,6 +249,14 @@ class _Pass:
         if (reason := rule.conflict(match)) is not None:
             return reason
         return rule.condition(match)
+
+    def _no_data(self, node: Node) -> str:
+        """What a tensor is that no float input reaches."""
+        if (reason := self.value_sources.objection(node)) is not None:
+            return reason
+        if (variation := self.constants.variation(node)) is None:
+            return "a constant, computed from parameters and buffers"
+        return f"not constant: {f'it {variation.cause}' if variation.node is node else variation}"
 
     def _operand_objection(self, rule: Rule, match: Match) -> str | None:
         """Why an operand that the rule quantizes must stay float."""
@@ -267,7 +276,7 @@ class _Pass:
         """Whether an earlier quantization dealt with this match: its weight, or all it reads, is dequantized."""
         given = [p for name, spec in rule.operands.items() if spec is not None for p, _ in match.operands.get(name, ())]
         dequantized = [producer for producer in given if producer.target in DEQUANTIZE]
-        weight = any(self.constants.culprit(producer) is None for producer in dequantized)
+        weight = any(producer in self.constants for producer in dequantized)
         return weight or (len(dequantized) == len(given) > 0)
 
     def _not_quantizable(self, node: Node) -> str | None:
@@ -334,7 +343,7 @@ class _Pass:
             producer
             for name, spec in rule.operands.items()
             for producer, _ in match.operands.get(name, ())
-            if spec is not None and self.constants.culprit(producer) is not None
+            if spec is not None and producer not in self.constants
         ]
         if activations and not rule.is_dynamic:
             self.computed.add(match.root)
@@ -352,7 +361,7 @@ class _Pass:
             return f"folded into '{self.folded[node].name}', which stays float"
         source = self.value_sources.source[node]
         if source is not Source.DATA:
-            return self.value_sources.objection(node) or "a constant, computed from parameters and buffers"
+            return self._no_data(node)
         nearest, own = self.trials.nearest(node), self.quantizer.objection_to_node(node)
         if own is not None and (nearest is None or nearest.outcome != MATCHED or nearest.reason == own):
             return own

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import MOVEMENTS
+from quant2e.graph.effects import is_random
 from quant2e.passes.fold_weights import is_quantize
 
 MASK_VALUE = 1e4
@@ -80,7 +80,7 @@ class ValueSources:
         if node.op == "get_attr":
             value = tensor_at(self.gm, node)
             return Source.PARAMETER if isinstance(value, nn.Parameter) else Source.LITERAL
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if is_random(node):
             return Source.DATA
         inputs = {self.source[n] for n in node.all_input_nodes if _holds_tensor(n)}
         if not carries_values:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.graph.dataflow import Constants, operand
+from quant2e.graph.constants import Constants
+from quant2e.graph.dataflow import operand
 from quant2e.graph.fake_values import node_tensor
 
 aten = torch.ops.aten
@@ -22,14 +23,12 @@ ORIGINAL_TARGET = "original_target"
 
 def products_as_linear(gm: GraphModule, wanted: Callable[[Node], bool]) -> bool:
     """Rewrite the products that ``wanted`` answers True for. Returns whether any was."""
-    constants, changed = Constants(), False
+    constants, changed = Constants(gm.graph), False
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or (parts := _parts(node)) is None or not wanted(node):
             continue
         x, weight, bias = parts
-        if constants.culprit(x) is None or any(
-            constants.culprit(n) is not None for n in (weight, bias) if n is not None
-        ):
+        if x in constants or weight not in constants or (bias is not None and bias not in constants):
             continue
         fake = node_tensor(weight)
         assert fake is not None, f"'{weight.name}' is a matrix by now"

@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from quant2e.annotation.config import QuantizationConfig
 from quant2e.annotation.pattern import Match, roots, short_name
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES, group_size_of
 from quant2e.errors import AnnotationError
-from quant2e.graph.dataflow import Constants, operand
+from quant2e.graph.constants import Constants
+from quant2e.graph.dataflow import operand
 from quantizers.kit.composites import composites
 from quantizers.kit.families import MOVES, linear
 from quantizers.kit.float_regions import float_tail, stands_between_float_ops
@@ -90,7 +91,7 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
         super().__init__()
         self.float_tail = float_tail
         self._whole: dict[str, str] = {}
-        self._constants = Constants()
+        self._constants = Constants(Graph())
 
     def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
         """`get_symmetric_quantization_config`, with weights per output channel."""
@@ -203,7 +204,7 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
 
     def _look(self, model: GraphModule) -> None:
         """Find what stays float as a whole."""
-        self._constants = Constants()
+        self._constants = Constants(model.graph)
         self._whole = {}
         for node, (root, source) in composites(model.graph, _floats, _moves).items():
             if not _floats(node):

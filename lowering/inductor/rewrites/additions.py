@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import call, operands, replace
 from lowering.inductor.rewrites.weights import weight_of
+from quant2e.graph.effects import aliases
 from quant2e.graph.qdq_ops import qd
 
 aten = torch.ops.aten
@@ -22,14 +23,8 @@ _ADDITIONS = {
     aten.add_.Tensor: (aten.mul_.Tensor, aten.sub_.Tensor),
 }
 _DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default})
-_MAY_ALIAS = frozenset(
-    {
-        aten.dropout.default,
-        aten._to_copy.default,
-        aten.clone.default,
-    }
-)
-"""Ops that return their operand's memory in some cases, or are left out in some, although their schema does not say so."""
+_LEFT_OUT = frozenset({aten._to_copy.default, aten.clone.default})
+"""Copies that Inductor leaves out in some cases: their result is then their operand's memory."""
 
 
 def idle_dropouts(gm: GraphModule) -> None:
@@ -72,10 +67,7 @@ def separate_additions(gm: GraphModule) -> None:
 
 def _aliases(node: Node) -> bool:
     """Whether a call may return the memory of its first operand."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return node.op == "call_function"  # getitem
-    returned = [value.alias_info for value in node.target._schema.returns]
-    return node.target in _MAY_ALIAS or any(info is not None for info in returned)
+    return node.target in _LEFT_OUT or bool(aliases(node))
 
 
 def _origin(node: Node) -> Node:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import call
-from quant2e.graph.dataflow import is_in_place, is_view
+from quant2e.graph.effects import is_in_place, is_view, writes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
@@ -37,7 +37,7 @@ def shared_values_first(gm: GraphModule) -> None:
         if not _computed(node) or not isinstance(value, Tensor) or not _fixed(value):
             continue
         readers = {user: list(_readers(user)) for user in node.users}
-        if any(is_in_place(reader) for found in readers.values() for reader in found):
+        if any(writes(reader) for found in readers.values() for reader in found):
             continue  # who reads it afterwards reads something else
         users = [user for user, found in readers.items() if any(_widens(reader, value) for reader in found)]
         if users:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from quant2e.graph.mutation import clone_together, written_attributes
+
 TAG = "quant2e_op"
 """Key under ``node.meta["custom"]``, which Inductor carries through to the graph it generates code for."""
 
@@ -65,18 +67,6 @@ def replace(gm: GraphModule, old: Node, new: Node) -> None:
     gm.graph.erase_node(old)
 
 
-def _written(graph: Graph) -> set[Node]:
-    """Constants that some call of the graph writes to."""
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        for place, argument in enumerate(node.target._schema.arguments):
-            if argument.is_write and place < len(node.args):
-                found.update(n for n in pytree.tree_leaves(node.args[place]) if isinstance(n, Node))
-    return {node for node in found if node.op == "get_attr"}
-
-
 def private_copy(model: GraphModule) -> GraphModule:
     """Copy a captured graph for Inductor: flat inputs and outputs, detached constants, each call tagged with its name.
 
@@ -86,7 +76,7 @@ def private_copy(model: GraphModule) -> GraphModule:
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(model.graph, mapping)
     graph.output(tuple(pytree.tree_leaves(output)))
-    written = {mapping[node].target for node in _written(model.graph)}
+    copies = clone_together(written_attributes(model).values())
     constants: dict[str, Any] = {}
     first: dict[int, str] = {}
     for node in list(graph.nodes):
@@ -97,7 +87,7 @@ def private_copy(model: GraphModule) -> GraphModule:
             value = _attribute(model, str(node.target))
             if isinstance(value, Tensor):
                 node.target = first.setdefault(id(value), str(node.target))  # one name for a tensor with two
-                value = value.detach().clone() if node.target in written else value.detach()
+                value = copies.get(id(value), value.detach())
             constants.setdefault(str(node.target), value)
         elif node.op == "call_function":
             node.meta["custom"] = {**(node.meta.get("custom") or {}), TAG: node.name}

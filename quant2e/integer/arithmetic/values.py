@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.constants import Constants
 from quant2e.integer.arithmetic.builder import Builder, NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
 from quant2e.integer.arithmetic.requantization import Ratio
@@ -37,7 +38,7 @@ class Context:
 
     gm: GraphModule
     b: Builder
-    constants: set[Node]
+    constants: Constants
     values: dict[Node, Value] = field(default_factory=dict)
     integer: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)

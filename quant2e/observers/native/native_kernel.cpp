@@ -42,7 +42,7 @@ int exponent_of(double x) {
   return e;
 }
 
-// As windows() in histogram.py, for one row.
+// As window() in histogram.py.
 Window window_of(float low, float high, int bins) {
   double largest = std::fmax(std::fabs((double)low), std::fabs((double)high));
   int e = -120;

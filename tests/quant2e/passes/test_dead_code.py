@@ -64,3 +64,18 @@ def test_bodies_of_control_flow_are_cleaned_and_kept():
     assert "exp" not in "".join(m.code for m in bodies)
     assert torch.equal(gm(x), x + 1)
     assert torch.equal(gm(-x), -x - 1)
+
+
+def test_a_write_that_nobody_sees_is_no_effect_and_neither_is_idle_dropout():
+    class Idle(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            (x * 2).relu_().add_(1)
+            nn.functional.dropout(x, 0.5, training=False)
+            y = x * 3
+            y[0].zero_()
+            return nn.functional.dropout(y, 0.5, training=False)
+
+    gm = capture(Idle(), torch.ones(2, 3))
+    assert run(gm, (remove_dead_code,))
+    ops = [n.target._schema.name for n in gm.graph.nodes if n.op == "call_function"]
+    assert ops == ["aten::mul", "aten::select", "aten::zero_", "aten::dropout"]

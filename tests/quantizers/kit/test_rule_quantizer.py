@@ -22,7 +22,19 @@ from quant2e import (
 )
 from quant2e.annotation.pattern import Match
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
-from quantizers import Derived, Follow, Rule, RuleQuantizer, Same, annotations_text
+from quant2e.report.record import RECORD_KEY
+from quantizers import (
+    Derived,
+    Follow,
+    Rule,
+    RuleQuantizer,
+    Same,
+    X86InductorQuantizer,
+    XNNPACKQuantizer,
+    annotations_text,
+    get_default_x86_inductor_quantization_config,
+    get_symmetric_quantization_config,
+)
 from tests.quantizers.models import IMAGE, ROWS, Of, annotated, annotations, captured, reasons
 
 aten = torch.ops.aten
@@ -114,6 +126,9 @@ def test_reasons():
         (lambda m, i: i + 1, "add", "rule 'add': operand 'y' (operand 1) of 'add' is the literal 1, not a tensor"),
         (lambda m, i: i[:0] + i[:0], "add", "rule 'add': the output of 'add' is an empty tensor"),
         (lambda m, i: m.l.weight + m.l.weight, "add", "a constant, computed from parameters and buffers"),
+        (lambda m, i: i + m.l.weight.sum(0).mul_(2), "mul_", "a constant, computed from parameters and buffers"),
+        (lambda m, i: m.l.bias.detach().add_(1), "add_", "not constant: it changes a buffer"),
+        (lambda m, i: F.linear(i, F.dropout(m.l.weight, training=False)), "dropout", "a constant, computed from parameters and buffers"),
         (lambda m, i: i.exp(), "exp", "no rule covers aten.exp.default"),
     ],
 )  # fmt: skip
@@ -284,3 +299,41 @@ def test_capabilities_are_the_table():
         "hardtanh|relu(conv2d|linear(x, w, b?))",
         "conv2d|linear(x, w, b?)",
     )
+
+
+class Odd(nn.Module):
+    """Two linears: the weight of one went through idle dropout, that of the other is written through a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+        self.register_buffer("state", torch.eye(8))
+
+    def forward(self, x):
+        y = F.linear(x, F.dropout(self.w, training=False))
+        self.state[0].add_(1)
+        return F.linear(y, self.state)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        lambda: XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True)),
+        lambda: X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config()),
+        Npu,
+    ],
+    ids=["xnnpack", "x86", "npu"],
+)
+def test_the_report_and_the_rules_agree_on_what_is_constant(quantizer):
+    example = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    prepared = prepare_pt2e(capture(Odd().eval(), example), quantizer())
+    verdicts = {v.op.name: v for v in prepared.meta[RECORD_KEY].report.verdicts}
+    assert (verdicts["dropout"].kind, verdicts["linear"].kind) == ("folded", "static")
+    assert verdicts["select"].reason.startswith("not constant: it depends on 'add_' (aten.add_.Tensor)")
+    assert verdicts["select"].reason.endswith(", which changes a buffer")
+    assert verdicts["add_"].reason == "not constant: it changes a buffer"
+    assert "operand 'w' of 'linear_1' is not constant: it depends on 'add_'" in verdicts["linear_1"].reason
+    assert {verdicts[name].kind for name in ("select", "add_", "linear_1")} == {"float"}
+    prepared(example)
+    converted = convert_pt2e(prepared)
+    assert [tuple(n.shape) for n in converted.buffers() if n.dtype is torch.int8] == [(8, 8)]

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node, map_arg
 
 from quant2e.graph.attributes import tensor_at
+from quant2e.graph.constants import Constants
 from quant2e.graph.edit import emit_constant
+from quant2e.graph.effects import writes
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 
 FLOOR = 64 * 1024
@@ -24,7 +26,7 @@ def fold_constants(module: GraphModule) -> int:
     values: dict[Node, Tensor] = {}
     roots: dict[Node, int] = {}
     with torch.no_grad():
-        for node in module.graph.nodes:
+        for node in list(Constants(module.graph)):
             _evaluate(module, node, values, roots)
     count = 0
     for node, value in values.items():
@@ -39,7 +41,7 @@ def fold_constants(module: GraphModule) -> int:
 def _evaluate(module: GraphModule, node: Node, values: dict[Node, Tensor], roots: dict[Node, int]) -> None:
     if node.op == "get_attr":
         tensor = tensor_at(module, node)
-        if tensor is not None and not any(_writes(user) for user in node.users):
+        if tensor is not None:
             values[node], roots[node] = tensor, tensor.nbytes
         return
     if not _foldable(node) or any(source not in values for source in node.all_input_nodes):
@@ -53,15 +55,9 @@ def _evaluate(module: GraphModule, node: Node, values: dict[Node, Tensor], roots
 
 def _foldable(node: Node) -> bool:
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or _writes(node):
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or writes(node):
         return False
     if target in QUANTIZE or target in DEQUANTIZE or target in CHOOSE_QPARAMS:
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags:
-        return False
     value = node.meta.get("val")
     return isinstance(value, Tensor) and all(isinstance(size, int) for size in value.shape)
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

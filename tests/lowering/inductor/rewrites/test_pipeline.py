@@ -247,3 +247,15 @@ def test_memory_that_a_view_shows_to_a_later_op_is_foreign():
     copy = private_copy(graph(function, X, w=weight(16, 16)))
     separate_additions(copy)
     assert "aten.sub.Tensor" in targets(copy)
+
+
+def test_a_private_copy_writes_to_buffers_of_its_own_under_every_name():
+    def step(m, x):
+        m.view[0].add_(1)
+        return x + m.state
+
+    state = torch.zeros(4)
+    model = graph(step, torch.zeros(4), state=state, view=state.view(2, 2))
+    copy = private_copy(model)
+    assert [copy(torch.zeros(4))[0].tolist() for _ in range(2)] == [[1, 1, 0, 0], [2, 2, 0, 0]]
+    assert model.state.tolist() == [0, 0, 0, 0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quant2e.graph.capture import capture
 from quant2e.graph.dataflow import operand
-from quant2e.graph.effects import aliases, is_deterministic, is_random, trains, writes
+from quant2e.graph.effects import aliases, is_deterministic, is_in_place, is_random, is_view, trains, writes
 
 
 class One(nn.Module):
@@ -28,9 +28,10 @@ class One(nn.Module):
 
 TABLE = {
     "add": (lambda t: t.x + t.b, [], [], False, True),
-    "in place": (lambda t: t.b.add_(t.x), ["b"], ["b"], False, False),
-    "copy": (lambda t: t.b.copy_(t.x), ["b"], ["b"], False, False),
-    "relu_": (lambda t: F.relu_(t.x), ["x"], ["x"], False, False),
+    "in place": (lambda t: t.b.add_(t.x), ["b"], ["b"], False, True),
+    "copy": (lambda t: t.b.copy_(t.x), ["b"], ["b"], False, True),
+    "relu_": (lambda t: F.relu_(t.x), ["x"], ["x"], False, True),
+    "random in place": (lambda t: t.b.bernoulli_(), ["b"], ["b"], True, False),
     "view": (lambda t: t.b.view(3, 1), [], ["b"], False, True),
     "transpose": (lambda t: t.b.expand(3, 3), [], ["b"], False, True),
     "dropout": (lambda t: F.dropout(t.x, 0.5, True), [], ["x"], True, False),
@@ -45,7 +46,7 @@ TABLE["norm in training"] = (
     ["b", "b"],
     [],
     False,
-    False,
+    True,
 )
 
 
@@ -79,3 +80,15 @@ def test_attention_with_dropout_trains():
     node.args = node.args[:4]
     assert not trains(node)
     assert is_deterministic(node)
+
+
+def several(t: SimpleNamespace) -> tuple[Tensor, ...]:
+    made = torch.tensor([1.0])  # exported with a `detach_`
+    return t.b.view(3, 1), t.b.half(), F.dropout(t.b, training=False), t.x.type_as(t.b), t.b.add_(1), made, t.x + 1
+
+
+def test_views_and_ops_in_place():
+    calls = [n for n in capture(One(several), torch.ones(3)).graph.nodes if n.op == "call_function"]
+    names = {n.name: n.target._schema.name.removeprefix("aten::") for n in calls}
+    assert {names[n.name] for n in calls if is_view(n)} == {"view", "to", "dropout", "type_as"}
+    assert {names[n.name] for n in calls if is_in_place(n)} == {"add_", "detach_"}
