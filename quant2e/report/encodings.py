@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quant2e.annotation.plan import Group
 from quant2e.annotation.specs import spec_text
 from quant2e.errors import FileFormatError
@@ -153,7 +155,16 @@ def _group_encoding(group: Group, encoding: Encoding | None) -> GroupEncoding:
         encoding="per_group" if isinstance(encoding, PerGroupEncoding) else "per_channel",
         axis=None if isinstance(encoding, PerGroupEncoding) else encoding.axis,
         group_size=encoding.group_size if isinstance(encoding, PerGroupEncoding) else 0,
-        # The shortest decimals that give the float32 back: half the size, where a table has a scale for each row.
-        scale=tuple(float(str(value)) for value in encoding.scale.flatten().float().cpu().numpy()),
-        zero_point=tuple(encoding.zero_point.flatten().tolist()),
+        scale=scale_values(encoding.scale),
+        zero_point=zero_point_values(encoding.zero_point),
     )
+
+
+def scale_values(scale: Tensor) -> tuple[float, ...]:
+    """The shortest decimals that give each float32 back: half the size, where a table has a scale for each row."""
+    return tuple(float(str(value)) for value in scale.detach().flatten().float().cpu().numpy())
+
+
+def zero_point_values(zero_point: Tensor) -> tuple[int, ...]:
+    """Zero points one after the other; floats under ``per_channel_affine_float_qparams``."""
+    return tuple(zero_point.flatten().tolist())

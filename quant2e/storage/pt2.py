@@ -27,12 +27,13 @@ from quant2e.quantized_io import QUANTIZED_IO, QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report
 from quant2e.storage.archive_check import check_archive
-from quant2e.storage.packing import pack_encodings, unpack_encodings
+from quant2e.storage.parameters import name_buffers, read_buffers
 
 RECORD = "quant2e.json"
 """Name of the extra file that holds report, encodings, and the parameters of integer inputs and outputs."""
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
+_READABLE = (1, RECORD_FORMAT)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +107,7 @@ class _PatientFile(io.FileIO):
 
 
 def _as_record(contents: Pt2Contents) -> dict[str, Any]:
-    encodings = pack_encodings(contents.encodings.as_dict())
+    encodings = name_buffers(contents.encodings.as_dict(), contents.module)
     record = {"format": RECORD_FORMAT, "report": contents.report.as_dict(), "recipe": encodings}
     if quantized_io := quantized_io_of(contents.module):
         record["boundary"] = quantized_io.as_dict()
@@ -127,8 +128,8 @@ def read_pt2(path: str | Path) -> Pt2Contents:
     except Exception as error:
         raise FileFormatError(f"{source} cannot be read as an exported program: {error}") from error
     args, kwargs = program.example_inputs or ((), {})
-    report, encodings, quantized_io = _record(source, extra[RECORD])
     module = as_graph_module(program)
+    report, encodings, quantized_io = _record(source, extra[RECORD], module)
     if quantized_io:
         module.meta[QUANTIZED_IO] = quantized_io
     return Pt2Contents(
@@ -141,17 +142,19 @@ def read_pt2(path: str | Path) -> Pt2Contents:
     )
 
 
-def _record(source: Path, text: str | bytes) -> tuple[Report, Encodings, QuantizedIO]:
+def _record(source: Path, text: str | bytes, module: GraphModule) -> tuple[Report, Encodings, QuantizedIO]:
     if not text:
         return Report(verdicts=()), Encodings("", ()), QuantizedIO()
     try:
         record = json.loads(text)
-        if record["format"] != RECORD_FORMAT:
+        if record["format"] not in _READABLE:
             raise FileFormatError(
-                f"{source} has a record of format {record['format']!r}; this version reads format {RECORD_FORMAT}"
+                f"{source} has a record of format {record['format']!r}; this version reads "
+                f"formats {' and '.join(str(known) for known in _READABLE)}"
             )
         quantized_io = QuantizedIO.from_dict(record["boundary"]) if "boundary" in record else QuantizedIO()
-        return Report.from_dict(record["report"]), Encodings.from_dict(unpack_encodings(record["recipe"])), quantized_io
+        encodings = Encodings.from_dict(read_buffers(record["recipe"], module))
+        return Report.from_dict(record["report"]), encodings, quantized_io
     except FileFormatError:
         raise
     except (ValueError, KeyError, TypeError) as error:

@@ -511,7 +511,7 @@ def test_what_is_no_file(tmp_path):
         (b"{}", "is not readable"),
         (b"[]", "is not readable"),
         (b"3", "is not readable"),
-        (b'{"format": 99}', "reads format 1"),
+        (b'{"format": 99}', "reads formats 1 and 2"),
         (json.dumps({"format": storage.RECORD_FORMAT, "report": {}, "recipe": {}}).encode(), "is not readable"),
     ],
 )

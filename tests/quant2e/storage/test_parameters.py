@@ -1,0 +1,134 @@
+"""The record inside a file names the buffers that hold the parameters of channels; earlier ones hold them in themselves."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from quant2e import FileFormatError, capture, convert_pt2e, load, prepare_pt2e, save
+from quant2e.annotation.quantizer import Quantizer
+from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
+from quant2e.observers.measuring import PerChannelMinMaxObserver
+from quant2e.observers.per_group import PerGroupMinMaxObserver
+from quant2e.ranges.qparams import FLOAT_QPARAMS
+from quant2e.report.encodings import Encodings, encodings_of
+from quant2e.report.record import record_of
+from quant2e.storage.parameters import name_buffers, read_buffers
+
+SPECS = {
+    "channels": QuantizationSpec(torch.int8, PerChannelMinMaxObserver, -127, 127, torch.per_channel_symmetric, 0),
+    "affine": QuantizationSpec(torch.uint8, PerChannelMinMaxObserver, 0, 255, torch.per_channel_affine, 0),
+    "float zero points": QuantizationSpec(torch.uint8, PerChannelMinMaxObserver, 0, 255, FLOAT_QPARAMS, 0),
+    "groups": QuantizationSpec(
+        torch.int8, PerGroupMinMaxObserver.with_args(group_size=4), -8, 7, torch.per_channel_symmetric, 0
+    ),
+}
+ROWS = 3000
+
+
+class Weights(Quantizer):
+    def __init__(self, spec):
+        self.spec = spec
+
+    def annotate(self, model):
+        for node in model.graph.nodes:
+            if node.target is torch.ops.aten.linear.default:
+                node.meta[ANNOTATION] = QuantizationAnnotation(input_qspec_map={node.args[1]: self.spec})
+        return model
+
+    def validate(self, model):
+        pass
+
+
+@pytest.fixture(params=SPECS)
+def converted(request):
+    torch.manual_seed(0)
+    model = nn.Linear(8, ROWS).eval()
+    return convert_pt2e(prepare_pt2e(capture(model, torch.randn(2, 8)), Weights(SPECS[request.param])))
+
+
+def record_in(path):
+    with zipfile.ZipFile(path) as file:
+        (name,) = (name for name in file.namelist() if name.endswith("extra/quant2e.json"))
+        return name, file.read(name)
+
+
+def rewritten(path, target, record):
+    own, _ = record_in(path)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            new.writestr(name, json.dumps(record) if name == own else old.read(name))
+    return target
+
+
+def exact(encodings):
+    return json.dumps(encodings.as_dict())
+
+
+def test_a_file_names_the_buffers_and_gives_their_numbers_back(converted, tmp_path):
+    path = tmp_path / "m.pt2"
+    save(converted, path, (torch.randn(2, 8),))
+    _, text = record_in(path)
+    assert len(text) < 2000
+    (group,) = json.loads(text)["recipe"]["groups"]
+    assert isinstance(group["scale"], str)
+    assert isinstance(group["zero_point"], str)
+    again = load(path)
+    assert len(again.encodings.groups[0].scale) >= ROWS
+    assert exact(again.encodings) == exact(encodings_of(record_of(converted), ""))
+    again.save(tmp_path / "again.pt2")
+    assert exact(load(tmp_path / "again.pt2").encodings) == exact(again.encodings)
+
+
+def packed(values):
+    """As format 1 held long lists."""
+    if isinstance(values[0], int) and len(set(values)) == 1:
+        return {"integer": values[0], "count": len(values)}
+    raw = np.array(values, dtype="<f4")
+    if isinstance(values[0], float) and [float(str(value)) for value in raw] == list(values):
+        return {"float32": base64.b64encode(raw.tobytes()).decode()}
+    return values
+
+
+def test_files_of_the_first_format_are_read(converted, tmp_path):
+    save(converted, tmp_path / "m.pt2", (torch.randn(2, 8),))
+    _, text = record_in(tmp_path / "m.pt2")
+    encodings = encodings_of(record_of(converted), "").as_dict()
+    groups = [{k: packed(v) if k in {"scale", "zero_point"} else v for k, v in g.items()} for g in encodings["groups"]]
+    record = {**json.loads(text), "format": 1, "recipe": {**encodings, "groups": groups}}
+    again = load(rewritten(tmp_path / "m.pt2", tmp_path / "old.pt2", record))
+    assert exact(again.encodings) == json.dumps(encodings)
+
+
+def test_what_no_buffer_holds_stays_a_list(converted):
+    encodings = encodings_of(record_of(converted), "").as_dict()
+    (group,) = encodings["groups"]
+    changed = {**encodings, "groups": [{**group, "scale": [*group["scale"][:-1], 0.125]}]}
+    (named,) = name_buffers(changed, converted)["groups"]
+    assert named["scale"] == changed["groups"][0]["scale"]
+    assert isinstance(named["zero_point"], str)
+    assert exact(Encodings.from_dict(read_buffers({**encodings, "groups": [named]}, converted))) == json.dumps(changed)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "weight_nowhere",
+        {"float32": "!"},
+        {"float32": 5},
+        {"integer": 0},
+        {"integer": 0, "count": -1},
+        {"integer": 0, "count": 1 << 60},
+        7,
+    ],
+)
+def test_damage_is_an_error(damaged):
+    gm = torch.fx.symbolic_trace(nn.ReLU())
+    with pytest.raises(FileFormatError, match="damaged|which the graph does not have"):
+        read_buffers({"groups": [{"scale": damaged}]}, gm)
