@@ -112,6 +112,17 @@ def test_many_notes_are_counted():
     assert len(repr(many).splitlines()) == 9
 
 
+def test_findings_are_summed_up_a_line_each():
+    conformance = REPORTS["conformance"]
+    assert repr(conformance).splitlines() == [
+        "Conformance of Mine: FAILED: 1 sqnr (3 graphs, seed 0)",
+        "  finding: sqnr: far off",
+    ]
+    assert "far off" in conformance._repr_html_()
+    many = replace(conformance, findings=conformance.findings * 30)
+    assert repr(many).splitlines()[7:] == ["  … 24 more findings"]
+
+
 def test_several_methods_are_summed_up_and_the_worst_comparison_counts():
     worse = replace(EXECUTORCH, verification=replace(CLOSE, sqnr_db=45.0))
     report = report_on_program({"encode": EXECUTORCH, "decode": worse})

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 NOTES_SHOWN = 6
 
 
-def summary(headline: Sequence[str], notes: Sequence[str]) -> str:
-    """Lines of text: ``headline`` (the first of its lines stands out), and at most `NOTES_SHOWN` of ``notes``."""
-    shown = [*headline[1:], *(f"note: {note}" for note in notes[:NOTES_SHOWN])]
+def summary(headline: Sequence[str], notes: Sequence[str], kind: str = "note") -> str:
+    """Lines of text: ``headline`` (the first of its lines stands out), and at most `NOTES_SHOWN` of ``notes``, which are of one ``kind``."""
+    shown = [*headline[1:], *(f"{kind}: {note}" for note in notes[:NOTES_SHOWN])]
     if (left := len(notes) - NOTES_SHOWN) > 0:
-        shown.append(f"… {left} more note{'s' if left > 1 else ''}")
+        shown.append(f"… {left} more {kind}{'s' if left > 1 else ''}")
     return "\n  ".join([*headline[:1], *shown])

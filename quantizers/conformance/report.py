@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
+from quant2e.report.summary import summary
 from quantizers.conformance.program import Program
 
 KINDS: Mapping[str, str] = {
@@ -88,7 +90,7 @@ class Finding:
         return text + "".join(f"\n    {line}" for line in self.graph.splitlines())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Conformance:
     """``findings``, errors first. ``examples``: graphs that went through the flow.
 
@@ -120,14 +122,26 @@ class Conformance:
         rest = {name: plain_data(getattr(self, name)) for name in ("examples", "reached", "seed", "complete", "notes")}
         return {"quantizer": self.quantizer, "passed": self.passed, "findings": findings, **rest}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        told = [str(finding).partition("\n")[0] for finding in self.findings]
+        return summary([f"Conformance of {self._headline}"], told, kind="finding")
+
+    def _repr_html_(self) -> str:
+        rows = [(f.kind, f.rule, f.op, f.message, f.graph) for f in self.findings]
+        return html_table(("finding", "rule", "op", "message", "graph"), rows, repr(self))
+
+    @property
+    def _headline(self) -> str:
         counts = Counter(f.kind for f in self.errors)
         verdict = (
             "passed"
             if self.passed
             else "FAILED: " + (", ".join(f"{n} {k}" for k, n in counts.items()) or "nothing ran")
         )
-        lines = [f"{self.quantizer}: {verdict} ({self.examples} graphs, seed {self.seed})"]
+        return f"{self.quantizer}: {verdict} ({self.examples} graphs, seed {self.seed})"
+
+    def __str__(self) -> str:
+        lines = [self._headline]
         width = max(map(len, self.reached), default=0)
         lines += [f"  {rule:<{width}}  {count} times" for rule, count in self.reached.items()]
         lines += [f"note: {note}" for note in self.notes]
