@@ -221,6 +221,18 @@ def test_what_public_signatures_mention_is_public():
     assert sorted(hidden) == []
 
 
+def test_pages_and_the_tour_import_what_is_public():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.py")]
+    found = {
+        module
+        for page in pages
+        for module in re.findall(r"^ *(?:from|import) ([\w.]+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        if module.split(".")[0] in PACKAGES
+    }
+    assert found >= set(PACKAGES)
+    assert found <= set(PUBLIC)
+
+
 def test_errors_are_one_family():
     package = importlib.import_module("quant2e")
     errors = {name: getattr(package, name) for name in package.__all__ if name.endswith("Error")}

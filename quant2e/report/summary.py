@@ -1,6 +1,6 @@
 """Summaries: what a console or a notebook shows of a report.
 
-The headline, then the first notes, each on a line of its own, then how many are left. ``str(report)`` is the whole report.
+The headline, then the first notes, a line each, then how many are left. ``str(report)`` is the whole report.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ NOTES_SHOWN = 6
 
 
 def summary(headline: Sequence[str], notes: Sequence[str], kind: str = "note") -> str:
-    """Lines of text: ``headline`` (the first of its lines stands out), and at most `NOTES_SHOWN` of ``notes``, which are of one ``kind``."""
+    """Lines of text: ``headline``, of which the first stands out, and `NOTES_SHOWN` of ``notes``, all of one ``kind``."""
     shown = [*headline[1:], *(f"{kind}: {note}" for note in notes[:NOTES_SHOWN])]
     if (left := len(notes) - NOTES_SHOWN) > 0:
         shown.append(f"… {left} more {kind}{'s' if left > 1 else ''}")
