@@ -2,9 +2,9 @@
 
     f(move(x))  =  move(f(x))        for every f that works on each value alone, quantization above all
 
-One table, one op a line. Its columns say what an op does to the places of values (`Effect`), under which condition it only
-moves (`When`), and whether torch computes it on integers. What else a target needs of an op is a condition over these
-columns, beside that target. An op that picks values by comparing them (maximum, pooling) is not here: it keeps an
+One table, one op a line. Its columns say what an op does to the places of values (`Effect`), under which condition it
+only moves (`When`), and whether torch computes it on integers. What else a target needs of an op is a condition over
+these columns, beside that target. An op that picks values by comparing them (maximum, pooling) is not here: it keeps an
 order, and moves nothing of its own accord.
 """
 
@@ -50,9 +50,9 @@ class When(Enum):
 class Movement:
     """One line of the table.
 
-    ``op``: an overload, or a packet for all of its overloads on tensors. ``integers``: torch computes it on integers of 8
-    and 16 bits, and what it does depends on the places of values alone, not on strides. Its first operand is the tensor
-    whose values move; of `Effect.JOIN`, a list of them.
+    ``op``: an overload, or a packet for all of its overloads on tensors. Its first operand is the tensor whose values
+    move; of `Effect.JOIN`, a list of them. ``integers``: torch computes it on integers of 8 and 16 bits, and what it
+    does depends on the places of values alone, not on strides.
     """
 
     op: OpOverload | OpOverloadPacket

@@ -55,7 +55,7 @@ def _expanded(shape: Shape, _choose: Choose) -> tuple[Any, ...]:
     return ([2, *shape],)
 
 
-MOVES: Mapping[Any, Move] = {
+CALLS: Mapping[Any, Move] = {
     aten.view.default: _of(_resized),
     aten._unsafe_view.default: _of(_resized),
     aten.reshape.default: _of(_resized),
@@ -97,4 +97,4 @@ MOVES: Mapping[Any, Move] = {
     aten.to.device: _fixed(torch.device("cpu"), torch.float32),
     aten._to_copy.default: _fixed(dtype=torch.float32),
 }
-"""Overload → how to call it."""
+"""Overload → how to call it. What moves is said in `quant2e.graph.data_movement`; random graphs hold what is here."""

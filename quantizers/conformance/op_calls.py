@@ -15,7 +15,7 @@ import torch
 from torch._ops import OpOverload
 
 from quant2e.annotation.pattern import Arg, Either, Op, short_name
-from quantizers.conformance.movement_calls import MOVES
+from quantizers.conformance.movement_calls import CALLS
 from quantizers.conformance.program import Ref, Shape, Weight
 from quantizers.conformance.program_builder import ProgramBuilder, UnfitError
 
@@ -236,15 +236,15 @@ def _layer_norm(call: Call, rank: int | None, shape: Shape | None) -> Ref:
 
 
 def _moved(call: Call, rank: int | None, shape: Shape | None) -> Ref:
-    ranks = MOVES[call.target].ranks
+    ranks = CALLS[call.target].ranks
     if rank is not None and rank not in ranks:
         raise UnfitError
     known = [len(call.builder.shape(ref)) for ref in call.builder.floats()]
     ranks = (*[r for r in known[:2] if r in ranks], *ranks)
     x = call.data(0, rank=rank if rank is not None else call.builder.choose(ranks), shape=shape)
-    if len(call.builder.shape(x)) not in MOVES[call.target].ranks:
+    if len(call.builder.shape(x)) not in CALLS[call.target].ranks:
         raise UnfitError
-    arguments, keywords = MOVES[call.target].arguments(call.builder.shape(x), call.builder.choose)
+    arguments, keywords = CALLS[call.target].arguments(call.builder.shape(x), call.builder.choose)
     return call.builder.call(call.target, x, *arguments, **keywords)
 
 
@@ -281,7 +281,7 @@ _BY_NAME: Mapping[str, Block] = {
 
 def block_of(target: Any) -> Block:
     """How to call an op. Only for targets that are known."""
-    if target in MOVES:
+    if target in CALLS:
         return _moved
     known = _BY_NAME.get(short_name(target).removesuffix("_"))
     return known if known is not None else _unary()
@@ -289,7 +289,7 @@ def block_of(target: Any) -> Block:
 
 def is_known(target: Any) -> bool:
     """Whether calls of an op can be written: it has a block, or takes one tensor and nothing else that is required."""
-    if target in MOVES:
+    if target in CALLS:
         return True
     if not isinstance(target, OpOverload):
         return False

@@ -43,8 +43,10 @@ moves = (
     | op(*movements(when=When.SAME_DTYPE), when=same_dtype)(x)
     | op(*_CUTS)(x)
 )
-"""Ops that move the values of one tensor without changing any: every value of the result is one of the operand's, or zero.
-Their table is `quant2e.graph.data_movement`."""
+"""Ops that move the values of one tensor: every value of the result is one of the operand's, or zero.
+
+Their table is `quant2e.graph.data_movement`.
+"""
 
 MOVES = roots(moves)
 """The targets of `moves`."""
