@@ -192,15 +192,6 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         return self
 
     @torch.no_grad()
-    def merge_(self, other: UniformQuantizationObserverBase[S]) -> Self:
-        """Add what ``other``, an observer of the same kind, has seen. Raises `CalibrationError` for another kind."""
-        if self.estimator != other.estimator:
-            raise CalibrationError(f"statistics of {other.estimator} cannot be merged into {self.estimator}")
-        theirs = self._state_type(*(getattr(other, name).to(self.counts.device) for name in self.statistics))
-        self._store(self.estimator.merge(self._live_state(), theirs))
-        return self
-
-    @torch.no_grad()
     def reset_min_max_vals(self) -> None:
         """Forget all data."""
         self._store(self.estimator.init(self.counts))
@@ -234,13 +225,6 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
     def running_qparams(self) -> tuple[Tensor, Tensor]:
         """As `calculate_qparams`, in the middle of the data: one batch with NaN or +inf does not stop a training run."""
         return self.grid.qparams(*self._range())
-
-    @torch.no_grad()
-    def flushes_to_zero(self) -> bool:
-        """The data is not all zero, and yet every value would be rounded to zero. Raises as `range` does."""
-        scale, _ = self.calculate_qparams()
-        largest = torch.maximum(self.min_val.abs(), self.max_val.abs())
-        return bool((largest > 0).any() and (largest / scale <= 0.5).all())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Statistics follow their module to another device, but stay exact when the model becomes half precision.

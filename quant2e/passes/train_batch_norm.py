@@ -198,12 +198,6 @@ def _call(source: Node, target: Any, args: tuple[Any, ...], value: Any = None) -
 # ---------------------------------------------------------------- the way back
 
 
-def fused_norms(gm: GraphModule) -> tuple[FusedNorm, ...]:
-    """The records that `fuse` left on a prepared graph; empty for others."""
-    found = gm.meta.get(FUSED, ())
-    return tuple(found)
-
-
 def unfuse(gm: GraphModule, fused: Sequence[FusedNorm]) -> None:
     """Fold the norms of ``fused`` into their ops by the running statistics, in place. Observers of weights stay in place.
 

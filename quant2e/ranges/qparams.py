@@ -185,11 +185,3 @@ def dequantize_per_channel(
     if zero_points is not None:
         q = q.to(zero_points.dtype) - _along(zero_points, axis, q.dim())
     return (q.to(scales.dtype) * _along(scales, axis, q.dim())).to(out_dtype)
-
-
-def fake_quantize_per_channel(
-    x: Tensor, scales: Tensor, zero_points: Tensor, axis: int, quant_min: int, quant_max: int, dtype: torch.dtype
-) -> Tensor:
-    """As `fake_quantize_per_tensor`, with one scale and zero point per channel."""
-    q = quantize_per_channel(x, scales, zero_points, axis, quant_min, quant_max, dtype)
-    return dequantize_per_channel(q, scales, zero_points, axis)

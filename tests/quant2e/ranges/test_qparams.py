@@ -14,7 +14,6 @@ from quant2e.ranges.qparams import (
     NumberFormat,
     dequantize_per_channel,
     dequantize_per_tensor,
-    fake_quantize_per_channel,
     fake_quantize_per_tensor,
     plain_dtype,
     quantize_per_channel,
@@ -174,7 +173,6 @@ def test_per_channel_arithmetic_is_the_dialects(dtype, low, high, axis):
     assert torch.equal(q, expected)
     back = qd.dequantize_per_channel.default(expected, *arguments)
     assert torch.equal(dequantize_per_channel(q, scales, zero_points, axis), back)
-    assert torch.equal(fake_quantize_per_channel(x, *arguments), back)
     symmetric = qd.dequantize_per_channel.default(expected, scales, None, axis, low, high, dtype)
     assert torch.equal(dequantize_per_channel(q, scales, None, axis), symmetric)
 
