@@ -44,7 +44,11 @@ LAZY: Mapping[str, str] = {
 COMPILED = "quant2e/calibration/compiled.py"
 """The one file of the core that may set an option of ``torch._inductor``, inside a function: `torch.compile` needs it."""
 
-OPTIONAL: Mapping[str, str] = {"hypothesis": "quantizers/conformance/", "torchao": "quantizers/torchao.py"}
+OPTIONAL: Mapping[str, str] = {
+    "hypothesis": "quantizers/conformance/",
+    "torchao": "quantizers/torchao.py",
+    "rich": "quant2e/calibration/progress.py",
+}
 """Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place."""
 
 INSTEAD: Mapping[str, str] = {
@@ -206,6 +210,7 @@ ALLOWED = [
     ("benchmarks/demo.py", "import rich, transformers, torchao, lowering, quantizers"),
     ("quantizers/conformance/generate.py", "def f():\n    from hypothesis import strategies"),
     ("quantizers/torchao.py", "def f():\n    import torchao.quantization.pt2e"),
+    ("quant2e/calibration/progress.py", "def f():\n    from rich.progress import Progress"),
     ("tests/test_peers.py", "import torchao, torch.ao.quantization, executorch.exir, benchmarks.demo"),
 ]
 
@@ -244,6 +249,8 @@ FORBIDDEN = [
     ("quantizers/x86.py", "from torchao.quantization import pt2e", "torch, numpy and the standard library only"),
     ("quantizers/conformance/generate.py", "import hypothesis", "inside the function that needs it: it is optional"),
     ("quantizers/rule.py", "def f():\n    import hypothesis", "torch, numpy and the standard library only"),
+    ("quant2e/calibration/progress.py", "import rich", "inside the function that needs it: it is optional"),
+    ("quant2e/cli.py", "def f():\n    import rich", "torch, numpy and the standard library only"),
     ("quantizers/torchao.py", "import torchao", "inside the function that needs it: it is optional"),
     ("lowering/api.py", "from quantizers import XNNPACKQuantizer", "lowering may not import quantizers"),
     ("lowering/inductor.py", "import torch._inductor.config", "inside the function that needs it"),
