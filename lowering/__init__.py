@@ -9,22 +9,19 @@ from lowering.inductor.kernels.engines import KernelChoice, Product
 from lowering.inductor.package import InductorPackage, package_inductor
 from lowering.inductor.program import InductorProgram, to_inductor
 from lowering.inductor.report import InductorReport, LoweredOp
-from lowering.inductor.signature import InductorInput, InductorSignature
 from lowering.inductor.source import InductorSource
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.program import LoweredProgram, LoweringReport
-from lowering.signature import Signature, TensorInput
+from lowering.signature import ProgramInput, Signature
 from lowering.verify import Bound, Verification, verify
 
 __all__ = [
     "Bound",
     "ExecuTorchProgram",
     "ExecuTorchReport",
-    "InductorInput",
     "InductorPackage",
     "InductorProgram",
     "InductorReport",
-    "InductorSignature",
     "InductorSource",
     "KernelChoice",
     "Leftover",
@@ -36,8 +33,8 @@ __all__ = [
     "OnnxReport",
     "Partition",
     "Product",
+    "ProgramInput",
     "Signature",
-    "TensorInput",
     "Verification",
     "package_inductor",
     "to_executorch",

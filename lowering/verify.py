@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lowering.export import graph_of
 from quant2e.errors import LoweringError
+from quant2e.graph.calls import Call, call_of
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.qdq_ops import qd
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword inputs of one call."""
 
 _CUTS = movements(Effect.SPLIT)
 _MOVES = movements() - _CUTS - movements(Effect.JOIN)
@@ -116,28 +115,6 @@ class Verification:
             )
 
 
-def as_inputs(batch: Any) -> Inputs:
-    """One item of data as positional and keyword inputs: a tensor, a tuple or list of positionals, or a dict."""
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, tuple | list):
-        return tuple(batch), {}
-    return (batch,), {}
-
-
-def graph_of(model: Any) -> Any:
-    """The graph of a QuantizedModel (its ``module``), or the module itself."""
-    if isinstance(model, torch.nn.Module):
-        return model
-    module = getattr(model, "module", None)
-    if isinstance(module, torch.nn.Module):
-        return module
-    raise LoweringError(
-        f"cannot lower or compare a {type(model).__name__}: pass what quantize or convert_pt2e returned, "
-        f"a captured GraphModule or an nn.Module"
-    )
-
-
 def output_scales(model: Any) -> list[float | None]:
     """Scale of the quantize/dequantize pair that ends each output of a graph; None where an output ends in float."""
     if not isinstance(model, GraphModule):
@@ -215,20 +192,22 @@ def verify(lowered: Callable[..., Any], model: Any, data: Iterable[Any], *, boun
     Raises `LoweringError` when ``data`` is empty or the outputs differ in number or shape. A difference in values
     is returned, not raised: see `Verification.passed` and `Verification.check`.
     """
-    return compare(lowered, graph_of(model), map(as_inputs, data), bound=bound)
+    return compare(lowered, graph_of(model), map(call_of, data), bound=bound)
 
 
 def compare(
-    lowered: Callable[..., Any], reference: Any, batches: Iterable[Inputs], *, bound: Bound | None = None
+    lowered: Callable[..., Any], reference: Any, batches: Iterable[Call], *, bound: Bound | None = None
 ) -> Verification:
-    """`verify` on calls: each batch is a pair of positional and keyword inputs."""
+    """`verify`, on calls and on the graph itself."""
     scales = output_scales(reference)
     tally, count = _Tally(), 0
     with torch.no_grad():
-        for args, kwargs in batches:
+        for call in batches:
             # the reference may write to its inputs; each side gets its own copy
-            expected = pytree.tree_leaves(reference(*_copied(args), **_copied(kwargs)))
-            got = pytree.tree_leaves(lowered(*_copied(args), **_copied(kwargs)))
+            args, kwargs = call.copied()
+            expected = pytree.tree_leaves(reference(*args, **kwargs))
+            args, kwargs = call.copied()
+            got = pytree.tree_leaves(lowered(*args, **kwargs))
             for g, e, scale, place in _paired(got, expected, scales):
                 _compare(tally, g, e, scale, place)
             count += 1
@@ -246,7 +225,7 @@ def compare(
     )
 
 
-def own_noise_db(reference: torch.nn.Module, batches: Iterable[Inputs], draws: int = NOISE_DRAWS) -> float:
+def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int = NOISE_DRAWS) -> float:
     """SQNR of a graph against itself with every float parameter and buffer moved by about its last bit, in dB.
 
     Where a value lies close to the middle between two integers, the last bit of a float decides which it becomes, and
@@ -275,7 +254,7 @@ def own_noise_db(reference: torch.nn.Module, batches: Iterable[Inputs], draws: i
     return min(draw() for _ in range(draws))
 
 
-def compare_within_noise(lowered: Callable[..., Any], reference: Any, batches: Sequence[Inputs]) -> Verification:
+def compare_within_noise(lowered: Callable[..., Any], reference: Any, batches: Sequence[Call]) -> Verification:
     """`compare` with the bound that the graph itself allows.
 
     The bound is `Bound()`'s where the program meets it. Where it does not, it is the graph's own noise less
@@ -287,10 +266,6 @@ def compare_within_noise(lowered: Callable[..., Any], reference: Any, batches: S
     noise = own_noise_db(reference, batches)
     bound = Bound(steps=found.bound.steps, sqnr_db=min(found.bound.sqnr_db, noise - LEEWAY_DB))
     return replace(found, bound=bound, own_noise_db=noise)
-
-
-def _copied(tree: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _paired(

@@ -39,6 +39,7 @@ from quant2e.errors import (
     PlanError,
     Quant2eError,
 )
+from quant2e.graph.calls import Call
 from quant2e.graph.capture import capture
 from quant2e.graph.inputs import Inputs
 from quant2e.graph.modes import freeze_batch_norm
@@ -94,6 +95,7 @@ __all__ = [
     "AnnotationError",
     "Arg",
     "CalibrationError",
+    "Call",
     "CaptureError",
     "CapturedModule",
     "DataFinding",

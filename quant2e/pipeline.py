@@ -13,10 +13,11 @@ from torch.fx import GraphModule
 
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.annotation.quantizer import Quantizer
-from quant2e.calibration.calibrate import Call, Progress, batch_count, calibrate
+from quant2e.calibration.calibrate import Progress, batch_count, calibrate
 from quant2e.calibration.range_selection import collapsed, select_ranges
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import Quant2eError
+from quant2e.graph.calls import Call, positional_inputs
 from quant2e.graph.capture import capture
 from quant2e.graph.dynamic_shapes import of_graph
 from quant2e.graph.module import copy_graph
@@ -99,7 +100,7 @@ def quantize(
     ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
     quantized.
     """
-    positional = _positional(example_inputs)
+    positional = positional_inputs(example_inputs)
     captured = capture(model, positional, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     prepared = prepare_pt2e(captured, quantizer)
     report = record_of(prepared).report
@@ -158,7 +159,3 @@ def _bystander(gm: GraphModule) -> GraphModule:
     copied = copy_graph(gm)
     own_written_tensors(copied)
     return copied
-
-
-def _positional(example_inputs: Any) -> tuple[Any, ...]:
-    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)

@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
+from quant2e.graph.calls import positional_inputs
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, GraphRecord
@@ -79,7 +80,7 @@ def _contents(
             module=model.module,
             report=model.report,
             encodings=model.encodings,
-            example_inputs=model.example_inputs if example_inputs is None else tuple(example_inputs),
+            example_inputs=model.example_inputs if example_inputs is None else positional_inputs(example_inputs),
             example_kwargs=model.example_kwargs if example_inputs is None else {},
             dynamic_shapes=model.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
         )
@@ -93,7 +94,7 @@ def _contents(
         module=model,
         report=report,
         encodings=encodings,
-        example_inputs=tuple(example_inputs),
+        example_inputs=positional_inputs(example_inputs),
         example_kwargs={},
         dynamic_shapes=dynamic_shapes,
     )

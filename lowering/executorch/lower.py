@@ -18,9 +18,11 @@ from lowering.executorch.runtime import check_program, require_executorch, unava
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
 from lowering.executorch.xnnpack.limits import check_limits
 from lowering.executorch.xnnpack.partitioner import forget_provenance, xnnpack_partitioner
+from lowering.export import dynamic_shapes_of, export, graph_of, needed_example_of, untraceable
 from lowering.signature import check_bounded, signature_of
-from lowering.verify import LEEWAY_DB, Bound, Inputs, as_inputs, compare, compare_within_noise, graph_of
+from lowering.verify import LEEWAY_DB, Bound, compare, compare_within_noise
 from quant2e.errors import LoweringError
+from quant2e.graph.calls import Call, call_of
 from quant2e.graph.effects import is_in_place
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
@@ -36,7 +38,7 @@ class _Prepared:
     """
 
     reference: Any
-    example: Inputs
+    example: Call
     exported: ExportedProgram
     per_row: GraphModule | None
     rewrites: Mapping[str, int]
@@ -87,7 +89,7 @@ def to_executorch(
         )
     if verify:
         for name, method in program.methods.items():
-            batches = [prepared[name].example, *map(as_inputs, per_method[name]["verify_inputs"])]
+            batches = [prepared[name].example, *map(call_of, per_method[name]["verify_inputs"])]
             method.report = _verified(method, prepared[name], batches)
     return program
 
@@ -120,9 +122,9 @@ _DEFAULTS: Mapping[str, Any] = {
 
 def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: bool) -> _Prepared:
     reference = graph_of(model)
-    example = _example_inputs(model, example_inputs)
-    shapes = dynamic_shapes if dynamic_shapes is not None else getattr(model, "dynamic_shapes", None)
-    exported = _export(reference, example, shapes)
+    example = needed_example_of(model, example_inputs, "to_executorch")
+    shapes = dynamic_shapes_of(model, dynamic_shapes)
+    exported = _functional(reference, example, shapes)
     check_bounded(exported)
     module = exported.module(check_guards=False)
     rewrites = legalize(module, EXACT)
@@ -132,7 +134,7 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     return _Prepared(
         reference=reference,
         example=example,
-        exported=_export(module, example, shapes),
+        exported=_functional(module, example, shapes),
         per_row=module if declared else None,
         rewrites={**rewrites, **declared},
         notes=notes,
@@ -140,7 +142,7 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     )
 
 
-def _verified(method: Method, prepared: _Prepared, batches: list[Inputs]) -> ExecuTorchReport:
+def _verified(method: Method, prepared: _Prepared, batches: list[Call]) -> ExecuTorchReport:
     """The report with the comparisons; raises `LoweringError` when one is beyond its bound."""
     what = "the ExecuTorch program"
     if method.name != FORWARD:
@@ -159,28 +161,14 @@ def _verified(method: Method, prepared: _Prepared, batches: list[Inputs]) -> Exe
     return replace(method.report, verification=verification, per_row=rows)
 
 
-def _example_inputs(model: Any, given: Any) -> Inputs:
-    """Positional and keyword inputs to export with."""
-    example = given if given is not None else getattr(model, "example_inputs", None)
-    if example is None:
-        raise LoweringError("to_executorch needs example_inputs: a tuple of positional inputs, or a dict of keywords")
-    args, kwargs = as_inputs(example)
-    if given is None and isinstance(extra := getattr(model, "example_kwargs", None), dict):
-        kwargs = {**kwargs, **extra}
-    return args, kwargs
-
-
-def _export(module: Any, inputs: Inputs, shapes: Any) -> ExportedProgram:
-    args, kwargs = inputs
+def _functional(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProgram:
+    """The graph exported, in-place ops as plain ones, and nothing decomposed."""
+    exported = export(module, example, dynamic_shapes)
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-            # in-place ops become plain ones, and nothing is decomposed
             return exported.run_decompositions({}) if _writes(exported) else exported
     except Exception as error:
-        raise LoweringError(
-            f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}"
-        ) from error
+        raise untraceable(error) from error
 
 
 def _writes(exported: ExportedProgram) -> bool:

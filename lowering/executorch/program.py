@@ -66,8 +66,8 @@ class Method:
         return self.report.verification
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on positional and keyword inputs; keywords in any order. Raises `LoweringError` on other inputs."""
-        flat = self._signature.flatten(args, kwargs)
+        """Run on positional inputs and inputs by name, in any order. Raises `LoweringError` on other inputs."""
+        flat = self._signature.plain(args, kwargs)
         try:
             flat_outputs = self._execute(flat)
         except RuntimeError as error:

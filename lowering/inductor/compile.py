@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
-from lowering.inductor.signature import InductorInput
+from lowering.signature import ProgramInput
 from quant2e.errors import LoweringError
 
 Flat = Callable[..., Sequence[Any]]
@@ -40,7 +40,7 @@ class FakeInputs:
     """
 
     def __init__(
-        self, inputs: Sequence[InductorInput], symbols: Mapping[Any, tuple[float, float]], *, whole: bool = False
+        self, inputs: Sequence[ProgramInput], symbols: Mapping[Any, tuple[float, float]], *, whole: bool = False
     ) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -65,7 +65,7 @@ class FakeInputs:
             return False
         return all(bool(guard.expr.xreplace(values)) for guard in self._env.guards)
 
-    def _renew(self, spec: InductorInput) -> Any:
+    def _renew(self, spec: ProgramInput) -> Any:
         if isinstance(spec.value, torch.SymInt):
             return self._size(spec.value)
         sizes = [self._size(size) for size in spec.value.shape]

@@ -23,12 +23,12 @@ from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
-from lowering.inductor.signature import InductorSignature
 from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.program import LoweredProgram
-from lowering.verify import Inputs
+from lowering.signature import Signature
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
+from quant2e.graph.calls import Call
 
 MOST_CORNERS = 8
 """How many combinations of smallest and largest dynamic sizes a package is compared at."""
@@ -43,7 +43,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
     ``report``: which ops run as int8 kernels, what to know, and how far the program in the file is from its Q/DQ graph.
     """
 
-    def __init__(self, path: Path, report: InductorReport, signature: InductorSignature) -> None:
+    def __init__(self, path: Path, report: InductorReport, signature: Signature) -> None:
         self.path = path
         self._report = report
         self._signature = signature
@@ -113,7 +113,7 @@ def write_package(
             rewritten.flat(source.signature),
             inputs.values,
             lambda graph: kernels.extend(int8_kernels(graph)),
-            source.signature.specs(),
+            (source.signature.in_spec, source.signature.out_spec),
             part,
         )
         report = rewritten.report(kernels)
@@ -133,7 +133,7 @@ def _check_suffix(path: Path) -> None:
         raise LoweringError(f"a package needs the path of the file to write, ending in .pt2, not {str(path)!r}")
 
 
-def _check_boundary(signature: InductorSignature) -> None:
+def _check_boundary(signature: Signature) -> None:
     """Raise `LoweringError` for what a package cannot take or return."""
     for spec in signature.inputs:
         if isinstance(spec.value, torch.SymInt):
@@ -146,7 +146,7 @@ def _check_boundary(signature: InductorSignature) -> None:
             f"the graph returns {', '.join(map(repr, signature.fixed_outputs))}, and packages return tensors only"
         )
     plain: set[Any] = {tuple, list, dict, OrderedDict, type(None)}
-    found = {kind for spec in signature.specs() for kind in _types(spec)} - plain
+    found = {kind for spec in (signature.in_spec, signature.out_spec) for kind in _types(spec)} - plain
     if foreign := sorted(str(getattr(kind, "__name__", kind)) for kind in found):
         raise LoweringError(
             f"the model takes or returns {', '.join(foreign)}, which a process without its library does not have: wrap "
@@ -162,7 +162,7 @@ def _types(spec: pytree.TreeSpec) -> Iterator[Any]:
             yield from _types(child)
 
 
-def _corners(source: InductorSource, example: Inputs) -> Iterator[tuple[int, ...]]:
+def _corners(source: InductorSource, example: Call) -> Iterator[tuple[int, ...]]:
     """Values of the dynamic sizes to compare at: each as small as it may be, and as large."""
     signature = source.signature
     given = signature.sizes(signature.flatten(*example))
@@ -173,13 +173,13 @@ def _corners(source: InductorSource, example: Inputs) -> Iterator[tuple[int, ...
     return itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS)
 
 
-def _batches(source: InductorSource, example: Inputs, corners: Sequence[tuple[int, ...]]) -> list[Inputs]:
+def _batches(source: InductorSource, example: Call, corners: Sequence[tuple[int, ...]]) -> list[Call]:
     signature = source.signature
     values = signature.flatten(*example)
     return [example, *(signature.structured(signature.resized(values, sizes)) for sizes in corners)]
 
 
-def _notes(signature: InductorSignature, inputs: FakeInputs, corners: Sequence[tuple[int, ...]]) -> Iterator[str]:
+def _notes(signature: Signature, inputs: FakeInputs, corners: Sequence[tuple[int, ...]]) -> Iterator[str]:
     yield "the package checks dtype, sizes and strides of its inputs at each call"
     for spec in signature.inputs:
         if not isinstance(spec.value, Tensor):

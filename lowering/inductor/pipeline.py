@@ -16,7 +16,7 @@ from lowering.inductor.kernels.engines import ENGINES, Engine
 from lowering.inductor.report import InductorReport, Kernel, build_report
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
-from lowering.inductor.signature import InductorSignature
+from lowering.signature import Signature
 
 
 class Rewritten:
@@ -34,7 +34,7 @@ class Rewritten:
         self._choices, self._float_bytes = choose(self._graph, self._refused, wanted, engines)
         one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
 
-    def flat(self, signature: InductorSignature) -> GraphModule:
+    def flat(self, signature: Signature) -> GraphModule:
         """A copy that Inductor may consume: it takes the inputs that ``signature`` says are taken, and returns tensors."""
         graph = Graph()
         outputs: Any = graph.graph_copy(self._graph.graph, {})

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from lowering.inductor.signature import InductorSignature
-from lowering.verify import Bound, Inputs, Verification, as_inputs, compare, compare_within_noise, graph_of
+from lowering.export import example_of, graph_of
+from lowering.signature import Signature
+from lowering.verify import Bound, Verification, compare, compare_within_noise
 from quant2e.errors import LoweringError
+from quant2e.graph.calls import Call, call_of
 
 BOUND = Bound(steps=1.0, sqnr_db=30.0)
 """What a program must reach. Fused float ops differ from eager ones in the last bit, which moves some numbers over
@@ -32,14 +34,14 @@ class InductorSource:
     """A graph to compile. ``example``: inputs of one call, where there are any."""
 
     graph: GraphModule
-    signature: InductorSignature
-    example: Inputs | None
+    signature: Signature
+    example: Call | None
 
-    def batches(self, more: Iterable[Any] = ()) -> list[Inputs]:
+    def batches(self, more: Iterable[Any] = ()) -> list[Call]:
         """The example and ``more``, to run the program on. Raises `LoweringError` when there is no example."""
         if self.example is None:
             raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
-        return [self.example, *map(as_inputs, more)]
+        return [self.example, *map(call_of, more)]
 
 
 def source_of(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) -> InductorSource:
@@ -50,24 +52,14 @@ def source_of(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) 
             f"{asker} takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "
             f"capture returned"
         )
-    example = _example(model, example_inputs)
+    example = example_of(model, example_inputs)
     if dynamic_shapes is not None:
         graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
     leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
-    return InductorSource(graph=graph, signature=InductorSignature(graph, leaves), example=example)
+    return InductorSource(graph=graph, signature=Signature(graph, leaves), example=example)
 
 
-def _example(model: Any, example_inputs: Any) -> Inputs | None:
-    if example_inputs is not None:
-        return as_inputs(example_inputs)
-    remembered = getattr(model, "example_inputs", None)
-    if remembered is None or isinstance(model, GraphModule):
-        return None
-    args, kwargs = as_inputs(remembered)
-    return args, {**kwargs, **(getattr(model, "example_kwargs", None) or {})}
-
-
-def _with_dynamic_shapes(graph: GraphModule, example: Inputs | None, dynamic_shapes: Any) -> GraphModule:
+def _with_dynamic_shapes(graph: GraphModule, example: Call | None, dynamic_shapes: Any) -> GraphModule:
     """The graph itself when it was captured with dynamic sizes; otherwise captured again with them."""
     values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
     if any(isinstance(size, torch.SymInt) for v in values if isinstance(v, Tensor) for size in v.shape):
@@ -96,7 +88,7 @@ def _without_checks(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, nodes)
 
 
-def verified(program: Callable[..., Any], graph: GraphModule, batches: Sequence[Inputs], what: str) -> Verification:
+def verified(program: Callable[..., Any], graph: GraphModule, batches: Sequence[Call], what: str) -> Verification:
     """Compare ``program`` with ``graph``; raises `LoweringError` beyond `BOUND`, calling the program ``what``.
 
     The first batch is run twice: a program that wrote to its constants in the first call computes something else then.
@@ -106,19 +98,17 @@ def verified(program: Callable[..., Any], graph: GraphModule, batches: Sequence[
     if not found.passed:
         found = compare_within_noise(program, graph, batches)
     found.check(what)
-    _check_inputs_kept(program, graph, what, *batches[0])
+    _check_inputs_kept(program, graph, what, batches[0])
     return found
 
 
-def _check_inputs_kept(
-    program: Callable[..., Any], graph: GraphModule, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _check_inputs_kept(program: Callable[..., Any], graph: GraphModule, what: str, call: Call) -> None:
     """Raise `LoweringError` when the program writes to an input that the graph leaves alone."""
 
     def after(run: Callable[..., Any]) -> list[Any]:
-        own = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        own = call.copied()
         with torch.no_grad():
-            run(*own[0], **own[1])
+            run(*own.args, **own.kwargs)
         return [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor)]
 
     for place, (got, wanted) in enumerate(zip(after(program), after(graph), strict=True)):

@@ -11,19 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from lowering.executorch.io_parameters import constants
+from lowering.export import dynamic_shapes_of, export, graph_of, needed_example_of
 from lowering.onnx.integer_types import sizes, use_integers
 from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
 from lowering.onnx.qdq_form import CONVENTIONS, in_form
 from lowering.onnx.translation import OPSET, translations
 from lowering.signature import signature_of
-from lowering.verify import Inputs, as_inputs, compare_within_noise, graph_of
+from lowering.verify import compare_within_noise
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
+from quant2e.graph.calls import Call, call_of
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
 _PROTOBUF_LIMIT = 2**31 - 1
@@ -56,19 +57,19 @@ def to_onnx(
     if target not in CONVENTIONS:
         raise LoweringError(f"target {target!r}: to_onnx writes for {', '.join(map(repr, CONVENTIONS))}")
     reference = graph_of(model)
-    inputs = _example_inputs(model, example_inputs)
-    shapes = dynamic_shapes if dynamic_shapes is not None else getattr(model, "dynamic_shapes", None)
+    inputs = needed_example_of(model, example_inputs, "to_onnx")
+    shapes = dynamic_shapes_of(model, dynamic_shapes)
     with _undisturbed():
         _require(verify)
-        module = _export(reference, inputs, shapes).module(check_guards=False)
+        module = export(reference, inputs, shapes).module(check_guards=False)
         in_form(module, CONVENTIONS[target])
-        exported = _export(module, inputs, shapes)
+        exported = export(module, inputs, shapes)
         quantized_io = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
         with atomic_file(Path(path)) as part:
             report, signature = _write(exported, part, target, quantized_io), signature_of(exported)
             if verify:
                 in_file = OnnxProgram(part, report, signature)
-                report = _verified(in_file, reference, [inputs, *map(as_inputs, verify_inputs)])
+                report = _verified(in_file, reference, [inputs, *map(call_of, verify_inputs)])
     return OnnxProgram(Path(path), report, signature)
 
 
@@ -99,7 +100,7 @@ def _to_onnx_ir(exported: ExportedProgram) -> Any:
     return made.model
 
 
-def _verified(program: OnnxProgram, reference: Any, batches: list[Inputs]) -> OnnxReport:
+def _verified(program: OnnxProgram, reference: Any, batches: list[Call]) -> OnnxReport:
     """The report with what ran on integers and the comparison; raises `LoweringError` beyond the bound."""
     verification = compare_within_noise(program, reference, batches)
     verification.check("the ONNX file")
@@ -114,17 +115,6 @@ def _verified(program: OnnxProgram, reference: Any, batches: list[Inputs]) -> On
         float_products=floats,
         notes=notes_on(kernels),
     )
-
-
-def _example_inputs(model: Any, given: Any) -> Inputs:
-    """Positional and keyword inputs to export with."""
-    example = given if given is not None else getattr(model, "example_inputs", None)
-    if example is None:
-        raise LoweringError("to_onnx needs example_inputs: a tuple of positional inputs, or a dict of keywords")
-    args, kwargs = as_inputs(example)
-    if given is None and isinstance(extra := getattr(model, "example_kwargs", None), dict):
-        kwargs = {**kwargs, **extra}
-    return args, kwargs
 
 
 def _require(verify: bool) -> None:
@@ -157,14 +147,3 @@ def _undisturbed() -> Iterator[None]:
                 logger.setLevel(before)
             for name in set(os.environ) - set(environment):
                 del os.environ[name]
-
-
-def _export(module: Any, inputs: Inputs, shapes: Any) -> ExportedProgram:
-    args, kwargs = inputs
-    try:
-        with torch.no_grad():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise LoweringError(
-            f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}"
-        ) from error

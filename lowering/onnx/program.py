@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lowering.program import LoweredProgram, LoweringReport, Table
@@ -128,8 +129,8 @@ class OnnxProgram(LoweredProgram[OnnxReport]):
         return self._report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on positional and keyword inputs; keywords in any order. Raises `LoweringError` on other inputs."""
-        flat = self._signature.flatten(args, kwargs)
+        """Run on positional inputs and inputs by name, in any order. Raises `LoweringError` on other inputs."""
+        flat = self._signature.plain(args, kwargs)
         if self._session is None:
             self._session = session(self.path)
         return run(self._session, flat, self._signature)
@@ -163,7 +164,9 @@ def session(path: Path, optimized: Path | None = None) -> Any:
 def run(loaded: Any, flat: list[Any], signature: Signature) -> Any:
     """Outputs of a session as the model returns them."""
     wanted = [given.name for given in loaded.get_inputs()]
-    pairs = [(spec.name, value) for spec, value in zip(signature.tensors, flat, strict=True) if spec is not None]
+    pairs = [
+        (spec.name, value) for spec, value in zip(signature.inputs, flat, strict=True) if isinstance(value, Tensor)
+    ]
     by_name = dict(pairs)
     if len(wanted) == len(pairs) and not set(wanted) <= set(by_name):  # renamed, in the order of the model
         by_name = dict(zip(wanted, (value for _, value in pairs), strict=True))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from quant2e.calibration.calibrate import Call, IsolatedRandomness, call_with
+from quant2e.calibration.calibrate import IsolatedRandomness
+from quant2e.graph.calls import call_of
 from quant2e.ranges.sqnr import sqnr_db
 
 
@@ -22,25 +23,18 @@ def output_sqnr(reference: Callable[..., Any], candidate: Callable[..., Any], ba
     """
     signal = noise = 0.0
     randomness = IsolatedRandomness()
-    for batch in batches:
+    for call in map(call_of, batches):
+        args, kwargs = call.copied()
         with torch.no_grad(), randomness:
-            wanted = pytree.tree_leaves(call_with(reference, _copied(batch)))
+            wanted = pytree.tree_leaves(reference(*args, **kwargs))
+        args, kwargs = call.copied()
         with torch.no_grad(), randomness:
-            got = pytree.tree_leaves(call_with(candidate, _copied(batch)))
+            got = pytree.tree_leaves(candidate(*args, **kwargs))
         for a, b in zip(wanted, got, strict=True):
             if isinstance(a, Tensor) and a.is_floating_point():
                 s, n = _powers(a, b)
                 signal, noise = signal + s, noise + n
     return sqnr_db(signal, noise)
-
-
-def _copied(batch: Any) -> Any:
-    """A batch with tensors of its own: a model may write into its inputs."""
-    if isinstance(batch, Call):
-        return Call(_copied(batch.args), _copied(batch.kwargs))
-    if isinstance(batch, Mapping):
-        return {key: _copied(value) for key, value in batch.items()}
-    return pytree.tree_map_only(Tensor, torch.clone, batch)
 
 
 def _powers(a: Tensor, b: Tensor) -> tuple[float, float]:

@@ -18,19 +18,12 @@ from quant2e.calibration.compiled import compiled_graph
 from quant2e.calibration.early_stopping import EarlyStopping
 from quant2e.calibration.statistics import Statistics, measuring
 from quant2e.errors import CalibrationError
+from quant2e.graph.calls import call_of
 from quant2e.graph.mutation import written_attributes
 from quant2e.observers.native import ops as native
 
 Progress = Callable[[int, int | None], None]
 """Called after each batch with the number done and, where it is known, the total."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A batch with both positional and keyword inputs."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 class IsolatedRandomness:
@@ -47,22 +40,6 @@ class IsolatedRandomness:
     def __exit__(self, *exc: object) -> None:
         self._own = torch.get_rng_state()
         torch.set_rng_state(self._callers)
-
-
-def call_with(model: Callable[..., Any], batch: Any) -> Any:
-    """Call ``model`` on one batch: a tensor, a tuple or list of positional inputs, or a dict of keyword inputs."""
-    if isinstance(batch, Call):
-        return model(*batch.args, **batch.kwargs)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise CalibrationError(
-        f"a calibration batch is a {type(batch).__name__}; give a tensor, a tuple of positional inputs or a dict of "
-        "keyword inputs"
-    )
 
 
 def batch_count(data: Any) -> int | None:
@@ -86,8 +63,8 @@ def calibrate(
 ) -> GraphModule:
     """Run ``data`` through a prepared model, so that its observers learn their ranges; returns the same model.
 
-    ``data``: any iterable of what the model takes: tensors, tuples of positional inputs, dicts of keyword inputs; a
-    DataLoader works. Nothing but statistics is kept, and the caller's random stream is as it was.
+    ``data``: any iterable of what the model takes: tensors, tuples of positional inputs, dicts of keyword inputs, or a
+    `Call` for both; a DataLoader works. Nothing but statistics is kept, and the caller's random stream is as it was.
 
     It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``range_tolerance`` (0.01 is 1 %) of
     its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
@@ -193,9 +170,15 @@ class _Run:
 
 
 def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness) -> None:
+    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+        raise CalibrationError(
+            f"a calibration batch is a {type(batch).__name__}; give a tensor, a tuple of positional inputs or a dict of "
+            "keyword inputs"
+        )
+    args, kwargs = call_of(batch)
     try:
         with torch.no_grad(), randomness:
-            call_with(model, batch)
+            model(*args, **kwargs)
     except CalibrationError:
         raise
     except Exception as error:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from quant2e.calibration.calibrate import Call, IsolatedRandomness
+from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
+from quant2e.graph.calls import call_of
 from quant2e.graph.effects import is_random, writes
 from quant2e.graph.inputs import Inputs
 from quant2e.graph.module import copy_graph
@@ -149,12 +150,7 @@ def _track(observer: Any) -> _Track | None:
 
 def flat_inputs(graph: GraphModule, batch: Any) -> list[Any]:
     """Values for the placeholders of a captured graph, tensors copied: the graph may write into its inputs."""
-    if isinstance(batch, Call):
-        args, kwargs = batch.args, dict(batch.kwargs)
-    elif isinstance(batch, Mapping):
-        args, kwargs = (), dict(batch)
-    else:
-        args, kwargs = (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+    args, kwargs = call_of(batch)
     inputs = getattr(graph, "inputs", None)
     if isinstance(inputs, Inputs):
         flat = inputs.flat(args, kwargs)

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from quant2e.errors import CaptureError, where
+from quant2e.graph.calls import positional_inputs
 from quant2e.graph.inline_regions import inline_regions
 from quant2e.graph.inputs import distinct, read_inputs
 from quant2e.graph.modes import is_training_graph
@@ -49,7 +49,7 @@ def capture(
     The model, its flags and buffers, and the random state are left as they were, also on failure.
     Raises `CaptureError` when the inputs do not fit ``forward``, or the model cannot be exported.
     """
-    args, keywords = _positional(example_inputs), dict(kwargs or {})
+    args, keywords = positional_inputs(example_inputs), dict(kwargs or {})
     if isinstance(model, ExportedProgram) or is_captured(model):
         if dynamic_shapes is not None:
             raise CaptureError(
@@ -138,19 +138,6 @@ def _not_aten(gm: GraphModule, node: Node) -> str | None:
         if getattr(torch, getattr(node.target, "__name__", ""), None) is node.target and "sym_" not in str(node.target):
             return "a Python function of torch"
     return None
-
-
-def _positional(example_inputs: Any) -> tuple[Any, ...]:
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs)
-    if example_inputs is None:
-        return ()
-    hint = "for keyword inputs use kwargs=, " if isinstance(example_inputs, Mapping) else ""
-    raise CaptureError(
-        f"example_inputs is a {type(example_inputs).__name__}: {hint}for one positional input use a tuple, (value,)"
-    )
 
 
 def _check_signature(model: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

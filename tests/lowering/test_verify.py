@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from lowering import Bound, Verification, verify
-from lowering.verify import LEEWAY_DB, as_inputs, compare_within_noise, output_scales, own_noise_db
+from lowering.verify import LEEWAY_DB, compare_within_noise, output_scales, own_noise_db
 from quant2e.errors import LoweringError
+from quant2e.graph.calls import Call
 from tests.lowering.graphs import Cnn, on_grid
 
 X = torch.linspace(-1, 1, 9)
@@ -141,14 +142,6 @@ def test_a_reference_that_writes_to_its_input_leaves_the_data_alone():
     assert torch.equal(data[0], X)
 
 
-@pytest.mark.parametrize(
-    ("batch", "expected"),
-    [(1, ((1,), {})), ((1, 2), ((1, 2), {})), ([1], ((1,), {})), ({"a": 1}, ((), {"a": 1}))],
-)
-def test_a_batch_is_a_tensor_a_tuple_or_a_dict(batch, expected):
-    assert as_inputs(batch) == expected
-
-
 def test_output_scales():
     x = torch.randn(1, 3, 8, 8)
     assert output_scales(graph(Cnn(), x)) == [0.01]
@@ -195,7 +188,7 @@ def test_a_graph_that_rounds_chaotically_is_judged_by_its_own_noise():
             return on_grid(x * self.scale, (1.0, 0)) + 0.25 * x
 
     x = torch.arange(64) % 4 + 0.5
-    reference, batches = graph(Chaos(), x), [((x,), {})]
+    reference, batches = graph(Chaos(), x), [Call((x,), {})]
     noise = own_noise_db(reference, batches)
     found = compare_within_noise(lambda x: reference(x * (1 - 2.0**-23)), reference, batches)
     assert 0 < noise < 40

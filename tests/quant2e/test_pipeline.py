@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import QuantizationSpec
-from quant2e.calibration.calibrate import Call
 from quant2e.errors import CalibrationError, CaptureError, Quant2eError
+from quant2e.graph.calls import Call
 from quant2e.graph.capture import capture
 from quant2e.pipeline import quantize
 from quant2e.ranges.sqnr import sqnr_db

@@ -390,9 +390,9 @@ def test_pytrees_and_keywords_in_any_order():
     got, expected = program(pair, options=options, scale=scale), Trees()(pair, scale=scale, options=options)
     assert set(got) == {"sum", "rest"}
     torch.testing.assert_close(got, expected)
-    with pytest.raises(LoweringError, match=r"takes the keywords \['scale', 'options'\]"):
+    with pytest.raises(LoweringError, match=r"takes \(pair, scale, options\), missing options"):
         program(pair, scale=scale)
-    with pytest.raises(LoweringError, match="another structure"):
+    with pytest.raises(LoweringError, match="not nested as at capture"):
         program(pair[0], scale=scale, options=options)
 
 
@@ -403,22 +403,22 @@ def test_dynamic_batch():
     assert len(program.report.partitions) == 1
     for size in (1, 3, 8):
         assert program(torch.randn(size, 3, 16, 16)).shape == (size, 5)
-    with pytest.raises(LoweringError, match=r"takes 'x': float32\[1\.\.8, 3, 16, 16\], not float32\[9, 3, 16, 16\]"):
+    with pytest.raises(LoweringError, match=r"a dynamic size is 9, outside of \[1, 8\]"):
         program(torch.randn(9, 3, 16, 16))
 
 
 @pytest.mark.parametrize(
-    ("value", "got"),
+    ("value", "message"),
     [
-        (torch.randn(2, 4), r"float32\[2, 4\]"),
-        (torch.randn(2, 3, 1), r"float32\[2, 3, 1\]"),
-        (torch.ones(2, 3, dtype=torch.int64), r"int64\[2, 3\]"),
-        (1.5, r"1\.5"),
+        (torch.randn(2, 4), r"dimension 1 of input 'input' is 4, and the program was compiled for 3"),
+        (torch.randn(2, 3, 1), r"input 'input' has 3 dimension\(s\), and must have 2"),
+        (torch.ones(2, 3, dtype=torch.int64), "input 'input' has dtype torch.int64, and must have torch.float32"),
+        (1.5, "input 'input' is a float, and must be a tensor"),
     ],
 )
-def test_another_input_is_refused_before_it_runs(value, got):
+def test_another_input_is_refused_before_it_runs(value, message):
     program = to_executorch(nn.ReLU(), (torch.randn(2, 3),), verify=False)
-    with pytest.raises(LoweringError, match=rf"this program takes 'input': float32\[2, 3\], not {got}"):
+    with pytest.raises(LoweringError, match=message):
         program(value)
 
 

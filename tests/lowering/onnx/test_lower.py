@@ -290,7 +290,7 @@ def test_other_inputs_are_refused_and_nothing_global_changes(tmp_path):
     assert state() == before
     assert source.code == code
     assert torch.onnx.is_in_onnx_export() is False
-    with pytest.raises(LoweringError, match=r"this program takes 'x': float32\[2, 3\], not float32\[4, 3\]"):
+    with pytest.raises(LoweringError, match="dimension 0 of input 'x' is 4, and the program was compiled for 2"):
         program(torch.randn(4, 3))
     program.save(tmp_path / "copy.onnx")
     assert (tmp_path / "copy.onnx").read_bytes() == program.path.read_bytes()

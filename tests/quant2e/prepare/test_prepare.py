@@ -125,7 +125,7 @@ def test_integers_masks_and_written_buffers_are_never_observed(model):
 
 class _Batches:
     def __iter__(self):
-        from quant2e.calibration.calibrate import Call
+        from quant2e.graph.calls import Call
 
         yield Call(*inputs())
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowering.inductor.signature import InductorSignature
+from lowering.signature import Signature, signature_of
 from quant2e.errors import LoweringError
 
 
@@ -18,7 +18,7 @@ X, GAIN, MASK = torch.ones(4, 3), torch.ones(3), torch.zeros(4, 3)
 @pytest.fixture(scope="module")
 def fixed():
     exported = torch.export.export(Two(), (X, {"gain": GAIN}), {"mask": MASK, "flag": True}, strict=False)
-    return InductorSignature(exported.module(), None)
+    return Signature(exported.module(), None)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def dynamic():
     kwargs = {"mask": MASK, "flag": True}
     names = dict(zip(("x", "options", "mask", "flag"), shapes, strict=True))
     exported = torch.export.export(Two(), (X, {"gain": GAIN}), kwargs, dynamic_shapes=names, strict=False)
-    return InductorSignature(exported.module(), None)
+    return Signature(exported.module(), None)
 
 
 def call(signature, x=X, gain=GAIN, mask=MASK, flag=True):
@@ -39,6 +39,35 @@ def test_inputs_are_flat_in_captured_order_whatever_the_order_of_keywords(fixed)
     values = fixed.flatten((X, {"gain": GAIN}), {"flag": True, "mask": MASK})
     assert [v is w for v, w in zip(values, (X, GAIN, MASK, True), strict=True)] == [True] * 4
     assert [spec.taken for spec in fixed.inputs] == [True, True, True, False]
+
+
+def test_any_input_may_be_given_by_name(fixed):
+    values = fixed.flatten((), {"flag": True, "options": {"gain": GAIN}, "mask": MASK, "x": X})
+    assert [v is w for v, w in zip(values, (X, GAIN, MASK, True), strict=True)] == [True] * 4
+    call = fixed.structured(values)
+    assert (len(call.args), list(call.kwargs)) == (2, ["mask", "flag"])
+
+
+class Counted(nn.Module):
+    def forward(self, count, x):
+        return x * count
+
+
+def test_an_exported_program_and_its_graph_are_called_alike():
+    """Constants keep their place: torch.export lists them among the inputs by value, not by name."""
+    batch = torch.export.Dim("batch", min=1, max=8)
+    shapes = (None, {0: batch})
+    signature = signature_of(torch.export.export(Counted(), (3, X), dynamic_shapes=shapes, strict=False))
+    assert [spec.name for spec in signature.inputs] == ["count", "x"]
+    assert list(signature.symbols.values()) == [(1.0, 8.0)]
+    assert signature.plain((3, X), {})[1].shape == X.shape
+    for args, message in [
+        ((2, X), "'count' is 2, and the graph was captured with 3"),
+        ((3, torch.ones(9, 3)), r"size is 9, outside of \[1, 8\]"),
+        ((3, torch.ones(0, 3)), r"size is 0, outside of \[1, 8\]"),
+    ]:
+        with pytest.raises(LoweringError, match=message):
+            signature.plain(args, {})
 
 
 def test_outputs_are_put_back_together_with_what_is_no_tensor(fixed):
@@ -73,9 +102,10 @@ def test_inputs_that_do_not_fit_are_named(which, inputs, message, request):
 @pytest.mark.parametrize(
     ("args", "kwargs", "message"),
     [
-        ((X, {"gain": GAIN}), {"mask": MASK}, r"keyword inputs \['mask'\]: the model was captured with \['flag', 'mask'\]"),
-        ((X, {"loss": GAIN}), {"mask": MASK, "flag": True}, "structured as"),
-        ((X,), {"mask": MASK, "flag": True}, "structured as"),
+        ((X, {"gain": GAIN}), {"mask": MASK}, r"takes \(x, options, mask, flag\), missing flag"),
+        ((X, {"loss": GAIN}), {"mask": MASK, "flag": True}, "not nested as at capture"),
+        ((X,), {"mask": MASK, "flag": True}, r"takes \(x, options, mask, flag\), missing options"),
+        ((X, {"gain": GAIN}), {"mask": MASK, "flag": True, "bias": X}, "and 'bias' is not one of them"),
     ],
 )  # fmt: skip
 def test_another_structure_is_refused(args, kwargs, message, fixed):
@@ -86,4 +116,4 @@ def test_another_structure_is_refused(args, kwargs, message, fixed):
 def test_example_inputs_of_another_number_are_refused():
     exported = torch.export.export(nn.ReLU(), (X,), strict=False).module()
     with pytest.raises(LoweringError, match=r"takes 1 input\(s\), \['input'\], and the example inputs hold 2"):
-        InductorSignature(exported, [X, X])
+        Signature(exported, [X, X])

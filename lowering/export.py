@@ -1,0 +1,67 @@
+"""What a lowering is given, and its graph exported again: what several targets need before they go their own ways.
+
+model ─▶ `graph_of`, `example_of`, `dynamic_shapes_of` ─▶ `export` ─▶ an ExportedProgram
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from quant2e.errors import LoweringError
+from quant2e.graph.calls import Call, call_of
+
+
+def graph_of(model: Any) -> Any:
+    """The graph of a QuantizedModel (its ``module``), or the module itself."""
+    if isinstance(model, torch.nn.Module):
+        return model
+    module = getattr(model, "module", None)
+    if isinstance(module, torch.nn.Module):
+        return module
+    raise LoweringError(
+        f"cannot lower or compare a {type(model).__name__}: pass what quantize or convert_pt2e returned, "
+        f"a captured GraphModule or an nn.Module"
+    )
+
+
+def example_of(model: Any, given: Any) -> Call | None:
+    """The example inputs that were given, or those that a QuantizedModel remembers; None where there are none."""
+    if given is not None:
+        return call_of(given)
+    remembered = None if isinstance(model, torch.nn.Module) else getattr(model, "example_inputs", None)
+    if remembered is None:
+        return None
+    args, kwargs = call_of(remembered)
+    return Call(args, {**kwargs, **(getattr(model, "example_kwargs", None) or {})})
+
+
+def needed_example_of(model: Any, given: Any, asker: str) -> Call:
+    """The same for a function, ``asker``, that cannot do without. Raises `LoweringError` where there are none."""
+    found = example_of(model, given)
+    if found is None:
+        raise LoweringError(f"{asker} needs example_inputs: a tuple of positional inputs, or a dict of keywords")
+    return found
+
+
+def dynamic_shapes_of(model: Any, given: Any) -> Any:
+    """The dynamic shapes that were given, or those that a QuantizedModel remembers; None where there are none."""
+    return given if given is not None else getattr(model, "dynamic_shapes", None)
+
+
+def export(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProgram:
+    """``torch.export``, not strict. Raises `LoweringError` when it cannot trace the graph."""
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except Exception as error:
+        raise untraceable(error) from error
+
+
+def untraceable(error: Exception) -> LoweringError:
+    """The error for a graph that torch.export does not trace."""
+    return LoweringError(f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}")
