@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from quant2e.errors import PassError, where
 from quant2e.graph.attributes import attribute
 from quant2e.graph.effects import is_deterministic, writes
-from quant2e.graph.mutation import Storage, observed_writes, storage_of, storages
+from quant2e.graph.mutation import Storage, all_observed_writes, observed_writes, storage_of, storages
 
 
 class Cause(StrEnum):
@@ -63,9 +63,9 @@ class Constants:
     def __init__(self, graph: Graph) -> None:
         self._storages = storages(graph)
         self._writers: dict[Storage, Node] = {}
-        for node in graph.nodes:
-            for operand in observed_writes(node):
-                self._writers |= dict.fromkeys(self._storages[operand] - self._writers.keys(), node)
+        for writer, operand in all_observed_writes(graph):
+            for place in self._storages[operand]:
+                self._writers.setdefault(place, writer)
         self._variations: dict[Node, Variation | None] = {}
         for node in graph.nodes:
             self._variations[node] = self._variation(node)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 
 from quant2e.graph.attributes import attribute
@@ -35,7 +36,8 @@ def storage_of(node: Node, known: Mapping[Node, frozenset[Storage]]) -> frozense
 
 
 def _storage(tensor: Tensor) -> Storage:
-    pointer = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    real = tensor.layout == torch.strided and not isinstance(tensor, FakeTensor)
+    pointer = tensor.untyped_storage().data_ptr() if real else 0
     return ("storage", pointer) if pointer else ("tensor", id(tensor))
 
 
@@ -65,30 +67,53 @@ def seen_through(writer: Node) -> Node | None:
     is now: costs a look at the operand's views and at what it is a view of.
     """
     returned = set(aliases(writer))
-    return next(filter(None, (_other_name(node, writer) for node in writes(writer) if node in returned)), None)
+    names = (_other_name(node, writer, {}) for node in writes(writer) if node in returned)
+    return next(filter(None, names), None)
 
 
-def _other_name(operand: Node, writer: Node) -> Node | None:
+@dataclass(frozen=True, slots=True)
+class _Bases:
+    """What a node is a view of, up to where the memory comes from.
+
+    ``name``: one that somebody may always see the memory by. ``read``: of the others, the one that is read last, and there.
+    """
+
+    name: Node | None = None
+    read: tuple[Node, Node] | None = None
+
+
+def _bases(node: Node, known: dict[Node, _Bases]) -> _Bases:
+    """Each node is looked at once, whatever is asked about a graph that stays as it is. Iterative: chains can be long."""
+    pending = [node]
+    while pending:
+        above = [base for base in aliases(pending[-1]) if base not in known]
+        pending.extend(above)
+        if not above:
+            done = pending.pop()
+            known[done] = _look(done, known) if done.op == "call_function" else _Bases(name=done)
+    return known[node]
+
+
+def _look(node: Node, known: Mapping[Node, _Bases]) -> _Bases:
+    read: tuple[Node, Node] | None = None
+    for base in aliases(node):
+        others = [user for user in base.users if user is not node]
+        name = next((user for user in others if base in aliases(user)), known[base].name)
+        if name is not None:
+            return _Bases(name=name)
+        for place in ((user, base) for user in others):
+            read = place if read is None or place[0] > read[0] else read
+        above = known[base].read
+        read = above if read is None or (above is not None and above[0] > read[0]) else read
+    return _Bases(read=read)
+
+
+def _other_name(operand: Node, writer: Node, known: dict[Node, _Bases]) -> Node | None:
     for user in operand.users:
         if user is not writer and is_view(user) and operand in aliases(user):
             return user
-    pending = [operand]
-    while pending:
-        node = pending.pop()
-        if node.op != "call_function":
-            return node
-        for base in aliases(node):
-            for user in base.users:
-                if user is not node and base in aliases(user):
-                    return user
-                if user > writer:
-                    return base
-            pending.append(base)
-    return None
-
-
-def _is_seen(operand: Node, writer: Node) -> bool:
-    return _other_name(operand, writer) is not None or any(user > writer for user in operand.users)
+    bases = _bases(operand, known)
+    return bases.read[1] if bases.read is not None and bases.read[0] > writer else bases.name
 
 
 def observed_writes(node: Node) -> list[Node]:
@@ -96,7 +121,17 @@ def observed_writes(node: Node) -> list[Node]:
 
     What is written to memory of the graph's own, and read through the writer's result only, is seen by nobody.
     """
-    return [operand for operand in writes(node) if _is_seen(operand, node)]
+    return [operand for operand in writes(node) if _is_seen(operand, node, {})]
+
+
+def _is_seen(operand: Node, writer: Node, known: dict[Node, _Bases]) -> bool:
+    return _other_name(operand, writer, known) is not None or any(user > writer for user in operand.users)
+
+
+def all_observed_writes(graph: Graph) -> list[tuple[Node, Node]]:
+    """Every writer of a graph with what it writes, as `observed_writes` gives it. Linear in the number of nodes."""
+    known: dict[Node, _Bases] = {}
+    return [(node, operand) for node in graph.nodes for operand in writes(node) if _is_seen(operand, node, known)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +150,7 @@ def observable_writes(graph: Graph) -> dict[Node, ObservableWrite]:
 
     A graph that writes nothing costs one look at each node.
     """
-    writers = [(node, operand) for node in graph.nodes for operand in observed_writes(node)]
+    writers = all_observed_writes(graph)
     if not writers:
         return {}
     position = {node: i for i, node in enumerate(graph.nodes)}

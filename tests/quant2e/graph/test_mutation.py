@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quant2e.graph import mutation
 from quant2e.graph.capture import capture
 from quant2e.graph.effects import writes
 from quant2e.graph.module import copy_graph
@@ -126,3 +127,17 @@ def test_copies_share_memory_as_the_tensors_do():
     assert together[id(tensors[1])].tolist() == [0, 0]
     assert whole.tolist() == [0, 1, 2, 3, 4, 5]
     assert not any(c.requires_grad for c in together.values())
+
+
+def test_long_chains_of_writes_are_looked_at_once(monkeypatch):
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.aten.neg.default, (graph.placeholder("x"),))
+    for _ in range(3000):
+        node = graph.call_function(torch.ops.aten.add_.Tensor, (node, 1))
+    graph.output(node)
+    looks = []
+    monkeypatch.setattr(
+        mutation, "_look", lambda node, known, look=mutation._look: looks.append(node) or look(node, known)
+    )
+    assert observable_writes(graph) == {}
+    assert len(looks) == 3000
