@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.errors import CaptureError, LoweringError
 from quant2e.graph.calls import Call
-from quant2e.graph.inputs import Inputs, read_inputs
+from quant2e.graph.inputs import inputs_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +58,7 @@ class Signature:
     """
 
     def __init__(self, model: GraphModule, example: Sequence[Any] | None = None) -> None:
-        own = getattr(model, "inputs", None)
-        self._convention = own if isinstance(own, Inputs) else read_inputs(model)
+        self._convention = inputs_of(model)
         info = getattr(model.graph._codegen, "pytree_info", None)
         output = next(node for node in reversed(model.graph.nodes) if node.op == "output")
         self._outputs, spec = pytree.tree_flatten(output.args[0])

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from quant2e.convert.insert_qdq import FakeValueCache
 from quant2e.errors import FileFormatError, Quant2eError
 from quant2e.graph.edit import set_origin
-from quant2e.graph.inputs import Inputs, leaf_paths, read_inputs
+from quant2e.graph.inputs import Inputs, inputs_of, leaf_paths
 from quant2e.graph.module import CapturedModule, copy_graph
 from quant2e.graph.mutation import observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
@@ -192,7 +192,7 @@ def with_quantized_io(converted: GraphModule) -> CapturedModule:
 
 def _open_inputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
     """Turn placeholders into integers; yields their ports."""
-    convention = gm.inputs if gm.inputs is not None else read_inputs(gm)
+    convention = inputs_of(gm)
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     written, fake_values, checks = observable_writes(gm.graph), FakeValueCache(), []
     for index, (name, node) in enumerate(zip(leaf_paths(convention.names, convention.spec), placeholders, strict=True)):

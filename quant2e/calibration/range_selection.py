@@ -20,9 +20,8 @@ from torch.utils import _pytree as pytree
 from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
-from quant2e.graph.calls import call_of
 from quant2e.graph.effects import is_random, writes
-from quant2e.graph.inputs import Inputs
+from quant2e.graph.inputs import flat_inputs
 from quant2e.graph.module import copy_graph
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.observers.base import OBSERVER_PREFIX
@@ -146,19 +145,6 @@ def _track(observer: Any) -> _Track | None:
         candidates[candidate] = made.setdefault(key, _Entrant(*key))
     observer.method, observer.percentile = own
     return _Track(observer, candidates, tuple(made.values())) if len(made) > 1 else None
-
-
-def flat_inputs(graph: GraphModule, batch: Any) -> list[Any]:
-    """Values for the placeholders of a captured graph, tensors copied: the graph may write into its inputs."""
-    args, kwargs = call_of(batch)
-    inputs = getattr(graph, "inputs", None)
-    if isinstance(inputs, Inputs):
-        flat = inputs.flat(args, kwargs)
-    elif kwargs:
-        raise CalibrationError("this graph does not record the names of its inputs; give batches of positional inputs")
-    else:
-        flat = pytree.tree_leaves(args)
-    return [value.clone() if isinstance(value, Tensor) else value for value in flat]
 
 
 class _Racing(Interpreter):

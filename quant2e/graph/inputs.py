@@ -23,6 +23,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 
 from quant2e.errors import CaptureError
+from quant2e.graph.calls import call_of
 from quant2e.graph.serialized import spec_from_state, spec_state
 
 _GUARD_MESSAGE = "Guard failed: "
@@ -177,6 +178,21 @@ def read_inputs(gm: GraphModule) -> Inputs:
         paths = names
     own = [text for node, path in zip(placeholders, paths, strict=True) for text in _conditions(node, path)]
     return Inputs(names, spec, tuple(dict.fromkeys([*own, *_guards(gm)])))
+
+
+def inputs_of(gm: GraphModule) -> Inputs:
+    """Calling convention of ``gm``: the one it was captured with, where it knows, or as its graph says."""
+    own = getattr(gm, "inputs", None)
+    return own if isinstance(own, Inputs) else read_inputs(gm)
+
+
+def flat_inputs(gm: GraphModule, batch: Any) -> list[Any]:
+    """Values for the placeholders of ``gm``, in order, from one item of data, as `call_of` reads it.
+
+    Tensors are copied: the graph may write into its inputs. Raises `CaptureError` for inputs that do not fit.
+    """
+    args, kwargs = call_of(batch).copied()
+    return inputs_of(gm).flat(args, kwargs)
 
 
 def leaf_paths(names: Sequence[str], spec: pytree.TreeSpec | None) -> tuple[str, ...]:

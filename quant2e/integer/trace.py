@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.fx.graph import _PyTreeCodeGen
+
+from quant2e.graph.inputs import flat_inputs
 
 
 class Tap(Interpreter):
@@ -29,17 +30,6 @@ class Tap(Interpreter):
 def tensors(gm: GraphModule, names: Iterable[str], batch: Any) -> dict[str, Tensor]:
     """The tensors of the named nodes on one batch: a tensor, a tuple of inputs, or a dict of keyword inputs."""
     found: dict[str, Tensor] = {}
-    args = _in_order(gm, batch)
     with torch.no_grad():
-        Tap(gm, names, found.__setitem__).run(*args, enable_io_processing=False)
+        Tap(gm, names, found.__setitem__).run(*flat_inputs(gm, batch), enable_io_processing=False)
     return found
-
-
-def _in_order(gm: GraphModule, batch: Any) -> list[Any]:
-    """What the placeholders take, in their order."""
-    args: tuple[Any, ...] = (batch,) if isinstance(batch, Tensor) else () if isinstance(batch, dict) else tuple(batch)
-    kwargs: dict[str, Any] = batch if isinstance(batch, dict) else {}
-    if isinstance(gm.graph._codegen, _PyTreeCodeGen):
-        return list(gm.graph.process_inputs(*args, **kwargs))
-    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-    return [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]

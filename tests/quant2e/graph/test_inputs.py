@@ -13,7 +13,7 @@ from torch.export import Dim
 
 from quant2e.errors import CaptureError
 from quant2e.graph.capture import capture
-from quant2e.graph.inputs import read_inputs
+from quant2e.graph.inputs import flat_inputs, read_inputs
 
 
 class Nested(nn.Module):
@@ -126,3 +126,17 @@ def test_dynamic_sizes_and_the_conditions_on_them():
     for gm in (captured, copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
         with pytest.raises(CaptureError, match=r"x.size\(\)\[0\] % 2 == 0; got x=tensor\(5,\)"):
             gm(torch.randn(5))
+
+
+@pytest.mark.parametrize("batch", [lambda x, y: (x, [y]), lambda x, y: {"y": [y], "x": x}], ids=["positions", "names"])
+def test_a_batch_becomes_values_for_the_placeholders_with_tensors_of_their_own(batch):
+    class Nested(nn.Module):
+        def forward(self, x, y):
+            return x - y[0]
+
+    x, y = torch.ones(2), torch.zeros(2)
+    captured = capture(Nested(), (x, [y]))
+    for graph in (captured, torch.export.export(Nested(), (x, [y])).module()):
+        first, second = flat_inputs(graph, batch(x, y))
+        first.add_(1)
+        assert (first.tolist(), second.tolist(), x.tolist()) == ([2.0, 2.0], [0.0, 0.0], [1.0, 1.0])
