@@ -2,8 +2,8 @@
 
     python -m benchmarks.integer [--only digits|minilm] [--output FOLDER]
 
-For each quantizer: ops that compute in integers, seconds to write the graph, outputs that differ from the Q/DQ graph and
-(digits) from the ExecuTorch runtime, and the time of one call over that of the Q/DQ graph, both in eager mode.
+For each quantizer: ops that compute in integers, seconds to write the graph, outputs that differ from the Q/DQ graph
+and (digits) from the ExecuTorch runtime, and the time of one call over that of the Q/DQ graph, both in eager mode.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ LIMIT = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One model, one quantizer, one workload. ``cosine``: of the outputs of the integer and the Q/DQ graph, the smallest.
+    """One model, one quantizer, one workload. ``cosine``: of the outputs of the integer and the Q/DQ graph, the
+    smallest.
 
     ``runtime_differences``: outputs that differ from ExecuTorch's; None where it was not run.
     """

@@ -1,8 +1,8 @@
 """How many delegates a model becomes on ExecuTorch: with ExecuTorch's own quantizer and flow, and with ours.
 
-``python -m benchmarks.partitions`` lowers every model by both flows and writes ``benchmarks/results/partitions.md``; the
-rows are kept in ``partitions.json`` beside it, so that ``--models`` and ``--flows`` redo some of them. ``--small``: images
-of 64 × 64 and transformers of two narrow layers, for structure in minutes; a full run takes about half an hour.
+``python -m benchmarks.partitions`` lowers every model by both flows and writes ``benchmarks/results/partitions.md``;
+the rows are kept in ``partitions.json`` beside it, so that ``--models`` and ``--flows`` redo some of them. ``--small``:
+images of 64 × 64 and transformers of two narrow layers, for structure in minutes; a full run takes about half an hour.
 """
 
 from __future__ import annotations

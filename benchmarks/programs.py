@@ -1,8 +1,8 @@
 """The same model as an ExecuTorch program by two ways: ExecuTorch's own flow, and ours.
 
-Both calibrate on the batches they are given, or on the one they capture with, and lower to the XNNPACK delegate. ``static``: activations quantized with fixed
-scales; ``dynamic``: linears with activations quantized at run time; ``float``: nothing quantized. Weights have a scale
-per output channel.
+Both calibrate on the batches they are given, or on the one they capture with, and lower to the XNNPACK delegate.
+``static``: activations quantized with fixed scales; ``dynamic``: linears with activations quantized at run time;
+``float``: nothing quantized. Weights have a scale per output channel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ SCHEMES = ("static", "dynamic", "float")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """A ``.pte`` file's bytes, the sizes of its delegates in ops, what kernels run between them, and how long lowering took.
+    """A ``.pte`` file's bytes, the sizes of its delegates in ops, what kernels run between them, and how long lowering
+    took.
 
     ``seconds``: from the float module to the bytes, calibration included, verification not.
     """

@@ -2,9 +2,10 @@
 
     python -m benchmarks.qat --output benchmarks/results
 
-A small network with batch norm is trained in float; then its weights get 8 to 2 bits (activations 8), once by calibration and
-once by quantization-aware training: 10 % of the float schedule, learning rate from 1 % of the initial one, on a cosine down
-to 1 % of that (and, for few bits, from 10 %). Three seeds; accuracy on images that no step has seen.
+A small network with batch norm is trained in float; then its weights get 8 to 2 bits (activations 8), once by
+calibration and once by quantization-aware training: 10 % of the float schedule, learning rate from 1 % of the initial
+one, on a cosine down to 1 % of that (and, for few bits, from 10 %). Three seeds; accuracy on images that no step has
+seen.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ TRAINED = 0.1
 
 
 def network() -> nn.Module:
-    """A dense, a strided and a depthwise-separable convolution, each with batch norm, and a head; images [n, 1, 8, 8]."""
+    """A dense, a strided and a depthwise-separable convolution, each with batch norm, and a head;
+    images [n, 1, 8, 8].
+    """
     return nn.Sequential(
         nn.Conv2d(1, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU(),
         nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(24), nn.ReLU(),

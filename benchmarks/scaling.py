@@ -1,7 +1,7 @@
 """How prepare and convert grow with the model: ours and torchao's in turn, in one process.
 
-``python -m benchmarks.scaling`` prints one row per size: seconds of each, their ratio, and ours per layer. Times are CPU
-seconds of this process: other programs on the machine do not count.
+``python -m benchmarks.scaling`` prints one row per size: seconds of each, their ratio, and ours per layer. Times are
+CPU seconds of this process: other programs on the machine do not count.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ import torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where numbers were measured. ``isa``: what torch dispatches to; ``vnni``: whether the CPU multiplies int8 natively."""
+    """Where numbers were measured. ``isa``: what torch dispatches to;
+    ``vnni``: whether the CPU multiplies int8 natively.
+    """
 
     cpu: str
     cores: int
@@ -28,7 +30,10 @@ class Machine:
     def __str__(self) -> str:
         vnni = "VNNI" if self.vnni else "no VNNI"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.cpu}, {self.cores} core(s), {self.threads} thread(s), {self.isa} ({vnni}); {self.system}; {versions}"
+        return (
+            f"{self.cpu}, {self.cores} core(s), {self.threads} thread(s), {self.isa} ({vnni}); "
+            f"{self.system}; {versions}"
+        )
 
 
 def machine() -> Machine:

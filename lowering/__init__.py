@@ -1,6 +1,7 @@
 """From the portable Q/DQ graph to something that runs: Inductor, ExecuTorch, ONNX.
 
-In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program file, checked against the graph it came from.
+In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program file, checked against the graph it came
+from.
 """
 
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch

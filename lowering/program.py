@@ -23,8 +23,8 @@ Table = tuple[Sequence[str], Sequence[Sequence[object]]]
 class LoweringReport(ABC):
     """What a target made of a graph. Subclasses are frozen dataclasses with the two fields below.
 
-    ``notes``: what to know about the whole. ``verification``: the program against its Q/DQ graph; None when that was not
-    asked for. ``str(report)`` is the whole report, ``repr(report)`` a summary of at most ten lines.
+    ``notes``: what to know about the whole. ``verification``: the program against its Q/DQ graph; None when that was
+    not asked for. ``str(report)`` is the whole report, ``repr(report)`` a summary of at most ten lines.
     """
 
     __slots__ = ()

@@ -1,7 +1,8 @@
 """How a program is called: structure, names, dtypes and sizes of what goes in, checked before anything runs.
 
-`quant2e.graph.inputs.Inputs` is the calling convention of a captured graph: names and structure. A `Signature` adds what
-compilers and runtimes ask: values for each input, symbols of the sizes that vary, and the structure of what comes out.
+`quant2e.graph.inputs.Inputs` is the calling convention of a captured graph: names and structure. A `Signature` adds
+what compilers and runtimes ask: values for each input, symbols of the sizes that vary, and the structure of what
+comes out.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ class Signature:
         return Call(tuple(args), dict(kwargs))
 
     def resized(self, values: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
-        """Flat inputs with the sizes ``symbols`` set to ``sizes``: values are repeated or cut along each such dimension."""
+        """Flat inputs with the sizes ``symbols`` set to ``sizes``:
+        values are repeated or cut along each such dimension.
+        """
         known = dict(zip(self.symbols, sizes, strict=True))
         return [
             _resized(value, spec.value.shape, known) if isinstance(spec.value, Tensor) else value
@@ -161,7 +164,8 @@ class Signature:
                 _check_size(f"input '{spec.name}'", spec.value, value, found)
             elif value != spec.value:
                 raise LoweringError(
-                    f"input '{spec.name}' is {value!r}, and the graph was captured with {spec.value!r}, which is now part of it"
+                    f"input '{spec.name}' is {value!r}, and the graph was captured with {spec.value!r}, "
+                    "which is now part of it"
                 )
         for symbol, (low, high) in self.symbols.items():
             if not low <= found[symbol] <= high:
@@ -217,7 +221,8 @@ def check_bounded(exported: ExportedProgram) -> None:
     ]
     if open_ended:
         raise LoweringError(
-            f"{', '.join(open_ended)} may be of any size, and the target plans memory for the largest: give an upper bound, "
+            f"{', '.join(open_ended)} may be of any size, and the target plans memory for the largest: "
+            "give an upper bound, "
             f'as in dynamic_shapes=({{{0}: torch.export.Dim("batch", max=64)}},)'
         )
 

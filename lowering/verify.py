@@ -284,7 +284,8 @@ def _compare(tally: _Tally, got: Any, expected: Any, scale: float | None, place:
         return
     if got.shape != expected.shape:
         raise LoweringError(
-            f"output {place} of the lowered program has shape {tuple(got.shape)}, its Q/DQ graph's {tuple(expected.shape)}"
+            f"output {place} of the lowered program has shape {tuple(got.shape)}, its Q/DQ graph's "
+            f"{tuple(expected.shape)}"
         )
     if expected.is_floating_point():
         tally.add_float(got, expected, scale)

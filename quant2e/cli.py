@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from quant2e.errors import Quant2eError
 
 COMMANDS: Mapping[str, str] = {"bench": "lowering.bench.command"}
-"""Subcommand → module with ``add_arguments(parser)``, which sets the parser's texts too, and ``run(options) -> int``."""
+"""Subcommand → module with ``add_arguments(parser)``, which sets the parser's texts too, and ``run(options) -> int``.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

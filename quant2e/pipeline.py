@@ -44,7 +44,8 @@ class _HoldOut:
     def __init__(self, data: Iterable[Any]) -> None:
         if isinstance(data, (Tensor, str, Mapping)):
             raise Quant2eError(
-                f"calibration_data is a {type(data).__name__}; give an iterable of batches, or wrap a single batch in a "
+                f"calibration_data is a {type(data).__name__}; give an iterable of batches, or wrap "
+                "a single batch in a "
                 "list: [batch]"
             )
         self._data = data
@@ -92,10 +93,11 @@ def quantize(
     ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
     ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
     weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges race on
-    them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``: the module computes in
-    integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it quantizes its inputs and
-    outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`. ``allow_unquantized``: accept a result
-    in which no op is quantized. ``progress``: called with the number of batches done and the total, where it is known.
+    them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``: the module
+    computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it quantizes its
+    inputs and outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`.
+    ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the number of batches
+    done and the total, where it is known.
 
     ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
     quantized.

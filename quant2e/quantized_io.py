@@ -3,8 +3,8 @@
     placeholder x: float → quantize → dequantize → op        =>        placeholder x: int8 → dequantize → op
     op → quantize → dequantize → output                      =>        op → quantize → output
 
-What an input means is then written beside the graph, as a `Port` per input and output. An input or output that the graph
-does not quantize stays float, and `QuantizedIO.floats` says why.
+What an input means is then written beside the graph, as a `Port` per input and output. An input or output that the
+graph does not quantize stays float, and `QuantizedIO.floats` says why.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tenso
 class Port:
     """One input or output that carries integers: ``x = (q - zero_point) * scale``.
 
-    ``name``: as it is reached in the call, such as ``x``, ``batch['image']`` or ``output[0]``. ``index``: its position among
-    all inputs (outputs) of the model, flattened. ``dtype``: of the integers; ``float_dtype``: of what they stand for.
+    ``name``: as it is reached in the call, such as ``x``, ``batch['image']`` or ``output[0]``. ``index``: its position
+    among all inputs (outputs) of the model, flattened. ``dtype``: of the integers; ``float_dtype``: of what they stand
+    for.
     """
 
     name: str
@@ -166,8 +167,8 @@ def called_with_floats(gm: GraphModule) -> Callable[..., Any]:
 def with_quantized_io(converted: GraphModule) -> CapturedModule:
     """A copy of a converted graph that takes and returns integers wherever it quantizes its inputs and outputs.
 
-    An input has the numbers that most of its uses have; its other uses read the dequantized tensor. Parameters found at run
-    time belong to no caller: such inputs stay float. Every input and output is in the notes of the report.
+    An input has the numbers that most of its uses have; its other uses read the dequantized tensor. Parameters found at
+    run time belong to no caller: such inputs stay float. Every input and output is in the notes of the report.
     Raises `Quant2eError` when no input and no output could carry integers.
     """
     if quantized_io_of(converted):

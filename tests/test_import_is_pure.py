@@ -28,7 +28,10 @@ OPTIONAL = {
 HEAVY = ("sympy", "mpmath", "torch._dynamo", "torch._inductor", "torch.onnx", "torch.fx.experimental.symbolic_shapes")
 """What takes long to load, and no user of every name needs: functions import it."""
 
-LOADED = "import json, sys, torch\nwith_torch = set(sys.modules)\nimport {}\nprint(json.dumps([*{{*sys.modules}} - with_torch]))"
+LOADED = (
+    "import json, sys, torch\nwith_torch = set(sys.modules)\nimport {}\n"
+    "print(json.dumps([*{{*sys.modules}} - with_torch]))"
+)
 
 PATCHES_EVERYTHING = """
 import logging, os, random, sys, warnings

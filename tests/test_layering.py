@@ -42,18 +42,22 @@ LAZY: Mapping[str, str] = {
 """Module prefix → target. Only lowering may import it, inside functions, and one file (or folder) per target."""
 
 COMPILED = "quant2e/calibration/compiled.py"
-"""The one file of the core that may set an option of ``torch._inductor``, inside a function: `torch.compile` needs it."""
+"""The one file of the core that may set an option of ``torch._inductor``, inside a function: `torch.compile` needs it.
+"""
 
 OPTIONAL: Mapping[str, str] = {
     "hypothesis": "quantizers/conformance/",
     "torchao": "quantizers/torchao.py",
     "rich": "quant2e/calibration/progress.py",
 }
-"""Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place."""
+"""Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place.
+"""
 
 INSTEAD: Mapping[str, str] = {
-    "torch.ao": "take the quantized_decomposed ops from quant2e.graph.qdq_ops; specs and observers have their own files",
-    "torchao": "recognise its objects by their shape (quant2e/annotation/interop.py); compare with it in tests and benchmarks",
+    "torch.ao": "take the quantized_decomposed ops from quant2e.graph.qdq_ops; "
+    "specs and observers have their own files",
+    "torchao": "recognise its objects by their shape (quant2e/annotation/interop.py); "
+    "compare with it in tests and benchmarks",
     "executorch": "call lowering.to_executorch, or hand the user a graph to pass on",
     "torch._inductor": "call lowering.to_inductor",
     "onnx": "call lowering.to_onnx",

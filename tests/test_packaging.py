@@ -38,7 +38,9 @@ class Guest:
     def annotate(self, model: GraphModule) -> GraphModule:
         return model
     def validate(self, model: GraphModule) -> None: ...
-    def prepare_obs_or_fq_callback(self, model: GraphModule, observers: dict[tuple[Node, Node] | Node, object]) -> None: ...
+    def prepare_obs_or_fq_callback(
+        self, model: GraphModule, observers: dict[tuple[Node, Node] | Node, object]
+    ) -> None: ...
 
 def who_is_a_quantizer(graph: GraphModule) -> None:
     prepare_pt2e(graph, Guest())

@@ -1,4 +1,6 @@
-"""What users can import, as text: names, signatures, methods. A change of the interface is a change of a golden file."""
+"""What users can import, as text: names, signatures, methods.
+A change of the interface is a change of a golden file.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +166,9 @@ def classes_in(annotation: object, known: Mapping[str, object]) -> Iterator[type
 
 
 def annotations_of(target: object) -> Iterator[tuple[Mapping[str, object], object]]:
-    """Every annotation in the signatures of a function or a class, with the names of the module that it was written in."""
+    """Every annotation in the signatures of a function or a class, with the names of the module that it was written
+    in.
+    """
     if inspect.isclass(target):
         ours = [base for base in target.__mro__ if base.__module__.split(".")[0] in PACKAGES]
         for base in ours:

@@ -77,7 +77,8 @@ REPORTS = {
     "executorch": EXECUTORCH,
     "executorch, two methods": report_on_program({"encode": EXECUTORCH, "decode": EXECUTORCH}),
     "onnx": ONNX,
-    "bench": Row(path=Path("a.pte"), size=1, footprint=Footprint(load_ms=1.0, peak_mb=2.0), medians={1: 3.0}, ratios={1: 1.0}),
+    "bench": Row(path=Path("a.pte"), size=1, footprint=Footprint(load_ms=1.0, peak_mb=2.0), medians={1: 3.0},
+        ratios={1: 1.0}),
 }  # fmt: skip
 OF_PROGRAMS = ("inductor", "executorch", "executorch, two methods", "onnx", "verification")
 

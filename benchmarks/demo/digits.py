@@ -1,4 +1,6 @@
-"""Scikit-learn's handwritten digits, and a small residual network with batch norm and depthwise layers, trained on them."""
+"""Scikit-learn's handwritten digits, and a small residual network with batch norm and depthwise layers, trained on
+them.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ class InvertedResidual(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """8×8 grey images to ten logits: a stem, residual and inverted residual blocks, average pooling, one linear layer."""
+    """8×8 grey images to ten logits: a stem, residual and inverted residual blocks, average pooling, one linear
+    layer.
+    """
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -188,7 +192,9 @@ def _bounds(int8: Sequence[Int8], float_top1: float) -> tuple[Bound, ...]:
 
 
 def run(folder: Path, phases: Phases) -> Outcome:
-    """Train the network, quantize it for both runtimes, write the files to ``folder`` and return everything measured."""
+    """Train the network, quantize it for both runtimes, write the files to ``folder`` and return everything
+    measured.
+    """
     epochs = 24
     digits = load()
     with phases.phase(f"digits: train {epochs} epochs on {len(digits.train_labels)} images") as advance:

@@ -32,9 +32,9 @@ class Bound:
 class Int8:
     """An int8 model as one runtime sees it, next to the Q/DQ graph that it was lowered from.
 
-    ``scheme``: static or dynamic, the one with the best of ``scores``. ``qdq`` and ``lowered``: measures by name, the same names as the float model's.
-    ``max_steps``, ``sqnr_db``: largest difference between the two on held-out data, in ``step_rule``, and their signal
-    to noise ratio. ``pt2_bytes``: the saved Q/DQ graph;
+    ``scheme``: static or dynamic, the one with the best of ``scores``. ``qdq`` and ``lowered``: measures by name, the
+    same names as the float model's. ``max_steps``, ``sqnr_db``: largest difference between the two on held-out data, in
+    ``step_rule``, and their signal to noise ratio. ``pt2_bytes``: the saved Q/DQ graph;
     ``program_bytes``: the file the runtime loads, None where it compiles in memory.
     """
 

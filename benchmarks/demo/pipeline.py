@@ -31,8 +31,8 @@ class Case:
     """A model and what to measure on it.
 
     ``measure(call, advance)`` runs any callable with the model's signature on the evaluation data. ``score`` does so on
-    data that is neither evaluated nor calibrated on, to choose a scheme: larger is better. ``held_out``: batches for the comparison of a program
-    with its graph. ``workloads``: inputs to time, by a name that says their size.
+    data that is neither evaluated nor calibrated on, to choose a scheme: larger is better. ``held_out``: batches for
+    the comparison of a program with its graph. ``workloads``: inputs to time, by a name that says their size.
     """
 
     name: str

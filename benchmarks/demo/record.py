@@ -1,4 +1,6 @@
-"""Measured tables as files: Markdown for people, JSON for programs, with the command and the machine beside the numbers."""
+"""Measured tables as files: Markdown for people, JSON for programs, with the command and the machine beside the
+numbers.
+"""
 
 from __future__ import annotations
 

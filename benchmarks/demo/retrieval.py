@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embeddings:
-    """``queries``: float [number of queries, width]; ``corpus``: float [number of paragraphs, width]. Rows are unit vectors."""
+    """``queries``: float [number of queries, width]; ``corpus``: float [number of paragraphs, width].
+    Rows are unit vectors.
+    """
 
     queries: Tensor
     corpus: Tensor

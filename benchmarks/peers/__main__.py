@@ -1,8 +1,9 @@
 """Ours beside its peers: latency, signal to noise, size, time to lower and memory, interleaved in one run.
 
-``python -m benchmarks.peers`` writes ``benchmarks/results/peers.md``, ``.json`` and ``.svg``; settings (model, batch size,
-threads) that are not measured again are kept from the file. Each engine is prepared in a process of its own with a fixed number of threads, and then
-called in rounds, one engine after the other, while all others wait. An engine that fails has a row that says why.
+``python -m benchmarks.peers`` writes ``benchmarks/results/peers.md``, ``.json`` and ``.svg``; settings (model, batch
+size, threads) that are not measured again are kept from the file. Each engine is prepared in a process of its own with
+a fixed number of threads, and then called in rounds, one engine after the other, while all others wait. An engine that
+fails has a row that says why.
 
     python -m benchmarks.peers --models MobileNetV2 --batches 1 --threads 1 --rounds 5 --out /tmp/peers
 

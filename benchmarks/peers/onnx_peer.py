@@ -37,7 +37,8 @@ def _session(path: Path, threads: int) -> Any:
 
 
 def build_int8(job: Job) -> None:
-    """As onnxruntime documents it: ``quantize_static`` (QDQ, s8) after preprocessing, ``quantize_dynamic`` for transformers.
+    """As onnxruntime documents it: ``quantize_static`` (QDQ, s8) after preprocessing, ``quantize_dynamic`` for
+    transformers.
 
     Defaults, and a weight scale per channel.
     """

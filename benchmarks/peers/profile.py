@@ -1,10 +1,11 @@
 """Where the time of a compiled model goes, beside what its products would take at the best rate of their kernels.
 
 ``python -m benchmarks.peers.profile`` writes ``benchmarks/results/peers_profile.md`` and ``.json``: for the models of
-``benchmarks.peers.__main__``, on one thread, what torch's profiler says of the program of float Inductor, of ours and of torchao's.
-Products are linear layers, convolutions and attention; "other ops" are calls of torch between them; the rest is code that Inductor
-generated and the Python between the calls. The best rate is that of ``onednn.qlinear_pointwise``, and of a float
-``linear``, on square matrices in the same run: the bound is the time of all multiply-accumulates at that rate.
+``benchmarks.peers.__main__``, on one thread, what torch's profiler says of the program of float Inductor, of ours and
+of torchao's. Products are linear layers, convolutions and attention; "other ops" are calls of torch between them; the
+rest is code that Inductor generated and the Python between the calls. The best rate is that of
+``onednn.qlinear_pointwise``, and of a float ``linear``, on square matrices in the same run: the bound is the time of
+all multiply-accumulates at that rate.
 """
 
 from __future__ import annotations

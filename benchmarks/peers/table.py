@@ -114,7 +114,9 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """How many times faster ours is than a peer over all settings in which both ran; ``worst``: where it is the least."""
+    """How many times faster ours is than a peer over all settings in which both ran;
+    ``worst``: where it is the least.
+    """
 
     ours: str
     peer: str
@@ -155,7 +157,8 @@ def means(rows: Sequence[Row]) -> Iterator[Mean]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """One line per setting, one mark per engine: its time over that of the float model in eager mode, to the left is faster.
+    """One line per setting, one mark per engine: its time over that of the float model in eager mode, to the left is
+    faster.
 
     Raises ImportError when matplotlib is not installed.
     """

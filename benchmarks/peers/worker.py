@@ -1,7 +1,7 @@
 """One engine in a process of its own: it prepares a model there, and runs it as often as the parent asks.
 
-``python -m benchmarks.peers.worker JOB.json build|serve``. The parent speaks JSON lines over stdin and stdout; whatever the
-engine prints goes to stderr. Standard library and numpy only, so that it runs in the environment of any engine.
+``python -m benchmarks.peers.worker JOB.json build|serve``. The parent speaks JSON lines over stdin and stdout; whatever
+the engine prints goes to stderr. Standard library and numpy only, so that it runs in the environment of any engine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ TRANSFORMERS = ("BERT-base", "MiniLM")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What to prepare. ``build`` and ``load``: functions as ``module:name``; ``build`` is empty for engines without files.
+    """What to prepare. ``build`` and ``load``: functions as ``module:name``; ``build`` is empty for engines without
+    files.
 
     ``folder``: of the model and batch size: the data, and what engines build.
     """
@@ -102,7 +103,9 @@ def answer(program: Loaded, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """Peak of this process's resident memory in bytes. Not ``ru_maxrss`` on Linux, which has the parent's as its least."""
+    """Peak of this process's resident memory in bytes.
+    Not ``ru_maxrss`` on Linux, which has the parent's as its least.
+    """
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith("VmHWM:"):

@@ -32,7 +32,9 @@ _EXAMPLE = textwrap.dedent("""\
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One program. ``medians`` and ``ratios``: milliseconds, and how much faster than the first, by number of threads."""
+    """One program. ``medians`` and ``ratios``:
+    milliseconds, and how much faster than the first, by number of threads.
+    """
 
     path: Path
     size: int

@@ -1,7 +1,8 @@
 """From the Q/DQ graph to a program file for the ExecuTorch runtime, with the XNNPACK delegate.
 
 In: a `QuantizedModel`, a converted GraphModule or a float module, or several by name. Out: an `ExecuTorchProgram`, run
-on the host and compared with the graph it came from. Nothing of ExecuTorch is imported before `to_executorch` is called.
+on the host and compared with the graph it came from. Nothing of ExecuTorch is imported before `to_executorch` is
+called.
 """
 
 from lowering.executorch.lower import to_executorch

@@ -84,7 +84,8 @@ def to_executorch(
         program, unavailable = _lower(prepared, partitioners)
     if verify and unavailable:
         raise LoweringError(
-            f"the program needs {', '.join(unavailable)}, which the ExecuTorch runtime of this process does not have, so "
+            f"the program needs {', '.join(unavailable)}, which the ExecuTorch runtime of this "
+            "process does not have, so "
             f"it cannot be compared with its Q/DQ graph here: install the backend, or pass verify=False"
         )
     if verify:

@@ -1,7 +1,7 @@
 """Inductor: a Q/DQ graph becomes a compiled callable, or a package that runs without this library.
 
-In: a `QuantizedModel` or a converted GraphModule. Out: an `InductorProgram` or an `InductorPackage`, run on the host and
-compared with the graph it came from. Nothing of Inductor is imported before one of the functions is called.
+In: a `QuantizedModel` or a converted GraphModule. Out: an `InductorProgram` or an `InductorPackage`, run on the host
+and compared with the graph it came from. Nothing of Inductor is imported before one of the functions is called.
 """
 
 from lowering.inductor.package import InductorPackage, package_inductor

@@ -4,8 +4,8 @@
 
 The patterns look at the shape of the graph and not at everything that must hold. They rewrite a transposed
 convolution into a plain one, ignore the axis and zero points of a weight, and pool integers of one scale into
-integers of another. On CPUs without VNNI the kernels themselves may saturate. Inductor fuses the arithmetic into its neighbours, so an op that is guarded costs what a float
-op costs.
+integers of another. On CPUs without VNNI the kernels themselves may saturate. Inductor fuses the arithmetic into its
+neighbours, so an op that is guarded costs what a float op costs.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def choose(
 ) -> tuple[dict[str, KernelChoice], int]:
     """Choose among ``engines`` for every product, and rewrite those that a float kernel, or one of ours, computes.
 
-    ``refused``: ops that no int8 kernel computes right. They get a float weight without being measured: the alternative is
-    to dequantize the weight at every call. Returns the choices by op name, and the bytes of float weights made. Raises
-    `LoweringError` for names of engines or ops that do not exist.
+    ``refused``: ops that no int8 kernel computes right. They get a float weight without being measured: the alternative
+    is to dequantize the weight at every call. Returns the choices by op name, and the bytes of float weights made.
+    Raises `LoweringError` for names of engines or ops that do not exist.
     """
     products = {node.name: node for node in gm.graph.nodes if quantized_operands(node) is not None}
     alone = {node.name: node for node in gm.graph.nodes if node.name not in refused and is_weight_only(gm, node)}

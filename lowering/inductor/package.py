@@ -1,6 +1,7 @@
 """Q/DQ graph => a file that runs without this library: the program that `to_inductor` makes, compiled ahead of time.
 
-rewrite a copy of the graph (`inductor_rewritten`) ─▶ AOTInductor ─▶ load the file, run it against the graph ─▶ move it into place
+rewrite a copy of the graph (`inductor_rewritten`) ─▶ AOTInductor ─▶ load the file, run it against the graph ─▶ move it
+into place
 """
 
 from __future__ import annotations
@@ -86,10 +87,11 @@ def package_inductor(
     inputs have the dtype, the sizes and the layout of the example (dynamic sizes: within their bounds, from 1 on); for
     others the call raises.
 
-    ``path``: of the file, ending in ``.pt2``; it appears whole, after it was checked, or not at all. ``verify``: load the
-    file, run it on the example inputs and on ``verify_inputs``, and with dynamic sizes on their smallest and largest
-    values too, and compare it with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are the graph
-    and its kernels, but for kernels of our own (``few_rows``), which the process that loads the file does not have.
+    ``path``: of the file, ending in ``.pt2``; it appears whole, after it was checked, or not at all. ``verify``: load
+    the file, run it on the example inputs and on ``verify_inputs``, and with dynamic sizes on their smallest and
+    largest values too, and compare it with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are
+    the graph and its kernels, but for kernels of our own (``few_rows``), which the process that loads the file does not
+    have.
 
     Raises `LoweringError` when the graph cannot be compiled, takes or returns what a package cannot, or computes
     something else once it is compiled.

@@ -35,7 +35,9 @@ class Rewritten:
         one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
 
     def flat(self, signature: Signature) -> GraphModule:
-        """A copy that Inductor may consume: it takes the inputs that ``signature`` says are taken, and returns tensors."""
+        """A copy that Inductor may consume:
+        it takes the inputs that ``signature`` says are taken, and returns tensors.
+        """
         graph = Graph()
         outputs: Any = graph.graph_copy(self._graph.graph, {})
         graph.output(tuple(leaf for leaf in outputs if isinstance(leaf, Node)))

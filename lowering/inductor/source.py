@@ -71,7 +71,8 @@ def _with_dynamic_shapes(graph: GraphModule, example: Call | None, dynamic_shape
             exported = torch.export.export(_without_checks(graph), *example, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         raise LoweringError(
-            f"the graph cannot be captured with these dynamic_shapes, because it was captured with fixed sizes at first: "
+            "the graph cannot be captured with these dynamic_shapes, because it was captured with "
+            "fixed sizes at first: "
             f"pass dynamic_shapes to quant2e.quantize or capture instead. {type(error).__name__}: {error}"
         ) from error
     found = exported.module()

@@ -3,7 +3,8 @@
     q(x): s8 → dq                    =  q(x): u8, zero point + 128 → dq                  (onnxruntime)
     input: s8 → dq                   =  input: s8 → dq → q: u8 → dq, and so for outputs  (onnxruntime)
     linear(x, dq(w), b)              =  x @ dq(wᵀ) + b                                   for x that Gemm does not take
-    product(dq(x), dq(w), b)         =  product(dq(x), dq(w), dq(round(b / s_x·s_w)))    up to half a unit of the accumulator
+    product(dq(x), dq(w), b)         =  product(dq(x), dq(w), dq(round(b / s_x·s_w)))    up to half a unit of the
+    accumulator
 
 onnxruntime's kernels take u8 activations and s8 weights, per output channel, with an int32 bias in units of the
 accumulator; TensorRT takes s8 with zero points of 0, and a float bias. Weights of four bits are marked by the name of
@@ -142,7 +143,9 @@ def _unsigned_boundary(module: GraphModule) -> None:
 
 
 def _through_unsigned(module: GraphModule, node: Node, grid: Any, *, after: bool) -> Node:
-    """Quantize and dequantize with the same steps as ``grid``, in u8: what ``node`` gives (``after``), or what it reads."""
+    """Quantize and dequantize with the same steps as ``grid``, in u8:
+    what ``node`` gives (``after``), or what it reads.
+    """
     scale, zero, low, high, _ = grid[:5]
     moved = (scale, zero + 128, low + 128, high + 128, torch.uint8)
     value = node if after else _args(node)[0]
@@ -175,7 +178,9 @@ def _unsigned_dynamic(choose: Node) -> None:
 
 
 def _integer_bias(module: GraphModule, node: Node) -> None:
-    """A float bias as int32 in units of the accumulator, where input and weight have static, symmetric-enough scales."""
+    """A float bias as int32 in units of the accumulator, where input and weight have static, symmetric-enough
+    scales.
+    """
     x, weight = _args(node)[:2]
     bias = tensor_at(module, _args(node)[2] if len(_args(node)) > 2 else None)
     if bias is None or not isinstance(x, Node) or not isinstance(weight, Node):
@@ -207,12 +212,16 @@ def _weight_scale(module: GraphModule, weight: Node) -> Tensor | None:
 
 
 def _wants_matmul(x: Node) -> bool:
-    """More than two dimensions, which Gemm does not take, or parameters found at run time, which QGemm does not take."""
+    """More than two dimensions, which Gemm does not take, or parameters found at run time, which QGemm does not
+    take.
+    """
     return bool(x.meta["val"].dim() > 2) or x.target is qd.dequantize_per_tensor.tensor
 
 
 def _as_matmul(module: GraphModule, node: Node, turned: dict[str, str]) -> None:
-    """A linear as a product with the transposed weight, which stays a constant; ``turned``: those that exist already."""
+    """A linear as a product with the transposed weight, which stays a constant;
+    ``turned``: those that exist already.
+    """
     weight = _args(node)[1]
     if (
         not isinstance(weight, Node)

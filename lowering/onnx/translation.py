@@ -1,9 +1,9 @@
 """What each op of quantized graphs is in ONNX.
 
-QuantizeLinear saturates at the bounds of its dtype. Where a graph uses a narrower range, a Clip of the integers follows,
-between the two ops that runtimes look for. Ranges found at run time are DynamicQuantizeLinear where they are those of u8,
-which has the formula of ``choose_qparams``, and are written out otherwise. Tokens with their own parameters, for which
-ONNX has no op, are quantized and dequantized in float arithmetic.
+QuantizeLinear saturates at the bounds of its dtype. Where a graph uses a narrower range, a Clip of the integers
+follows, between the two ops that runtimes look for. Ranges found at run time are DynamicQuantizeLinear where they are
+those of u8, which has the formula of ``choose_qparams``, and are written out otherwise. Tokens with their own
+parameters, for which ONNX has no op, are quantized and dequantized in float arithmetic.
 
 torch's exporter reads the annotations of these functions: ``int`` and ``float`` are attributes, the rest are tensors.
 Arguments come by position, except for ``out_dtype``.

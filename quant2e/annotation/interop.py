@@ -1,7 +1,7 @@
 """Annotations, specs and observers, ours and other libraries', recognised by their shape.
 
-A spec with ``edge_or_node`` is shared, with ``derived_from`` derived, with ``scale`` and ``zero_point`` fixed, otherwise
-plain. Nothing of the other library is imported, so the quantizers that backends ship run unmodified.
+A spec with ``edge_or_node`` is shared, with ``derived_from`` derived, with ``scale`` and ``zero_point`` fixed,
+otherwise plain. Nothing of the other library is imported, so the quantizers that backends ship run unmodified.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _not_an_operand(node: Node, key: Any) -> str:
     if not isinstance(key, Node):
         return (
             f"{where(node)}: its annotation puts a spec on the constant {key!r}. Only operands that are nodes can be "
-            f"quantized: {', '.join(operands) or 'this node has none'}. Lift the constant to a buffer first, or drop it."
+            f"quantized: {', '.join(operands) or 'this node has none'}. Lift the constant to a "
+            "buffer first, or drop it."
         )
     if key.name in operands:
         return f"{where(node)}: its annotation puts a spec on a '{key.name}' that is a node of another graph"

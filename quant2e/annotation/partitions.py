@@ -1,6 +1,7 @@
 """Finding ops by the module or function they were written as, for quantizers that move over from PT2E.
 
-Our own quantizers match ATen ops (`quant2e.annotation.pattern`); these work on what ``torch.fx`` records about the source.
+Our own quantizers match ATen ops (`quant2e.annotation.pattern`); these work on what ``torch.fx`` records about the
+source.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def find_sequential_partitions(
 
 
 def bfs_trace_with_node_process(model: ExportedProgram | GraphModule, node_op: Callable[[Node], None]) -> None:
-    """Call ``node_op`` on every node but inputs and outputs, and then on those of control-flow bodies, level by level."""
+    """Call ``node_op`` on every node but inputs and outputs, and then on those of control-flow bodies, level by
+    level.
+    """
     if not isinstance(model, (ExportedProgram, GraphModule)):
         raise Quant2eError(f"a graph is needed, and this is a {type(model).__name__}")
     queue = [model.graph_module if isinstance(model, ExportedProgram) else model]

@@ -67,7 +67,9 @@ class Arg:
 
 
 def constant(name: str, *, optional: bool = False) -> Arg:
-    """An operand whose value depends on parameters and buffers only, possibly through views, permutes and arithmetic."""
+    """An operand whose value depends on parameters and buffers only, possibly through views, permutes and
+    arithmetic.
+    """
     return Arg(name, optional=optional, constant=True)
 
 
@@ -204,7 +206,8 @@ class Mismatch:
 class _Found:
     """What an attempt has found so far: nodes from the root inwards, bound edges.
 
-    ``results``: for each node the one that has its value, which is the norm that will be folded into it if there is one.
+    ``results``: for each node the one that has its value, which is the norm that will be folded into it if there is
+    one.
     """
 
     nodes: tuple[Node, ...] = ()

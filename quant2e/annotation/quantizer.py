@@ -38,7 +38,9 @@ class Quantizer(Protocol):
 
 
 def transformed(quantizer: Any, model: GraphModule) -> GraphModule:
-    """The graph after ``transform_for_annotation`` of any quantizer: also of one without, or one that returns nothing."""
+    """The graph after ``transform_for_annotation`` of any quantizer:
+    also of one without, or one that returns nothing.
+    """
     transform = getattr(quantizer, "transform_for_annotation", None)
     made = transform(model) if callable(transform) else None
     return made if isinstance(made, GraphModule) else model

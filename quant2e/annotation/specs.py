@@ -40,7 +40,8 @@ PER_CHANNEL_SCHEMES = (
 def _check_range(dtype: torch.dtype, quant_min: int | None, quant_max: int | None) -> None:
     if (quant_min is None) != (quant_max is None):
         raise AnnotationError(
-            f"quant_min={quant_min} and quant_max={quant_max}: give both bounds, or neither for the full range of {dtype}"
+            f"quant_min={quant_min} and quant_max={quant_max}: give both bounds, or neither for the "
+            f"full range of {dtype}"
         )
     if quant_min is None or quant_max is None:
         return
@@ -160,8 +161,9 @@ class QuantizationAnnotation:
 
     ``input_qspec_map`` is keyed by the producer of each operand; a spec of ``None`` says "this operand stays float".
     ``allow_implicit_sharing``: one producer's uses whose specs agree get one set of parameters.
-    ``rule`` names what annotated the node, for the report. ``_annotated`` says that a quantizer has dealt with the node,
-    and ``_is_output_of_quantized_pattern`` that it is the last one of what it matched: PT2E's names, which scripts read.
+    ``rule`` names what annotated the node, for the report. ``_annotated`` says that a quantizer has dealt with the
+    node, and ``_is_output_of_quantized_pattern`` that it is the last one of what it matched: PT2E's names, which
+    scripts read.
     """
 
     input_qspec_map: dict[Node, QuantizationSpecBase | None] = field(default_factory=dict)

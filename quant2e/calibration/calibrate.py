@@ -66,8 +66,8 @@ def calibrate(
     ``data``: any iterable of what the model takes: tensors, tuples of positional inputs, dicts of keyword inputs, or a
     `Call` for both; a DataLoader works. Nothing but statistics is kept, and the caller's random stream is as it was.
 
-    It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``range_tolerance`` (0.01 is 1 %) of
-    its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
+    It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``range_tolerance`` (0.01 is 1
+    %) of its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
     `CHECKPOINT_EVERY` batches and at the end; when it exists, calibration goes on from there, skipping the batches it
     has seen. ``compiled``: run the observed graph through ``torch.compile``, for long runs; equal tensors give equal
     statistics, but a compiled float op may differ from an eager one in the last bits.
@@ -172,7 +172,8 @@ class _Run:
 def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness) -> None:
     if not isinstance(batch, (Tensor, tuple, list, Mapping)):
         raise CalibrationError(
-            f"a calibration batch is a {type(batch).__name__}; give a tensor, a tuple of positional inputs or a dict of "
+            f"a calibration batch is a {type(batch).__name__}; give a tensor, a tuple of positional "
+            "inputs or a dict of "
             "keyword inputs"
         )
     args, kwargs = call_of(batch)
@@ -190,7 +191,9 @@ def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: Is
 
 @contextmanager
 def _restored(gm: GraphModule) -> Iterator[None]:
-    """Put back what the model itself writes (a cache, a counter): calibration leaves observers changed, nothing else."""
+    """Put back what the model itself writes (a cache, a counter):
+    calibration leaves observers changed, nothing else.
+    """
     saved = {path: value.detach().clone() for path, value in written_attributes(gm).items()}
     try:
         yield

@@ -20,8 +20,8 @@ def compiled_graph(prepared: GraphModule) -> Callable[..., Any]:
     """A callable that runs ``prepared`` and lets its observers see what they see there; the first call compiles.
 
     The weights of linear layers are packed where nothing but linear layers would change by it: MKL then gives the same
-    sums sooner (a tenth to a quarter at 128 rows). Inductor packs weights by making them constants of the program, so the
-    program is the weights' as they are now: ask for a new one when they have changed.
+    sums sooner (a tenth to a quarter at 128 rows). Inductor packs weights by making them constants of the program, so
+    the program is the weights' as they are now: ask for a new one when they have changed.
 
     Without packed weights, Inductor would run every convolution in channels_last. That is much faster for grouped
     ones, depthwise above all, and slower for the others (``python -m benchmarks.calibration --compiled``).
@@ -30,7 +30,8 @@ def compiled_graph(prepared: GraphModule) -> Callable[..., Any]:
     options: dict[str, Any] = {"layout_optimization": grouped}
     if not _only_linears_are_packed(prepared):
         return torch.compile(prepared, dynamic=False, options=options)
-    # a graph of its own: torch keeps programs by the code they were made of, and would run one with the weights of before
+    # a graph of its own: torch keeps programs by the code they were made of, and would run one with the weights of
+    # before
     own = copy_graph(prepared)
     own._modules = prepared._modules  # the observers themselves
     run = torch.compile(own, dynamic=False, options=options)
@@ -61,8 +62,8 @@ def _convolutions(prepared: GraphModule) -> Iterator[Node]:
 def _only_linears_are_packed(prepared: GraphModule) -> bool:
     """Whether there are linear layers, and no convolution that would be fused with what follows it.
 
-    A fused ``relu`` can hide the NaN that its observer is to see, and between observers a packed convolution spends more
-    on changing layouts than it gains.
+    A fused ``relu`` can hide the NaN that its observer is to see, and between observers a packed convolution spends
+    more on changing layouts than it gains.
     """
     linear = any(node.target is aten.linear.default for node in prepared.graph.nodes)
     return linear and all(is_view(user) for node in _convolutions(prepared) for user in _readers(node))

@@ -21,8 +21,8 @@ CALM_LOOKS = 3
 
 @dataclass(slots=True)
 class EarlyStopping:
-    """Asked after every batch. ``seconds``: time budget. ``range_tolerance``: stop once no range has grown by more than this
-    part of its extent over `LOOK_EVERY` times `CALM_LOOKS` batches.
+    """Asked after every batch. ``seconds``: time budget. ``range_tolerance``: stop once no range has grown by more than
+    this part of its extent over `LOOK_EVERY` times `CALM_LOOKS` batches.
     """
 
     seconds: float | None

@@ -103,13 +103,16 @@ class Statistics:
     def __repr__(self) -> str:
         weights = len(self.constant)
         return (
-            f"Statistics of {len(self.states) - weights} activations over {self.batches} batch{'es' if self.batches != 1 else ''}, "
+            f"Statistics of {len(self.states) - weights} activations over {self.batches} "
+            f"batch{'es' if self.batches != 1 else ''}, "
             f"and of {weights} constants"
         )
 
     @classmethod
     def of(cls, prepared: GraphModule, batches: int = 0) -> Statistics:
-        """The present statistics of ``prepared``, copied. Raises `CalibrationError` when it has no observers of ours."""
+        """The present statistics of ``prepared``, copied.
+        Raises `CalibrationError` when it has no observers of ours.
+        """
         observers = measuring(prepared)
         if not observers and not observers_of(prepared):
             raise CalibrationError("this model has no observers, so there are no statistics: call prepare_pt2e on it")

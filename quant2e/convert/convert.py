@@ -48,9 +48,9 @@ def convert_pt2e(
     ``use_reference_representation``: the graph computes in integers, as `quant2e.to_integer` writes it, in place of
     float ops between dequantize and quantize.
     ``fold_quantize``: keep weights as integers; False leaves them float, in front of their quantize op.
-    A model trained after `prepare_qat_pt2e` has its batch norms folded here, into the weights it was trained with; it shares
-    no tensor with the result. ``prepared`` is not changed and can be converted again. Raises `CaptureError` for a trained
-    model with other ops in training mode, and `CalibrationError` that names every op whose tensor
+    A model trained after `prepare_qat_pt2e` has its batch norms folded here, into the weights it was trained with; it
+    shares no tensor with the result. ``prepared`` is not changed and can be converted again. Raises `CaptureError` for
+    a trained model with other ops in training mode, and `CalibrationError` that names every op whose tensor
     saw no data or has no usable range.
     """
     if not isinstance(prepared, GraphModule):
@@ -133,7 +133,9 @@ def _place(call: Node) -> str:
 
 
 def _notes(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None]) -> list[str]:
-    """What a reader should know: choices that observers made, tensors that round to zero, values left out of a range."""
+    """What a reader should know: choices that observers made, tensors that round to zero, values left out of a
+    range.
+    """
     notes = []
     first: dict[str, Node] = {}
     for call in calls:

@@ -31,8 +31,8 @@ from quant2e.observers.encodings import (
 aten = torch.ops.aten
 
 TAG = "quantization_tag"
-"""Key under which an author marks the nodes of one annotated pattern. The q/dq nodes written for the pattern get its mark:
-what leaves it through its annotated output, what enters it, and what its tensors become; nothing else does."""
+"""Key under which an author marks the nodes of one annotated pattern. The q/dq nodes written for the pattern get its
+mark: what leaves it through its annotated output, what enters it, and what its tensors become; nothing else does."""
 
 
 def _parameters(
@@ -54,7 +54,9 @@ def _parameters(
 
 
 def _meta_of(value: Any, dtype: torch.dtype) -> Any:
-    """A tensor like ``value`` of another dtype. One dispatch of a fake tensor: `FakeValueCache` makes each kind once."""
+    """A tensor like ``value`` of another dtype.
+    One dispatch of a fake tensor: `FakeValueCache` makes each kind once.
+    """
     return torch.empty_like(value, dtype=dtype) if isinstance(value, torch.Tensor) else None
 
 

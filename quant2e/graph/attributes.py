@@ -37,7 +37,9 @@ def tensor_at(module: nn.Module, node: object) -> Tensor | None:
 
 
 def free_path(module: nn.Module, path: str) -> str:
-    """``path``, or the first of ``path_1``, ``path_2``, … that is not taken. A parameter or buffer that is None is free."""
+    """``path``, or the first of ``path_1``, ``path_2``, … that is not taken.
+    A parameter or buffer that is None is free.
+    """
     parents, dot, leaf = path.rpartition(".")
     owner = attribute(module, parents, None) if dot else module
     owner = nn.Module() if owner is None else owner

@@ -91,7 +91,8 @@ def as_graph_module(model: Module | ExportedProgram, *, compiled: bool = True) -
         return _own(model.module(), compiled)
     if not isinstance(model, GraphModule):
         raise CaptureError(
-            f"a captured model is needed and this is a {type(model).__name__}: call capture(model, example_inputs) first"
+            f"a captured model is needed and this is a {type(model).__name__}: call capture(model, "
+            "example_inputs) first"
         )
     for node in model.graph.nodes:
         if (reason := _not_aten(model, node)) is not None:
@@ -167,7 +168,10 @@ def _export_failure(model: Module, error: Exception) -> str:
         advice = "check that model(*example_inputs, **kwargs) runs"
     else:
         advice = "check that model(*example_inputs, **kwargs) runs; torch's own message is chained above"
-    return f"torch.export could not capture {type(model).__name__}{place}: {type(error).__name__}: {reason}\nWhat to do: {advice}"
+    return (
+        f"torch.export could not capture {type(model).__name__}{place}: {type(error).__name__}: "
+        f"{reason}\nWhat to do: {advice}"
+    )
 
 
 @contextmanager

@@ -51,12 +51,13 @@ class Variation:
 class Constants:
     """The constant nodes of a graph, as a collection of them, and why the others vary.
 
-    A node is constant when its value depends only on literals and on parameters and buffers that the graph never writes.
-    A tensor that is written in place where others see it (also through a view, also under a second name) is not, nor is
-    what a training-mode batch norm updates. Random and uninitialised tensors, control flow and modules are not.
+    A node is constant when its value depends only on literals and on parameters and buffers that the graph never
+    writes. A tensor that is written in place where others see it (also through a view, also under a second name) is
+    not, nor is what a training-mode batch norm updates. Random and uninitialised tensors, control flow and modules are
+    not.
 
-    It is the graph as it is now: one walk, linear in the number of nodes. Nodes that a rewrite adds later can be asked for;
-    after a rewrite that adds or removes writes, ask a new one. Raises `PassError` for a graph that reads what its
+    It is the graph as it is now: one walk, linear in the number of nodes. Nodes that a rewrite adds later can be asked
+    for; after a rewrite that adds or removes writes, ask a new one. Raises `PassError` for a graph that reads what its
     module does not have.
     """
 

@@ -16,8 +16,8 @@ from torch.fx import GraphModule
 def of_graph(shapes: Any, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """``shapes``, given for ``model`` called with those inputs, as its captured graph takes them.
 
-    ``forward(x, *args)`` is captured as ``forward(x, args_0, args_1, ...)``. Shapes of models without ``*args`` are handed
-    back as they are.
+    ``forward(x, *args)`` is captured as ``forward(x, args_0, args_1, ...)``. Shapes of models without ``*args`` are
+    handed back as they are.
     """
     if shapes is None or not isinstance(model, nn.Module) or isinstance(model, GraphModule):
         return shapes

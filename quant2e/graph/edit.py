@@ -1,4 +1,5 @@
-"""Edits of a graph: new nodes, each with its origin and its own value, in front of the node on whose behalf they are made.
+"""Edits of a graph: new nodes, each with its origin and its own value, in front of the node on whose behalf they are
+made.
 
     emit(node, f, x, y)      x, y, f(x, y), node
 
@@ -64,7 +65,9 @@ def emit_number(gm: GraphModule, place: Node, value: float) -> Node:
 
 
 def replace(old: Node, new: Node) -> None:
-    """Let every reader of ``old``, but ``new`` itself, read ``new``; removes ``old`` where nothing is left that reads it."""
+    """Let every reader of ``old``, but ``new`` itself, read ``new``;
+    removes ``old`` where nothing is left that reads it.
+    """
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     if not old.users:
         old.graph.erase_node(old)

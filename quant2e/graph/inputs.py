@@ -2,7 +2,8 @@
 
 ``torch.export`` writes the conditions a graph depends on (a fixed size, "divisible by 8") as a ``_guards_fn`` call
 inside the graph. Quantizers, exporters, train and eval would all have to step around a module that computes nothing,
-and it can be neither pickled nor re-exported. So it is taken out of the graph, and its conditions are kept here as text.
+and it can be neither pickled nor re-exported. So it is taken out of the graph, and its conditions are kept here as
+text.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Inputs:
                 holds = False
             if not holds:
                 raise CaptureError(
-                    f"the graph was captured for inputs where {condition}; got {_describe(bound)}. Capture the model again "
+                    f"the graph was captured for inputs where {condition}; got {_describe(bound)}. "
+                    "Capture the model again "
                     "with inputs like these, or with dynamic_shapes= when a size varies"
                 )
 
@@ -112,7 +114,9 @@ def _rebuild(names: tuple[str, ...], spec: str | pytree.TreeSpec | None, conditi
 
 
 def _nested_as(value: Any, spec: pytree.TreeSpec) -> bool:
-    """Can ``value`` be flattened by ``spec``? The order of dict entries does not matter, nor does list against tuple."""
+    """Can ``value`` be flattened by ``spec``? The order of dict entries does not matter, nor does list against
+    tuple.
+    """
     if spec.is_leaf():
         return True
     children = spec.children()

@@ -16,8 +16,8 @@ from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.effects import BATCH_NORMS, aten, flag_of, trains
 
 _COUNT = "quant2e_batch_count"
-"""Key in a batch norm's metadata: what to restore of the increment of ``num_batches_tracked`` that evaluation drops; None
-when there was none."""
+"""Key in a batch norm's metadata: what to restore of the increment of ``num_batches_tracked`` that evaluation drops;
+None when there was none."""
 _COUNTING = frozenset({aten.batch_norm.default, aten.native_batch_norm.default, aten._native_batch_norm_legit.default})
 
 _ATTENTION_DROPOUT = "quant2e_attention_dropout"
@@ -59,13 +59,14 @@ def set_training(graph: Graph, mode: bool) -> bool:
 def freeze_batch_norm(model: GraphModule, frozen: bool = True) -> GraphModule:
     """Let the batch norms of a captured model normalise by their running statistics and keep them, in training too.
 
-    In place, until ``freeze_batch_norm(model, False)``; ``train()`` and ``eval()`` leave it so. Scale and shift are still
-    trained. For the last part of quantization-aware training (Krishnamoorthi, arXiv:1806.08342, section 3.2.2).
+    In place, until ``freeze_batch_norm(model, False)``; ``train()`` and ``eval()`` leave it so. Scale and shift are
+    still trained. For the last part of quantization-aware training (Krishnamoorthi, arXiv:1806.08342, section 3.2.2).
     Raises `Quant2eError` for a module that is no captured graph.
     """
     if not isinstance(model, GraphModule):
         raise Quant2eError(
-            f"freeze_batch_norm takes a captured or prepared model, not a {type(model).__name__}; eager modules have eval()"
+            f"freeze_batch_norm takes a captured or prepared model, not a {type(model).__name__}; "
+            "eager modules have eval()"
         )
     for module in model.modules():
         if isinstance(module, GraphModule):
@@ -156,7 +157,9 @@ def _drop_count(norm: Node, increment: Node | None) -> None:
 
 
 def _restore_count(norm: Node, path: str, previous: Node | None) -> Node | None:
-    """Write the increment before ``norm``, on the result of the ``previous`` one of the same counter if there is any."""
+    """Write the increment before ``norm``, on the result of the ``previous`` one of the same counter if there is
+    any.
+    """
     graph = norm.graph
     saved = norm.meta.pop(_COUNT, {"name": None, "stack_trace": norm.meta.get("stack_trace")})
     counter = previous or next(iter(graph.find_nodes(op="get_attr", target=path)), None)

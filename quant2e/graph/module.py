@@ -34,8 +34,8 @@ class CapturedModule(GraphModule):
     """A GraphModule of ATen ops that switches between training and evaluation and checks what it is called with.
 
     ``inputs`` says what a call must look like; None: anything goes. Copies (``copy.deepcopy``) are complete: they have
-    their own graph, keep parameters, non-persistent buffers, constants and their paths, and switch on their own. It can be
-    pickled; see `quant2e.graph.serialized` for what a pickle keeps.
+    their own graph, keep parameters, non-persistent buffers, constants and their paths, and switch on their own. It can
+    be pickled; see `quant2e.graph.serialized` for what a pickle keeps.
     """
 
     inputs: Inputs | None
@@ -49,12 +49,13 @@ class CapturedModule(GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph.
 
-        Raises `CaptureError` when the inputs are not such as the graph was captured for, or a converted graph, switched to
-        training, is run with gradients: its integer weights have none.
+        Raises `CaptureError` when the inputs are not such as the graph was captured for, or a converted graph, switched
+        to training, is run with gradients: its integer weights have none.
         """
         if self.converted and self.training and torch.is_grad_enabled():
             raise CaptureError(
-                "a converted model cannot be trained: its weights are integers, without gradients. Train the model that "
+                "a converted model cannot be trained: its weights are integers, without gradients. "
+                "Train the model that "
                 "prepare_qat_pt2e returned and convert it again; to run this one in training mode, use torch.no_grad()"
             )
         if self.inputs is not None and not torch.compiler.is_dynamo_compiling():

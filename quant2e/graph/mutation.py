@@ -62,9 +62,9 @@ def written_nodes(graph: Graph) -> set[Node]:
 def seen_through(writer: Node) -> Node | None:
     """By what other name than its operand and its result somebody may see what an in-place op writes, if any.
 
-    A parameter, buffer or input; a view of the operand; what the operand is a view of, where that is read later or viewed
-    again. None for ops that return something else than what they write, as norms do that update statistics. As the graph
-    is now: costs a look at the operand's views and at what it is a view of.
+    A parameter, buffer or input; a view of the operand; what the operand is a view of, where that is read later or
+    viewed again. None for ops that return something else than what they write, as norms do that update statistics. As
+    the graph is now: costs a look at the operand's views and at what it is a view of.
     """
     returned = set(aliases(writer))
     names = (_other_name(node, writer, {}) for node in writes(writer) if node in returned)
@@ -75,7 +75,8 @@ def seen_through(writer: Node) -> Node | None:
 class _Bases:
     """What a node is a view of, up to where the memory comes from.
 
-    ``name``: one that somebody may always see the memory by. ``read``: of the others, the one that is read last, and there.
+    ``name``: one that somebody may always see the memory by. ``read``: of the others, the one that is read last, and
+    there.
     """
 
     name: Node | None = None
@@ -83,7 +84,9 @@ class _Bases:
 
 
 def _bases(node: Node, known: dict[Node, _Bases]) -> _Bases:
-    """Each node is looked at once, whatever is asked about a graph that stays as it is. Iterative: chains can be long."""
+    """Each node is looked at once, whatever is asked about a graph that stays as it is.
+    Iterative: chains can be long.
+    """
     pending = [node]
     while pending:
         above = [base for base in aliases(pending[-1]) if base not in known]
@@ -178,7 +181,9 @@ def written_attributes(gm: GraphModule) -> dict[str, Tensor]:
 
 
 def clone_together(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """A detached copy of every tensor, by its id. Where tensors share memory (one is a view of another), so do the copies."""
+    """A detached copy of every tensor, by its id.
+    Where tensors share memory (one is a view of another), so do the copies.
+    """
     distinct = {id(tensor): tensor for tensor in tensors}
     sharing = Counter(map(_storage, distinct.values()))
     memory: dict[Storage, torch.UntypedStorage] = {}

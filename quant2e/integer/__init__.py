@@ -1,7 +1,7 @@
 """The integer representation: a Q/DQ graph becomes a graph that computes in integers, written in ATen ops only.
 
-In: what `convert_pt2e` returned. Out: a GraphModule that exports, saves, compiles and runs without this package, with an
-`IntegerReport`. Every formula is in ``docs/integer_semantics.md``.
+In: what `convert_pt2e` returned. Out: a GraphModule that exports, saves, compiles and runs without this package, with
+an `IntegerReport`. Every formula is in ``docs/integer_semantics.md``.
 """
 
 from quant2e.integer.accumulators import Accumulator, Overflow, simulate_accumulator

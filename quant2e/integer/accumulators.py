@@ -4,9 +4,10 @@
     int16, int24:  every partial sum of (x - zero_point) * w is kept in that many bits
 
 Sums run in the order of the weight in memory: input channel, then kernel position. Kernels that pack differently pair
-and add differently; the final sums are the same. A transposed convolution sums, for each output, over every input channel
-and kernel position, and those that meet no input count as zeros. Of two activations the second takes the place of the
-weight: as s8 in ``pairs16``, without its zero point in bits. A group-wise layer has one accumulator for each group.
+and add differently; the final sums are the same. A transposed convolution sums, for each output, over every input
+channel and kernel position, and those that meet no input count as zeros. Of two activations the second takes the place
+of the weight: as s8 in ``pairs16``, without its zero point in bits. A group-wise layer has one accumulator for each
+group.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Overflow:
     def __str__(self) -> str:
         share = self.overflowing / self.sums if self.sums else 0.0
         return (
-            f"{self.name}: {self.overflowing:,} of {self.sums:,} sums overflow ({share:.2%}), {self.wrong:,} are wrong, "
+            f"{self.name}: {self.overflowing:,} of {self.sums:,} sums overflow ({share:.2%}), "
+            f"{self.wrong:,} are wrong, "
             f"by up to {self.worst_error:,}; peak {self.peak:,} is {self.headroom:.2f} x the limit"
         )
 

@@ -85,8 +85,9 @@ def _computes_float(node: Node) -> bool:
 def _asked(gm: GraphModule) -> set[str]:
     """Ops that the quantizer annotated and whose result it wants in integers.
 
-    Those with a quantize op behind them, or behind ops it annotated. An activation fused to a dynamic product gives floats,
-    for which a scale is found next: not asked. Without a record of annotations: those between a dequantize and a quantize op.
+    Those with a quantize op behind them, or behind ops it annotated. An activation fused to a dynamic product gives
+    floats, for which a scale is found next: not asked. Without a record of annotations: those between a dequantize and
+    a quantize op.
     """
     record = gm.meta.get(RECORD_KEY)
     if isinstance(record, GraphRecord) and record.report.verdicts:

@@ -1,7 +1,8 @@
 """Test vectors: what every op of an integer graph takes and gives, as files that need no torch to read.
 
 ``vectors.json`` lists the ops; each has an ``.npz`` with ``in_<role>``, ``const_<role>``, ``out`` and, where there is
-one, ``accumulator``. What the numbers mean: ``docs/integer_semantics.md``; how to use them: ``docs/hardware_engineer.md``.
+one, ``accumulator``. What the numbers mean: ``docs/integer_semantics.md``; how to use them:
+``docs/hardware_engineer.md``.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ FORMAT = 1
 def dump_vectors(integer: GraphModule, inputs: Any, folder: str | Path) -> Path:
     """Run an integer graph on one batch and write the test vectors of every op to ``folder``; returns ``vectors.json``.
 
-    ``inputs``: a tensor, a tuple of inputs, or a dict of keyword inputs. ``folder`` is made if it does not exist; vectors
-    of an earlier dump are overwritten. Raises `Quant2eError` when ``integer`` is no integer graph or the folder is a file.
+    ``inputs``: a tensor, a tuple of inputs, or a dict of keyword inputs. ``folder`` is made if it does not exist;
+    vectors of an earlier dump are overwritten. Raises `Quant2eError` when ``integer`` is no integer graph or the folder
+    is a file.
     """
     report = integer_report(integer)
     target = Path(folder)

@@ -1,7 +1,8 @@
 """Fake quantization as modules, for training: each observes a tensor and hands on what integers would make of it.
 
-Names, arguments and buffers are those of PT2E. What forward computes, convert writes: scale and zero point come from the
-same formulas (`qparams.NumberFormat`), so nothing moves when a trained model becomes integers. The maths is in `straight_through`.
+Names, arguments and buffers are those of PT2E. What forward computes, convert writes: scale and zero point come from
+the same formulas (`qparams.NumberFormat`), so nothing moves when a trained model becomes integers. The maths is in
+`straight_through`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _KERNEL_SMALLEST = 1e-4
 
 
 class FakeQuantizeBase(nn.Module, ABC):
-    """Base of the fake-quantizers: two switches, which are buffers so that they are saved and reach all processes of DDP.
+    """Base of the fake-quantizers: two switches, which are buffers so that they are saved and reach all processes of
+    DDP.
 
     ``observer_enabled``: forward learns from what it sees. ``fake_quant_enabled``: forward quantizes and dequantizes.
     """
@@ -100,7 +102,8 @@ class FakeQuantizeBase(nn.Module, ABC):
     def _need_data(self) -> None:
         if not self._observed():
             raise CalibrationError(
-                "a fake-quantize module was asked for its scale and has seen no data: run a batch with its observer enabled "
+                "a fake-quantize module was asked for its scale and has seen no data: run a batch with "
+                "its observer enabled "
                 "(model.apply(quant2e.enable_observer)) before switching observers off or converting"
             )
 
@@ -108,9 +111,9 @@ class FakeQuantizeBase(nn.Module, ABC):
 class FakeQuantize(FakeQuantizeBase):
     """Observes with ``observer`` and fake-quantizes with the scale and zero point that it gives.
 
-    ``observer``: an observer class, or what its ``with_args`` returns; further arguments are its own. ``scale`` (float32)
-    and ``zero_point`` (int32): ``[1]`` or ``[channels]``, of the last observation. ``is_dynamic``: the parameters are those of
-    each batch, which an observer with ``averaging_constant=1`` gives.
+    ``observer``: an observer class, or what its ``with_args`` returns; further arguments are its own. ``scale``
+    (float32) and ``zero_point`` (int32): ``[1]`` or ``[channels]``, of the last observation. ``is_dynamic``: the
+    parameters are those of each batch, which an observer with ``averaging_constant=1`` gives.
     """
 
     scale: Tensor
@@ -200,7 +203,8 @@ class FakeQuantize(FakeQuantizeBase):
         seen = state_dict.get(inner + "min_val")
         ours = isinstance(self.activation_post_process, UniformQuantizationObserverBase)
         if ours and seen is not None and inner + "counts" not in state_dict:
-            # A checkpoint of PT2E, which does not count: a finite range was learnt from something. Its eps is an argument here.
+            # A checkpoint of PT2E, which does not count: a finite range was learnt from something. Its eps is an
+            # argument here.
             state_dict.pop(inner + "eps", None)
             state_dict[inner + "counts"] = torch.tensor([int(torch.isfinite(seen).sum()), 0, 0, 0])
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -209,10 +213,10 @@ class FakeQuantize(FakeQuantizeBase):
 class FusedMovingAvgObsFakeQuantize(FakeQuantize):
     """`FakeQuantize` with a moving average, observed and quantized in one pass by torch's kernel while it trains.
 
-    The kernel takes a symmetric scale by a formula of its own (``|min| / 128`` or ``max / 127``, where convert has 127.5 steps
-    on either side), so training is PT2E's to the bit. In evaluation, and at conversion, the scale is convert's. Where the two
-    would differ by more than that (fewer than 8 bits, ranges below the smallest scale, NaN) the kernel is not used.
-    The default range is 0..255, PT2E's.
+    The kernel takes a symmetric scale by a formula of its own (``|min| / 128`` or ``max / 127``, where convert has
+    127.5 steps on either side), so training is PT2E's to the bit. In evaluation, and at conversion, the scale is
+    convert's. Where the two would differ by more than that (fewer than 8 bits, ranges below the smallest scale, NaN)
+    the kernel is not used. The default range is 0..255, PT2E's.
     """
 
     def __init__(
@@ -239,7 +243,9 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         return super().forward(x)
 
     def _by_kernel(self, x: Tensor) -> Tensor | None:
-        """One pass over ``x``; None, with everything as before, where the kernel's scale would not be near convert's."""
+        """One pass over ``x``; None, with everything as before, where the kernel's scale would not be near
+        convert's.
+        """
         observer = self.activation_post_process
         whole = not self.is_per_channel
         if x.dtype != torch.float32 or x.numel() == 0 or observer.frozen or x.device != self.scale.device:

@@ -17,8 +17,8 @@ from quant2e.ranges.qparams import FLOAT32_EPS, SYMMETRIC_SCHEMES
 class LearnableFakeQuantize(FakeQuantizeBase):
     """Fake quantization whose scale and zero point are trained with the weights (LSQ, LSQ+).
 
-    They start from what ``observer`` measures and are None before the first data; `enable_range_learning` stops observing
-    and gives them gradients. ``use_grad_scaling``: LSQ's scaling of those gradients (see `straight_through`).
+    They start from what ``observer`` measures and are None before the first data; `enable_range_learning` stops
+    observing and gives them gradients. ``use_grad_scaling``: LSQ's scaling of those gradients (see `straight_through`).
     The zero point of a symmetric scheme stays 0.
     """
 

@@ -17,9 +17,9 @@ from quant2e.ranges.minmax import MinMax, MovingAverage
 class PerGroupMinMaxObserver(PerChannelMinMaxObserver):
     """The smallest and largest value of each ``group_size`` neighbours along the last dimension of a matrix.
 
-    Its parameters have the shape ``[rows, columns / group_size]``. ``scale_dtype``: the dtype in which a backend stores the
-    scales of groups, bfloat16 say; scales are rounded to it. ``averaging_constant``: keep a moving average of them instead,
-    for weights in training. Raises `AnnotationError` for groups of fewer than 2.
+    Its parameters have the shape ``[rows, columns / group_size]``. ``scale_dtype``: the dtype in which a backend stores
+    the scales of groups, bfloat16 say; scales are rounded to it. ``averaging_constant``: keep a moving average of them
+    instead, for weights in training. Raises `AnnotationError` for groups of fewer than 2.
     """
 
     def __init__(

@@ -4,8 +4,8 @@
     dy/dx = 1 where round(x / s) + z lies in [low, high], 0 elsewhere
 
 Values are those that convert's quantize/dequantize pairs compute, bit for bit. Straight-through: Bengio et al.,
-arXiv:1308.3432; Jacob et al., arXiv:1712.05877, section 3. Learned steps: Esser et al., arXiv:1902.08153 (LSQ), equation 3;
-learned zero points: Bhalgat et al., arXiv:2004.09576 (LSQ+), equation 5.
+arXiv:1308.3432; Jacob et al., arXiv:1712.05877, section 3. Learned steps: Esser et al., arXiv:1902.08153 (LSQ),
+equation 3; learned zero points: Bhalgat et al., arXiv:2004.09576 (LSQ+), equation 5.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def fake_quantize(
 ) -> Tensor:
     """``x`` as it comes back from integers, of the shape and dtype of ``x``, differentiable in ``x``.
 
-    ``scale``, ``zero_point``: ``[1]``; with ``axis`` ``[x.shape[axis]]``; with ``group_size`` one for each run of so many
-    neighbours along the last dimension, ``[*x.shape[:-1], x.shape[-1] // group_size]``. Zero points are integers; float ones
-    (``per_channel_affine_float_qparams``) are used as they are.
+    ``scale``, ``zero_point``: ``[1]``; with ``axis`` ``[x.shape[axis]]``; with ``group_size`` one for each run of so
+    many neighbours along the last dimension, ``[*x.shape[:-1], x.shape[-1] // group_size]``. Zero points are integers;
+    float ones (``per_channel_affine_float_qparams``) are used as they are.
     """
     if x.dtype == torch.float32 and group_size is None and not zero_point.is_floating_point():
         # ATen's kernels compute the same bits in one pass, and keep only the mask for backward.
@@ -60,8 +60,8 @@ def learned_fake_quantize(
     """As `fake_quantize`, differentiable in ``scale`` and ``zero_point`` (float, rounded where it is used) as well.
 
     ``smallest_scale``: used in place of smaller scales; a bound, not a barrier: gradients pass.
-    ``scale_gradients``: gradients of both are multiplied by ``1 / sqrt(values per scale · quant_max)`` (LSQ, section 2.2), which
-    brings a step's updates to the relative size of the weights' own.
+    ``scale_gradients``: gradients of both are multiplied by ``1 / sqrt(values per scale · quant_max)`` (LSQ, section
+    2.2), which brings a step's updates to the relative size of the weights' own.
     """
     scales, zeros, rows = _broadcast(x, scale, zero_point, axis, None)
     numbers = (quant_min, quant_max, smallest_scale)

@@ -1,4 +1,5 @@
-"""What all measuring observers share: their arguments, an estimator and its state in buffers, the range and its encoding.
+"""What all measuring observers share: their arguments, an estimator and its state in buffers, the range and its
+encoding.
 
 Their buffers hold the statistics and nothing else, so ``state_dict``, ``deepcopy`` and ``.to(device)`` carry exactly
 what was measured.
@@ -31,8 +32,8 @@ class ObserverOptions(TypedDict, total=False):
 
     ``dtype``: integer dtype of the quantized tensor (uint8). ``qscheme``: symmetric or affine.
     ``quant_min``, ``quant_max``: both or neither (all integers of the dtype). ``reduce_range``: one bit less.
-    ``eps``: smallest scale. ``power_of_two``: scales are powers of two (see `NumberFormat`). ``is_dynamic``: parameters are found at
-    run time. ``factory_kwargs``: ``device`` of the statistics. ``ch_axis`` matters per channel only.
+    ``eps``: smallest scale. ``power_of_two``: scales are powers of two (see `NumberFormat`). ``is_dynamic``: parameters
+    are found at run time. ``factory_kwargs``: ``device`` of the statistics. ``ch_axis`` matters per channel only.
     """
 
     dtype: torch.dtype | None
@@ -63,7 +64,9 @@ def _integer_range(dtype: torch.dtype, options: ObserverOptions) -> tuple[int, i
 
 
 def grid_of(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default: torch.qscheme) -> NumberFormat:
-    """The integers that ``options`` ask for. Raises `AnnotationError` when they contradict each other or ``allowed``."""
+    """The integers that ``options`` ask for.
+    Raises `AnnotationError` when they contradict each other or ``allowed``.
+    """
     requested = options.get("dtype") or torch.quint8
     dtype, qscheme = plain_dtype(requested), options.get("qscheme") or default
     if qscheme not in allowed:
@@ -90,7 +93,8 @@ def grid_of(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], defaul
 
 
 class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
-    """Common part of the measuring observers: an estimator, its state in buffers, and the `NumberFormat` it is measured for.
+    """Common part of the measuring observers: an estimator, its state in buffers, and the `NumberFormat` it is measured
+    for.
 
     ``frozen``: statistics are final and ``forward`` only returns its input. ``statistics``: names of the buffers that
     hold them, in the order of the state's fields.
@@ -223,7 +227,9 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
 
     @torch.no_grad()
     def running_qparams(self) -> tuple[Tensor, Tensor]:
-        """As `calculate_qparams`, in the middle of the data: one batch with NaN or +inf does not stop a training run."""
+        """As `calculate_qparams`, in the middle of the data:
+        one batch with NaN or +inf does not stop a training run.
+        """
         return self.grid.qparams(*self._range())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -2,8 +2,8 @@
 
     y = dq(q); f(y); g(y)        =        f(dq(q)); g(dq(q))
 
-A dequantized tensor that is quantized anew, dynamically, is read twice for one purpose: by ``choose_qparams`` and by the
-quantize op. These two share.
+A dequantized tensor that is quantized anew, dynamically, is read twice for one purpose: by ``choose_qparams`` and by
+the quantize op. These two share.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     batch_norm(mac(x, w, b))  =  batch_norm(mac(x, w·s, 0) / s + b),      s = g / sqrt(v + eps)
 
 so that a fake-quantizer of ``w·s`` sees the weight with the norm folded in, by its running statistics, while the norm
-itself still normalises by those of the batch (Jacob et al., arXiv:1712.05877, section 3.2; Krishnamoorthi, arXiv:1806.08342,
-section 3.2.2, with one pass over the data). `unfuse` is the way back, at conversion: ``mac(x, w·s, (b - m)·s + h)``.
+itself still normalises by those of the batch (Jacob et al., arXiv:1712.05877, section 3.2; Krishnamoorthi,
+arXiv:1806.08342, section 3.2.2, with one pass over the data). `unfuse` is the way back, at conversion:
+``mac(x, w·s, (b - m)·s + h)``.
 
-Where ``g`` has zeros (residual branches are often initialised so) the division would have no result; there ``s`` is computed
-with ones in their place, and the norm multiplies by zero afterwards.
+Where ``g`` has zeros (residual branches are often initialised so) the division would have no result; there ``s`` is
+computed with ones in their place, and the norm multiplies by zero afterwards.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ FUSED = "quant2e_fused_batch_norms"
 class FusedNorm:
     """One rewritten pair, by node names.
 
-    ``scaled``: the weight times ``s``. ``old_weight``, ``old_bias``: the operands before. ``unscaled``: the nodes that undo the
-    scaling behind ``mac``. ``bias_observer``: the submodule that will give the folded bias its encoding, if any will.
+    ``scaled``: the weight times ``s``. ``old_weight``, ``old_bias``: the operands before. ``unscaled``: the nodes that
+    undo the scaling behind ``mac``. ``bias_observer``: the submodule that will give the folded bias its encoding, if
+    any will.
     """
 
     mac: str
@@ -85,7 +87,8 @@ def _is_attribute(node: Any) -> bool:
 def fuse(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> tuple[FusedNorm, ...]:
     """Rewrite ``pairs`` of ``gm`` in place, and say what went where. Linear in their number.
 
-    A pair that is called twice has its weight scaled once. Values in ``meta["val"]`` are set where others look for them.
+    A pair that is called twice has its weight scaled once. Values in ``meta["val"]`` are set where others look for
+    them.
     """
     made: dict[tuple[Any, ...], tuple[Node, Node]] = {}
     with torch.no_grad():
@@ -199,7 +202,8 @@ def _call(source: Node, target: Any, args: tuple[Any, ...], value: Any = None) -
 
 
 def unfuse(gm: GraphModule, fused: Sequence[FusedNorm]) -> None:
-    """Fold the norms of ``fused`` into their ops by the running statistics, in place. Observers of weights stay in place.
+    """Fold the norms of ``fused`` into their ops by the running statistics, in place. Observers of weights stay in
+    place.
 
     Raises `Quant2eError` when nodes that `fuse` wrote are gone.
     """
@@ -282,7 +286,9 @@ def _place(
     readers: set[Node],
     before: Node,
 ) -> Node:
-    """Register a folded tensor, under the path of the old one where ``readers`` are all that reads it; a node for it."""
+    """Register a folded tensor, under the path of the old one where ``readers`` are all that reads it;
+    a node for it.
+    """
     path = None
     if old is not None and old.op == "get_attr":
         alike = list(gm.graph.find_nodes(op="get_attr", target=old.target))

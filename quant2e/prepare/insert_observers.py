@@ -3,7 +3,8 @@
     y = conv(x, w)        =>        y = conv(obs0(x), obs1(w)); obs2(y)
 
 After each tensor come the observer of its own output group, which all its users then read, and behind it one observer
-for each other group among its uses. Both edits of the graph, this one and `quant2e.convert.insert_qdq`, follow the same plan.
+for each other group among its uses. Both edits of the graph, this one and `quant2e.convert.insert_qdq`, follow the same
+plan.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _constructor_arguments(spec: Any) -> dict[str, Any]:
     else:
         found = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "observer_or_fake_quant_ctr"}
     # "ch_axis" is an argument of the per-channel observers alone, whatever library they come from. A fake-quantizer of
-    # channels takes it too; where its spec has none, as Core ML's, the observer that it was given has an axis of its own.
+    # channels takes it too; where its spec has none, as Core ML's, the observer that it was given has an axis of its
+    # own.
     numbered = found.get("qscheme") in PER_CHANNEL_SCHEMES and found.get("ch_axis") is not None
     if "PerChannel" not in _class_name(spec.observer_or_fake_quant_ctr) and not numbered:
         found.pop("ch_axis", None)
@@ -162,8 +164,8 @@ def observe(
 ) -> dict[int, str]:
     """Insert an observer call for every group at every tensor it is used on. Changes ``gm`` in place.
 
-    ``observers``: group index → observer; a group that is missing stays float. ``uncalled``: groups whose observer becomes
-    a submodule and is called nowhere. Returns the name under which each group's observer is registered.
+    ``observers``: group index → observer; a group that is missing stays float. ``uncalled``: groups whose observer
+    becomes a submodule and is called nowhere. Returns the name under which each group's observer is registered.
     """
     nodes = list(gm.graph.nodes)
     named = {node.name: node for node in nodes}

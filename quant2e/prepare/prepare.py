@@ -52,12 +52,13 @@ def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer) -> 
 def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer) -> GraphModule:
     """Insert the fake-quantizers that ``quantizer`` asks for, for quantization-aware training.
 
-    ``model``: what `capture` or ``torch.export`` made of a model in training (or eval) mode; it is not changed, nor are its
-    tensors: the result has parameters of its own, so build the optimizer from ``prepared.parameters()``. ``quantizer``: as
-    for `prepare_pt2e`, with configurations for training (``is_qat=True``), or some for training and some for calibration.
+    ``model``: what `capture` or ``torch.export`` made of a model in training (or eval) mode; it is not changed, nor are
+    its tensors: the result has parameters of its own, so build the optimizer from ``prepared.parameters()``.
+    ``quantizer``: as for `prepare_pt2e`, with configurations for training (``is_qat=True``), or some for training and
+    some for calibration.
 
-    Batch norms behind a quantized weight train as they will be deployed (see `passes.train_batch_norm`) and are folded by
-    `convert_pt2e`. Raises as `prepare_pt2e` does.
+    Batch norms behind a quantized weight train as they will be deployed (see `passes.train_batch_norm`) and are folded
+    by `convert_pt2e`. Raises as `prepare_pt2e` does.
     """
     return _prepare(model, quantizer, training=True)
 

@@ -1,7 +1,7 @@
 """What training adds to a prepared graph, and what conversion takes away again.
 
-Prepare: batch norms behind a quantized weight are rewritten (`passes.train_batch_norm`), and the plan moves with them. Convert:
-they are folded, the remaining ones as after calibration, and the mode is evaluation.
+Prepare: batch norms behind a quantized weight are rewritten (`passes.train_batch_norm`), and the plan moves with them.
+Convert: they are folded, the remaining ones as after calibration, and the mode is evaluation.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def _belongs(mac: Node, norm: Node, plan: Plan) -> bool:
 def _moved(
     plan: Plan, observers: Mapping[int, nn.Module], moves: Mapping[Point, Point], alone: frozenset[Point]
 ) -> tuple[Plan, Mapping[int, nn.Module]]:
-    """``plan`` with its points moved. What was one tensor and is several now gets a group, and an observer, for each."""
+    """``plan`` with its points moved. What was one tensor and is several now gets a group, and an observer, for
+    each.
+    """
     groups: list[Group] = []
     made: dict[int, nn.Module] = {}
     extra: list[tuple[Group, nn.Module]] = []
@@ -178,7 +180,8 @@ def end_training(gm: GraphModule) -> list[str]:
 def _measure_again(gm: GraphModule) -> None:
     """Show constants to the observers that were frozen on them before training, which changed them.
 
-    Fake-quantizers followed the training; what calibrates (a module with a configuration that is not for training) did not.
+    Fake-quantizers followed the training; what calibrates (a module with a configuration that is not for training) did
+    not.
     """
     constants = Constants(gm.graph)
     seen: dict[str, list[Node]] = {}

@@ -36,7 +36,9 @@ _SYMMETRIC_MIDDLE = {torch.uint8: 2**7, torch.uint16: 2**15}
 
 
 def plain_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The storage dtype behind one of torch's quantized dtypes (``qint8`` is stored as ``int8``); others as they are."""
+    """The storage dtype behind one of torch's quantized dtypes (``qint8`` is stored as ``int8``);
+    others as they are.
+    """
     return _PLAIN_DTYPE.get(dtype, dtype)
 
 

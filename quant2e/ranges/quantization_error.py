@@ -60,8 +60,8 @@ def mean_over(edges: Tensor, grid: NumberFormat, qparams: QParams) -> Tensor:
 class Filling:
     """The bins of histograms, from the first to the last that counted something.
 
-    ``edges``: float64 ``[*, n + 1]``, cut to the data. ``count``: float64 ``[*, n]``. ``peak``: bool ``[*, n]``, bins that
-    stand out from their neighbours, whose values may all be equal.
+    ``edges``: float64 ``[*, n + 1]``, cut to the data. ``count``: float64 ``[*, n]``. ``peak``: bool ``[*, n]``, bins
+    that stand out from their neighbours, whose values may all be equal.
     """
 
     edges: Tensor
@@ -78,7 +78,8 @@ def filling(state: HistogramState) -> Filling:
 
 
 def fillings(states: Sequence[HistogramState], first: Sequence[int], n: int) -> Filling:
-    """As `filling`, for several histograms of the same number of bins: ``n`` bins of each, the ones from its ``first`` on.
+    """As `filling`, for several histograms of the same number of bins: ``n`` bins of each, the ones from its ``first``
+    on.
 
     Bins behind the last one that counted something are empty, whole, and may lie outside the histogram.
     """
@@ -129,9 +130,11 @@ class Reference:
     probed: Tensor
 
     def advantage(self, qparams: QParams) -> Tensor:
-        """By how much each candidate's mean squared error is below the reference's: float64 ``[histograms, candidates]``.
+        """By how much each candidate's mean squared error is below the reference's: float64
+        ``[histograms, candidates]``.
 
-        ``qparams``: ``[histograms, candidates]``. It is a cautious number, never larger than the difference of `expected`:
+        ``qparams``: ``[histograms, candidates]``. It is a cautious number, never larger than the difference of
+        `expected`:
 
         - Evenly filled bins count with the means over the bin, less three standard deviations of what the actual
           values in them may do (`_noise`).

@@ -34,8 +34,9 @@ class GroupEncoding:
     """One group of points that share parameters.
 
     ``spec``: the numbers asked for, as text. ``encoding``: what they became: ``per_tensor``, ``per_channel``,
-    ``per_group`` (of ``group_size`` neighbours in a row; rows first), ``dynamic``, ``float16``, ``on_grid`` (a float constant rounded to multiples of a derived scale), ``custom`` or
-    ``float``. ``scale``/``zero_point``: one per tensor or per channel; empty when they are found at run time.
+    ``per_group`` (of ``group_size`` neighbours in a row; rows first), ``dynamic``, ``float16``, ``on_grid`` (a float
+    constant rounded to multiples of a derived scale), ``custom`` or ``float``. ``scale``/``zero_point``: one per tensor
+    or per channel; empty when they are found at run time.
     """
 
     points: tuple[str, ...]

@@ -1,6 +1,7 @@
 """What a captured graph computes, op by op, before anything is rewritten: the rows of the report.
 
-Only ops that produce a float tensor count. Multiply-accumulates follow from the shapes of convolutions and matrix products.
+Only ops that produce a float tensor count. Multiply-accumulates follow from the shapes of convolutions and matrix
+products.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Plain data: descriptions as what JSON holds.
 
-dataclass, mapping → dict; tuple, list → list; a float that is not finite → its name ("inf"), which ``float()`` reads again.
+dataclass, mapping → dict; tuple, list → list; a float that is not finite → its name ("inf"), which ``float()`` reads
+again.
 """
 
 from __future__ import annotations

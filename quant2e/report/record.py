@@ -19,7 +19,9 @@ RECORD_KEY = "quant2e"
 
 @dataclass(frozen=True, slots=True)
 class GraphRecord:
-    """``observers``: the submodule that observes each group of the plan; ``encodings``: what it became, once converted."""
+    """``observers``: the submodule that observes each group of the plan;
+    ``encodings``: what it became, once converted.
+    """
 
     plan: Plan
     observers: tuple[str, ...]
@@ -41,8 +43,8 @@ def record_of(gm: GraphModule) -> GraphRecord:
 def report_of(gm: GraphModule) -> Report:
     """The report of a prepared or converted graph: a verdict for every float op of the captured one, sizes and notes.
 
-    It has an SQNR where `quant2e.quantize` measured one. Raises `Quant2eError` for a graph without a record: one that was
-    not made here, or was loaded from a file (there `QuantizedModel.report` is the report).
+    It has an SQNR where `quant2e.quantize` measured one. Raises `Quant2eError` for a graph without a record: one that
+    was not made here, or was loaded from a file (there `QuantizedModel.report` is the report).
     """
     return record_of(gm).report
 

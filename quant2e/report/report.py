@@ -1,7 +1,7 @@
 """What happened to every float op, and what it cost.
 
-One verdict per float op of the captured graph: quantized, and by which rule; or float, and why. Nothing is left out, and
-what did not happen (ignored annotations, flushed tensors, masked values) is listed as notes.
+One verdict per float op of the captured graph: quantized, and by which rule; or float, and why. Nothing is left out,
+and what did not happen (ignored annotations, flushed tensors, masked values) is listed as notes.
 """
 
 from __future__ import annotations

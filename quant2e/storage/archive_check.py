@@ -1,9 +1,9 @@
 """Looks at a ``.pt2`` file before torch does: is it one, and can loading it run code?
 
 An archive of torch.export is a zip of JSON and raw tensors, but torch also accepts pickles in it (of weights, constants
-and example inputs, each under several names), compiled libraries, names that resolve to any attribute of torch or to any
-module, and expressions that sympy evaluates. None of these is needed for a quantized program, so each is refused here.
-The parts are read with torch's own reader, so that both see the same bytes.
+and example inputs, each under several names), compiled libraries, names that resolve to any attribute of torch or to
+any module, and expressions that sympy evaluates. None of these is needed for a quantized program, so each is refused
+here. The parts are read with torch's own reader, so that both see the same bytes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ _FACTORIES = ("list", "dict", "set", "tuple", "int", "float", "bool", "str")
 
 
 def check_archive(path: Path) -> None:
-    """Raise `FileFormatError` when ``path`` is no archive of torch.export, is damaged, or could run code when loaded."""
+    """Raise `FileFormatError` when ``path`` is no archive of torch.export, is damaged, or could run code when
+    loaded.
+    """
     if not path.is_file():
         raise FileFormatError(f"{path} does not exist, or is not a file")
     try:
@@ -83,7 +85,8 @@ def _check_parts(path: Path, reader: Any, parts: list[str]) -> None:
     for part in parts:
         if not _PARTS.fullmatch(part):
             raise FileFormatError(
-                f"{path} holds '{part}', which is no part of a plain program: pickled objects and compiled code can run "
+                f"{path} holds '{part}', which is no part of a plain program: pickled objects and "
+                "compiled code can run "
                 "anything when they are loaded"
             )
         if re.fullmatch(_MODEL, part):

@@ -1,8 +1,8 @@
 """Quantized models on disk: an ExportedProgram (``.pt2``) that carries its report and encodings.
 
 The file is one that ``torch.export.load`` reads, in any process where torch's own q/dq ops are registered
-(``import torch.ao.quantization.fx._decomposed``). Importing this module registers them, through `quant2e.graph.qdq_ops`;
-`read_pt2` gives report and encodings back, and refuses files that could run code.
+(``import torch.ao.quantization.fx._decomposed``). Importing this module registers them, through
+`quant2e.graph.qdq_ops`; `read_pt2` gives report and encodings back, and refuses files that could run code.
 """
 
 from __future__ import annotations

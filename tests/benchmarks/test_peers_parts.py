@@ -46,7 +46,8 @@ def stuck(job):
 def job(tmp_path, monkeypatch):
     (tmp_path / "made_up_engine.py").write_text(ENGINE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return Job(engine="made up!", build="made_up_engine:build", load="made_up_engine:load", model="M", batch=1, threads=2,
+    return Job(engine="made up!", build="made_up_engine:build", load="made_up_engine:load", model="M", batch=1,
+        threads=2,
                folder=str(tmp_path))  # fmt: skip
 
 

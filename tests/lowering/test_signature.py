@@ -84,7 +84,9 @@ def test_symbols_and_their_values(fixed, dynamic):
 @pytest.mark.parametrize(
     ("which", "inputs", "message"),
     [
-        ("fixed", {"x": torch.ones(5, 3)}, r"dimension 0 of input 'x' is 5, and the program was compiled for 4: .*dynamic_shapes"),
+        ("fixed", {"x": torch.ones(5, 3)},
+            (r"dimension 0 of input 'x' is 5, and the program was compiled "
+            r"for 4: .*dynamic_shapes")),
         ("fixed", {"x": torch.ones(4)}, r"'x' has 1 dimension\(s\), and must have 2"),
         ("fixed", {"x": torch.ones(4, 3).double()}, "dtype torch.float64, and must have torch.float32"),
         ("fixed", {"x": 3}, "'x' is a int, and must be a tensor"),

@@ -115,7 +115,9 @@ RARE = {
     ),
     "one row": (seq(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), (1, 8)),
 }
-"""Small models on which each of the other quantizers finds something. They are exported strictly: Cadence needs the sources."""
+"""Small models on which each of the other quantizers finds something.
+They are exported strictly: Cadence needs the sources.
+"""
 
 
 def torchao_guests():
@@ -132,7 +134,9 @@ def torchao_guests():
 
 
 def remember_patterns(utils):
-    """A quantizer that exports its patterns anew for each model takes seconds; the same pattern gives the same graph."""
+    """A quantizer that exports its patterns anew for each model takes seconds;
+    the same pattern gives the same graph.
+    """
     export, known = utils._get_aten_graph_module_for_pattern, {}
 
     def identity(value):

@@ -1,7 +1,7 @@
 """Which quantizer classes torchao and ExecuTorch ship, and which of them import; prints JSON.
 
-A script, because importing these libraries changes global state. The classes are found in the installed sources, so that a
-release with another quantizer shows.
+A script, because importing these libraries changes global state. The classes are found in the installed sources, so
+that a release with another quantizer shows.
 """
 
 import importlib

@@ -37,7 +37,8 @@ ROW = "s8[-127,127] symmetric axis 0"
         (nn.EmbeddingBag(10, 4, mode="sum"), f"embedding_bag: weight {ROW}  [embedding_bag]"),
         (Of(lambda m, i: F.embedding(i, m.e.weight * 2), e=nn.Embedding(10, 4)), f"embedding: mul {ROW}  [embedding]"),
         (Of(lambda m, i: F.embedding(i, i.float())), ""),
-        (Of(lambda m, i: m.e(torch.arange(3)) + i[..., None], e=nn.Embedding(10, 4)), f"embedding: e_weight {ROW}  [embedding]"),
+        (Of(lambda m, i: m.e(torch.arange(3)) + i[..., None], e=nn.Embedding(10, 4)),
+            f"embedding: e_weight {ROW}  [embedding]"),
         (nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4)), f"embedding: _0_weight {ROW}  [embedding]"),
     ],
 )  # fmt: skip
@@ -46,7 +47,8 @@ def test_annotations(model, expected):
 
 
 ROWS = st.lists(
-    st.lists(st.floats(-1024, 1024, width=32) | st.floats(-(2**-10), 2**-10, width=32), min_size=8, max_size=8), min_size=1, max_size=4
+    st.lists(st.floats(-1024, 1024, width=32) | st.floats(-(2**-10), 2**-10, width=32), min_size=8, max_size=8),
+        min_size=1, max_size=4
 )  # fmt: skip
 
 

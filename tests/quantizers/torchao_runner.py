@@ -1,4 +1,6 @@
-"""Runs our quantizers in torchao's flow and in ours; prints what differs as JSON. A script: torchao changes global state."""
+"""Runs our quantizers in torchao's flow and in ours; prints what differs as JSON.
+A script: torchao changes global state.
+"""
 
 import json
 import sys

@@ -133,7 +133,8 @@ def _group_problems(module: GraphModule, node: Node) -> Iterator[str]:
     zeros = tensor_at(module, arguments[2])
     if zeros is not None and zeros.any():
         yield (
-            f"{where(node)} has zero point {int(zeros[zeros != 0][0])} in a group; XNNPACK takes zero point 0 for weights: use a "
+            f"{where(node)} has zero point {int(zeros[zeros != 0][0])} in a group; XNNPACK takes zero point "
+            "0 for weights: use a "
             f"symmetric scheme"
         )
 
@@ -147,7 +148,9 @@ def _bias_problems(module: GraphModule, node: Node) -> Iterator[str]:
         values = tensor_at(module, zero)
         zero = int(values.abs().max()) if values is not None else 0
     if zero:
-        yield f"{where(node)}: its bias has zero point {zero}; XNNPACK takes zero point 0 for int32: use a symmetric one"
+        yield (
+            f"{where(node)}: its bias has zero point {zero}; XNNPACK takes zero point 0 for int32: use a symmetric one"
+        )
 
 
 def _accumulator_problems(module: GraphModule, node: Node) -> Iterator[str]:
@@ -160,7 +163,8 @@ def _accumulator_problems(module: GraphModule, node: Node) -> Iterator[str]:
     if largest is not None and scales[0] * largest / scales[1] >= ACCUMULATOR_RATIO:
         yield (
             f"{where(node)}: scale of the input {scales[0]:.3g} times scale of the weight {largest:.3g} is "
-            f"{scales[0] * largest / scales[1]:.3g} times the scale of the result {scales[1]:.3g}; XNNPACK takes less than "
+            f"{scales[0] * largest / scales[1]:.3g} times the scale of the result {scales[1]:.3g}; "
+            "XNNPACK takes less than "
             f"{ACCUMULATOR_RATIO:g}. Calibrate with data that reaches the result, or leave the op in float"
         )
 
@@ -205,7 +209,8 @@ def _notes(node: Node) -> Iterator[str]:
         low, high = arguments[3:5]
         if low > -127 or high < 127:
             yield (
-                f"{where(node)} is limited to [{low}, {high}] in the graph; XNNPACK limits it to [-128, 127], so values "
+                f"{where(node)} is limited to [{low}, {high}] in the graph; XNNPACK limits it to "
+                "[-128, 127], so values "
                 f"beyond the calibrated range are cut off later"
             )
     yield from _axis_notes(node)

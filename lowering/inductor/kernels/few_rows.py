@@ -60,7 +60,8 @@ def _shape(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 def packed(weight: Tensor) -> Tensor:
     """Two values in a byte: uint8 ``[outputs, inputs / 2]`` of an int8 weight with values from -8 to 7.
 
-    Of each `BLOCK` of inputs, byte ``i`` holds input ``i`` in its low half and input ``i + 16`` in its high half, each plus 8.
+    Of each `BLOCK` of inputs, byte ``i`` holds input ``i`` in its low half and input ``i + 16`` in its high half, each
+    plus 8.
     """
     outputs, inputs = weight.shape
     low, high = (weight + 8).to(torch.uint8).reshape(outputs, inputs // BLOCK, 2, BLOCK // 2).unbind(2)

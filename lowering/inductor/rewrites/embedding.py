@@ -23,7 +23,9 @@ _BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 
 
 def gathered_rows(gm: GraphModule) -> None:
-    """``embedding(dq(table), i)`` => ``dq(table[i])``, and so for bags: integer rows are gathered, never a float table."""
+    """``embedding(dq(table), i)`` => ``dq(table[i])``, and so for bags:
+    integer rows are gathered, never a float table.
+    """
     for node in list(gm.graph.nodes):
         if node.target is not aten.embedding.default and node.target not in _BAGS:
             continue

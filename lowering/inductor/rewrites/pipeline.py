@@ -130,7 +130,9 @@ def _shifted(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
 
 
 def _parametrized(choose: Node) -> list[Node] | None:
-    """The q and dq nodes that use dynamic parameters; None unless they are all of that, and the integers stay inside."""
+    """The q and dq nodes that use dynamic parameters;
+    None unless they are all of that, and the integers stay inside.
+    """
     found: set[Node] = {user for part in choose.users for user in part.users}
     for node in found:
         if node.target is qd.quantize_per_tensor.tensor:

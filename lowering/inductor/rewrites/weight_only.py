@@ -23,7 +23,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A weight-only linear layer. ``weight``: int8 ``[outputs, inputs]``; ``scale``, ``point``: ``[outputs, groups]``."""
+    """A weight-only linear layer. ``weight``: int8 ``[outputs, inputs]``; ``scale``, ``point``:
+    ``[outputs, groups]``.
+    """
 
     product: Product
     weight: Tensor
@@ -34,8 +36,8 @@ class Rows:
 def rows_of(gm: GraphModule, node: Node) -> Rows | None:
     """What the kernel needs to compute ``node``; None where it cannot.
 
-    It takes float32 rows, whose number does not vary, and a constant int8 weight with a scale per output or per group of
-    inputs.
+    It takes float32 rows, whose number does not vary, and a constant int8 weight with a scale per output or per group
+    of inputs.
     """
     dequantize, bias = _dequantize_of(node), operands(node).get("bias")
     value = None if dequantize is None else constant(gm, dequantize.args[0])

@@ -2,8 +2,8 @@
 
     bias = round(b / (scale_x * scale_w)),   int32        fraction = round((b / (scale_x * scale_w) - bias) * 2 ** bits)
 
-The fraction is requantized with the sum, ``acc * 2 ** bits + fraction``: a rounded bias alone would move up to one output
-in some thousands to the next integer. A bias on the accumulator's grid, as XNNPACK wants it, has no fraction.
+The fraction is requantized with the sum, ``acc * 2 ** bits + fraction``: a rounded bias alone would move up to one
+output in some thousands to the next integer. A bias on the accumulator's grid, as XNNPACK wants it, has no fraction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ MOST_BITS = 16
 
 
 def bias_integers(bias: Tensor, x_scale: float, w_scale: float | Tensor) -> Tensor:
-    """``round(bias * (1 / (scale_w * scale_x)))`` in float32, ties to even, as int64: what ExecuTorch hands to XNNPACK."""
+    """``round(bias * (1 / (scale_w * scale_x)))`` in float32, ties to even, as int64:
+    what ExecuTorch hands to XNNPACK.
+    """
     scale = w_scale * x_scale
     inverse = 1.0 / scale
     return torch.round(bias.to(torch.float32) * inverse).to(torch.float64).to(torch.int64)

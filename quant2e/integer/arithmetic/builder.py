@@ -35,7 +35,8 @@ class Record:
 
     ``name``: the float op it replaces. ``kind``: what it computes, a key of ``docs/integer_semantics.md``.
     ``inputs``: role → node that holds integers. ``output``: the node with the result. ``constants``: role → tensor.
-    ``attributes``: plain numbers (strides, zero points, bounds). ``accumulator``: node with the sums, where there is one.
+    ``attributes``: plain numbers (strides, zero points, bounds). ``accumulator``: node with the sums, where there is
+    one.
     """
 
     name: str
@@ -71,7 +72,9 @@ class Builder:
             self._place = before
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """One ATen op; its ``val`` is worked out where the operands' are known: fake tensors, or real ones in a graph of such."""
+        """One ATen op; its ``val`` is worked out where the operands' are known:
+        fake tensors, or real ones in a graph of such.
+        """
         assert self._place is not None
         node = self.gm.graph.call_function(target, args, kwargs)
         set_origin(node, self._place, value=self._value(node))

@@ -1,6 +1,7 @@
 """Averages over a number of values that is known at run time only: an integer division.
 
-    out = zero_point + (2 * acc * m + c * 2 ** k) // (2 * c * 2 ** k),    scale_x / scale_out = m * 2 ** -k,  m in 2**21 .. 2**22
+    out = zero_point + (2 * acc * m + c * 2 ** k) // (2 * c * 2 ** k),    scale_x / scale_out = m * 2 ** -k,  m in 2**21
+    .. 2**22
 
 ``c`` is the count, ``acc`` the sum without zero points; half goes up. Counts up to 2**29 fit 64 bits.
 """

@@ -18,7 +18,9 @@ DEQUANTIZE_STATIC = qd.dequantize_per_tensor.default
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Numbers of one tensor, known before the program runs: a scale (unit: one step), a zero point, an integer range."""
+    """Numbers of one tensor, known before the program runs: a scale (unit:
+    one step), a zero point, an integer range.
+    """
 
     scale: float
     zero_point: int
@@ -32,7 +34,9 @@ class Grid:
         return max(self.quant_max - self.zero_point, self.zero_point - self.quant_min)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """Integers of a float tensor, by the formula of ``quantize_per_tensor``: ``round(x * (1 / scale))``, ties to even."""
+        """Integers of a float tensor, by the formula of ``quantize_per_tensor``:
+        ``round(x * (1 / scale))``, ties to even.
+        """
         steps = torch.round(x.to(torch.float32) * (1.0 / self.scale)) + self.zero_point
         return torch.clamp(steps, self.quant_min, self.quant_max).to(self.dtype)
 

@@ -32,7 +32,9 @@ class Ratio:
 
     @staticmethod
     def of(numerators: tuple[float | Tensor, ...], denominator: float, count: float | Tensor = 1) -> Ratio:
-        """``numerators[0] * numerators[1] / denominator / count``, each in its precision; ``count`` may vary by place."""
+        """``numerators[0] * numerators[1] / denominator / count``, each in its precision;
+        ``count`` may vary by place.
+        """
         exact = torch.ones((), dtype=torch.float64)
         single = torch.ones((), dtype=torch.float32)
         for factor in numerators:
@@ -72,7 +74,9 @@ def power_of_two(ratio: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, slots=True)
 class SumConstants:
-    """``out = (Σ multipliers[i] * v[i] + 2 ** (shift - 1)) >> shift``; a multiplier is 0-D or has one entry per channel."""
+    """``out = (Σ multipliers[i] * v[i] + 2 ** (shift - 1)) >> shift``;
+    a multiplier is 0-D or has one entry per channel.
+    """
 
     multipliers: tuple[Tensor, ...]
     shift: int

@@ -26,8 +26,8 @@ aten = torch.ops.aten
 class Term:
     """Integers ``v`` that stand for ``v * ratio`` steps of an output.
 
-    ``node``: int32 or int64. ``span``: the largest magnitude. ``axis``: the channel axis of 1-D ratios, out of ``rank``.
-    ``narrow``: they come straight from a tensor of 8 bits. ``sign``: −1 for what is subtracted.
+    ``node``: int32 or int64. ``span``: the largest magnitude. ``axis``: the channel axis of 1-D ratios, out of
+    ``rank``. ``narrow``: they come straight from a tensor of 8 bits. ``sign``: −1 for what is subtracted.
     """
 
     node: Node
@@ -147,7 +147,9 @@ def _by_shift(b: Builder, term: Term, place: Node) -> tuple[Node, dict[str, Tens
 
 
 def _half_to_even(b: Builder, x: Node, right: Tensor, term: Term, name: str) -> Node:
-    """``round(x / 2**right)``: half minus one, plus one where the result would be odd; 0 and 1 bits work out as well."""
+    """``round(x / 2**right)``: half minus one, plus one where the result would be odd;
+    0 and 1 bits work out as well.
+    """
     by = _operand(b, right, term, f"{name}_right")
     some = (right > 0).to(torch.int64)
     odd = b.call(aten.bitwise_and.Scalar, _shift(b, x, by), 1)

@@ -3,8 +3,9 @@
     t = requantize(acc) on 23 bits,        out = values[#{i: thresholds[i] <= t}]
 
 An accumulator has too many values for a table with an entry for each; its output has 256. So the table lists where the
-output changes: a staircase, found in float64 when the graph is written. The fine grid is the accumulator's own scale times
-a power of two, wide enough for every number at which the output still changes; one of its steps is some 10⁻⁵ output steps.
+output changes: a staircase, found in float64 when the graph is written. The fine grid is the accumulator's own scale
+times a power of two, wide enough for every number at which the output still changes; one of its steps is some 10⁻⁵
+output steps.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Staircase = Callable[[Tensor], Tensor]
 def on_thresholds(ctx: Context, node: Node, source: Value, function: Staircase, grid: Grid) -> tuple[Node, int]:
     """The integers on ``grid`` of a function of ``source``, and how many thresholds it takes.
 
-    Raises `NoIntegerFormError` when ``source`` cannot be requantized, or the output still changes at very large numbers.
+    Raises `NoIntegerFormError` when ``source`` cannot be requantized, or the output still changes at very large
+    numbers.
     """
     fine = fine_grid(node, function, source.unit())
     thresholds, values = changes(function, fine)

@@ -120,8 +120,8 @@ class Value(ABC):
 class Part:
     """Integers that stand for ``sign * node * Π scales / count``; a 1-D scale runs along ``axis``.
 
-    ``span``: the largest magnitude. ``narrow``: straight from a tensor of 8 bits. ``owner``: the op that summed them up.
-    ``accumulator``: the int32 or int64 sums themselves, where ``node`` is them with fraction bits.
+    ``span``: the largest magnitude. ``narrow``: straight from a tensor of 8 bits. ``owner``: the op that summed them
+    up. ``accumulator``: the int32 or int64 sums themselves, where ``node`` is them with fraction bits.
     """
 
     node: Node

@@ -28,8 +28,8 @@ _PER_GROUP = qd.dequantize_per_channel_group.default
 class Weight:
     """An integer constant.
 
-    ``scale``, ``zero_point``: numbers; 1-D along ``axis``, or [1] and the same along every axis (None); or 2-D [rows, groups] when ``group_size`` is not 0.
-    ``source``: the node that reads ``integers``, when they are kept as they are.
+    ``scale``, ``zero_point``: numbers; 1-D along ``axis``, or [1] and the same along every axis (None); or 2-D [rows,
+    groups] when ``group_size`` is not 0. ``source``: the node that reads ``integers``, when they are kept as they are.
     """
 
     integers: Tensor
@@ -59,7 +59,9 @@ class Weight:
         return self.integers if self._zero_points() is None else self.centred()
 
     def by_row(self) -> tuple[Tensor, Tensor]:
-        """Scales (float32) and zero points of a matrix whose scales do not run along its columns, [rows or 1, groups or 1]."""
+        """Scales (float32) and zero points of a matrix whose scales do not run along its columns, [rows or 1, groups or
+        1].
+        """
         groups = self.integers.shape[1] // self.group_size if self.group_size else 1
         scale, zero = torch.as_tensor(self.scale), torch.as_tensor(self.zero_point)
         return scale.to(torch.float32).reshape(-1, groups), zero.reshape(-1, groups)
@@ -92,7 +94,9 @@ class Weight:
         return self.scale
 
     def output_scales(self, node: Node, groups: int, *, transposed: bool) -> float | Tensor:
-        """The scale of each output channel of a convolution. Raises `NoIntegerFormError` when the scales run along inputs."""
+        """The scale of each output channel of a convolution.
+        Raises `NoIntegerFormError` when the scales run along inputs.
+        """
         if not isinstance(self.scale, Tensor) or not transposed:
             return self.along(node, 0)
         if self.axis == 0 and self.integers.shape[0] == groups:

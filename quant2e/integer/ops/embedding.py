@@ -2,8 +2,9 @@
 
     float result:      out = (table[i] - zero_point[i]) * scale[i]           quantized result:    out = table_out[i]
 
-Rows of the table have scales of their own, or each group of neighbours in a row has: ``out[g] = (table[i][g] - zero_point[i, g]) * scale[i, g]``.
-A quantized result has one scale, so the rows are requantized once, ahead of time.
+Rows of the table have scales of their own, or each group of neighbours in a row has:
+``out[g] = (table[i][g] - zero_point[i, g]) * scale[i, g]``. A quantized result has one scale, so the rows are
+requantized once, ahead of time.
 """
 
 from __future__ import annotations

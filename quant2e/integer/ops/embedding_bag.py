@@ -1,9 +1,10 @@
 """Sums and means of rows of an integer table, a bag of indices at a time.
 
-    acc[b] = Σ t[i] for i in bag b,        mean: an integer division by the number of indices (`quant2e.integer.arithmetic.division`)
+    acc[b] = Σ t[i] for i in bag b,        mean: an integer division by the number of indices
+    (`quant2e.integer.arithmetic.division`)
 
-``t``: the rows on one scale. A table with a scale for each row, or each group in a row, is brought to the largest of these,
-over 2**8, ahead of time; a table with one scale is ``t`` already.
+``t``: the rows on one scale. A table with a scale for each row, or each group in a row, is brought to the largest of
+these, over 2**8, ahead of time; a table with one scale is ``t`` already.
 """
 
 from __future__ import annotations

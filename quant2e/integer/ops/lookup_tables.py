@@ -3,7 +3,8 @@
     out = table[x],        table[i] = q(f(dq(i)))
 
 256 entries for 8 bits, 65,536 for 16. A chain of such functions is one table. Entries are computed once, in float, with
-the functions of the Q/DQ graph. A function of an accumulator has thresholds instead (`quant2e.integer.arithmetic.thresholds`).
+the functions of the Q/DQ graph. A function of an accumulator has thresholds instead
+(`quant2e.integer.arithmetic.thresholds`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _BITS = {torch.int8: 8, torch.uint8: 8, torch.int16: 16, torch.uint16: 16}
 
 
 class Function(Value):
-    """A function of one value. ``root``: what it is a function of; ``operands``: node → ``root``, or functions of it."""
+    """A function of one value. ``root``: what it is a function of;
+    ``operands``: node → ``root``, or functions of it.
+    """
 
     def __init__(self, node: Node, root: Value, operands: dict[Node, Value]) -> None:
         super().__init__(node)

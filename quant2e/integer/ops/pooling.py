@@ -1,6 +1,7 @@
 """Pooling.
 
-max:   the maximum of the integers               mean, average:   acc = Σ (x - zero_point),  ratio = scale_x / scale_out / n
+max:   the maximum of the integers               mean, average:   acc = Σ (x - zero_point),  ratio = scale_x / scale_out
+/ n
 """
 
 from __future__ import annotations

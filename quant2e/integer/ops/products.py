@@ -3,8 +3,9 @@
     acc = Σ (x - zero_point_x) * (w - zero_point_w) + bias,        bias = round(b / (scale_x * scale_w))
 
 in int32, or in int64 where a bound on the sum says that int32 could overflow, and where torch has no int32 kernel.
-What a bias between two integers leaves is requantized with the sum, as fraction bits (`quant2e.integer.arithmetic.bias`).
-Padding pads with zeros after the zero point is gone, so it stands for the real number zero.
+What a bias between two integers leaves is requantized with the sum, as fraction bits
+(`quant2e.integer.arithmetic.bias`). Padding pads with zeros after the zero point is gone, so it stands for the real
+number zero.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ def _write(
 ) -> Value:
     """The accumulator and what is known of it.
 
-    ``reach``: the largest sum of |w| of an output. ``wide``: int64 kernels. ``laid_out``: the weight as ``call`` takes it.
+    ``reach``: the largest sum of |w| of an output. ``wide``: int64 kernels. ``laid_out``: the weight as ``call`` takes
+    it.
     """
     if isinstance(activation, DynamicStored):
         span = int(reach.max()) * activation.span

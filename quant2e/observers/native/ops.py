@@ -1,8 +1,8 @@
 """The one-pass ops of ``native.cpp``: built once per machine, by the first calibration, when there is a C++ compiler.
 
-They are ops of torch's dispatcher, ``torch.ops.quant2e.observe_...``, so that compiled graphs hold them as well. Without
-a compiler, on another device than the CPU, or with ``QUANT2E_NATIVE=0`` in the environment, the same numbers come from
-plain torch. Nothing is built, loaded or registered by importing this module.
+They are ops of torch's dispatcher, ``torch.ops.quant2e.observe_...``, so that compiled graphs hold them as well.
+Without a compiler, on another device than the CPU, or with ``QUANT2E_NATIVE=0`` in the environment, the same numbers
+come from plain torch. Nothing is built, loaded or registered by importing this module.
 """
 
 from __future__ import annotations

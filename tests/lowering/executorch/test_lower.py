@@ -286,7 +286,10 @@ SHIFTED_CHANNELS, SHIFTED = Weight(torch.ones(2, 4), 0, 5), Weight(torch.ones(2,
         (lambda x: on_grid(x, (0.1, 300)) + 1, r"zero point 300 is outside of \[-128, 127\]"),
         (
             lambda x: on_grid(F.relu(F.linear(on_grid(x, (1.0, 0)), COARSE())), (2e-5, 0)),
-            r"'linear'.*input 1 times scale of the weight 0\.0159 is 794 times the scale of the result 2e-05; XNNPACK takes less than 256",
+            (
+                r"'linear'.*input 1 times scale of the weight 0\.0159 is 794 times the scale of the result 2e-05; "
+                r"XNNPACK takes less than 256"
+            ),
         ),
         (
             lambda x: F.linear(on_grid(x, A), SYMMETRIC(), int32_bias(3)),

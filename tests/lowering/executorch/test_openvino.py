@@ -1,7 +1,7 @@
 """A partitioner of another backend: OpenVINO's, which the wheel of ExecuTorch registers in its runtime.
 
-Runs where ``openvino`` and ``nncf`` are installed, and ``libopenvino_c`` is found: on ``LD_LIBRARY_PATH``, or as a part of
-the ``openvino`` package. Neither is a dependency of this project.
+Runs where ``openvino`` and ``nncf`` are installed, and ``libopenvino_c`` is found: on ``LD_LIBRARY_PATH``, or as a part
+of the ``openvino`` package. Neither is a dependency of this project.
 """
 
 import pytest

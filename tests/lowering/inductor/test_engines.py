@@ -115,7 +115,8 @@ def test_engines_compute_what_they_say(engine, product):
 
 
 CASES = {
-    "linear": (lambda m, x: F.linear(u8(x), m.w()), (3, 5, 16), (8, 16), Product(x=(15, 16), weight=(8, 16), bias=False)),
+    "linear": (lambda m, x: F.linear(u8(x), m.w()), (3, 5, 16), (8, 16),
+        Product(x=(15, 16), weight=(8, 16), bias=False)),
     "product": (lambda m, x: u8(x) @ m.w().t(), (5, 16), (8, 16), Product(x=(5, 16), weight=(8, 16), bias=False)),
     "to integers": (
         lambda m, x: u8(F.relu(F.linear(u8(x), m.w()))), (5, 16), (8, 16),
@@ -123,7 +124,8 @@ CASES = {
     ),
     "convolution": (
         lambda m, x: F.conv2d(u8(x), m.w(), stride=2, padding=(0, 1), groups=2), (2, 8, 9, 9), (6, 4, 3, 3),
-        Product(x=(2, 8, 9, 9), weight=(6, 4, 3, 3), stride=(2, 2), padding=(0, 1), dilation=(1, 1), groups=2, bias=False),
+        Product(x=(2, 8, 9, 9), weight=(6, 4, 3, 3), stride=(2, 2), padding=(0, 1), dilation=(1, 1), groups=2,
+            bias=False),
     ),
     "one dimension": (lambda m, x: F.conv1d(u8(x), m.w()), (2, 8, 9), (6, 8, 3), None),
     "padding by name": (lambda m, x: F.conv2d(u8(x), m.w(), padding="same"), (2, 8, 9, 9), (6, 8, 3, 3), None),

@@ -40,8 +40,10 @@ TABLE = {
     "input channels, mT": (lambda m, x: u8(x) @ m.w().mT, X, weight(8, 16, axis=1), "along axis 1"),
     "input channels, swapaxes": (lambda m, x: u8(x) @ m.w().swapaxes(0, 1), X, weight(8, 16, axis=1), "along axis 1"),
     "input channels, movedim": (lambda m, x: u8(x) @ m.w().movedim(0, 1), X, weight(8, 16, axis=1), "along axis 1"),
-    "asymmetric weight, cloned": (lambda m, x: F.linear(u8(x), m.w().clone()), X, weight(8, 16, zero_point=3), "zero points other than 0"),
-    "asymmetric weight": (lambda m, x: F.linear(u8(x), m.w()), X, weight(8, 16, zero_point=3), "zero points other than 0"),
+    "asymmetric weight, cloned": (lambda m, x: F.linear(u8(x), m.w().clone()), X, weight(8, 16, zero_point=3),
+        "zero points other than 0"),
+    "asymmetric weight": (lambda m, x: F.linear(u8(x), m.w()), X, weight(8, 16, zero_point=3),
+        "zero points other than 0"),
     "16-bit activation": (lambda m, x: F.linear(int16(x), m.w()), X, weight(8, 16), "8-bit activations"),
 }  # fmt: skip
 

@@ -194,7 +194,8 @@ WRONG = {
 def test_every_known_wrong_lowering_is_right():
     x, image = torch.randn(8, 8), torch.randn(1, 8, 8, 8)
     parts = {
-        "w": weight(8, 8), "columns": weight(8, 8, axis=1), "up": weight(8, 8, 4, 4, axis=1), "conv": weight(8, 8, 3, 3),
+        "w": weight(8, 8), "columns": weight(8, 8, axis=1), "up": weight(8, 8, 4, 4, axis=1),
+            "conv": weight(8, 8, 3, 3),
         "line": weight(8, 8, 3), "cube": weight(8, 1, 3, 3, 3), "constant": torch.randn(8, 8),
     }  # fmt: skip
     model = capture(Fn(lambda m, *inputs: tuple(case(m, *inputs) for case in WRONG.values()), **parts), x, image)

@@ -136,7 +136,9 @@ def test_integers_at_the_boundary(tmp_path):
 
 
 def test_reduced_ranges_are_kept(tmp_path):
-    """0..127 stays 0..127: values beyond the calibrated range are clipped, between the two ops that kernels look for."""
+    """0..127 stays 0..127: values beyond the calibrated range are clipped, between the two ops that kernels look
+    for.
+    """
     config = get_default_x86_inductor_quantization_config(reduce_range=True)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     rows = (torch.randn(4, 8),)

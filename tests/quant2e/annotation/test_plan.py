@@ -1,4 +1,6 @@
-"""Which points share parameters: `resolve_plan` against golden plans, a brute-force reading of its definition, and torchao."""
+"""Which points share parameters: `resolve_plan` against golden plans, a brute-force reading of its definition, and
+torchao.
+"""
 
 import pytest
 import torch
@@ -90,7 +92,9 @@ def test_group_of_and_contains():
 
 
 def test_golden(golden):
-    """Two concatenations in a row, a residual add, an embedding of index tensors, a derived bias and a fixed sigmoid."""
+    """Two concatenations in a row, a residual add, an embedding of index tensors, a derived bias and a fixed
+    sigmoid.
+    """
     conv_w = QuantizationSpec(torch.int8, Watch, -127, 127, torch.per_channel_symmetric, ch_axis=0)
     specs = {
         Edge("x", "conv"): INT8,
@@ -285,7 +289,9 @@ def test_every_quantized_point_is_in_exactly_one_group(case):
 
 @st.composite
 def annotated_graphs(draw):
-    """A random graph of calls, each annotated at random; returns names only: (operands of each node, specs, implicit)."""
+    """A random graph of calls, each annotated at random;
+    returns names only: (operands of each node, specs, implicit).
+    """
     operands = {"x0": [], "x1": []}
     for i in range(draw(st.integers(1, 5))):
         known = list(operands)

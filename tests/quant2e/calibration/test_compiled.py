@@ -1,4 +1,6 @@
-"""``calibrate(compiled=True)``: the observed graph as one compiled program; what is observed counts as in the plain one."""
+"""``calibrate(compiled=True)``: the observed graph as one compiled program;
+what is observed counts as in the plain one.
+"""
 
 import pytest
 import torch
@@ -44,7 +46,9 @@ def captured():
 
 @pytest.mark.inductor
 def test_the_same_statistics_without_leaving_the_compiled_graph(captured, monkeypatch):
-    """Bit for bit when the float ops give the same bits, NaN included, in one program that calls the ops that observe."""
+    """Bit for bit when the float ops give the same bits, NaN included, in one program that calls the ops that
+    observe.
+    """
     batches = [torch.randint(-9, 10, (2, 3, 8, 8)) * 3.0**i for i in range(3)]
     batches[1][0, 0, 0, 0] = -float("inf")
     plain, compiled = (quant2e.prepare_pt2e(captured, Convs()) for _ in range(2))

@@ -340,7 +340,8 @@ def test_a_custom_convert_of_a_weight_is_folded():
     assert {n: t.dtype for n, t in gm.state_dict().items()} == {"bias": torch.float32, "weight_quantized": torch.int8}
 
 
-# --------------------------------------------------------------------------------------------- twice, copied, not at all
+# --------------------------------------------------------------------------------------------- twice, copied, not at
+# all
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,4 +1,6 @@
-"""Kernels of a hardware team: numpy and the test vectors, nothing of torch. Every rule is from docs/integer_semantics.md."""
+"""Kernels of a hardware team: numpy and the test vectors, nothing of torch.
+Every rule is from docs/integer_semantics.md.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The hardware, slowly: one number at a time, in Python integers and numpy scalars. Written from the documents, not from
-the code: gemmlowp's fixedpoint.h, TFLite's quantization_util.cc and reference/integer_ops/add.h, XNNPACK's
+"""The hardware, slowly: one number at a time, in Python integers and numpy scalars. Written from the documents, not
+from the code: gemmlowp's fixedpoint.h, TFLite's quantization_util.cc and reference/integer_ops/add.h, XNNPACK's
 microparams-init.c and qs8-vadd/scalar.c.in."""
 
 from __future__ import annotations

@@ -126,7 +126,9 @@ def test_a_transposed_convolution_is_simulated():
 
 
 def test_the_sums_simulated_are_those_of_the_graph():
-    """Rows times weights, without an accumulator's limits, are the accumulators: over strides, groups, dilations, crops."""
+    """Rows times weights, without an accumulator's limits, are the accumulators:
+    over strides, groups, dilations, crops.
+    """
     for seed in range(60):
         draw = Draw(seed)
         transposed, groups = seed % 2 == 1, draw.pick(1, 2)

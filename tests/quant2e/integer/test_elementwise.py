@@ -226,7 +226,8 @@ def test_a_chain_of_functions_is_one_table():
 
 SUMMED = {
     "gelu": (aten.gelu.default, (), lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2),
-    "gelu by tanh": (aten.gelu.default, {"approximate": "tanh"}, lambda x: x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    "gelu by tanh": (aten.gelu.default, {"approximate": "tanh"},
+        lambda x: x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
     "silu": (aten.silu.default, (), lambda x: x / (1 + math.exp(-x)) if x > -700 else -0.0),
     "tanh": (aten.tanh.default, (), math.tanh),
     "sigmoid": (aten.sigmoid.default, (), lambda x: 1 / (1 + math.exp(-x)) if x > -700 else 0.0),

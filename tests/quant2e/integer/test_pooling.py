@@ -147,8 +147,8 @@ def test_max_pool(spatial):
 @pytest.mark.parametrize("mode", ["float32", "fixed_point_single_rounding"])
 @pytest.mark.parametrize("form", ["mean", "avg_pool2d"])
 def test_averages_on_the_scale_of_their_operand_differ_from_qdq_at_exact_ties_only(form, mode):
-    """Of n values, n even, every n-th sum lies half-way between two outputs. What the Q/DQ graph does with it depends on
-    float noise; the integer graph has a rule. Everywhere else the two agree."""
+    """Of n values, n even, every n-th sum lies half-way between two outputs. What the Q/DQ graph does with it depends
+    on float noise; the integer graph has a rule. Everywhere else the two agree."""
     differing = 0
     for seed in range(40):
         draw = Draw(seed)

@@ -29,7 +29,9 @@ from tests.quant2e.annotators import ACT, DYNAMIC, NOTHING, WEIGHT, WEIGHT_PER_T
 
 
 class Net(nn.Module):
-    """Convolution and batch norm, linear, a mask, index arithmetic, a counter, keyword and nested inputs and outputs."""
+    """Convolution and batch norm, linear, a mask, index arithmetic, a counter, keyword and nested inputs and
+    outputs.
+    """
 
     def __init__(self):
         super().__init__()

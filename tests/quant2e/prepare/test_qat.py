@@ -147,7 +147,8 @@ def test_what_is_trained_is_what_is_converted(name, is_per_channel):
     output = prepared.graph.output_node().all_input_nodes[0]
     step = encode(prepared.get_submodule(str(output.target))).scale
     steps = (y - expected).abs() / step
-    # Rounding the folded bias to the accumulator, and the order of float operations, may move a value across a boundary.
+    # Rounding the folded bias to the accumulator, and the order of float operations, may move a value across a
+    # boundary.
     assert steps.max() < 1.01
     assert (steps > 0.01).float().mean() < 0.02
     if is_per_channel:

@@ -1,4 +1,6 @@
-"""The record inside a file names the buffers that hold the parameters of channels; earlier ones hold them in themselves."""
+"""The record inside a file names the buffers that hold the parameters of channels;
+earlier ones hold them in themselves.
+"""
 
 from __future__ import annotations
 

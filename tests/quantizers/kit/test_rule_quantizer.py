@@ -119,16 +119,21 @@ def test_reasons():
 @pytest.mark.parametrize(
     ("function", "name", "reason"),
     [
-        (lambda m, i: F.linear(i, i), "linear", "rule 'mac': operand 'w' of 'linear' is not constant: it depends on the input 'inputs_0'"),
+        (lambda m, i: F.linear(i, i), "linear",
+            ("rule 'mac': operand 'w' of 'linear' is not constant: it depends on "
+            "the input 'inputs_0'")),
         (lambda m, i: F.relu(i), "relu", "rule 'mac': 'inputs_0' is placeholder, not conv2d or linear"),
-        (lambda m, i: i.permute(1, 0), "permute", "rule 'moves': its input is not quantized, so there is nothing to continue"),
+        (lambda m, i: i.permute(1, 0), "permute",
+            ("rule 'moves': its input is not quantized, so there is "
+            "nothing to continue")),
         (lambda m, i: i + torch.arange(8), "add", "rule 'add': operand 'y' is a int64 tensor"),
         (lambda m, i: i + 1, "add", "rule 'add': operand 'y' (operand 1) of 'add' is the literal 1, not a tensor"),
         (lambda m, i: i[:0] + i[:0], "add", "rule 'add': the output of 'add' is an empty tensor"),
         (lambda m, i: m.l.weight + m.l.weight, "add", "a constant, computed from parameters and buffers"),
         (lambda m, i: i + m.l.weight.sum(0).mul_(2), "mul_", "a constant, computed from parameters and buffers"),
         (lambda m, i: m.l.bias.detach().add_(1), "add_", "not constant: it changes a buffer"),
-        (lambda m, i: F.linear(i, F.dropout(m.l.weight, training=False)), "dropout", "a constant, computed from parameters and buffers"),
+        (lambda m, i: F.linear(i, F.dropout(m.l.weight, training=False)), "dropout",
+            "a constant, computed from parameters and buffers"),
         (lambda m, i: i.exp(), "exp", "no rule covers aten.exp.default"),
     ],
 )  # fmt: skip

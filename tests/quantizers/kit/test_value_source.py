@@ -9,7 +9,9 @@ from tests.quantizers.models import captured
 
 
 class Model(nn.Module):
-    """Computes ``function`` of a float, an integer and a boolean input, with a parameter, a table and buffers at hand."""
+    """Computes ``function`` of a float, an integer and a boolean input, with a parameter, a table and buffers at
+    hand.
+    """
 
     def __init__(self, function):
         super().__init__()

@@ -83,7 +83,8 @@ def everything(name, **others):
         (lambda q: q.set_module_type("torch.nn.modules.linear.Linear", LOW), everything("low", functional="float")),
         # module name > module type > operator > global
         (
-            lambda q: q.set_module_name("head", None).set_module_type(nn.Linear, LOW).set_operator_type(aten.linear, FULL),
+            lambda q: q.set_module_name("head", None).set_module_type(nn.Linear, LOW).set_operator_type(aten.linear,
+                FULL),
             everything("low", head="float", functional="full"),
         ),
         (lambda q: q.set_operator_type(aten.linear.default, None).set_global(FULL), everything("float")),
@@ -91,7 +92,8 @@ def everything(name, **others):
         (lambda q: q.set_object_type(nn.Linear, LOW).set_global(FULL), everything("low", functional="full")),
         # static and dynamic in one graph
         (lambda q: q.set_module_name("head", DYNAMIC).set_global(FULL), everything("full", head="dynamic")),
-        (lambda q: q.set_global(FULL).set_filter_function(lambda n: n.name != "linear_1"), everything("full", down0="float")),
+        (lambda q: q.set_global(FULL).set_filter_function(lambda n: n.name != "linear_1"),
+            everything("full", down0="float")),
     ],
 )  # fmt: skip
 def test_precedence(configure, expected):
@@ -137,15 +139,19 @@ def test_reasons_name_the_setting():
 @pytest.mark.parametrize(
     ("configure", "message"),
     [
-        (lambda q: q.set_module_name("block.0.up", None), r"no module named 'block.0.up' .*; did you mean 'blocks.0.up'"),
+        (lambda q: q.set_module_name("block.0.up", None),
+            r"no module named 'block.0.up' .*; did you mean 'blocks.0.up'"),
         (lambda q: q.set_module_name("encoder.head", FULL), "did you mean 'head'"),
-        (lambda q: q.set_module_type("Linaer", FULL), "no module of type 'Linaer' .* did you mean 'torch.nn.modules.linear.Linear'"),
+        (lambda q: q.set_module_type("Linaer", FULL),
+            "no module of type 'Linaer' .* did you mean 'torch.nn.modules.linear.Linear'"),
         (lambda q: q.set_module_type(nn.Conv2d, FULL), "no module of type 'torch.nn.modules.conv.Conv2d'"),
-        (lambda q: q.set_operator_type(aten.conv2d.default, FULL), "no op in this graph is conv2d.default; there is 'linear', 'relu'"),
+        (lambda q: q.set_operator_type(aten.conv2d.default, FULL),
+            "no op in this graph is conv2d.default; there is 'linear', 'relu'"),
         (lambda q: q.set_operator_type("linear", FULL), "is not an op"),
         (lambda q: q.set_object_type(torch.manual_seed, FULL), "is not an op"),
         (lambda q: q.set_module_type(F.linear, FULL), "is not a module type"),
-        (lambda q: q.set_module_name("hed", None).set_module_name("hea", None), "'hed' .*; no module named 'hea'|'hea' .*; no module named 'hed'"),
+        (lambda q: q.set_module_name("hed", None).set_module_name("hea", None),
+            "'hed' .*; no module named 'hea'|'hea' .*; no module named 'hed'"),
     ],
 )  # fmt: skip
 def test_settings_that_match_nothing(configure, message):

@@ -35,7 +35,8 @@ def three_dimensional(node):
         (lambda q: q.set_module_name("blocks.[1-9].?p", LOW), UNSET | {"up1": "low"}),
         (lambda q: q.set_module_name("*", LOW), everything("low", functional="float")),
         # regular expressions, for the whole path
-        (lambda q: q.set_module_name("re:blocks\\.\\d", LOW), UNSET | dict.fromkeys(["up0", "down0", "up1", "down1"], "low")),
+        (lambda q: q.set_module_name("re:blocks\\.\\d", LOW),
+            UNSET | dict.fromkeys(["up0", "down0", "up1", "down1"], "low")),
         (lambda q: q.set_module_name(re.compile(r".*\.(up|nothing)"), LOW), UNSET | {"up0": "low", "up1": "low"}),
         (lambda q: q.set_module_name_regex(r"head|.*1\.up", LOW), UNSET | {"up1": "low", "head": "low"}),
         # the innermost wins, whether it is spelled exactly or not
@@ -44,12 +45,14 @@ def three_dimensional(node):
             UNSET | {"down0": "low", "down1": "low"},
         ),
         (
-            lambda q: q.set_module_name("blocks.0.up", FULL).set_module_name("*up", None).set_module_name("blocks.*", LOW),
+            lambda q: q.set_module_name("blocks.0.up", FULL).set_module_name("*up", None).set_module_name("blocks.*",
+                LOW),
             UNSET | {"up0": "full", "down0": "low", "down1": "low"},
         ),
         # for one module: exact > glob > regular expression, whatever the order
         (
-            lambda q: q.set_module_name("blocks.0", FULL).set_module_name("blocks.*", LOW).set_module_name("re:blocks..", None),
+            lambda q: q.set_module_name("blocks.0", FULL).set_module_name("blocks.*",
+                LOW).set_module_name("re:blocks..", None),
             UNSET | {"up0": "full", "down0": "full", "up1": "low", "down1": "low"},
         ),
         # all spellings of tracers and scripts
@@ -59,16 +62,22 @@ def three_dimensional(node):
         # nodes come before modules, a name before a predicate
         (lambda q: q.set_global(FULL).set_module_name("blocks", LOW).set_node("linear_1", None),
          everything("full", up0="low", down0="float", up1="low", down1="low")),
-        (lambda q: q.set_node(lambda n: n.name in ("linear", "linear_1"), LOW).set_node("linear", FULL).set_module_name("blocks", None),
+        (lambda q: q.set_node(lambda n: n.name in ("linear", "linear_1"), LOW).set_node("linear",
+            FULL).set_module_name("blocks", None),
          UNSET | {"up0": "full", "down0": "low"}),
         # a qualified type before a bare one, an overload before its packet
-        (lambda q: q.set_module_type(nn.Linear, FULL).set_module_type("Linear", LOW), everything("full", functional="float")),
-        (lambda q: q.set_operator_type(aten.linear.default, FULL).set_operator_type(aten.linear, LOW), everything("low")),
+        (lambda q: q.set_module_type(nn.Linear, FULL).set_module_type("Linear", LOW),
+            everything("full", functional="float")),
+        (lambda q: q.set_operator_type(aten.linear.default, FULL).set_operator_type(aten.linear, LOW),
+            everything("low")),
         # of two that are equally close the later
-        (lambda q: q.set_module_name("*.up", LOW).set_module_name("blocks.*p", FULL), UNSET | {"up0": "full", "up1": "full"}),
-        (lambda q: q.set_module_name("blocks.*p", FULL).set_module_name("*.up", LOW), UNSET | {"up0": "low", "up1": "low"}),
+        (lambda q: q.set_module_name("*.up", LOW).set_module_name("blocks.*p", FULL),
+            UNSET | {"up0": "full", "up1": "full"}),
+        (lambda q: q.set_module_name("blocks.*p", FULL).set_module_name("*.up", LOW),
+            UNSET | {"up0": "low", "up1": "low"}),
         # PT2E's names
-        (lambda q: q.set_module_name_qconfig("head", LOW).set_module_type_qconfig(Block, FULL), everything("full", head="low", functional="float")),
+        (lambda q: q.set_module_name_qconfig("head", LOW).set_module_type_qconfig(Block, FULL),
+            everything("full", head="low", functional="float")),
         (lambda q: q.set_function_type_qconfig(nn.functional.linear, LOW), everything("low")),
     ],
 )  # fmt: skip
@@ -121,12 +130,14 @@ def notes(configure, model=None):
         ),
         (
             lambda q: q.set_module_name("*.up", LOW).set_module_name("blocks.0.*p", FULL),
-            ["module name '*.up' and module name 'blocks.0.*p' name 'linear' equally closely; the later, module name 'blocks.0.*p', applies"],
+            [("module name '*.up' and module name 'blocks.0.*p' name 'linear' equally closely; "
+                "the later, module name 'blocks.0.*p', applies")],
         ),
         (lambda q: q.set_module_name("*.up", LOW).set_module_name("blocks.0.*p", LOW), []),
         (
             lambda q: q.set_operator_type(torch.relu, DYNAMIC),
-            ["operator 'relu' quantizes nothing: 'relu': no dynamic rule covers aten.relu.default; 'relu_1': no dynamic rule covers aten.relu.default"],
+            [("operator 'relu' quantizes nothing: 'relu': no dynamic rule covers aten.relu.default; "
+                "'relu_1': no dynamic rule covers aten.relu.default")],
         ),
         (lambda q: q.set_global(FULL).set_module_name("head", None), []),
     ],
@@ -138,17 +149,23 @@ def test_what_never_applies_is_noted(configure, expected):
 @pytest.mark.parametrize(
     ("configure", "message"),
     [
-        (lambda q: q.set_module_name("block.*", FULL), r"module name 'block\.\*' names no op .*; did you mean 'blocks.1'"),
-        (lambda q: q.set_module_name("re:bloks", FULL), "module name matching 'bloks' names no op in this graph; there is 'blocks'"),
+        (lambda q: q.set_module_name("block.*", FULL),
+            r"module name 'block\.\*' names no op .*; did you mean 'blocks.1'"),
+        (lambda q: q.set_module_name("re:bloks", FULL),
+            "module name matching 'bloks' names no op in this graph; there is 'blocks'"),
         (lambda q: q.set_module_name("re:(", FULL), "is not a regular expression"),
         (lambda q: q.set_module_name(nn.Linear, FULL), "is not a module name; for classes there is set_module_type"),
         (lambda q: q.set_node("linaer", FULL), "no op in this graph is named 'linaer'; did you mean 'linear'"),
         (lambda q: q.set_node(three_dimensional, FULL), "the predicate three_dimensional names no op in this graph"),
         (lambda q: q.set_node(3, FULL), "neither the name of a node nor a predicate"),
-        (lambda q: q.set_node(lambda n: n.args[7], FULL), r"the predicate in line \d+ of test_scopes.py failed on '.*IndexError"),
+        (lambda q: q.set_node(lambda n: n.args[7], FULL),
+            r"the predicate in line \d+ of test_scopes.py failed on '.*IndexError"),
         (lambda q: q.set_filter_function(lambda n: n.nothing), "failed on .*AttributeError"),
-        (lambda q: q.set_global(3), "3 is not a configuration: give a QuantizationConfig, a recipe such as 'w8a8', or None"),
-        (lambda q: q.set_edge("linear", "linear_1", None), r"there is no edge \(linear -> linear_1\); 'linear_1' reads 'relu', 'blocks_0_down_weight'"),
+        (lambda q: q.set_global(3),
+            ("3 is not a configuration: give a QuantizationConfig, a recipe "
+            "such as 'w8a8', or None")),
+        (lambda q: q.set_edge("linear", "linear_1", None),
+            r"there is no edge \(linear -> linear_1\); 'linear_1' reads 'relu', 'blocks_0_down_weight'"),
         (lambda q: q.set_edge("x", "linaer", None), r"there is no edge .*; did you mean 'linear'"),
     ],
 )  # fmt: skip

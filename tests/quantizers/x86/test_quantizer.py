@@ -129,11 +129,13 @@ FIRST = ["conv2d: inputs_0 a, c1_weight w0  [conv]"]
         (nn.Conv3d(3, 4, 3), (torch.randn(1, 3, 5, 5, 5),), []),
         (nn.ConvTranspose2d(3, 4, 2), IMAGE, []),
         *(
-            (nn.Sequential(nn.Conv2d(3, 4, 3), act), IMAGE, ["conv2d: input_1 a, _0_weight w0  [conv]", f"{name}:  [conv]"])
+            (nn.Sequential(nn.Conv2d(3, 4, 3), act), IMAGE,
+                ["conv2d: input_1 a, _0_weight w0  [conv]", f"{name}:  [conv]"])
             for act, name in ((nn.ReLU(), "relu"), (nn.ReLU(inplace=True), "relu_"), (nn.ReLU6(), "hardtanh"),
                               (nn.Hardswish(), "hardswish"), (nn.SiLU(inplace=True), "silu_"))
         ),
-        (nn.Sequential(nn.Linear(8, 4), nn.GELU()), ROWS, ["linear: input_1 a, _0_weight w0  [linear]", "gelu:  [linear]"]),
+        (nn.Sequential(nn.Linear(8, 4), nn.GELU()), ROWS,
+            ["linear: input_1 a, _0_weight w0  [linear]", "gelu:  [linear]"]),
         (nn.Sequential(nn.Linear(8, 4), nn.Sigmoid()), ROWS, ["linear: input_1 a, _0_weight w0  [linear]"]),
         # one of two convolutions absorbs the sum; the other is its operand
         (Of(lambda m, x: F.relu(m.c1(x) + m.c2(x)), c1=C1, c2=C2), IMAGE, [
@@ -226,7 +228,8 @@ def test_configs_are_values():
     ("make", "message"),
     [
         (lambda: static().set_global("w8-tensor"), "must be torch.int8 per channel"),
-        (lambda: static().set_global(QuantizationConfig(config().weight, None, config().weight, None)), "computes on torch.uint8"),
+        (lambda: static().set_global(QuantizationConfig(config().weight, None, config().weight, None)),
+            "computes on torch.uint8"),
         (
             lambda: static().set_global(QuantizationConfig(config().input_activation, None, None, None)),
             "the weight must be torch.int8 per channel",

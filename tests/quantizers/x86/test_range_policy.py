@@ -15,7 +15,8 @@ from quantizers.x86.range_policy import applied, ranged
 from tests.quantizers.models import ROWS, annotated, annotations
 
 AUTO = (
-    "int8 kernels add two products in 16 bits on AVX2, where a full range would overflow: each layer uses the range that "
+    "int8 kernels add two products in 16 bits on AVX2, where a full range would overflow: each layer "
+    "uses the range that "
     "costs it least, noted per layer after calibration"
 )
 
@@ -39,7 +40,8 @@ def numbers(made):
         (AVX2, "7-bit activations", False, "7-bit activations", (127, -128, 127)),
         (AVX2, "7-bit weights", False, "7-bit weights", (255, -64, 63)),
         # a configuration that is exact everywhere stays what it is
-        *((isa, policy, True, policy, (127, -128, 127)) for isa in (VNNI, AVX2) for policy in ("full", "7-bit weights")),
+        *((isa, policy, True, policy, (127, -128, 127)) for isa in (VNNI, AVX2) for policy in ("full",
+            "7-bit weights")),
     ],
 )  # fmt: skip
 def test_ranges(isa, policy, reduce_range, kind, expected, is_dynamic):
@@ -61,9 +63,13 @@ def test_observers_that_cannot_agree_get_seven_bits():
     ("isa", "policy", "reduce_range", "note"),
     [
         ("avx512_vnni", "auto", False, "activations use 0..255: AVX512 VNNI multiplies full ranges exactly"),
-        ("avx2", "auto", True, "activations use 0..127, as configured: int8 kernels are exact with them on every machine"),
+        ("avx2", "auto", True,
+            ("activations use 0..127, as configured: int8 kernels are exact with "
+            "them on every machine")),
         ("avx2", "7-bit weights", False, "7-bit weights, as range_policy says, on AVX2"),
-        ("avx2", "full", False, "WARNING: activations use 0..255, and the int8 kernels saturate on AVX2: results may be wrong there; range_policy='auto' is exact"),
+        ("avx2", "full", False,
+            ("WARNING: activations use 0..255, and the int8 kernels saturate on AVX2: results may be wrong there; "
+            "range_policy='auto' is exact")),
         ("avx2", "auto", False, AUTO),
     ],
 )  # fmt: skip

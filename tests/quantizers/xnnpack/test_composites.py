@@ -59,8 +59,10 @@ def test_functions_that_a_model_spells_out_stay_whole(name):
 APART = {
     "a square": (lambda h: h * h, {"mul": "mul"}),
     "a residual": (lambda h: h + F.relu(h), {"relu": "clamp", "add": "add"}),
-    "a clamp in front": (lambda h: (lambda r: r * torch.sigmoid(r))(F.relu(h)), {"relu": "linear", "sigmoid": "float", "mul": "float"}),
-    "a gate from elsewhere": (lambda h: h * torch.sigmoid(LINEAR(h)), {"linear_1": "linear", "sigmoid": "float", "mul": "mul"}),
+    "a clamp in front": (lambda h: (lambda r: r * torch.sigmoid(r))(F.relu(h)),
+        {"relu": "linear", "sigmoid": "float", "mul": "float"}),
+    "a gate from elsewhere": (lambda h: h * torch.sigmoid(LINEAR(h)),
+        {"linear_1": "linear", "sigmoid": "float", "mul": "mul"}),
     "a sum with a number": (lambda h: F.relu(h + 3), {"add": "add", "relu": "add"}),
 }  # fmt: skip
 

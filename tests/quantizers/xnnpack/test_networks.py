@@ -1,4 +1,6 @@
-"""Whole networks, small, quantized for XNNPACK and run: one delegate each, also where float ops stand between integer ones."""
+"""Whole networks, small, quantized for XNNPACK and run:
+one delegate each, also where float ops stand between integer ones.
+"""
 
 import pytest
 import torch

@@ -114,7 +114,8 @@ CONV = nn.Conv2d(3, 4, 3)
         (nn.Linear(8, 4), (torch.randn(2, 3, 5, 8),), ["linear: input_1 a, weight w0 -> a  [linear]"]),
         (nn.Linear(8, 4), (torch.randn(8),), ["linear: input_1 a, weight w0 -> a  [linear]"]),
         *(
-            (nn.Sequential(nn.Linear(8, 4), act), ROWS, ["linear: input_1 a, _0_weight w0  [linear]", f"{name}: -> a  [linear]"])
+            (nn.Sequential(nn.Linear(8, 4), act), ROWS,
+                ["linear: input_1 a, _0_weight w0  [linear]", f"{name}: -> a  [linear]"])
             for act, name in ((nn.ReLU(), "relu"), (nn.ReLU(inplace=True), "relu_"), (nn.ReLU6(), "hardtanh"),
                               (nn.Hardtanh(-2, 2), "hardtanh"), (nn.Hardtanh(inplace=True), "hardtanh_"))
         ),
@@ -126,9 +127,12 @@ CONV = nn.Conv2d(3, 4, 3)
                 ["linear: inputs_0 a, linear_weight w0  [linear]", f"{name}: -> a  [linear]"],
             )
             for function, name in (
-                (lambda y: y.clamp(-1, 1), "clamp"), (lambda y: y.clamp(max=6.0, min=0), "clamp"), (lambda y: y.clamp(min=0), "clamp"),
-                (lambda y: y.clamp_(-1, 1), "clamp_"), (lambda y: y.clamp_min(0), "clamp_min"), (lambda y: y.clip(0, 2), "clip"),
-                (lambda y: F.relu6(y, inplace=True), "relu6_"), (F.hardtanh_, "hardtanh_"), (lambda y: y.relu_(), "relu_"),
+                (lambda y: y.clamp(-1, 1), "clamp"), (lambda y: y.clamp(max=6.0, min=0), "clamp"),
+                    (lambda y: y.clamp(min=0), "clamp"),
+                (lambda y: y.clamp_(-1, 1), "clamp_"), (lambda y: y.clamp_min(0), "clamp_min"),
+                    (lambda y: y.clip(0, 2), "clip"),
+                (lambda y: F.relu6(y, inplace=True), "relu6_"), (F.hardtanh_, "hardtanh_"),
+                    (lambda y: y.relu_(), "relu_"),
             )
         ),
         # a clamp on one side is an op of its own, in the same numbers
@@ -136,16 +140,20 @@ CONV = nn.Conv2d(3, 4, 3)
             (
                 Of(lambda m, x, f=function: f(m.linear(x)), linear=nn.Linear(8, 4)),
                 ROWS,
-                ["linear: inputs_0 a, linear_weight w0 -> a  [linear]", f"{name}: linear = linear -> = linear>{name}  [clamp]"],
+                ["linear: inputs_0 a, linear_weight w0 -> a  [linear]",
+                    f"{name}: linear = linear -> = linear>{name}  [clamp]"],
             )
             for function, name in (
-                (lambda y: y.clamp(max=1), "clamp"), (lambda y: y.clamp_min(-1), "clamp_min"), (lambda y: y.clamp_max(1), "clamp_max")
+                (lambda y: y.clamp(max=1), "clamp"), (lambda y: y.clamp_min(-1), "clamp_min"),
+                    (lambda y: y.clamp_max(1), "clamp_max")
             )
         ),
         (Of(lambda m, x: x + x), ROWS, ["add: inputs_0 a -> a  [add]"]),
-        (Of(lambda m, x: x - x.flip(0)), ROWS, ["flip: inputs_0 a -> = inputs_0>flip  [moves]", "sub: inputs_0 a, flip a -> a  [sub]"]),
+        (Of(lambda m, x: x - x.flip(0)), ROWS, ["flip: inputs_0 a -> = inputs_0>flip  [moves]",
+            "sub: inputs_0 a, flip a -> a  [sub]"]),
         (Of(lambda m, x: torch.sub(x, x.flip(0), alpha=2)), ROWS, []),
-        (Of(lambda m, x: F.relu(x * x)), ROWS, ["mul: inputs_0 a -> a  [mul]", "relu: mul = mul -> = mul>relu  [clamp]"]),
+        (Of(lambda m, x: F.relu(x * x)), ROWS, ["mul: inputs_0 a -> a  [mul]",
+            "relu: mul = mul -> = mul>relu  [clamp]"]),
         # numbers become tensors
         (Of(lambda m, x: x * 2), ROWS, ["mul: inputs_0 a, mul_number a -> a  [mul]"]),
         (Of(lambda m, x: 3 - x), ROWS, ["rsub: rsub_number a, inputs_0 a -> a  [sub]"]),
@@ -182,7 +190,8 @@ CONV = nn.Conv2d(3, 4, 3)
             "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
             "pad: conv2d = conv2d -> = conv2d>pad  [moves]",
         ]),
-        (Of(lambda m, x: F.pad(m.c(x), (0, 1), value=1.0), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
+        (Of(lambda m, x: F.pad(m.c(x), (0, 1), value=1.0), c=CONV), IMAGE,
+            ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.pad(m.c(x), (1, 1, 1, 1), mode="reflect"), c=CONV), IMAGE, [
             "conv2d: inputs_0 a, c_weight w0 -> a  [conv]",
             "pad: conv2d = conv2d -> = conv2d>pad  [moves]",
@@ -197,10 +206,13 @@ CONV = nn.Conv2d(3, 4, 3)
         (Of(lambda m, x: torch.cat([x.exp(), x.exp()])), ROWS, []),
         (Of(lambda m, x: m.c(x).mean([1, 2]), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         (Of(lambda m, x: F.avg_pool2d(m.c(x), 2), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
-        (Of(lambda m, x: F.max_pool2d(m.c(x), 2, stride=3), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
-        (Of(lambda m, x: F.adaptive_avg_pool2d(m.c(x), 2), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
+        (Of(lambda m, x: F.max_pool2d(m.c(x), 2, stride=3), c=CONV), IMAGE,
+            ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
+        (Of(lambda m, x: F.adaptive_avg_pool2d(m.c(x), 2), c=CONV), IMAGE,
+            ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
         # a weight that is computed from parameters is a weight; one computed from data is not
-        (Of(lambda m, x: F.linear(x, m.l.weight.t()), l=nn.Linear(8, 8)), ROWS, ["linear: inputs_0 a, t w0 -> a  [linear]"]),
+        (Of(lambda m, x: F.linear(x, m.l.weight.t()), l=nn.Linear(8, 8)), ROWS,
+            ["linear: inputs_0 a, t w0 -> a  [linear]"]),
         (Of(lambda m, x: F.linear(x, x)), ROWS, []),
         # shared weights and modules that are called twice
         (Of(lambda m, x: m.l(F.relu(m.l(x))), l=nn.Linear(8, 8)), ROWS, [
@@ -218,7 +230,8 @@ MOVES = [
     lambda x: x.view(4, 8), lambda x: x.reshape(-1), lambda x: x.flatten(), lambda x: x.permute(1, 0),
     lambda x: x.transpose(0, 1), lambda x: x.t(), lambda x: x.T, lambda x: x[1:], lambda x: x[0], lambda x: x[:, None],
     lambda x: x.unsqueeze(-1), lambda x: x[:1].squeeze(0), lambda x: x[:1].expand(3, 8), lambda x: x.t().contiguous(),
-    lambda x: x.clone(), lambda x: F.dropout(x, 0.5, training=False), lambda x: x.to(torch.float32), lambda x: x.detach(),
+    lambda x: x.clone(), lambda x: F.dropout(x, 0.5, training=False), lambda x: x.to(torch.float32),
+        lambda x: x.detach(),
     lambda x: x.repeat(2, 1), lambda x: x.unflatten(0, (2, 2)),
 ]  # fmt: skip
 
@@ -329,7 +342,8 @@ def _unsigned():
 def test_capabilities():
     able = XNNPACKQuantizer.quantization_capabilities()
     assert set(able) == {
-        "pad + conv", "conv", "conv_transpose2d", "linear", "add", "sub", "mul", "cat", "max_pool2d", "mean", "clamp", "moves",
+        "pad + conv", "conv", "conv_transpose2d", "linear", "add", "sub", "mul", "cat", "max_pool2d", "mean", "clamp",
+            "moves",
         "dynamic linear", "dynamic conv2d",
     }  # fmt: skip
     assert able["linear"] == ("hardtanh|relu|relu6(linear(x, w, b?))", "linear(x, w, b?)")

@@ -19,8 +19,8 @@ from quant2e.graph.qdq_ops import qd
 
 _ATEN = torch.ops.aten
 MOVES = movements(Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.SLICE) | {_ATEN.max_pool2d.default}
-"""What XNNPACK has integer kernels for: reshapes, permutations and slices, in whatever spelling (the partitioner sees few
-of them), and the pooling that picks values."""
+"""What XNNPACK has integer kernels for: reshapes, permutations and slices, in whatever spelling (the partitioner sees
+few of them), and the pooling that picks values."""
 ARITHMETIC = frozenset(
     {
         _ATEN.linear.default,

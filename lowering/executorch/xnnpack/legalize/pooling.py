@@ -3,8 +3,8 @@
     pool1d(x)          =  squeeze(pool2d(unsqueeze(x, 2)), 2)
     avg_pool2d, padded =  avg_pool2d(pad(x))   where the padding counts
 
-XNNPACK has a kernel for the mean over height and width that keeps both dimensions, and pools images only, averaging what
-is inside. Adaptive pooling to a size that divides the input's is pooling with one window.
+XNNPACK has a kernel for the mean over height and width that keeps both dimensions, and pools images only, averaging
+what is inside. Adaptive pooling to a size that divides the input's is pooling with one window.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ TABLE = {
     "a residual": (lambda m, x: F.conv1d(u8(x), m.w(), padding=1) + x, 1),
     "two users": (lambda m, x: (lambda y: y.sigmoid() * y)(F.conv1d(u8(x), m.w())), 1),
     "an activation that writes in place": (lambda m, x: F.relu(F.conv1d(u8(x), m.w()), inplace=True), 1),
-    "two of them, clamped": (lambda m, x: F.conv1d(u8(F.relu6(F.conv1d(u8(x), m.w())), 0, 127), m.w()), 1),  # integers stay unsqueezed
+    "two of them, clamped": (lambda m, x: F.conv1d(u8(F.relu6(F.conv1d(u8(x), m.w())), 0, 127), m.w()), 1),
+        # integers stay unsqueezed
     "a float input": (lambda m, x: F.conv1d(x, m.w()), 0),
     "two dimensions": (lambda m, x: F.conv2d(u8(x)[None], m.w()[None, :, :2].repeat(8, 1, 1, 1)[:, :2]), 0),
 }  # fmt: skip
