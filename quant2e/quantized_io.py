@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from quant2e.convert.insert_qdq import FakeValueCache
 from quant2e.errors import FileFormatError, Quant2eError
-from quant2e.graph.edit import set_origin
+from quant2e.graph.edit import insert_call
+from quant2e.graph.fake_values import FakeValueCache
 from quant2e.graph.inputs import Inputs, inputs_of, leaf_paths
 from quant2e.graph.module import CapturedModule, copy_graph
 from quant2e.graph.mutation import observable_writes
@@ -231,9 +231,7 @@ def _read_integers(gm: GraphModule, node: Node, grid: tuple[Any, ...], value: Te
         gm.graph.erase_node(user)
     out: dict[str, Any] = {"out_dtype": value.dtype} if value.dtype != torch.float32 else {}
     for user in [user for user in node.users if not (user.target in DEQUANTIZE and user.args[1:] == grid)]:
-        with gm.graph.inserting_before(user):
-            dequantize = gm.graph.call_function(_DEQUANTIZE, (node, *grid), out)
-        set_origin(dequantize, user, value=value)
+        dequantize = insert_call(user, _DEQUANTIZE, (node, *grid), out, value=value)
         user.replace_input_with(node, dequantize)
 
 

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.errors import PassError, where
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 from quant2e.observers.base import OBSERVER_PREFIX
@@ -111,8 +111,9 @@ def _positive_scale(node: Node) -> str | None:
     if node.target in _PER_TENSOR and isinstance(node.args[1], float):
         return None if 0 < node.args[1] < float("inf") else f"its scale is {node.args[1]}"
     if node.target in (*_PER_CHANNEL, *_PER_GROUP) and isinstance(node.args[1], Node):
-        scales = node_tensor(node.args[1])
-        if type(scales) is Tensor and not bool((torch.isfinite(scales) & (scales > 0)).all()):
+        owner = node.graph.owning_module
+        scales = None if owner is None else tensor_at(owner, node.args[1])
+        if scales is not None and not bool((torch.isfinite(scales) & (scales > 0)).all()):
             return "one of its scales is not a positive, finite number"
     return None
 

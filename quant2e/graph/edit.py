@@ -8,14 +8,14 @@ An edit keeps what `ORIGIN` lists of the node that it serves, and works out ``me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.graph.attributes import register_tensor
+from quant2e.graph.attributes import attribute, register_tensor
 from quant2e.graph.fake_values import fake_mode, faked, value_of_call
 
 ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "seq_nr", "custom")
@@ -38,25 +38,44 @@ def stands_for(node: Node, tensor: Node) -> None:
         node.meta[FROM_NODE] = tensor.meta[FROM_NODE]
 
 
+def insert_call(
+    place: Node,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    value: Any = None,
+    origin: Node | None = None,
+) -> Node:
+    """A call right before ``place`` whose ``val`` is known: ``value``, if any. It is made on behalf of ``origin`` or ``place``."""
+    with place.graph.inserting_before(place):
+        node = place.graph.call_function(target, args, dict(kwargs or {}))
+    set_origin(node, origin or place, value=value)
+    return node
+
+
 def emit(place: Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Node:
     """A call of ``target`` right before ``place``, with its origin and a ``val`` of its own.
 
     Raises what ``target`` raises for operands of such shapes and dtypes. Without ``val`` when an operand has none.
     """
-    graph = place.graph
-    with graph.inserting_before(place):
-        node = graph.call_function(target, args, kwargs)
-    set_origin(node, place, value=value_of_call(node, fake_mode((*node.all_input_nodes, place))))
+    node = insert_call(place, target, args, kwargs)
+    if (value := value_of_call(node)) is not None:
+        node.meta["val"] = value
+    return node
+
+
+def emit_read(gm: GraphModule, place: Node, path: str, *, origin: Node | None = None) -> Node:
+    """A ``get_attr`` of a parameter or buffer of ``gm`` right before ``place``, on behalf of ``origin`` or ``place``."""
+    with place.graph.inserting_before(place):
+        node = place.graph.get_attr(path)
+    set_origin(node, origin or place, value=faked(attribute(gm, path), fake_mode(place)))
     return node
 
 
 def emit_constant(gm: GraphModule, place: Node, path: str, value: Tensor) -> Node:
     """A ``get_attr`` of a new buffer right before ``place``, at ``path`` or the first free one that starts with it."""
-    path = register_tensor(gm, path, value)
-    with place.graph.inserting_before(place):
-        node = place.graph.get_attr(path)
-    set_origin(node, place, value=faked(value, fake_mode((*place.all_input_nodes, place))))
-    return node
+    return emit_read(gm, place, register_tensor(gm, path, value))
 
 
 def emit_number(gm: GraphModule, place: Node, value: float) -> Node:

@@ -6,7 +6,7 @@ val(f(x, y))  =  f(val(x), val(y))      in the fake mode of the graph
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+import itertools
 from typing import Any
 
 import torch
@@ -37,9 +37,10 @@ def node_tensor(node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def fake_mode(nodes: Iterable[Node]) -> FakeTensorMode | None:
-    """The mode that the fake values of ``nodes`` belong to; None when none of them has one."""
-    leaves = (leaf for node in nodes for leaf in pytree.tree_leaves(node.meta.get("val")))
+def fake_mode(node: Node) -> FakeTensorMode | None:
+    """The mode of the fake values in the graph of ``node``, looked for near it first; None in a graph without any."""
+    nodes = itertools.chain(node.all_input_nodes, (node,), node.graph.nodes)
+    leaves = (leaf for each in nodes for leaf in pytree.tree_leaves(each.meta.get("val")))
     return next((leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor)), None)
 
 
@@ -50,11 +51,16 @@ def faked(value: Tensor, mode: FakeTensorMode | None) -> Tensor:
     return mode.from_tensor(value, static_shapes=True)
 
 
-def value_of_call(node: Node, mode: FakeTensorMode | None) -> Any:
-    """What a call produces, worked out from the values of its operands; None where one of them has no value."""
+def value_of_call(node: Node) -> Any:
+    """What a call produces, worked out from the values of its operands; None where one of them has no value.
+
+    A fake value, and a real one only in a graph of real ones.
+    """
     assert callable(node.target)
     if any("val" not in operand.meta for operand in node.all_input_nodes):
         return None
+
+    mode = fake_mode(node)
 
     def value(operand: Node) -> Any:
         known = operand.meta["val"]
@@ -63,3 +69,26 @@ def value_of_call(node: Node, mode: FakeTensorMode | None) -> Any:
     args, kwargs = map_arg((node.args, node.kwargs), value)
     with mode or contextlib.nullcontext():
         return node.target(*args, **kwargs)
+
+
+def empty_like(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor like ``value`` of another dtype; None when ``value`` is no tensor."""
+    return torch.empty_like(value, dtype=dtype) if isinstance(value, Tensor) else None
+
+
+class FakeValueCache:
+    """Values for ``meta["val"]``: of equal shape, strides and dtype only one is made, which nodes share."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], Tensor] = {}
+
+    def __call__(self, value: Any, dtype: torch.dtype) -> Any:
+        """What a tensor like ``value`` of that dtype looks like; None when ``value`` is no tensor."""
+        if not isinstance(value, Tensor):
+            return None
+        if not all(type(size) is int for size in value.shape):
+            return empty_like(value, dtype)  # symbolic sizes are compared by guards
+        key = (type(value), value.device, dtype, tuple(value.shape), value.stride())
+        if key not in self._made:
+            self._made[key] = empty_like(value, dtype)
+        return self._made[key]

@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from quant2e.errors import CaptureError, Quant2eError, where
 from quant2e.graph.dataflow import operand, set_operand
+from quant2e.graph.edit import set_origin
 from quant2e.graph.effects import BATCH_NORMS, aten, flag_of, trains
 
 _COUNT = "quant2e_batch_count"
@@ -169,8 +170,7 @@ def _restore_count(norm: Node, path: str, previous: Node | None) -> Node | None:
         increment = graph.create_node("call_function", aten.add_.Tensor, (counter, 1), name="add_")
     if saved["name"] is not None:
         increment.name = saved["name"]
-    sources = {"nn_module_stack": norm, "val": counter}
-    increment.meta = {key: source.meta[key] for key, source in sources.items() if key in source.meta}
+    set_origin(increment, norm, value=counter.meta.get("val"))
     if saved["stack_trace"] is not None:
         increment.meta["stack_trace"] = saved["stack_trace"]
     return increment

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
-from quant2e.graph.attributes import register_tensor
 from quant2e.graph.constants import Constants, evaluate
+from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 from quant2e.ranges.qparams import quantize_per_channel
 
@@ -63,11 +63,8 @@ def fold_weights(gm: GraphModule) -> bool:
         if node not in constants or not is_quantize(node):
             continue
         value = _integers(gm, node)
-        path = register_tensor(gm, f"{attribute_path(node)}_quantized", value)
-        with gm.graph.inserting_before(node):
-            integers = gm.graph.get_attr(path)
-        integers.meta = dict(node.meta) | {"val": value}
-        node.replace_all_uses_with(integers)
-        gm.graph.erase_node(node)
+        integers = emit_constant(gm, node, f"{attribute_path(node)}_quantized", value)
+        integers.meta = {**node.meta, "val": integers.meta["val"]}  # the same tensor, not one of its own
+        replace(node, integers)
         folded = True
     return folded

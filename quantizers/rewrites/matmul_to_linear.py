@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit
 from quant2e.graph.fake_values import node_tensor
 
 aten = torch.ops.aten
@@ -30,11 +31,7 @@ def products_as_linear(gm: GraphModule, wanted: Callable[[Node], bool]) -> bool:
         x, weight, bias = parts
         if x in constants or weight not in constants or (bias is not None and bias not in constants):
             continue
-        fake = node_tensor(weight)
-        assert fake is not None, f"'{weight.name}' is a matrix by now"
-        with gm.graph.inserting_before(node):
-            transposed = gm.graph.call_function(aten.t.default, (weight,))
-        transposed.meta = {**node.meta, "val": fake.t()}
+        transposed = emit(node, aten.t.default, weight)
         node.meta[ORIGINAL_TARGET] = node.target
         node.target, node.kwargs = aten.linear.default, {}
         node.args = (x, transposed) if bias is None else (x, transposed, bias)

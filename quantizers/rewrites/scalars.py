@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.graph.attributes import register_tensor
 from quant2e.graph.dataflow import operand
+from quant2e.graph.edit import emit_constant
 from quantizers.rewrites.matmul_to_linear import ORIGINAL_TARGET
 
 aten = torch.ops.aten
@@ -40,10 +40,7 @@ def scalars_as_tensors(gm: GraphModule, wanted: Callable[[Node], bool]) -> bool:
         if target is None or (number := _number(node)) is None or not wanted(node):
             continue
         x, value = operand(node, 0), node.meta["val"]
-        constant = torch.tensor(number, dtype=value.dtype)
-        with gm.graph.inserting_before(node):
-            other = gm.graph.get_attr(register_tensor(gm, f"{node.name}_number", constant))
-        other.meta["val"] = constant
+        other = emit_constant(gm, node, f"{node.name}_number", torch.tensor(number, dtype=value.dtype))
         node.meta[ORIGINAL_TARGET] = node.target
         node.args = (other, x) if node.target in _REVERSED else (x, other)
         node.target, node.kwargs = target, {}

@@ -9,13 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.attributes import register_tensor
-from quant2e.graph.edit import set_origin
+from quant2e.graph.edit import emit, emit_constant
 from quant2e.integer.arithmetic.requantization import Requantization
 
 aten = torch.ops.aten
@@ -57,17 +54,13 @@ class Builder:
         self.records: list[Record] = []
         self.notes: list[str] = []
         self._place: Node | None = None
-        self._constants: dict[tuple[str, int], Node] = {}
-        values = (node.meta.get("val") for node in gm.graph.nodes)
-        self._fake: FakeTensorMode | None = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
 
     @contextlib.contextmanager
     def at(self, place: Node) -> Iterator[None]:
         """Nodes are written in front of ``place`` and have its provenance."""
         before, self._place = self._place, place
         try:
-            with self.gm.graph.inserting_before(place):
-                yield
+            yield
         finally:
             self._place = before
 
@@ -76,33 +69,12 @@ class Builder:
         fake tensors, or real ones in a graph of such.
         """
         assert self._place is not None
-        node = self.gm.graph.call_function(target, args, kwargs)
-        set_origin(node, self._place, value=self._value(node))
-        return node
-
-    def _value(self, node: Node) -> Any:
-        def value(operand: Node) -> Any:
-            known = operand.meta.get("val")
-            if known is None:
-                raise LookupError(operand.name)
-            real = isinstance(known, Tensor) and not hasattr(known, "fake_mode")
-            return self._fake.from_tensor(known, static_shapes=True) if real and self._fake is not None else known
-
-        assert callable(node.target)
-        try:
-            args, kwargs = map_arg((node.args, node.kwargs), value)
-            with self._fake or contextlib.nullcontext():
-                return node.target(*args, **kwargs)
-        except Exception:  # noqa: BLE001 — metadata is a convenience; exporting the graph works it out again
-            return None
+        return emit(self._place, target, *args, **kwargs)
 
     def constant(self, value: Tensor, name: str) -> Node:
         """A tensor that the graph keeps as a buffer called after ``name``."""
         assert self._place is not None
-        path = register_tensor(self.gm, name.replace(".", "_"), value)
-        node = self.gm.graph.get_attr(path)
-        set_origin(node, self._place, value=value)
-        return node
+        return emit_constant(self.gm, self._place, name.replace(".", "_"), value)
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
         """``x`` in another dtype; ``x`` itself when it already has it."""
