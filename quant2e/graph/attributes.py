@@ -6,6 +6,7 @@ attribute(gm, "layer.0.weight")  =  gm.layer.0.weight
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,13 +45,14 @@ def free_path(module: nn.Module, path: str) -> str:
     owner = attribute(module, parents, None) if dot else module
     owner = nn.Module() if owner is None else owner
     names = itertools.chain((leaf,), (f"{leaf}_{number}" for number in itertools.count(1)))
-    return f"{parents}{dot}{next(name for name in names if _is_free(owner, name))}"
+    return f"{parents}{dot}{first_free(owner, names)}"
 
 
-def _is_free(owner: Any, name: str) -> bool:
-    return not hasattr(owner, name) or any(
-        name in table and table[name] is None for table in (owner._parameters, owner._buffers)
-    )
+def first_free(owner: nn.Module, names: Iterable[str]) -> str:
+    """The first of ``names`` under which ``owner`` holds nothing. A parameter or buffer that is None is free."""
+    tables = (owner._parameters, owner._buffers)
+    empty = {name for table in tables for name, value in table.items() if value is None}
+    return next(name for name in names if name in empty or not hasattr(owner, name))
 
 
 def register_tensor(module: nn.Module, path: str, value: Tensor) -> str:

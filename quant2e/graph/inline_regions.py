@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import Argument, map_arg
 
 from quant2e.errors import PassError, where
+from quant2e.graph.attributes import attribute, free_path
 from quant2e.graph.effects import subgraphs
 
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -111,11 +112,6 @@ def _copy_body(gm: GraphModule, body: GraphModule, operands: list[Argument], gra
 
 def _adopt(gm: GraphModule, body: GraphModule, path: str) -> str:
     """Give ``gm`` the attribute that an inlined body reads, under a free name."""
-    name = base = path.replace(".", "_")
-    suffix = 0
-    value = operator.attrgetter(path)(body)
-    while hasattr(gm, name):
-        suffix += 1
-        name = f"{base}_{suffix}"
-    setattr(gm, name, value)
+    name = free_path(gm, path.replace(".", "_"))
+    setattr(gm, name, attribute(body, path))
     return name

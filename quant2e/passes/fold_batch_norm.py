@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from quant2e.graph.attributes import attribute, free_path, replace_tensor
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand, set_operand
+from quant2e.graph.edit import emit_read
 from quant2e.graph.effects import aten, flag_of
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 
@@ -267,11 +268,8 @@ def _place(gm: GraphModule, match: _Match, role: str, old: Node | None, tensor: 
         base = f"{match.mac.name}_{role}"
     path = free_path(gm, base.removeprefix("."))
     replace_tensor(gm, path, parameter)
-    with gm.graph.inserting_after(old if old is not None else weight):
-        node = gm.graph.get_attr(path)
-    mode = getattr(match.mac.meta["val"], "fake_mode", None)
-    node.meta["val"] = parameter if mode is None else mode.from_tensor(parameter, static_shapes=True)
-    return node
+    behind = old if old is not None else weight
+    return emit_read(gm, behind.next, path, origin=match.mac)
 
 
 def _requires_grad(gm: GraphModule, node: Node) -> bool:

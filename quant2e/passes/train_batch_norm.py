@@ -25,7 +25,7 @@ from quant2e.errors import Quant2eError
 from quant2e.graph.attributes import attribute, free_path, replace_tensor
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand, set_operand
-from quant2e.graph.edit import set_origin
+from quant2e.graph.edit import emit, emit_read, insert_call, set_origin, stands_for
 from quant2e.graph.effects import aten
 from quant2e.passes.fold_batch_norm import (
     FOLDED,
@@ -96,29 +96,24 @@ def fuse(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> tuple[FusedNorm
 
 
 def _fuse(gm: GraphModule, mac: Node, norm: Node, made: dict[tuple[Any, ...], tuple[Node, Node]]) -> FusedNorm:
-    graph = gm.graph
     weight, bias = operand(mac, "weight"), operand(mac, "bias")
     key = (weight, *(operand(norm, name) for name in ("weight", "running_var", "eps")), _layout(mac))
-    with graph.inserting_before(mac):
-        if key not in made:
-            made[key] = _scale(gm, mac, norm, weight)
-        scaled, scale = made[key]
-        zero = None if bias is None else _call(mac, aten.zeros_like.default, (bias,), bias.meta.get("val"))
+    if key not in made:
+        made[key] = _scale(gm, mac, norm, weight)
+    scaled, scale = made[key]
+    zero = None if bias is None else emit(mac, aten.zeros_like.default, bias)
     set_operand(mac, "weight", scaled)
     value = mac.meta.get("val")
     rank = value.dim() if isinstance(value, Tensor) else 2
     along = [1, -1] + [1] * (rank - 2)
-    with graph.inserting_after(mac):
-        shaped = _call(mac, aten.reshape.default, (scale, along))
-    with graph.inserting_after(shaped):
-        last = _call(mac, aten.div.Tensor, (mac, shaped), value)
+    behind = mac.next
+    shaped = insert_call(behind, aten.reshape.default, (scale, along), origin=mac)
+    last = insert_call(behind, aten.div.Tensor, (mac, shaped), value=value, origin=mac)
     unscaled: tuple[Node, ...] = (shaped, last)
     if bias is not None:
         set_operand(mac, "bias", zero)
-        with graph.inserting_after(last):
-            shift = _call(mac, aten.reshape.default, (bias, along))
-        with graph.inserting_after(shift):
-            last = _call(mac, aten.add.Tensor, (last, shift), value)
+        shift = insert_call(behind, aten.reshape.default, (bias, along), origin=mac)
+        last = insert_call(behind, aten.add.Tensor, (last, shift), value=value, origin=mac)
         unscaled = (*unscaled, shift, last)
     norm.replace_input_with(mac, last)
     return FusedNorm(
@@ -135,24 +130,19 @@ def _scale(gm: GraphModule, mac: Node, norm: Node, weight: Node) -> tuple[Node, 
     """Nodes of ``w·s`` and of ``s``, in front of ``mac``."""
     variance, gain = (_before(gm, operand(norm, name), mac) for name in ("running_var", "weight"))
     assert variance is not None
-    like = variance.meta.get("val")
-    deviation = _call(mac, aten.add.Tensor, (variance, operand(norm, "eps")), like)
-    deviation = _call(mac, aten.sqrt.default, (deviation,), like)
+    deviation = emit(mac, aten.sqrt.default, emit(mac, aten.add.Tensor, variance, operand(norm, "eps")))
     if gain is None:
-        scale = _call(mac, aten.reciprocal.default, (deviation,), like)
+        scale = emit(mac, aten.reciprocal.default, deviation)
     else:
         if bool((attribute(gm, str(gain.target)) == 0).any()):
-            none = _call(mac, aten.eq.Scalar, (gain, 0))
-            gain = _call(mac, aten.where.ScalarSelf, (none, 1.0, gain), like)
-        scale = _call(mac, aten.div.Tensor, (gain, deviation), like)
+            gain = emit(mac, aten.where.ScalarSelf, emit(mac, aten.eq.Scalar, gain, 0), 1.0, gain)
+        scale = emit(mac, aten.div.Tensor, gain, deviation)
     shape, view = _weight_shape(mac)
-    factor = _call(mac, aten.reshape.default, (scale, shape))
-    value = weight.meta.get("val")
+    factor = emit(mac, aten.reshape.default, scale, shape)
     if view is None:
-        return _call(mac, aten.mul.Tensor, (weight, factor), value), scale
-    grouped = _call(mac, aten.reshape.default, (weight, view))
-    grouped = _call(mac, aten.mul.Tensor, (grouped, factor))
-    return _call(mac, aten.reshape.default, (grouped, list(_sizes(mac))), value), scale
+        return emit(mac, aten.mul.Tensor, weight, factor), scale
+    grouped = emit(mac, aten.mul.Tensor, emit(mac, aten.reshape.default, weight, view), factor)
+    return emit(mac, aten.reshape.default, grouped, list(_sizes(mac))), scale
 
 
 def _layout(mac: Node) -> tuple[bool, int]:
@@ -186,16 +176,9 @@ def _before(gm: GraphModule, node: Node | None, place: Node) -> Node | None:
     """A node that reads what ``node`` reads and stands in front of ``place``."""
     if node is None or node < place:
         return node
-    read = gm.graph.get_attr(str(node.target))
-    read.meta = dict(node.meta)
+    read = emit_read(gm, place, str(node.target))
+    stands_for(read, node)
     return read
-
-
-def _call(source: Node, target: Any, args: tuple[Any, ...], value: Any = None) -> Node:
-    """A call at the insertion point of the graph, with the origin of ``source``."""
-    node = source.graph.call_function(target, args)
-    set_origin(node, source, value=value)
-    return node
 
 
 # ---------------------------------------------------------------- the way back
@@ -301,8 +284,4 @@ def _place(
     if path is None:
         path = free_path(gm, f"{mac.name}_{role}")
     replace_tensor(gm, path, torch.nn.Parameter(tensor, requires_grad=False))
-    with gm.graph.inserting_before(before):
-        node = gm.graph.get_attr(path)
-    value = (old or operand(norm, "running_mean")).meta.get("val")
-    set_origin(node, mac, value=tensor if value is None else value)
-    return node
+    return emit_read(gm, before, path, origin=mac)

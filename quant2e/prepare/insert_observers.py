@@ -9,6 +9,7 @@ plan.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -21,6 +22,7 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError
+from quant2e.graph.attributes import first_free
 from quant2e.graph.edit import set_origin, stands_for
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.fake_quant import FixedQParamsFakeQuantize
@@ -151,10 +153,8 @@ class _Inserter:
         if group not in self.names:
             # The same instance may stand for several groups when a quantizer's callback merged them.
             observer = self._observers[group]
-            number = len(self.names)
-            while hasattr(self._gm, f"{OBSERVER_PREFIX}{number}"):
-                number += 1
-            self.names[group] = f"{OBSERVER_PREFIX}{number}"
+            numbers = itertools.count(len(self.names))
+            self.names[group] = first_free(self._gm, (f"{OBSERVER_PREFIX}{number}" for number in numbers))
             self._gm.add_submodule(self.names[group], observer)
         return self.names[group]
 
