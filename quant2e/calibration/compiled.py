@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.graph.dataflow import operand
+from quant2e.graph.dataflow import operand, readers
 from quant2e.graph.effects import is_view
 from quant2e.graph.module import copy_graph
 
@@ -66,13 +66,5 @@ def _only_linears_are_packed(prepared: GraphModule) -> bool:
     more on changing layouts than it gains.
     """
     linear = any(node.target is aten.linear.default for node in prepared.graph.nodes)
-    return linear and all(is_view(user) for node in _convolutions(prepared) for user in _readers(node))
-
-
-def _readers(node: Node) -> Iterator[Node]:
-    """Ops that read ``node``, directly or behind its observer."""
-    for user in node.users:
-        if user.op == "call_module":
-            yield from _readers(user)
-        elif user.op == "call_function":
-            yield user
+    found = (user for node in _convolutions(prepared) for user in readers(node, lambda user: user.op == "call_module"))
+    return linear and all(is_view(user) for user in found if user.op == "call_function")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -82,6 +83,15 @@ def _is_default(declared: torch.Argument, value: Any) -> bool:
     if isinstance(default, list):
         return isinstance(value, list | tuple) and default == list(value)
     return type(value) is type(default) and bool(value == default)
+
+
+def readers(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+    """Nodes that read what ``node`` produces, directly or behind others for which ``through`` is True."""
+    for user in node.users:
+        if through(user):
+            yield from readers(user, through)
+        else:
+            yield user
 
 
 def uses(node: Node) -> int:

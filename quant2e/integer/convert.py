@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import Constants
+from quant2e.graph.dataflow import readers
 from quant2e.graph.module import copy_graph
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.integer.arithmetic.builder import Builder, Record
@@ -94,22 +95,22 @@ def _asked(gm: GraphModule) -> set[str]:
         annotated = {v.op.name for v in record.report.verdicts if v.quantized}
         wanted: set[str] = set()
         for node in reversed(gm.graph.nodes):
-            readers = [u for user in node.users for u in _readers(user)]
+            found = list(readers(node, _is_part))
             ends = QUANTIZE if any(n.target in DEQUANTIZE for n in node.all_input_nodes) else {QUANTIZE_STATIC}
-            if node.name in annotated and any(u.target in ends or u.name in wanted for u in readers):
+            if node.name in annotated and any(u.target in ends or u.name in wanted for u in found):
                 wanted.add(node.name)
         return wanted
     return {
         node.name
         for node in gm.graph.nodes
         if any(n.target in DEQUANTIZE for n in node.all_input_nodes)
-        and any(u.target in QUANTIZE for user in node.users for u in _readers(user))
+        and any(u.target in QUANTIZE for u in readers(node, _is_part))
     }
 
 
-def _readers(user: Node) -> list[Node]:
-    """A user, or the users of one of several results."""
-    return list(user.users) if user.target is operator.getitem else [user]
+def _is_part(node: Node) -> bool:
+    """Is it one of several results?"""
+    return node.target is operator.getitem
 
 
 def _reason(ctx: Context, name: str) -> str:

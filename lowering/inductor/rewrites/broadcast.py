@@ -6,7 +6,6 @@ layers read would be computed 72 times, conversions from integers included, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import call
+from quant2e.graph.dataflow import readers
 from quant2e.graph.effects import is_in_place, is_view, writes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 
@@ -36,10 +36,10 @@ def shared_values_first(gm: GraphModule) -> None:
         value = node.meta.get("val")
         if not _computed(node) or not isinstance(value, Tensor) or not _fixed(value):
             continue
-        readers = {user: list(_readers(user)) for user in node.users}
-        if any(writes(reader) for found in readers.values() for reader in found):
+        behind = {user: list(readers(user, is_view)) if is_view(user) else [user] for user in node.users}
+        if any(writes(reader) for found in behind.values() for reader in found):
             continue  # who reads it afterwards reads something else
-        users = [user for user, found in readers.items() if any(_widens(reader, value) for reader in found)]
+        users = [user for user, found in behind.items() if any(_widens(reader, value) for reader in found)]
         if users:
             with gm.graph.inserting_after(node):
                 made = call(gm, node, written, node, tuple(value.stride()))
@@ -61,15 +61,6 @@ def _computed(node: Node) -> bool:
 
 def _fixed(value: Tensor) -> bool:
     return value.numel() > 0 and all(isinstance(size, int) for size in (*value.shape, *value.stride()))
-
-
-def _readers(user: Node) -> Iterator[Node]:
-    """``user`` itself, or what reads it where it is a view."""
-    if not is_view(user):
-        yield user
-        return
-    for behind in user.users:
-        yield from _readers(behind)
 
 
 def _widens(reader: Node, value: Any) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from quant2e.graph.dataflow import literal, operand, operands, set_operand
+from quant2e.graph.dataflow import literal, operand, operands, readers, set_operand
 
 aten = torch.ops.aten
 
@@ -130,3 +130,13 @@ def test_a_node_is_set():
 def test_nothing_to_set(target, name):
     with pytest.raises(ValueError, match=f"no operand '{name}'"):
         set_operand(_call(target, ("x",)), name, 1)
+
+
+def test_readers():
+    graph = Graph()
+    x = graph.placeholder("x")
+    split = graph.call_function(aten.split.Tensor, (x, 1))
+    first, second = (graph.call_function(operator.getitem, (split, i)) for i in range(2))
+    total, end = graph.call_function(aten.add.Tensor, (first, second)), graph.output(first)
+    assert list(readers(split, lambda node: False)) == [first, second]
+    assert list(readers(split, lambda node: node.target is operator.getitem)) == [total, end, total]
