@@ -13,11 +13,13 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.rewrites.graph import call, constant, operands
+from lowering.inductor.rewrites.graph import call
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ, MOVES
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weight_of
 from quant2e.cpu import detect, may_overflow
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
+from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 
 aten = torch.ops.aten
@@ -68,7 +70,7 @@ def quantized_operands(node: Node) -> tuple[Node, Node] | None:
 def is_weight_only(gm: GraphModule, node: Node) -> bool:
     """Whether a convolution or matrix product has an integer weight, and an activation that is float."""
     weight, activation = dequantize_behind(weight_of(node)), dequantize_behind(activation_of(node))
-    if weight is None or weight.target not in DEQUANTIZE or constant(gm, weight.args[0]) is None:
+    if weight is None or weight.target not in DEQUANTIZE or tensor_at(gm, weight.args[0]) is None:
         return False
     return activation is None or activation.target not in DEQUANTIZE
 
@@ -79,10 +81,10 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
     if found is None:
         return None
     weight, activation = found
-    args, value, points = operands(weight), constant(gm, weight.args[0]), constant(gm, weight.args[2])
+    args, value, points = operands(weight), tensor_at(gm, weight.args[0]), tensor_at(gm, weight.args[2])
     if node.target in _TRANSPOSED or (node.target is aten.convolution.default and operands(node)["transposed"]):
         return "oneDNN's int8 convolution is not transposed"
-    if value is None or points is None or constant(gm, weight.args[1]) is None:
+    if value is None or points is None or tensor_at(gm, weight.args[1]) is None:
         return "the weight is not a constant"
     if value.dtype is not torch.int8:
         return f"int8 kernels take int8 weights, not {value.dtype}"

@@ -16,10 +16,10 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.guard import is_weight_only, quantized_operands
 from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice, Product, fastest
-from lowering.inductor.rewrites.graph import operands
 from lowering.inductor.rewrites.weight_only import compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
 from quant2e.errors import LoweringError
+from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 
 aten = torch.ops.aten

@@ -11,12 +11,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lowering.inductor.kernels.engines import FEW_ROWS, KernelChoice
-from lowering.inductor.rewrites.graph import TAG, constant, operands
+from lowering.inductor.rewrites.graph import TAG
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ
 from lowering.inductor.rewrites.weights import CONVOLUTION, LINEAR, activation_of, weight_of
 from lowering.program import LoweringReport, Table
 from lowering.verify import Verification
 from quant2e.errors import where
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 
 aten = torch.ops.aten
@@ -188,7 +190,7 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bo
         if by_rows:
             return f"{_WEIGHT_ONLY}: float rows, and a weight that is read as the integers it is stored as"
         return f"{_WEIGHT_ONLY}: the activation is float, and so is the copy of the weight that the program holds"
-    if weight.target is qd.dequantize_per_tensor.default and constant(gm, operands(weight)["input"]) is None:
+    if weight.target is qd.dequantize_per_tensor.default and tensor_at(gm, operands(weight)["input"]) is None:
         return "both operands are activations: there is no int8 kernel for their product"
     if weight.target is qd.dequantize_per_channel_group.default:
         return "groups of weights with a scale each: there is no int8 kernel for them"
@@ -198,7 +200,7 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bo
         return "dynamic parameters: Inductor has a dynamic int8 linear, and no dynamic int8 convolution"
     if (
         node.target in CONVOLUTION
-        and (value := constant(gm, operands(weight)["input"])) is not None
+        and (value := tensor_at(gm, operands(weight)["input"])) is not None
         and value.dim() == 5
     ):
         return "three spatial dimensions: Inductor's patterns know one and two"
@@ -288,4 +290,4 @@ def _notes(gm: GraphModule, kernels: int, assigned: int) -> tuple[str, ...]:
 
 def _signed_activation(gm: GraphModule, node: Node) -> bool:
     args = operands(node)
-    return args["dtype"] is torch.int8 and constant(gm, args["input"]) is None
+    return args["dtype"] is torch.int8 and tensor_at(gm, args["input"]) is None

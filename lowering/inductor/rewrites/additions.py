@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.rewrites.graph import call, operands, replace
+from lowering.inductor.rewrites.graph import call
 from lowering.inductor.rewrites.weights import weight_of
+from quant2e.graph.dataflow import operands
+from quant2e.graph.edit import replace
 from quant2e.graph.effects import aliases
 from quant2e.graph.qdq_ops import qd
 
@@ -31,7 +33,7 @@ def idle_dropouts(gm: GraphModule) -> None:
     """``dropout(x)``, not training => ``x``: the patterns do not look through it for what is added behind it."""
     for node in list(gm.graph.nodes):
         if node.target in _DROPOUTS and operands(node)["train"] is False and isinstance(node.args[0], Node):
-            replace(gm, node, node.args[0])
+            replace(node, node.args[0])
 
 
 def plain_additions(gm: GraphModule) -> None:

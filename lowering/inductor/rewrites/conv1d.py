@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.rewrites.graph import add_constant, call, constant, operands, replace
+from lowering.inductor.rewrites.graph import call
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.dataflow import operands
+from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import qd
 
 aten = torch.ops.aten
@@ -49,7 +52,7 @@ def convolutions_in_two_dimensions(gm: GraphModule) -> None:
             strides, dilations = [1, *args["stride"]], [1, *args["dilation"]]
             wide = call(gm, node, target, x, weight, args["bias"], strides, padding, dilations, args["groups"])
         wide.meta["val"] = _unsqueezed(node.meta.get("val"))
-        replace(gm, node, wide)
+        replace(node, wide)
         _squeeze_behind(gm, wide)
     gm.graph.eliminate_dead_code()  # a dequantize that nobody reads counts as a use
 
@@ -76,10 +79,10 @@ def _flat_weight(gm: GraphModule, weight: Any) -> Node | None:
     if weight.target is aten.to.dtype:
         inner = _flat_weight(gm, weight.args[0])
         return None if inner is None else call(gm, weight, weight.target, inner, *weight.args[1:])
-    value = constant(gm, weight.args[0]) if weight.target is qd.dequantize_per_channel.default else None
+    value = tensor_at(gm, weight.args[0]) if weight.target is qd.dequantize_per_channel.default else None
     if value is None:
         return None
-    integers = add_constant(gm, weight, "_weight_2d", value.unsqueeze(2))
+    integers = emit_constant(gm, weight, "_weight_2d", value.unsqueeze(2))
     return call(gm, weight, weight.target, integers, *weight.args[1:], **weight.kwargs)
 
 

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.rewrites.graph import add_constant, call, constant, operands, replace
+from lowering.inductor.rewrites.graph import call
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.dataflow import operands
+from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import qd
 
 aten = torch.ops.aten
@@ -40,7 +43,7 @@ def gathered_rows(gm: GraphModule) -> None:
                 _bag_of_rows(gm, node, rows, index)
             else:
                 rows.meta.update(node.meta)
-                replace(gm, node, rows)
+                replace(node, rows)
         if not table.users:
             gm.graph.erase_node(table)
 
@@ -71,7 +74,7 @@ def _rows_of_channels(gm: GraphModule, node: Node, table: dict[str, Any], index:
 
 def _rows_of_groups(gm: GraphModule, node: Node, table: dict[str, Any], index: Node) -> Node | None:
     """(rows - zero_point[i]) * scale[i] on rows cut into groups."""
-    integers, size = constant(gm, table["input"]), table["group_size"]
+    integers, size = tensor_at(gm, table["input"]), table["group_size"]
     if integers is None or integers.shape[1] % size:
         return None
     groups = integers.shape[1] // size
@@ -80,10 +83,10 @@ def _rows_of_groups(gm: GraphModule, node: Node, table: dict[str, Any], index: N
     for name, op in (("zero_points", aten.sub.Tensor), ("scales", aten.mul.Tensor)):
         if table[name] is None:
             continue
-        value = constant(gm, table[name])
+        value = tensor_at(gm, table[name])
         if value is None:
             return None
-        source = table[name] if value.dim() == 2 else add_constant(gm, node, f"_{name}", value.reshape(-1, groups))
+        source = table[name] if value.dim() == 2 else emit_constant(gm, node, f"_{name}", value.reshape(-1, groups))
         picked = call(gm, node, aten.index.Tensor, source, [index])
         found = call(gm, node, op, found, call(gm, node, aten.unsqueeze.default, picked, -1))
     flat = call(gm, node, aten.flatten.using_ints, found, -2, -1)

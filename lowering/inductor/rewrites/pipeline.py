@@ -18,7 +18,7 @@ from lowering.inductor.rewrites.additions import idle_dropouts, plain_additions,
 from lowering.inductor.rewrites.broadcast import shared_values_first
 from lowering.inductor.rewrites.conv1d import convolutions_in_two_dimensions
 from lowering.inductor.rewrites.embedding import gathered_rows
-from lowering.inductor.rewrites.graph import call, constant, operands, replace
+from lowering.inductor.rewrites.graph import call
 from lowering.inductor.rewrites.weights import (
     activation_of,
     explicit_zero_points,
@@ -28,7 +28,10 @@ from lowering.inductor.rewrites.weights import (
     weight_of,
     weights_by_output,
 )
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
+from quant2e.graph.dataflow import operands
+from quant2e.graph.edit import replace
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 
 aten = torch.ops.aten
@@ -62,7 +65,7 @@ def constant_parameters(gm: GraphModule) -> None:
             continue
         args = operands(node)
         for name in _QPARAM_NAMES:
-            value = constant(gm, args[name])
+            value = tensor_at(gm, args[name])
             if value is not None and value.numel() == 1:
                 args[name] = value.item()
         if any(isinstance(args[name], Node) for name in _QPARAM_NAMES):
@@ -80,7 +83,7 @@ def constant_parameters(gm: GraphModule) -> None:
                 **kwargs,
             )
         static.meta.update(node.meta)
-        replace(gm, node, static)
+        replace(node, static)
 
 
 def unsigned_activations(gm: GraphModule) -> None:
@@ -101,7 +104,7 @@ def unsigned_activations(gm: GraphModule) -> None:
                     each.args = _shifted(each.args, 3)
     for node in list(gm.graph.nodes):
         signed = node.target is qd.dequantize_per_tensor.default and node.args[5] is torch.int8
-        if signed and constant(gm, node.args[0]) is None:
+        if signed and tensor_at(gm, node.args[0]) is None:
             with gm.graph.inserting_before(node):
                 unsigned = _moved(gm, node, node.args[0], 128, torch.uint8)
             node.args = _shifted((unsigned, *node.args[1:]), 2)
@@ -162,7 +165,7 @@ def convert_after_dequantize(gm: GraphModule) -> None:
             wide = call(gm, node, node.target, *node.args)
             narrow = call(gm, node, aten.to.dtype, wide, out)
         narrow.meta.update(node.meta)
-        replace(gm, node, narrow)
+        replace(node, narrow)
 
 
 def dynamic_parameters(gm: GraphModule) -> None:
@@ -196,7 +199,7 @@ def dynamic_parameters(gm: GraphModule) -> None:
             scale = call(gm, node, aten.to.dtype, scale, torch.float64)
             point = call(gm, node, aten.to.dtype, point, torch.int64)
         for user in list(node.users):
-            replace(gm, user, scale if user.args[1] == 0 else point)
+            replace(user, scale if user.args[1] == 0 else point)
         gm.graph.erase_node(node)
 
 

@@ -14,8 +14,11 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.kernels import few_rows
 from lowering.inductor.kernels.engines import Product
-from lowering.inductor.rewrites.graph import add_constant, call, constant, operands, replace
+from lowering.inductor.rewrites.graph import call
 from lowering.inductor.rewrites.weights import LINEAR, TRANSPOSES, activation_of, weight_of
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.dataflow import operands
+from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import qd
 
 aten = torch.ops.aten
@@ -40,7 +43,7 @@ def rows_of(gm: GraphModule, node: Node) -> Rows | None:
     of inputs.
     """
     dequantize, bias = _dequantize_of(node), operands(node).get("bias")
-    value = None if dequantize is None else constant(gm, dequantize.args[0])
+    value = None if dequantize is None else tensor_at(gm, dequantize.args[0])
     source = activation_of(node)
     x = source.meta.get("val") if source is not None else None
     if dequantize is None or value is None or not isinstance(x, Tensor) or value.dtype is not torch.int8:
@@ -89,7 +92,7 @@ def _dequantize_of(node: Node) -> Node | None:
 
 def _parameters(gm: GraphModule, dequantize: Node, value: Tensor) -> tuple[Tensor, Tensor] | None:
     args = operands(dequantize)
-    scale, point = constant(gm, args["scales"]), constant(gm, args["zero_points"])
+    scale, point = tensor_at(gm, args["scales"]), tensor_at(gm, args["zero_points"])
     if scale is None or args.get("axis", 0) != 0:
         return None
     if args["zero_points"] is not None and point is None:
@@ -110,12 +113,12 @@ def compute_by_rows(gm: GraphModule, node: Node, rows: Rows) -> None:
         "scale": rows.scale,
         "point": rows.point,
     }
-    made = [add_constant(gm, node, f"_rows_{name}", part) for name, part in parts.items()]
+    made = [emit_constant(gm, node, f"_rows_{name}", part) for name, part in parts.items()]
     if bias is None:
-        bias = add_constant(gm, node, "_rows_bias", torch.zeros(rows.weight.shape[0]))
+        bias = emit_constant(gm, node, "_rows_bias", torch.zeros(rows.weight.shape[0]))
     with gm.graph.inserting_before(node):
         x = call(gm, node, aten.contiguous.default, activation_of(node))
         computed = call(gm, node, op, x, *made, bias, rows.product.packed)
     computed.meta["val"] = node.meta.get("val")
-    replace(gm, node, computed)
+    replace(node, computed)
     gm.graph.eliminate_dead_code()

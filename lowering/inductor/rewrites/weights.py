@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.rewrites.graph import add_constant, call, constant, operands, replace
+from lowering.inductor.rewrites.graph import call
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
+from quant2e.graph.dataflow import operands
+from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 
 aten = torch.ops.aten
@@ -55,7 +58,7 @@ def activation_of(node: Node) -> Node | None:
 def folded_weights(gm: GraphModule) -> None:
     """``quantize(get_attr float, …)`` => ``get_attr int8``: what ``fold_quantize=False`` leaves in the graph."""
     for node in list(gm.graph.nodes):
-        if node.target in QUANTIZE and constant(gm, node.args[0]) is not None:
+        if node.target in QUANTIZE and tensor_at(gm, node.args[0]) is not None:
             _evaluate(gm, node, "_integers")
 
 
@@ -63,9 +66,9 @@ def _evaluate(gm: GraphModule, node: Node, name: str) -> None:
     """Replace a call whose operands are all constants by the constant it computes; leave any other call."""
     if isinstance(node.target, str):
         return
-    args = [constant(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
+    args = [tensor_at(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
     if all(arg is not None for arg, given in zip(args, node.args, strict=True) if given is not None):
-        replace(gm, node, add_constant(gm, node, name, node.target(*args, **node.kwargs)))
+        replace(node, emit_constant(gm, node, name, node.target(*args, **node.kwargs)))
 
 
 def explicit_zero_points(gm: GraphModule) -> None:
@@ -73,10 +76,10 @@ def explicit_zero_points(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target is not qd.dequantize_per_channel.default or operands(node)["zero_points"] is not None:
             continue
-        scales = constant(gm, operands(node)["scales"])
+        scales = tensor_at(gm, operands(node)["scales"])
         if scales is None:
             continue
-        zeros = add_constant(gm, node, "_zero_points", torch.zeros(scales.shape, dtype=torch.int64))
+        zeros = emit_constant(gm, node, "_zero_points", torch.zeros(scales.shape, dtype=torch.int64))
         node.args = (*node.args[:2], zeros, *node.args[3:])
 
 
@@ -85,7 +88,7 @@ def float_biases(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node.target not in (qd.dequantize_per_tensor.default, qd.dequantize_per_channel.default):
             continue
-        value = constant(gm, node.args[0])
+        value = tensor_at(gm, node.args[0])
         if value is not None and value.dtype is torch.int32:
             _evaluate(gm, node, "_float_bias")
 
@@ -103,12 +106,12 @@ def per_channel_weights(gm: GraphModule) -> None:
         if weight is None or weight.target is not qd.dequantize_per_tensor.default:
             continue
         args = operands(weight)
-        value = constant(gm, args["input"])
+        value = tensor_at(gm, args["input"])
         if value is None or value.dim() < 2 or value.dtype is not torch.int8 or (axis == 1 and value.dim() != 2):
             continue
         shape = (value.shape[axis],)
-        scales = add_constant(gm, weight, "_scales", torch.full(shape, args["scale"], dtype=torch.float32))
-        points = add_constant(gm, weight, "_zero_points", torch.full(shape, args["zero_point"], dtype=torch.int64))
+        scales = emit_constant(gm, weight, "_scales", torch.full(shape, args["scale"], dtype=torch.float32))
+        points = emit_constant(gm, weight, "_zero_points", torch.full(shape, args["zero_point"], dtype=torch.int64))
         with gm.graph.inserting_before(weight):
             channels = (args["input"], scales, points, axis, *weight.args[3:])
             wide = call(gm, weight, qd.dequantize_per_channel.default, *channels, **weight.kwargs)
@@ -125,10 +128,10 @@ def weights_by_output(gm: GraphModule) -> None:
         if node.target not in _PRODUCTS or weight is None or weight.target is not qd.dequantize_per_channel.default:
             continue
         args = operands(weight)
-        value = constant(gm, args["input"])
+        value = tensor_at(gm, args["input"])
         if value is None or value.dim() != 2 or args["axis"] != 1:
             continue
-        turned = add_constant(gm, node, "_weight", value.t().contiguous())
+        turned = emit_constant(gm, node, "_weight", value.t().contiguous())
         with gm.graph.inserting_before(node):
             rows = call(gm, weight, weight.target, turned, *weight.args[1:3], 0, *weight.args[4:], **weight.kwargs)
             found = call(gm, weight, aten.permute.default, rows, [1, 0])
@@ -144,15 +147,15 @@ def float_weight(gm: GraphModule, node: Node) -> int:
     """
     source, path = weight_of(node), []
     assert source is not None, f"'{node.name}' has a weight"
-    while constant(gm, source) is None:
+    while tensor_at(gm, source) is None:
         path.append(source)
         source = next(iter(source.all_input_nodes))
-    value = constant(gm, source)
+    value = tensor_at(gm, source)
     for step in reversed(path):
-        arguments = [constant(gm, arg) if isinstance(arg, Node) else arg for arg in step.args]
+        arguments = [tensor_at(gm, arg) if isinstance(arg, Node) else arg for arg in step.args]
         value = step.target(value, *arguments[1:], **step.kwargs)  # type: ignore[operator]
     assert value is not None
     old = path[0]
-    node.replace_input_with(old, add_constant(gm, node, "_float_weight", value))
+    node.replace_input_with(old, emit_constant(gm, node, "_float_weight", value))
     gm.graph.eliminate_dead_code()
     return value.nbytes

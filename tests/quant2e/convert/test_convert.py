@@ -331,7 +331,7 @@ def test_an_observer_with_a_convert_method_writes_its_own_nodes():
     q = next(n for n in gm.graph.nodes if n.target in QUANTIZE)
     assert [u.target for u in q.users] == [qd.dequantize_per_tensor.default] * 3
     assert torch.equal(gm(DATA[1])[1], torch.cat([DATA[1].relu().div(0.5).round() * 0.5] * 2))
-    assert [type(e).__name__ for e in record_of(gm).encodings] == ["Custom"]
+    assert [type(e).__name__ for e in record_of(gm).encodings] == ["CustomEncoding"]
 
 
 def test_a_custom_convert_of_a_weight_is_folded():
