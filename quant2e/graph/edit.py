@@ -47,7 +47,7 @@ def insert_call(
     value: Any = None,
     origin: Node | None = None,
 ) -> Node:
-    """A call right before ``place`` whose ``val`` is known: ``value``, if any. It is made on behalf of ``origin`` or ``place``."""
+    """A call right before ``place``, on behalf of ``origin`` or ``place``. ``value``: its ``val``, if that is known."""
     with place.graph.inserting_before(place):
         node = place.graph.call_function(target, args, dict(kwargs or {}))
     set_origin(node, origin or place, value=value)
@@ -66,7 +66,7 @@ def emit(place: Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any) 
 
 
 def emit_read(gm: GraphModule, place: Node, path: str, *, origin: Node | None = None) -> Node:
-    """A ``get_attr`` of a parameter or buffer of ``gm`` right before ``place``, on behalf of ``origin`` or ``place``."""
+    """A ``get_attr`` of a tensor of ``gm`` right before ``place``, on behalf of ``origin`` or of ``place``."""
     with place.graph.inserting_before(place):
         node = place.graph.get_attr(path)
     set_origin(node, origin or place, value=faked(attribute(gm, path), fake_mode(place)))
