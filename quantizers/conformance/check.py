@@ -143,7 +143,12 @@ class _Search:
                 self.findings[finding.key] = self._smallest(finding, program)
 
     def _smallest(self, finding: Finding, program: Program) -> Finding:
-        """The finding with the smallest program that shows it: steps are left out as long as it stays."""
+        """The finding with the smallest program that shows it: steps are left out as long as it stays.
+
+        Not by Hypothesis, which shrinks choices, most of which leave the program as large as it is, and examining one
+        takes its time: for three findings of one op it took 103, 22 and 10 programs (108 s, 30 s and 6 s), to 1, 1 and
+        3 steps; leaving steps out takes 2, 2 and 1 (below 1 s each), to one.
+        """
         smallest, tries = program, 0
         best, shrinking = finding.of(program), sum(f.kind == finding.kind for f in self.findings.values()) < SHRUNK
         while shrinking:
