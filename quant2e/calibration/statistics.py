@@ -30,7 +30,7 @@ from quant2e.observers.measuring import (
     UniformQuantizationObserverBase,
 )
 from quant2e.ranges.histogram import Histogram
-from quant2e.ranges.minmax import MovingAverage
+from quant2e.ranges.minmax import MinMax, MovingAverage
 from quant2e.ranges.search import check_method
 
 FORMAT = 2
@@ -41,6 +41,9 @@ _FORMER_BUFFERS = ("peaks",)
 """What format 1 also holds, and nothing reads."""
 
 _DIFFERENCE_LINES = 24
+
+_ESTIMATORS: Mapping[str, Any] = {kind.__name__: kind() for kind in (MinMax, MovingAverage, Histogram)}
+"""What makes and merges states, whose shapes say the rest: whole tensors, channels or groups, and how many bins."""
 
 State = Mapping[str, Tensor]
 """Buffers of one observer, by name."""
@@ -90,7 +93,7 @@ class Statistics:
     """Statistics of every observer of one prepared model.
 
     ``bound_to``: `fingerprint` of that model. ``states``: buffers by observer. ``constant``: observers of weights,
-    whose statistics come from the model and not from data. ``estimators``: what made each state, as text.
+    whose statistics come from the model and not from data. ``estimators``: what made each state, of `_ESTIMATORS`.
     ``batches``: how many batches were seen.
     """
 
@@ -121,7 +124,7 @@ class Statistics:
             for name, observer in observers.items()
         }
         constant = frozenset(name for name, observer in observers.items() if observer.frozen)
-        estimators = {name: repr(observer.estimator) for name, observer in observers.items()}
+        estimators = {name: type(observer.estimator).__name__ for name, observer in observers.items()}
         return cls(fingerprint(prepared), states, constant, estimators, batches)
 
     def check_bound_to(self, prepared: GraphModule, origin: str = "these statistics") -> None:
@@ -155,7 +158,7 @@ class Statistics:
             if name in self.constant:
                 merged[name] = state
                 continue
-            estimator = _estimator(self.estimators[name])
+            estimator = _ESTIMATORS[self.estimators[name]]
             made = estimator.merge(_state(estimator, state), _state(estimator, other.states[name]))
             merged[name] = {part: getattr(made, part) for part in state}
         return replace(self, states=merged, batches=self.batches + other.batches)
@@ -201,7 +204,8 @@ class Statistics:
                     }
                     for name, buffers in record["states"].items()
                 }
-                estimators = {str(name): str(text) for name, text in record["estimators"].items()}
+                # format 1 also says how each was configured, behind its name: ``Histogram(bins=2048, ...)``
+                estimators = {str(name): str(text).partition("(")[0] for name, text in record["estimators"].items()}
                 constant = frozenset(record["constant"])
                 loaded = cls(str(record["bound_to"]), states, constant, estimators, int(record["batches"]))
         except FileFormatError:
@@ -221,37 +225,18 @@ def _array(file: zipfile.ZipFile, name: str) -> Tensor:
 
 def _checked(loaded: Statistics, name: str, source: Path) -> None:
     """Raise `FileFormatError` unless a state has the buffers, dtypes and shapes of its estimator."""
-    try:
-        estimator = _estimator(loaded.estimators[name])
-    except (KeyError, CalibrationError) as error:
-        raise FileFormatError(f"{source}: the estimator of {name} is not known: {error}") from error
-    wanted, state = vars(estimator.init()), loaded.states[name]
-    wrong = set(wanted) != set(state) or any(
-        state[part].dtype != value.dtype or state[part].dim() < value.dim() for part, value in wanted.items()
-    )
-    if wrong or state["min_val"].shape != state["max_val"].shape or state["counts"].shape != wanted["counts"].shape:
-        raise FileFormatError(f"{source} is damaged: the statistics of {name} do not have the form of {estimator}")
-
-
-def _estimator(text: str) -> Any:
-    """The estimator that printed itself as ``text``: a name with numbers, which is read and never executed."""
-    from quant2e.ranges.minmax import MinMax
-
-    known = {cls.__name__: cls for cls in (MinMax, MovingAverage, Histogram)}
-    name, _, rest = text.partition("(")
-    if name not in known or not rest.endswith(")"):
-        raise CalibrationError(f"'{text[:80]}' is none of {', '.join(known)}")
-    arguments: dict[str, Any] = {}
-    for item in filter(None, rest[:-1].split(", ")):
-        key, _, value = item.partition("=")
-        try:
-            arguments[key] = None if value == "None" else float(value) if "." in value or "e" in value else int(value)
-        except ValueError as error:
-            raise CalibrationError(f"'{text[:80]}' holds something that is not a number") from error
-    try:
-        return known[name](**arguments)
-    except TypeError as error:
-        raise CalibrationError(f"'{text[:80]}': {error}") from error
+    kind = loaded.estimators.get(name, "")
+    if kind not in _ESTIMATORS:
+        raise FileFormatError(f"{source}: the estimator of {name}, '{kind[:80]}', is none of {', '.join(_ESTIMATORS)}")
+    wanted, state = vars(_ESTIMATORS[kind].init()), loaded.states[name]
+    if set(wanted) != set(state) or any(state[part].dtype != value.dtype for part, value in wanted.items()):
+        raise FileFormatError(f"{source} is damaged: the statistics of {name} are not those of a {kind}")
+    channels = state["min_val"].shape
+    same = state["max_val"].shape == channels and state["counts"].shape == wanted["counts"].shape
+    if "histogram" in state:
+        same = same and state["histogram"].dim() == len(channels) + 1 and state["histogram"].shape[:-1] == channels
+    if not same:
+        raise FileFormatError(f"{source} is damaged: the statistics of {name} do not have the shapes of a {kind}")
 
 
 def _state(estimator: Any, state: State) -> Any:

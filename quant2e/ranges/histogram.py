@@ -201,7 +201,7 @@ class Histogram:
         if a.min_val.numel() == 0 or b.min_val.numel() == 0:
             seen = a if b.min_val.numel() == 0 else b
             return HistogramState(seen.min_val, seen.max_val, a.counts + b.counts, seen.histogram)
-        if not self._whole or a.counts.device.type != "cpu":
+        if a.min_val.dim() or a.counts.device.type != "cpu":
             check_channels(a.min_val, b.min_val)
             made = streaming.merge(_as_rows(a), _as_rows(b))
             return _from_rows(made, a.min_val.shape, a.counts + b.counts)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -233,13 +234,19 @@ def test_files_that_are_wrong_are_refused_in_words(tmp_path):
         "state": (lambda r: r.pop("states"), "is no statistics file, or is damaged"),
         "estimator": (lambda r: r["estimators"].update(activation_post_process_0="exit()"), "is none of MinMax"),
         "other": (
-            lambda r: r["estimators"].update(activation_post_process_0="MinMax(axis=None)"),
-            "do not have the form",
+            lambda r: r["estimators"].update(activation_post_process_0="MinMax"),
+            "are not those of a MinMax",
         ),
     }
     for name, (change, message) in changes.items():
         with pytest.raises(FileFormatError, match=message):
             load_statistics(target, rewritten(path, tmp_path / name, change))
+    found = Statistics.load(path)
+    for part, value in {"max_val": torch.zeros(2), "histogram": torch.zeros(2, 8, dtype=torch.int64)}.items():
+        state = {**found.states["activation_post_process_0"], part: value}
+        replace(found, states={**found.states, "activation_post_process_0": state}).save(tmp_path / "shape")
+        with pytest.raises(FileFormatError, match="do not have the shapes of a Histogram"):
+            load_statistics(target, tmp_path / "shape")
     cut = tmp_path / "cut"
     cut.write_bytes(path.read_bytes()[:-40])
     evil = tmp_path / "evil"
