@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 from quant2e.calibration.statistics import fingerprint, measuring, observers_of, put
 from quant2e.errors import CalibrationError
 from quant2e.observers.measuring import UniformQuantizationObserverBase
-from quant2e.ranges import streaming
+from quant2e.ranges.histogram import widen, windows
 from quant2e.ranges.minmax import MovingAverage
 
 _FINGERPRINT_BITS = 62
@@ -151,7 +151,7 @@ def _summands(observer: UniformQuantizationObserverBase[Any], low: Tensor, high:
         return [observer.counts]
     histogram = observer.get_buffer("histogram")
     bins = histogram.shape[-1]
-    own = streaming.windows(observer.min_val.reshape(-1), observer.max_val.reshape(-1), bins)
-    common = streaming.windows(low.to(histogram.device), high.to(histogram.device), bins)
-    widened = streaming.widen(histogram.reshape(-1, bins), own, common)
+    own = windows(observer.min_val.reshape(-1), observer.max_val.reshape(-1), bins)
+    common = windows(low.to(histogram.device), high.to(histogram.device), bins)
+    widened = widen(histogram.reshape(-1, bins), own, common)
     return [observer.counts, widened]

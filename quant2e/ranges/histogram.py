@@ -10,26 +10,21 @@ minimum and maximum alone, so two states over the same data are equal bit for bi
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quant2e.errors import AnnotationError, CalibrationError
-from quant2e.ranges import streaming
 from quant2e.ranges.minmax import (
-    Batch,
-    MinMax,
-    MinMaxState,
+    by_row,
     check_channels,
     check_floating,
     check_layout,
     empty_like,
     look,
     on_host,
-    rows_of,
-    sentinel_of,
 )
 
 _EXACT_BITS = 24
@@ -38,46 +33,62 @@ _EXACT_BITS = 24
 _SMALLEST_EXPONENT = -120
 """Narrowest bin; ``2**120`` is still a float32. All values below one width share the bin of zero."""
 
+_DOUBLINGS = 4
+"""Doublings of the width, from the first guess, after which every range fits: three, and one to spare."""
+
 _CHUNK = 1 << 16
 """Values binned at a time, so that the temporaries stay in the cache."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """The bins in use: ``bins`` bins of width ``2**exponent``, the first one having number ``first``."""
+def _power(exponent: Tensor) -> Tensor:
+    """``2.0**exponent`` in float64, exactly, from its bits; int64 within the normal exponents."""
+    return ((exponent + 1023) << 52).view(torch.float64)
 
-    exponent: int
-    first: int
-    bins: int
+
+def _number(x: Tensor, exponent: Tensor) -> Tensor:
+    return torch.trunc(x * _power(-exponent)).to(torch.int64)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The bins in use, for each row: of width ``2**exponent``, the first one having number ``first``; int64 ``[R]``."""
+
+    exponent: Tensor
+    first: Tensor
 
     @property
-    def width(self) -> float:
-        return math.ldexp(1.0, self.exponent)
+    def width(self) -> Tensor:
+        """Float64 ``[R]``."""
+        return _power(self.exponent)
 
-    def edges(self) -> Tensor:
-        """Float64 ``[bins + 1]``: bin ``i`` of the window covers ``edges[i]`` to ``edges[i + 1]``."""
-        number = torch.arange(self.first, self.first + self.bins + 1, dtype=torch.float64)
-        return torch.where(number > 0, number, number - 1) * self.width
-
-
-def _bin_number(x: float, exponent: int) -> int:
-    return math.trunc(math.ldexp(x, -exponent))
+    def edges(self, index: Tensor) -> Tensor:
+        """Where bins begin, float64 ``[R, n]``; ``index``: int64, which of the bins in use, ``[n]`` or ``[R, n]``."""
+        number = (self.first.unsqueeze(1) + index).to(torch.float64)
+        return torch.where(number > 0, number, number - 1) * self.width.unsqueeze(1)
 
 
-def window(low: float, high: float, bins: int) -> Window:
-    """The narrowest bins with which ``bins`` of them cover ``[low, high]``, bin numbers being exact."""
-    largest = max(abs(low), abs(high))
-    exponent = max(_SMALLEST_EXPONENT, math.frexp(largest)[1] - _EXACT_BITS) if largest else _SMALLEST_EXPONENT
-    if high > low:  # narrower bins cannot do; from here the loop takes two or three turns
-        exponent = max(exponent, math.frexp((high - low) / (bins + 1))[1] - 2)
-    while _bin_number(high, exponent) - _bin_number(low, exponent) >= bins:
-        exponent += 1
-    return Window(exponent, _bin_number(low, exponent), bins)
+def windows(low: Tensor, high: Tensor, bins: int) -> Windows:
+    """The narrowest bins with which ``bins`` of them cover ``[low, high]``, row by row, bin numbers being exact.
+
+    ``low``, ``high``: float32 ``[R]``. Rows without values (``low > high``) get a window around zero.
+    """
+    none = low > high
+    a = torch.where(none, 0.0, low).to(torch.float64)
+    b = torch.where(none, 0.0, high).to(torch.float64)
+    largest = torch.maximum(a.abs(), b.abs())
+    exact = torch.frexp(largest).exponent.to(torch.int64) - _EXACT_BITS
+    exponent = torch.where(largest > 0, exact, _SMALLEST_EXPONENT).clamp(min=_SMALLEST_EXPONENT)
+    wide = torch.frexp((b - a) / (bins + 1)).exponent.to(torch.int64) - 2  # narrower bins cannot do
+    exponent = torch.where(b > a, torch.maximum(exponent, wide), exponent)
+    for _ in range(_DOUBLINGS):
+        exponent = exponent + (_number(b, exponent) - _number(a, exponent) >= bins)
+    return Windows(exponent, _number(a, exponent))
 
 
 @dataclass(frozen=True)
 class HistogramState:
-    """``histogram``: int64 ``[bins]`` over ``window(min_val, max_val, bins)``; the rest as in `MinMaxState`.
+    """``histogram``: int64 ``[bins]`` over the `windows` of ``min_val`` and ``max_val``; the rest as in `MinMaxState`.
+
     Per channel or group: ``[*channels, bins]``, each row with the window of its own range.
     """
 
@@ -92,9 +103,9 @@ class HistogramState:
         return bool((self.min_val > self.max_val).all())
 
     @property
-    def window(self) -> Window:
-        """The bins that ``histogram``, of a whole tensor, counts; undefined while `empty`."""
-        return window(float(self.min_val), float(self.max_val), self.histogram.shape[-1])
+    def windows(self) -> Windows:
+        """The bins that each row of ``histogram`` counts; those of a row without values mean nothing."""
+        return windows(self.min_val.reshape(-1), self.max_val.reshape(-1), self.histogram.shape[-1])
 
     def rows(self) -> list[HistogramState]:
         """The state of each channel or group, as one of a whole tensor. ``counts`` are those of all together."""
@@ -103,32 +114,40 @@ class HistogramState:
         return [HistogramState(low, high, self.counts, counts) for low, high, counts in parts]
 
 
-def _flat(x: Tensor) -> Tensor:
-    """The values of ``x`` in any order, as a view when memory holds each of them once."""
-    order = sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
-    return x.permute(order).reshape(-1)
-
-
-def count(x: Tensor, win: Window) -> Tensor:
-    """Int64 ``[bins]``: how many values of ``x``, all of which lie in the window, fall into each bin."""
-    flat, inverse = _flat(x), math.ldexp(1.0, -win.exponent)
-    histogram = torch.zeros(win.bins, dtype=torch.int64, device=x.device)
-    for chunk in flat.split(_CHUNK):
+def count(rows: Tensor, usable: Tensor | None, win: Windows, bins: int) -> Tensor:
+    """Int64 ``[R, bins]``: how many usable values of each row, ``[R, N]``, fall into each of its bins."""
+    # In one dimension: along the second of two, torch counts several times slower.
+    histogram = torch.zeros(rows.shape[0] * bins, dtype=torch.int64, device=rows.device)
+    begin = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1) * bins
+    inverse, first = _power(-win.exponent).to(torch.float32).unsqueeze(1), win.first.unsqueeze(1)
+    for chunk, kept in _chunks(rows, usable):
+        values = (chunk if kept is None else torch.where(kept, chunk, 0.0)).to(torch.float32)
         # Converting to int32 truncates. Products are exact: the factor is a power of two.
-        number = (chunk.to(torch.float32) * inverse).to(torch.int32).sub_(win.first)
-        histogram += torch.bincount(number, minlength=win.bins)
-    return histogram
+        number = ((values * inverse).to(torch.int32).to(torch.int64) - first).clamp_(0, bins - 1)
+        each = torch.ones_like(number) if kept is None else kept.to(torch.int64)
+        histogram.scatter_add_(0, number.add_(begin).flatten(), each.flatten())
+    return histogram.reshape(-1, bins)
 
 
-def widen(histogram: Tensor, old: Window, new: Window) -> Tensor:
-    """The counts of ``old`` as counts of ``new``, whose bins are as wide or wider and cover it."""
-    if old == new:
-        return histogram
-    used = torch.nonzero(histogram).flatten()
+def _chunks(rows: Tensor, usable: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Columns of both: all at once where a device or a compiled graph sees to it, few enough for the cache else."""
+    size = max(1, _CHUNK // rows.shape[0])
+    if not on_host(rows) or rows.shape[1] <= size:
+        yield rows, usable
+        return
+    parts = rows.split(size, 1)
+    yield from zip(parts, [None] * len(parts) if usable is None else usable.split(size, 1), strict=True)
+
+
+def widen(histogram: Tensor, old: Windows, new: Windows) -> Tensor:
+    """The counts of ``old``, ``[R, bins]``, as counts of ``new``, whose bins are as wide or wider and cover it."""
+    bins = histogram.shape[1]
     # Bin numbers have 24 bits: a larger shift would give 0 as well, but 2**63 is no int64.
-    factor = 1 << min(new.exponent - old.exponent, 62)
-    number = torch.div(used + old.first, factor, rounding_mode="trunc") - new.first
-    return torch.zeros_like(histogram).index_add_(0, number, histogram[used])
+    factor = torch.ones_like(old.exponent) << (new.exponent - old.exponent).clamp(0, 62)
+    number = torch.arange(bins, device=histogram.device) + old.first.unsqueeze(1)
+    moved = torch.div(number, factor.unsqueeze(1), rounding_mode="trunc") - new.first.unsqueeze(1)
+    # Bins outside the new window are empty, so it does not matter where they are added.
+    return torch.zeros_like(histogram).scatter_add(1, moved.clamp(0, bins - 1), histogram)
 
 
 @dataclass(frozen=True)
@@ -162,35 +181,18 @@ class Histogram:
         check_floating(x)
         if x.numel() == 0:
             return state
-        x = x.detach()
-        if not self._whole or not on_host(x):
-            return self._update_rows(state, x)
-        batch = look(x, axis=None)
-        low, high = torch.minimum(state.min_val, batch.min_val), torch.maximum(state.max_val, batch.max_val)
-        histogram = self._recount(state, batch, x, float(low), float(high))
-        return HistogramState(low, high, state.counts + batch.counts, histogram)
-
-    def _update_rows(self, state: HistogramState, x: Tensor) -> HistogramState:
-        rows = rows_of(x, self.axis, self.group_size)
-        shape = () if self._whole else rows.shape[:-1]
-        flat = rows.flatten(0, -2)
-        seen = streaming.look(flat, sentinel_of(x.dtype))
-        before = state
+        rows, shape = by_row(x.detach(), self.axis, self.group_size)
+        seen = look(rows)
         if state.min_val.numel() == 0:
             none = torch.full(shape, float("inf"), device=x.device)
             bins = torch.zeros((*shape, self.bins), dtype=torch.int64, device=x.device)
-            before = HistogramState(none, -none, state.counts, bins)
-        check_channels(before.min_val, seen.low.reshape(shape))
-        made = streaming.update(_as_rows(before), flat, seen)
-        return _from_rows(made, shape, state.counts + seen.counts)
-
-    def _recount(self, state: HistogramState, batch: Batch, x: Tensor, low: float, high: float) -> Tensor:
-        values = x if batch.usable is None else x[batch.usable]
-        if values.numel() == 0:
-            return state.histogram
-        total = window(low, high, self.bins)
-        new = count(values, total)
-        return new if state.empty else new + widen(state.histogram, state.window, total)
+            state = HistogramState(none, -none, state.counts, bins)
+        low, high = seen.min_val.reshape(shape), seen.max_val.reshape(shape)
+        check_channels(state.min_val, low)
+        low, high = torch.minimum(state.min_val, low), torch.maximum(state.max_val, high)
+        win = windows(low.reshape(-1), high.reshape(-1), self.bins)
+        histogram = _widened(state, win) + count(rows, seen.usable, win, self.bins)
+        return HistogramState(low, high, state.counts + seen.counts, histogram.reshape(*shape, self.bins))
 
     def merge(self, a: HistogramState, b: HistogramState) -> HistogramState:
         if a.histogram.shape[-1] != b.histogram.shape[-1]:
@@ -201,27 +203,16 @@ class Histogram:
         if a.min_val.numel() == 0 or b.min_val.numel() == 0:
             seen = a if b.min_val.numel() == 0 else b
             return HistogramState(seen.min_val, seen.max_val, a.counts + b.counts, seen.histogram)
-        if a.min_val.dim() or a.counts.device.type != "cpu":
-            check_channels(a.min_val, b.min_val)
-            made = streaming.merge(_as_rows(a), _as_rows(b))
-            return _from_rows(made, a.min_val.shape, a.counts + b.counts)
-        total = MinMax().merge(MinMaxState(a.min_val, a.max_val, a.counts), MinMaxState(b.min_val, b.max_val, b.counts))
-        histogram = a.histogram if b.empty else b.histogram
-        if not (a.empty or b.empty):
-            win = window(float(total.min_val), float(total.max_val), self.bins)
-            histogram = widen(a.histogram, a.window, win) + widen(b.histogram, b.window, win)
-        return HistogramState(total.min_val, total.max_val, total.counts, histogram)
+        check_channels(a.min_val, b.min_val)
+        low, high = torch.minimum(a.min_val, b.min_val), torch.maximum(a.max_val, b.max_val)
+        win = windows(low.reshape(-1), high.reshape(-1), a.histogram.shape[-1])
+        histogram = (_widened(a, win) + _widened(b, win)).reshape(a.histogram.shape)
+        return HistogramState(low, high, a.counts + b.counts, histogram)
 
     def range(self, state: HistogramState) -> tuple[Tensor, Tensor]:
         """The exact extremes. `range_search.search` derives other ranges from the same state."""
         return state.min_val, state.max_val
 
 
-def _as_rows(state: HistogramState) -> streaming.Rows:
-    bins = state.histogram.shape[-1]
-    return streaming.Rows(state.min_val.reshape(-1), state.max_val.reshape(-1), state.histogram.reshape(-1, bins))
-
-
-def _from_rows(rows: streaming.Rows, shape: tuple[int, ...], counts: Tensor) -> HistogramState:
-    histogram = rows.histogram.reshape(*shape, rows.histogram.shape[-1])
-    return HistogramState(rows.low.reshape(shape), rows.high.reshape(shape), counts, histogram)
+def _widened(state: HistogramState, win: Windows) -> Tensor:
+    return widen(state.histogram.reshape(-1, state.histogram.shape[-1]), state.windows, win)

@@ -2,6 +2,9 @@
 
 Each estimator is a frozen description with ``init / update / merge / range``; its state is a frozen dataclass of
 tensors, never changed in place. Values that must not widen a range are counted apart in ``counts`` (see `TALLY`).
+
+Nothing is read back to the host where that would wait for a device or break a compiled graph; where reading is free
+(`on_host`) it saves passes over the data, and the numbers are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import torch
 from torch import Tensor
 
 from quant2e.errors import AnnotationError, CalibrationError
-from quant2e.ranges import streaming
 
 TALLY = ("total", "nan", "posinf", "masked")
 """Meaning of the four int64 entries of ``counts``: all values seen; NaN; +inf; mask sentinels (-inf, huge values).
@@ -56,10 +58,11 @@ class MinMaxState:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What one tensor contributes: its range per channel (float32) and its ``counts``; ``usable`` marks real values.
+class Seen:
+    """What the rows of one tensor, ``[R, N]``, contribute.
 
-    ``usable`` is None when every value is. A channel without usable values has the range ``(inf, -inf)``.
+    ``min_val``, ``max_val``: float32 ``[R]``, ``(inf, -inf)`` where no value is usable; ``counts``: int64 ``[4]``, see
+    `TALLY`; ``usable``: bool ``[R, N]``, or None when every value is.
     """
 
     min_val: Tensor
@@ -97,14 +100,14 @@ def rows_of(x: Tensor, axis: int | None, group_size: int | None = None) -> Tenso
     return x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.unsqueeze(1)
 
 
-def _extremes(x: Tensor, axis: int | None, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    if axis is None and group_size is None:
-        low, high = torch.aminmax(x)
-    else:  # torch.aminmax along a dimension is several times slower than the two
+def by_row(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, tuple[int, ...]]:
+    """``x`` as ``[R, N]``, a row for each range, in any order of its values; and the shape that the ranges have."""
+    if axis is not None or group_size is not None:
         rows = rows_of(x, axis, group_size)
-        low, high = rows.amin(-1), rows.amax(-1)
-    # Adding 0.0 turns -0.0 into 0.0: which of the two a reduction returns depends on the order of the values.
-    return low.to(torch.float32) + 0.0, high.to(torch.float32) + 0.0
+        return rows.flatten(0, -2), rows.shape[:-1]
+    if on_host(x):  # the order of the memory: a view, when it holds each value once
+        x = x.permute(sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True))
+    return x.reshape(1, -1), ()
 
 
 def on_host(x: Tensor) -> bool:
@@ -112,38 +115,40 @@ def on_host(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def look(x: Tensor, axis: int | None, group_size: int | None = None) -> Batch:
-    """Range and counts of a non-empty floating-point tensor, in one pass when all of it is ordinary data.
-
-    On the CPU only: it reads values. `streaming.look` does not.
-    """
-    low, high = _extremes(x, axis, group_size)
-    limit = sentinel_of(x.dtype)
-    counts = torch.tensor([x.numel(), 0, 0, 0], dtype=torch.int64, device=x.device)
-    # NaN fails both comparisons. A scalar is compared in Python: this runs for every tensor of every batch.
-    if (
-        (-limit < float(low) and float(high) < limit)
-        if low.dim() == 0
-        else bool(((low > -limit) & (high < limit)).all())
-    ):
-        return Batch(low, high, counts, None)
-    nan, posinf = torch.isnan(x), torch.isposinf(x)
-    masked = (x.abs() >= limit) & ~posinf
-    usable = ~(nan | posinf | masked)
-    counts[1:] = torch.stack([nan.sum(), posinf.sum(), masked.sum()])
-    low, _ = _extremes(torch.where(usable, x, float("inf")), axis, group_size)
-    _, high = _extremes(torch.where(usable, x, float("-inf")), axis, group_size)
-    return Batch(low, high, counts, usable)
+def look(rows: Tensor) -> Seen:
+    """Range per row and counts of non-empty floating-point rows, ``[R, N]``."""
+    limit = sentinel_of(rows.dtype)
+    if on_host(rows) and (ordinary := _ordinary(rows, limit)):
+        return ordinary
+    usable = rows.abs() < limit  # false for NaN
+    low = torch.where(usable, rows, float("inf")).amin(1)
+    high = torch.where(usable, rows, float("-inf")).amax(1)
+    nan, posinf = torch.isnan(rows).sum(), torch.isposinf(rows).sum()
+    masked = rows.numel() - usable.sum() - nan - posinf
+    counts = torch.stack([torch.full_like(nan, rows.numel()), nan, posinf, masked])
+    return Seen(_bound(low), _bound(high), counts, usable)
 
 
-def look_anywhere(x: Tensor, axis: int | None, group_size: int | None = None) -> Batch:
-    """As `look`, on any device and without waiting for it."""
-    if on_host(x):
-        return look(x, axis, group_size)
-    rows = rows_of(x, axis, group_size)
-    seen = streaming.look(rows.flatten(0, -2), sentinel_of(x.dtype))
-    shape = rows.shape[:-1] if axis is not None or group_size is not None else ()
-    return Batch(seen.low.reshape(shape), seen.high.reshape(shape), seen.counts, None)
+def _ordinary(rows: Tensor, limit: float) -> Seen | None:
+    """What `look` finds when every value is data, with the least number of passes; None when some are not."""
+    if rows.shape[0] == 1:  # torch.aminmax along a dimension is several times slower than the two
+        low, high = (_bound(extreme.reshape(1)) for extreme in torch.aminmax(rows))
+    else:
+        low, high = _bound(rows.amin(1)), _bound(rows.amax(1))
+    if not bool(((low > -limit) & (high < limit)).all()):  # NaN fails both comparisons
+        return None
+    return Seen(low, high, torch.tensor([rows.numel(), 0, 0, 0], dtype=torch.int64), None)
+
+
+def _bound(extreme: Tensor) -> Tensor:
+    """Float32; -0.0 becomes 0.0: which of the two a reduction returns depends on the order of the values."""
+    return extreme.to(torch.float32) + 0.0
+
+
+def _seen(x: Tensor, axis: int | None, group_size: int | None) -> MinMaxState:
+    rows, shape = by_row(x.detach(), axis, group_size)
+    batch = look(rows)
+    return MinMaxState(batch.min_val.reshape(shape), batch.max_val.reshape(shape), batch.counts)
 
 
 def empty_like(like: Tensor | None, whole: bool) -> MinMaxState:
@@ -200,8 +205,7 @@ class MinMax:
         check_floating(x)
         if x.numel() == 0:
             return state
-        batch = look_anywhere(x.detach(), self.axis, self.group_size)
-        return self.merge(state, MinMaxState(batch.min_val, batch.max_val, batch.counts))
+        return self.merge(state, _seen(x, self.axis, self.group_size))
 
     def merge(self, a: MinMaxState, b: MinMaxState) -> MinMaxState:
         if a.min_val.numel() == 0 or b.min_val.numel() == 0:
@@ -236,7 +240,7 @@ class MovingAverage:
         check_floating(x)
         if x.numel() == 0:
             return state
-        batch = look_anywhere(x.detach(), self.axis, self.group_size)
+        batch = _seen(x, self.axis, self.group_size)
         counts = state.counts + batch.counts
         if state.min_val.numel() == 0:
             return MinMaxState(batch.min_val, batch.max_val, counts)
@@ -246,7 +250,8 @@ class MovingAverage:
 
     def _towards(self, average: Tensor, new: Tensor) -> Tensor:
         """One step; an infinity on either side stands for "no data there"."""
-        return streaming.towards(average, new, self.averaging_constant)
+        moved = average + self.averaging_constant * (new - average)
+        return torch.where(torch.isinf(average), new, torch.where(torch.isinf(new), average, moved))
 
     def merge(self, a: MinMaxState, b: MinMaxState) -> MinMaxState:
         raise CalibrationError(

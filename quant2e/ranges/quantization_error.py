@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant2e.ranges.histogram import HistogramState
+from quant2e.ranges.histogram import HistogramState, windows
 from quant2e.ranges.qparams import NumberFormat
 
 _PEAK = 4
@@ -85,17 +85,14 @@ def fillings(states: Sequence[HistogramState], first: Sequence[int], n: int) -> 
     """
     extremes = torch.stack([torch.stack([state.min_val, state.max_val]) for state in states]).cpu().to(torch.float64)
     low, high = extremes.unsqueeze(-1).unbind(1)
-    windows = [state.window for state in states]
     begin, along = torch.tensor(first).unsqueeze(1), torch.arange(n + 1)
-    number = (begin + torch.tensor([win.first for win in windows]).unsqueeze(1) + along).to(torch.float64)
-    width = torch.tensor([win.width for win in windows], dtype=torch.float64).unsqueeze(1)
     every = torch.stack([state.histogram.cpu() for state in states])
     size = every.shape[1]
+    starts = windows(low.flatten(), high.flatten(), size).edges(begin + along)
     at = (begin + along[:-1]).clamp(max=size - 1)
     count = (every.gather(1, at) * (begin + along[:-1] < size)).to(torch.float64)
     ends = ((count > 0) * along[1:]).amax(1, keepdim=True)  # the edge at which each one's data ends
-    edges = torch.where(number > 0, number, number - 1) * width
-    edges = torch.where(along > ends, edges, torch.minimum(edges, high)).maximum(low)
+    edges = torch.where(along > ends, starts, torch.minimum(starts, high)).maximum(low)
     around = torch.nn.functional.pad(count, (1, 1))
     return Filling(edges, count, count > _PEAK * (around[:, :-2] + around[:, 2:]) / 2)
 

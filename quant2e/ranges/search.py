@@ -40,10 +40,10 @@ def magnitudes(state: HistogramState) -> tuple[Tensor, float]:
     """Counts of ``|x|``, int64, in at most as many bins of equal width, from zero to the largest one;
     and that width.
     """
-    win, width = state.window, state.window.width
-    used = torch.nonzero(state.histogram.cpu()).flatten()
-    number = (used + win.first).abs()
-    while int(number.max()) >= win.bins:  # the window begins far from zero
+    win = state.windows
+    width, used = float(win.width), torch.nonzero(state.histogram.cpu()).flatten()
+    number = (used + win.first.cpu()).abs()
+    while int(number.max()) >= state.histogram.numel():  # the window begins far from zero
         number, width = number >> 1, width * 2
     folded = torch.zeros(int(number.max()) + 1, dtype=torch.int64)
     return folded.index_add_(0, number, state.histogram.cpu()[used]), width
@@ -133,8 +133,8 @@ def mse(state: HistogramState, grid: NumberFormat) -> tuple[float, float]:
 def mse_ranges(states: Sequence[HistogramState], grid: NumberFormat) -> Tensor:
     """What `mse` finds for each of ``states``, of the same number of bins: float64 ``[states, 2]``, on the CPU.
 
-    Bit for bit as one by one: no number depends on which histograms are searched together, and each is cut to a number
-    of bins that depends on itself only.
+    Bit for bit as one by one: no number depends on which histograms are searched together, and each is cut to a
+    number of bins that depends on itself only.
     """
     result = torch.empty(len(states), 2, dtype=torch.float64)
     used = torch.stack([state.histogram.cpu() for state in states]) != 0

@@ -42,7 +42,7 @@ int exponent_of(double x) {
   return e;
 }
 
-// As window() in histogram.py.
+// As windows() in histogram.py, for one row.
 Window window_of(float low, float high, int bins) {
   double largest = std::fmax(std::fabs((double)low), std::fabs((double)high));
   int e = -120;

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant2e.errors import AnnotationError, CalibrationError
-from quant2e.ranges.histogram import Histogram, Window, count, widen, window
+from quant2e.ranges.histogram import Histogram, count, widen, windows
 from quant2e.ranges.minmax import SENTINEL
 
 
@@ -37,22 +37,51 @@ WINDOWS = [
 ]
 
 
+def window(low, high, bins):
+    """Exponent and first bin of one range, by the numbers' definition: one width after the other."""
+
+    def number(x):
+        return math.trunc(math.ldexp(x, -exponent))
+
+    largest = max(abs(low), abs(high))
+    exponent = max(-120, math.frexp(largest)[1] - 24) if largest else -120
+    while number(high) - number(low) >= bins:
+        exponent += 1
+    return exponent, number(low)
+
+
+def made(low, high, bins):
+    win = windows(torch.tensor([low]), torch.tensor([high]), bins)
+    return win.exponent.item(), win.first.item()
+
+
 @pytest.mark.parametrize(("low", "high", "bins", "exponent", "first"), WINDOWS)
 def test_window(low, high, bins, exponent, first):
-    assert window(low, high, bins) == Window(exponent, first, bins)
+    assert made(low, high, bins) == window(low, high, bins) == (exponent, first)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.floats(-(2.0**99), 2.0**99, width=32),
+    st.floats(0, 2.0**99, width=32),
+    st.sampled_from([2, 3, 8, 1000, 2048, 1 << 20]),
+)
+def test_windows(low, extent, bins):
+    high = (torch.tensor(low) + torch.tensor(extent)).item()
+    assert made(low, high, bins) == window(low, high, bins)
 
 
 def test_bins_by_hand():
     state = seen(Histogram(8), torch.tensor([-3.5, -1.5, -0.5, 0.0, 0.5, 1.0, 4.5, 4.5]))
     #                                         -3 -2 -1  0  1  2  3  4: the bin of zero is two wide
     assert state.histogram.tolist() == [1, 0, 1, 3, 1, 0, 0, 2]
-    assert state.window.edges().tolist() == [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert state.windows.edges(torch.arange(9)).tolist() == [[-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 5.0]]
     assert (state.min_val.item(), state.max_val.item()) == (-3.5, 4.5)
 
 
 def test_growing_merges_bins_pairwise():
     state = seen(Histogram(8), torch.tensor([-3.5, -1.5, -0.5, 0.0, 0.5, 1.0, 4.5, 4.5]), torch.tensor([8.0]))
-    assert state.window == Window(1, -1, 8)
+    assert (state.windows.exponent.item(), state.windows.first.item()) == (1, -1)
     assert state.histogram.tolist() == [1, 5, 0, 2, 0, 1, 0, 0]
 
 
@@ -101,10 +130,10 @@ def test_against_plain_counting(layout, dtype):
         "expanded": x[:, :1].expand(4, 3, 6, 7),
     }[layout]
     state = seen(Histogram(64), x)
-    win = state.window
+    width, first = state.windows.width.item(), state.windows.first.item()
     expected = [0] * 64
     for value in x.to(torch.float32).flatten().tolist():
-        expected[math.trunc(value / win.width) - win.first] += 1
+        expected[math.trunc(value / width) - first] += 1
     assert state.histogram.tolist() == expected
 
 
@@ -149,12 +178,13 @@ def test_order_and_shards_do_not_matter(batches, bins, random):
 def test_every_value_lies_between_the_edges_of_its_bin(data, bins):
     x = torch.tensor(data)
     state = seen(Histogram(bins), x)
-    edges = state.window.edges()
+    edges = state.windows.edges(torch.arange(bins + 1))[0]
     for i in torch.nonzero(state.histogram).flatten().tolist():
         inside = ((x.double() >= edges[i]) & (x.double() <= edges[i + 1])).sum()
         assert inside >= state.histogram[i]
 
 
 def test_widening_far_gives_the_bin_of_zero():
-    old, new = window(1e-30, 1e-30, 4), window(-1.0, 1e30, 4)
-    assert widen(count(torch.tensor([1e-30]), old), old, new).tolist() == [1, 0, 0, 0]
+    low, high = torch.tensor([1e-30, -1.0]), torch.tensor([1e-30, 1e30])
+    old, new = windows(low[:1], high[:1], 4), windows(low[1:], high[1:], 4)
+    assert widen(count(torch.tensor([[1e-30]]), None, old, 4), old, new).tolist() == [[1, 0, 0, 0]]

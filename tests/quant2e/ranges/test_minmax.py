@@ -133,7 +133,7 @@ def test_min_max_is_order_free_and_merges_exactly(batches, random):
 
 
 def test_look_marks_the_usable_values():
-    assert look(torch.tensor([1.0, 2.0]), None).usable is None
-    usable = look(torch.tensor([1.0, NAN, 2.0, -INF]), None).usable
+    assert look(torch.tensor([[1.0, 2.0]])).usable is None
+    usable = look(torch.tensor([[1.0, NAN], [2.0, -INF]])).usable
     assert usable is not None
-    assert usable.tolist() == [True, False, True, False]
+    assert usable.tolist() == [[True, False], [True, False]]
