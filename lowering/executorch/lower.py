@@ -183,6 +183,8 @@ def _lower(
     from executorch.exir import to_edge_transform_and_lower
 
     chosen = list(partitioners) if partitioners is not None else [xnnpack_partitioner()]
+    # first: the partitioners take constants out of the exported program
+    signatures = {name: signature_of(one.exported) for name, one in prepared.items()}
     published: dict[str, Any] = {}
     for name, one in prepared.items():
         forget_provenance(one.exported.graph)
@@ -205,7 +207,7 @@ def _lower(
         name: Method(
             name,
             replace(reports[name], size=len(buffer), notes=one.notes),
-            signature_of(one.exported),
+            signatures[name],
             one.quantized_io,
             partial(loaded.execute, name),
         )

@@ -66,7 +66,7 @@ def to_onnx(
         exported = export(module, inputs, shapes)
         quantized_io = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
         with atomic_file(Path(path)) as part:
-            report, signature = _write(exported, part, target, quantized_io), signature_of(exported)
+            signature, report = signature_of(exported), _write(exported, part, target, quantized_io)
             if verify:
                 in_file = OnnxProgram(part, report, signature)
                 report = _verified(in_file, reference, [inputs, *map(call_of, verify_inputs)])
