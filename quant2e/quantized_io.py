@@ -27,6 +27,7 @@ from quant2e.graph.inputs import Inputs, inputs_of, leaf_paths
 from quant2e.graph.module import CapturedModule, copy_graph
 from quant2e.graph.mutation import observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
+from quant2e.passes import run
 from quant2e.passes.dead_code import remove_dead_code
 from quant2e.passes.split_dequantize import split_dequantize
 from quant2e.report.record import RECORD_KEY, GraphRecord
@@ -181,8 +182,7 @@ def with_quantized_io(converted: GraphModule) -> CapturedModule:
     if not quantized_io:
         listed = "; ".join(f"{name}: {why}" for name, why in floats.items())
         raise Quant2eError(f"no input and no output of this graph can carry integers ({listed})")
-    split_dequantize(gm)
-    gm.graph.lint()
+    run(gm, (remove_dead_code, split_dequantize), compiled=False)
     gm.recompile()
     gm.meta[QUANTIZED_IO] = quantized_io
     record = gm.meta.get(RECORD_KEY)
@@ -254,7 +254,6 @@ def _open_outputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
             float_dtype=value.dtype,
         )  # fmt: skip
     node.args = (pytree.tree_unflatten(leaves, spec),)
-    remove_dead_code(gm)
 
 
 def _output_names(gm: GraphModule, count: int) -> list[str]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from quant2e.passes.runner import checking
+from tests.pass_checks import watch
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -63,3 +67,10 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 def seed() -> None:
     """Every test starts from the same random state, in whatever order and on whatever worker it runs."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def watched_passes() -> Iterator[None]:
+    """Every pass that a test runs leaves a legal graph, with the result that it had."""
+    with checking(watch):
+        yield

@@ -1,4 +1,4 @@
-"""Q/DQ graphs ─▶ canonical form ─▶ limits checked ─▶ ExecuTorch's partitioners ─▶ a program, run and compared."""
+"""Q/DQ graphs ─▶ legal form ─▶ limits checked ─▶ ExecuTorch's partitioners ─▶ a program, run and compared."""
 
 from __future__ import annotations
 
@@ -17,22 +17,29 @@ from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends, undisturbed
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
 from lowering.executorch.xnnpack.limits import check_limits
-from lowering.executorch.xnnpack.partitioner import forget_provenance, xnnpack_partitioner
+from lowering.executorch.xnnpack.partitioner import forget_provenance, is_xnnpack, xnnpack_partitioner
 from lowering.export import dynamic_shapes_of, export, graph_of, needed_example_of, untraceable
+from lowering.rewrites import apply
+from lowering.rewrites.embedding import gather_then_dequantize
+from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.signature import check_bounded, signature_of
 from lowering.verify import LEEWAY_DB, Bound, compare, compare_within_noise
 from quant2e.errors import LoweringError
 from quant2e.graph.calls import Call, call_of
 from quant2e.graph.effects import is_in_place
+from quant2e.passes import Pass
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
 FORWARD = "forward"
 """Name of the method of a program made of one model."""
 
+PORTABLE: tuple[Pass, ...] = (decompose_embedding_bags, gather_then_dequantize)
+"""What every ExecuTorch target needs: no runtime has a kernel for bags, and a table stays integers in the file."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
-    """One method on its way: what it came from, and the canonical graph with what was done to it.
+    """One method on its way: what it came from, and the legal graph with what was done to it.
 
     ``per_row``: the graph with a scale per row of dynamic activations, where there are any.
     """
@@ -62,7 +69,9 @@ def to_executorch(
     inputs. ``dynamic_shapes``: as for ``torch.export``; every dynamic size needs an upper bound.
     Several methods in one file: a dict of models by method name, and a dict by the same names for every other argument
     that differs between them; tensors that methods share are stored once.
-    ``partitioners``: ExecuTorch partitioners in order of preference; XNNPACK's when None.
+    ``partitioners``: ExecuTorch partitioners in order of preference; XNNPACK's when None. Where all of them delegate to
+    XNNPACK (by the id of their backend), the graph is brought into XNNPACK's legal form and held to its limits; any
+    other partitioner sees the ops of the model whole.
     A graph that takes or returns integers (`quant2e.with_quantized_io`) becomes a program that does, and the file
     publishes their parameters: see ``program.constants``.
     ``verify``: run the program in the runtime on the example inputs and on ``verify_inputs``, and compare it with the
@@ -77,11 +86,13 @@ def to_executorch(
     per_method = _per_method(model, given)
     with undisturbed():
         require_executorch()
+        chosen = list(partitioners) if partitioners is not None else [xnnpack_partitioner()]
+        xnnpack = is_xnnpack(chosen)
         prepared = {
-            name: _prepare(one["model"], one["example_inputs"], one["dynamic_shapes"], xnnpack=partitioners is None)
+            name: _prepare(one["model"], one["example_inputs"], one["dynamic_shapes"], xnnpack=xnnpack)
             for name, one in per_method.items()
         }
-        program, unavailable = _lower(prepared, partitioners)
+        program, unavailable = _lower(prepared, chosen)
     if verify and unavailable:
         raise LoweringError(
             f"the program needs {', '.join(unavailable)}, which the ExecuTorch runtime of this "
@@ -128,7 +139,7 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     exported = _functional(reference, example, shapes)
     check_bounded(exported)
     module = exported.module(check_guards=False)
-    rewrites = legalize(module, EXACT)
+    rewrites = legalize(module, EXACT) if xnnpack else apply(module, PORTABLE)
     notes = check_limits(module) if xnnpack else ()
     declared = legalize(module, DECLARED) if xnnpack else {}
     known = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
@@ -176,13 +187,10 @@ def _writes(exported: ExportedProgram) -> bool:
     return any(is_in_place(node) for node in exported.graph.nodes)
 
 
-def _lower(
-    prepared: Mapping[str, _Prepared], partitioners: Sequence[Any] | None
-) -> tuple[ExecuTorchProgram, list[str]]:
+def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tuple[ExecuTorchProgram, list[str]]:
     """The program, and the backends it needs that do not work in this process."""
     from executorch.exir import to_edge_transform_and_lower
 
-    chosen = list(partitioners) if partitioners is not None else [xnnpack_partitioner()]
     # first: the partitioners take constants out of the exported program
     signatures = {name: signature_of(one.exported) for name, one in prepared.items()}
     published: dict[str, Any] = {}
@@ -192,7 +200,9 @@ def _lower(
     try:
         with Rejections().listening("executorch.backends") as rejections:
             programs = {name: one.exported for name, one in prepared.items()}
-            edge = to_edge_transform_and_lower(programs, partitioner=chosen, constant_methods=published or None)
+            edge = to_edge_transform_and_lower(
+                programs, partitioner=list(partitioners), constant_methods=published or None
+            )
         reports = {
             name: report_on(edge.exported_program(name).graph_module, rejections.reasons, one.rewrites)
             for name, one in prepared.items()

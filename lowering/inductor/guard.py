@@ -21,6 +21,7 @@ from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
+from quant2e.passes import run
 
 aten = torch.ops.aten
 
@@ -127,15 +128,30 @@ def _requantizes(node: Node) -> list[Node]:
 def keep_from_patterns(gm: GraphModule) -> dict[str, str]:
     """Guard every case above. Returns, by node name, why that op does not become an int8 kernel."""
     reasons: dict[str, str] = {}
-    for node in list(gm.graph.nodes):
-        reason = refusal(gm, node)
-        if reason is not None:
-            activation = dequantize_behind(activation_of(node))
-            assert activation is not None
-            reasons[node.name] = reason
-            for user in list(activation.users):
-                if _reaches(user, node):
-                    arithmetic(gm, user, activation)
+
+    def guard_products(gm: GraphModule) -> int:
+        for node in list(gm.graph.nodes):
+            reason = refusal(gm, node)
+            if reason is not None:
+                reasons[node.name] = reason
+                _compute_in_float(gm, node)
+        return len(reasons)
+
+    run(gm, (guard_products, guard_moves), compiled=False)
+    return reasons
+
+
+def _compute_in_float(gm: GraphModule, product: Node) -> None:
+    activation = dequantize_behind(activation_of(product))
+    assert activation is not None
+    for user in list(activation.users):
+        if _reaches(user, product):
+            arithmetic(gm, user, activation)
+
+
+def guard_moves(gm: GraphModule) -> int:
+    """Dequantize by arithmetic what is moved, or pooled, from one scale to another; returns how often."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target is not qd.quantize_per_tensor.default:
             continue
@@ -145,7 +161,8 @@ def keep_from_patterns(gm: GraphModule) -> dict[str, str]:
                 for user in list(source.users):
                     if _reaches(user, node):
                         arithmetic(gm, user, source)
-    return reasons
+                        count += 1
+    return count
 
 
 def _reaches(node: Node, goal: Node) -> bool:

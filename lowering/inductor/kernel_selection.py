@@ -16,11 +16,12 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.guard import is_weight_only, quantized_operands
 from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice, Product, fastest
-from lowering.inductor.rewrites.weight_only import compute_by_rows, rows_of
+from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
 from quant2e.errors import LoweringError
 from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import QUANTIZE, qd
+from quant2e.passes import run
 
 aten = torch.ops.aten
 
@@ -42,24 +43,32 @@ def choose(
     products = {node.name: node for node in gm.graph.nodes if quantized_operands(node) is not None}
     alone = {node.name: node for node in gm.graph.nodes if node.name not in refused and is_weight_only(gm, node)}
     _check(wanted, engines, {**products, **alone})
-    size = sum(float_weight(gm, node) for node in list(gm.graph.nodes) if node.name in refused)
     choices: dict[str, KernelChoice] = {}
+    changes: list[tuple[Node, Rows | None]] = [(node, None) for node in gm.graph.nodes if node.name in refused]
     for name, node in alone.items():
         rows = rows_of(gm, node)
         if rows is not None:
             choices[name] = _choice(name, rows.product, wanted, engines)
-        if rows is None or choices[name].engine == _FLOAT:
-            size += float_weight(gm, node)
-        else:
-            compute_by_rows(gm, node, rows)
+        changes.append((node, None if rows is None or choices[name].engine == _FLOAT else rows))
     for name, node in products.items():
         product = product_of(node) if name not in refused else None
         if product is None:
             continue
         choices[name] = _choice(name, product, wanted, engines)
         if choices[name].engine == _FLOAT:
-            size += float_weight(gm, node)
-    return choices, size
+            changes.append((node, None))
+    sizes: list[int] = []
+
+    def chosen_kernels(gm: GraphModule) -> int:
+        for node, rows in changes:
+            if rows is None:
+                sizes.append(float_weight(gm, node))
+            else:
+                compute_by_rows(gm, node, rows)
+        return len(changes)
+
+    run(gm, (chosen_kernels,), compiled=False)
+    return choices, sum(sizes)
 
 
 def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> KernelChoice:

@@ -17,6 +17,9 @@ from lowering.inductor.report import InductorReport, Kernel, build_report
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
 from lowering.signature import Signature
+from quant2e.passes import Promise, run
+
+_TOLD_APART = Promise(waived=frozenset({"a dequantize undoes its quantize"}))
 
 
 class Rewritten:
@@ -28,11 +31,11 @@ class Rewritten:
     def __init__(self, model: GraphModule, wanted: Engines, engines: Sequence[Engine] = ENGINES) -> None:
         self._original = private_copy(model)
         self._graph = private_copy(model)
-        for rewrite in REWRITES:
-            rewrite(self._graph)
+        run(self._graph, REWRITES, compiled=False)
         self._refused = keep_from_patterns(self._graph)
         self._choices, self._float_bytes = choose(self._graph, self._refused, wanted, engines)
-        one_dequantize_per_user(self._graph)  # last: the guard compares quant_min
+        # last: the guard compares quant_min
+        run(self._graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
 
     def flat(self, signature: Signature) -> GraphModule:
         """A copy that Inductor may consume:

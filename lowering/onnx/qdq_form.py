@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.embedding import gather_then_dequantize
+from lowering.rewrites.embedding import gather_then_dequantize
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.edit import emit, emit_constant
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.passes import Pass, run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 
 aten = torch.ops.aten
@@ -68,25 +69,26 @@ def in_form(module: GraphModule, convention: Convention) -> None:
     """Rewrite the graph in place. Raises `LoweringError` for what the convention cannot hold, before anything else."""
     if convention.symmetric:
         _check_symmetric(module)
-    gather_then_dequantize(module)
-    if convention.unsigned:
-        _unsigned_activations(module)
-        _unsigned_boundary(module)
-    turned: dict[str, str] = {}
-    for node in list(module.graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target in _PRODUCTS and convention.integer_bias:
-            _integer_bias(module, node)
-        if node.target is aten.linear.default and _wants_matmul(_args(node)[0]):
-            _as_matmul(module, node, turned)
-    for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in DEQUANTIZE:
-            _plain_constants(module, node)
-    remove_dead_code(module)
-    prune_unused_attributes(module)
-    module.recompile()
-    module.graph.lint()
+    run(module, form_of(convention))
+
+
+def form_of(convention: Convention) -> tuple[Pass, ...]:
+    """The pipeline of a convention."""
+
+    def products(module: GraphModule) -> int:
+        turned: dict[str, str] = {}
+        count = 0
+        for node in list(module.graph.nodes):
+            if node.target in _PRODUCTS and convention.integer_bias:
+                count += _integer_bias(module, node)
+            if node.target is aten.linear.default and _wants_matmul(_args(node)[0]):
+                count += _as_matmul(module, node, turned)
+        return count
+
+    unsigned = (unsigned_activations, unsigned_boundary) if convention.unsigned else ()
+    return (
+        gather_then_dequantize, *unsigned, products, plain_constants, remove_dead_code, prune_unused_attributes,
+    )  # fmt: skip
 
 
 def _check_symmetric(module: GraphModule) -> None:
@@ -113,8 +115,9 @@ def _check_symmetric(module: GraphModule) -> None:
         )
 
 
-def _unsigned_activations(module: GraphModule) -> None:
-    """Move s8 activations to u8 wherever nothing but dequantize ops sees the integers."""
+def unsigned_activations(module: GraphModule) -> int:
+    """Move s8 activations to u8 wherever nothing but dequantize ops sees the integers; returns how many."""
+    count = 0
     for node in module.graph.nodes:
         if node.op != "call_function" or torch.int8 not in _args(node):
             continue
@@ -124,12 +127,15 @@ def _unsigned_activations(module: GraphModule) -> None:
                 low, high = int(_args(each)[3]) + 128, int(_args(each)[4]) + 128
                 each.args = (*_args(each)[:2], int(_args(each)[2]) + 128, low, high, torch.uint8)
             node.meta["val"] = node.meta["val"].to(torch.uint8)
+            count += 1
         elif node.target is qd.choose_qparams.tensor:
-            _unsigned_dynamic(node)
+            count += _unsigned_dynamic(node)
+    return count
 
 
-def _unsigned_boundary(module: GraphModule) -> None:
+def unsigned_boundary(module: GraphModule) -> int:
     """Let ops behind an s8 input and before an s8 output compute on u8: a kernel takes and gives one dtype."""
+    count = 0
     for node in list(module.graph.nodes):
         if node.op != "call_function" or torch.int8 not in _args(node):
             continue
@@ -138,8 +144,11 @@ def _unsigned_boundary(module: GraphModule) -> None:
             moved = _through_unsigned(module, node, _args(node)[1:], after=True)
             for reader in readers:
                 reader.replace_input_with(node, moved)
+            count += 1
         if node.target is qd.quantize_per_tensor.default and any(user.op == "output" for user in node.users):
             node.update_arg(0, _through_unsigned(module, node, _args(node)[1:], after=False))
+            count += 1
+    return count
 
 
 def _through_unsigned(module: GraphModule, node: Node, grid: Any, *, after: bool) -> Node:
@@ -161,43 +170,45 @@ def _all(nodes: list[Node], target: Any) -> bool:
     return bool(nodes) and all(node.target is target for node in nodes)
 
 
-def _unsigned_dynamic(choose: Node) -> None:
+def _unsigned_dynamic(choose: Node) -> bool:
     """The same for parameters found at run time: the zero point moves with the range."""
     quantizes = {user for part in choose.users for user in part.users}
     known = (qd.quantize_per_tensor.tensor, qd.dequantize_per_tensor.tensor)
     if not all(node.target in known for node in quantizes):
-        return
+        return False
     if any(not _all(list(n.users), known[1]) for n in quantizes if n.target is known[0]):
-        return
+        return False
     x, low, high, eps, _ = _args(choose)
     choose.args = (x, int(low) + 128, int(high) + 128, eps, torch.uint8)
     for node in quantizes:
         node.args = (*_args(node)[:3], int(_args(node)[3]) + 128, int(_args(node)[4]) + 128, torch.uint8)
         if node.target is known[0]:
             node.meta["val"] = node.meta["val"].to(torch.uint8)
+    return True
 
 
-def _integer_bias(module: GraphModule, node: Node) -> None:
+def _integer_bias(module: GraphModule, node: Node) -> bool:
     """A float bias as int32 in units of the accumulator, where input and weight have static, symmetric-enough
     scales.
     """
     x, weight = _args(node)[:2]
     bias = tensor_at(module, _args(node)[2] if len(_args(node)) > 2 else None)
     if bias is None or not isinstance(x, Node) or not isinstance(weight, Node):
-        return
+        return False
     if x.target is not qd.dequantize_per_tensor.default or (scale := _weight_scale(module, weight)) is None:
-        return
+        return False
     if node.target is aten.convolution.default and _args(node)[6]:
-        return
+        return False
     unit = (scale.double() * float(_args(x)[1])).expand(bias.shape[0])
     integers = (bias.detach().double() / unit).round()
     if not bool(unit.all()) or float(integers.abs().max()) > _ACCUMULATOR_MAX:
-        return  # a bias that the accumulator cannot hold stays float
+        return False  # a bias that the accumulator cannot hold stays float
     stored = emit_constant(module, node, "bias_int32", integers.to(torch.int32))
     scales = emit_constant(module, node, "bias_scale", unit.to(torch.float32))
     bounds = (-_ACCUMULATOR_MAX - 1, _ACCUMULATOR_MAX)
     value = emit(node, qd.dequantize_per_channel.default, stored, scales, None, 0, *bounds, torch.int32)
     node.update_arg(2, value)
+    return True
 
 
 def _weight_scale(module: GraphModule, weight: Node) -> Tensor | None:
@@ -218,7 +229,7 @@ def _wants_matmul(x: Node) -> bool:
     return bool(x.meta["val"].dim() > 2) or x.target is qd.dequantize_per_tensor.tensor
 
 
-def _as_matmul(module: GraphModule, node: Node, turned: dict[str, str]) -> None:
+def _as_matmul(module: GraphModule, node: Node, turned: dict[str, str]) -> bool:
     """A linear as a product with the transposed weight, which stays a constant;
     ``turned``: those that exist already.
     """
@@ -227,12 +238,12 @@ def _as_matmul(module: GraphModule, node: Node, turned: dict[str, str]) -> None:
         not isinstance(weight, Node)
         or (values := tensor_at(module, _args(weight)[0] if _args(weight) else None)) is None
     ):
-        return
+        return False
     rest = _args(weight)[1:]
     if weight.target is qd.dequantize_per_channel.default and rest[2] in (0, 1):
         rest = (*rest[:2], 1 - rest[2], *rest[3:])
     elif weight.target is not qd.dequantize_per_tensor.default:
-        return
+        return False
     name = _name(_args(weight)[0])
     if name in turned:
         with node.graph.inserting_before(node):
@@ -246,6 +257,7 @@ def _as_matmul(module: GraphModule, node: Node, turned: dict[str, str]) -> None:
         product = emit(node, aten.add.Tensor, product, _args(node)[2])
     node.replace_all_uses_with(product)
     module.graph.erase_node(node)
+    return True
 
 
 def _args(node: Node) -> Any:
@@ -256,11 +268,16 @@ def _name(node: Any) -> str:
     return str(node.target).replace(".", "_")
 
 
-def _plain_constants(module: GraphModule, node: Node) -> None:
+def plain_constants(module: GraphModule) -> int:
     """Zero points in the dtype of the integers; constants of four bits under a name that says so."""
+    return sum(_plain_constants(module, node) for node in list(module.graph.nodes) if node.target in DEQUANTIZE)
+
+
+def _plain_constants(module: GraphModule, node: Node) -> bool:
+    before = node.args
     stored = tensor_at(module, _args(node)[0])
     if stored is None:
-        return
+        return False
     zeros = tensor_at(module, _args(node)[2])
     if zeros is not None and not zeros.is_floating_point() and zeros.dtype is not stored.dtype:
         node.update_arg(2, emit_constant(module, node, f"{_name(_args(node)[2])}", zeros.to(stored.dtype)))
@@ -269,6 +286,7 @@ def _plain_constants(module: GraphModule, node: Node) -> None:
     if fits and stored.dim() > 1 and not _name(_args(node)[0]).endswith(INT4):
         base = _name(_args(node)[0])
         node.update_arg(0, emit_constant(module, node, f"{base}{INT4}", stored))
+    return node.args != before
 
 
 def _bounds(node: Node) -> tuple[int, int]:

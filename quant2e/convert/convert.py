@@ -83,8 +83,8 @@ def convert_pt2e(
         quantize_at(gm, call, encoding, prefix, fake_values)
     for name in encodings:
         gm.delete_submodule(name)
-    clean = (split_dequantize, remove_dead_code, prune_unused_attributes)
-    run(gm, (fold_weights, *clean) if fold_quantize else clean, compiled=False)
+    fold = (fold_weights,) if fold_quantize else ()
+    run(gm, (split_dequantize, *fold, remove_dead_code, prune_unused_attributes), compiled=False)
     if trained:
         own_tensors(gm, trainable=False)  # training may go on, in tensors that are the prepared model's
     gm.recompile()

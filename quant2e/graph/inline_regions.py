@@ -25,10 +25,11 @@ _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
-def inline_regions(gm: GraphModule) -> bool:
+def inline_regions(gm: GraphModule) -> int:
     """Inline grad-mode and disabled-autocast regions of ``gm`` in place, nested ones and those in control flow too.
 
     Inner nodes keep their metadata, and their names where these are free. Bodies that stay are inlined inside.
+    Returns how many regions were inlined.
     Raises `PassError` for a region whose result is used in a way that cannot be inlined.
     """
     return _inline(gm, autocast=False)
@@ -53,8 +54,8 @@ def _body(node: Node, *, autocast: bool) -> tuple[Node, tuple[Argument, ...]] | 
     return body, operands
 
 
-def _inline(gm: GraphModule, *, autocast: bool) -> bool:
-    changed = False
+def _inline(gm: GraphModule, *, autocast: bool) -> int:
+    count = 0
     regions: dict[Node, tuple[Node, tuple[Argument, ...]]] = {}
     for node in gm.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
@@ -63,10 +64,10 @@ def _inline(gm: GraphModule, *, autocast: bool) -> bool:
             regions[node] = region
         enabled = autocast or (node.target is _AUTOCAST and node.args[2] is True)
         for body in subgraphs(node):
-            changed |= _inline(body, autocast=enabled)
+            count += _inline(body, autocast=enabled)
     if regions:
         _rebuild(gm, regions)
-    return changed or bool(regions)
+    return count + len(regions)
 
 
 def _rebuild(gm: GraphModule, regions: dict[Node, tuple[Node, tuple[Argument, ...]]]) -> None:

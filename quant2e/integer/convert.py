@@ -21,7 +21,7 @@ from quant2e.integer.arithmetic.values import Context
 from quant2e.integer.functionalize import exposed, use_functional_ops
 from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
 from quant2e.integer.rewrite import rewrite
-from quant2e.passes import run
+from quant2e.passes import Promise, run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import fold_weights
 from quant2e.report.record import RECORD_KEY, GraphRecord
@@ -55,9 +55,12 @@ def to_integer(
     asked = _asked(gm)
     ctx = Context(gm, Builder(gm, requantization), Constants(gm.graph), exposed=exposed(gm))
     constants = {node.name for node in ctx.constants}
-    rewrite(ctx)
-    run(gm, (remove_dead_code, prune_unused_attributes), compiled=False)
-    gm.graph.lint()
+
+    def integer_form(_: GraphModule) -> int:
+        return rewrite(ctx)
+
+    clean = (remove_dead_code, prune_unused_attributes)
+    run(gm, (integer_form, *clean), compiled=False, promise=Promise(result=False))
     gm.recompile()
     verdicts = tuple(
         IntegerVerdict(

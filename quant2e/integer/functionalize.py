@@ -17,14 +17,14 @@ from quant2e.graph.mutation import seen_through, written_nodes
 aten = torch.ops.aten
 
 
-def use_functional_ops(gm: GraphModule) -> bool:
-    """Replace every in-place ATen op whose write nobody sees through another name. Says whether there was one.
+def use_functional_ops(gm: GraphModule) -> int:
+    """Replace every in-place ATen op whose write nobody sees through another name; returns how many.
 
     Readers of the written tensor that come later read the result. An op that writes to a buffer, an input or a tensor
     that has views is left as it is.
     """
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
-    changed = False
+    count = 0
     for node in list(gm.graph.nodes):
         if not is_in_place(node) or seen_through(node) is not None:
             continue
@@ -36,8 +36,8 @@ def use_functional_ops(gm: GraphModule) -> bool:
             if user is not node and place[user] > place[node]:
                 user.replace_input_with(written, node)
         node.target = target
-        changed = True
-    return changed
+        count += 1
+    return count
 
 
 def exposed(gm: GraphModule) -> frozenset[Node]:

@@ -68,8 +68,11 @@ PER_TOKEN = frozenset({qd.choose_qparams_per_token.default, qd.choose_qparams_pe
 _SHAPE_READERS = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int})
 
 
-def rewrite(ctx: Context) -> None:
-    """Write the integer form of everything in ``ctx.gm``, in place. Dead float nodes are left for the caller."""
+def rewrite(ctx: Context) -> int:
+    """Write the integer form of everything in ``ctx.gm``, in place; returns for how many tensors integers stand.
+
+    Dead float nodes are left for the caller.
+    """
     readers: list[Node] = []
     for node in list(ctx.gm.graph.nodes):
         if node.op == "output":
@@ -81,6 +84,7 @@ def rewrite(ctx: Context) -> None:
                 _one(ctx, node)
     for reader in readers:
         _read_shape(ctx, reader)
+    return len(ctx.values)
 
 
 def _one(ctx: Context, node: Node) -> None:

@@ -2,6 +2,6 @@
 Out: the same GraphModule, changed in place, same float result.
 """
 
-from quant2e.passes.runner import Pass, run
+from quant2e.passes.runner import Pass, Promise, run
 
-__all__ = ["Pass", "run"]
+__all__ = ["Pass", "Promise", "run"]

@@ -28,24 +28,27 @@ def has_effect(node: Node) -> bool:
     return not writes(node) and node.is_impure(impure_random=False)
 
 
-def remove_dead_code(gm: GraphModule) -> bool:
-    """Remove nodes that nothing reads and that have no effect, also in the bodies of control flow. Inputs stay."""
-    changed = False
+def remove_dead_code(gm: GraphModule) -> int:
+    """Remove nodes that nothing reads and that have no effect, also in the bodies of control flow. Inputs stay.
+
+    Returns how many were removed.
+    """
+    count = 0
     for module in gm.modules():
         if isinstance(module, GraphModule):
             before = len(module.graph.nodes)
             for node in reversed(module.graph.nodes):
                 if not node.users and not has_effect(node):
                     module.graph.erase_node(node)
-            if len(module.graph.nodes) != before:
-                changed = True
-                if module is not gm:
-                    module.recompile()
-    return changed
+            removed = before - len(module.graph.nodes)
+            if removed and module is not gm:
+                module.recompile()
+            count += removed
+    return count
 
 
-def prune_unused_attributes(gm: GraphModule) -> bool:
-    """Drop parameters, buffers, constants and submodules of ``gm`` that its graph does not read.
+def prune_unused_attributes(gm: GraphModule) -> int:
+    """Drop parameters, buffers, constants and submodules of ``gm`` that its graph does not read; returns how many.
 
     A module that the graph calls, or whose graph it runs, stays whole. Other attributes of ``gm`` stay.
     """
@@ -53,7 +56,7 @@ def prune_unused_attributes(gm: GraphModule) -> bool:
     return _prune(gm, used)
 
 
-def _prune(module: Module, used: Iterable[str]) -> bool:
+def _prune(module: Module, used: Iterable[str]) -> int:
     direct: set[str] = set()
     below: dict[str, list[str]] = {}
     for path in used:
@@ -62,21 +65,21 @@ def _prune(module: Module, used: Iterable[str]) -> bool:
             below.setdefault(name, []).append(rest)
         else:
             direct.add(name)
-    changed = False
+    count = 0
     for table in (module._parameters, module._buffers):
         for name in [name for name in table if name not in direct]:
             del table[name]
             module._non_persistent_buffers_set.discard(name)
-            changed = True
+            count += 1
     for name in [n for n, v in vars(module).items() if isinstance(v, (Tensor, torch.ScriptObject)) and n not in direct]:
         delattr(module, name)
-        changed = True
+        count += 1
     for name, child in list(module._modules.items()):
         if name in direct:
             continue
         if child is None or name not in below:
             del module._modules[name]
-            changed = True
+            count += 1
         else:
-            changed |= _prune(child, below[name])
-    return changed
+            count += _prune(child, below[name])
+    return count

@@ -83,13 +83,13 @@ class _Match:
         return (operand(self.mac, "weight"), operand(self.mac, "bias"), *parts)
 
 
-def fold_batch_norm(gm: GraphModule) -> bool:
-    """`fold` as a pass, which also drops the parameters that nothing reads any more."""
-    if not fold(gm):
-        return False
-    remove_dead_code(gm)
-    prune_unused_attributes(gm)
-    return True
+def fold_batch_norm(gm: GraphModule) -> int:
+    """`fold` as a pass, which also drops the parameters that nothing reads any more; returns how many norms."""
+    folds = fold(gm)
+    if folds:
+        remove_dead_code(gm)
+        prune_unused_attributes(gm)
+    return len(folds)
 
 
 def fold(gm: GraphModule) -> tuple[Fold, ...]:

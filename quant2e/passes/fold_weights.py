@@ -55,10 +55,10 @@ def _integers(gm: GraphModule, node: Node) -> Tensor:
         return quantize_per_channel(*given)
 
 
-def fold_weights(gm: GraphModule) -> bool:
-    """Evaluate every quantize op on a constant and keep its integers as a buffer; True if there was any."""
+def fold_weights(gm: GraphModule) -> int:
+    """Evaluate every quantize op on a constant and keep its integers as a buffer; returns how many."""
     constants = Constants(gm.graph)
-    folded = False
+    count = 0
     for node in list(gm.graph.nodes):
         if node not in constants or not is_quantize(node):
             continue
@@ -66,5 +66,5 @@ def fold_weights(gm: GraphModule) -> bool:
         integers = emit_constant(gm, node, f"{attribute_path(node)}_quantized", value)
         integers.meta = {**node.meta, "val": integers.meta["val"]}  # the same tensor, not one of its own
         replace(node, integers)
-        folded = True
-    return folded
+        count += 1
+    return count

@@ -18,9 +18,9 @@ def consumers(dequantize: Node) -> list[Node]:
     return [user for user in dequantize.users if user.target not in CHOOSE_QPARAMS]
 
 
-def split_dequantize(gm: GraphModule) -> bool:
-    """Copy each dequantize op in front of its second and further consumers; True if there was one to copy."""
-    changed = False
+def split_dequantize(gm: GraphModule) -> int:
+    """Copy each dequantize op in front of its second and further consumers; returns how many copies were made."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or node.target not in DEQUANTIZE:
             continue
@@ -28,5 +28,5 @@ def split_dequantize(gm: GraphModule) -> bool:
             with gm.graph.inserting_before(user):
                 own = gm.graph.node_copy(node)
             user.replace_input_with(node, own)
-            changed = True
-    return changed
+            count += 1
+    return count

@@ -23,6 +23,7 @@ from quant2e.graph.modes import set_training, training_nodes
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.observers.learned_fake_quant import LearnableFakeQuantize
+from quant2e.passes import run
 from quant2e.passes.dead_code import remove_dead_code
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.train_batch_norm import FUSED, FusedNorm, fuse, trainable_norms, unfuse
@@ -169,8 +170,7 @@ def end_training(gm: GraphModule) -> list[str]:
         if isinstance(module, GraphModule):
             set_training(module.graph, False)
     unfuse(gm, fused)
-    remove_dead_code(gm)
-    fold_batch_norm(gm)
+    run(gm, (remove_dead_code, fold_batch_norm), compiled=False)
     _measure_again(gm)
     if not behaving:
         return []

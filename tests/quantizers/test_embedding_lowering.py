@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import lowering
-from lowering.executorch.xnnpack.legalize import legalize
-from lowering.executorch.xnnpack.legalize.bags import decompose_embedding_bags
 from lowering.inductor.rewrites.embedding import gathered_rows
 from lowering.inductor.rewrites.graph import private_copy
+from lowering.rewrites import apply
+from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from quant2e import load, quantize
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quantizers import EmbeddingQuantizer, get_embedding_quantization_config
@@ -115,7 +115,7 @@ def opened(case, shapes=None):
     flat, weighted = "one length" not in kind, "weighted" in kind
     model = OneBag(flat, weighted, mode=mode, padding_idx=padding_idx, include_last_offset=kind == "closed").eval()
     module = torch.export.export(model, BAG_INPUTS, dynamic_shapes=shapes).module(check_guards=False)
-    assert legalize(module, [decompose_embedding_bags]) == {"decompose_embedding_bags": 1}
+    assert apply(module, [decompose_embedding_bags]) == {"decompose_embedding_bags": 1}
     assert not any("embedding_bag" in str(node.target) for node in module.graph.nodes)
     return module, model
 
@@ -140,7 +140,7 @@ def test_a_bag_that_is_asked_for_its_sizes_stays():
             return bags, sizes
 
     module = torch.export.export(Sizes(), (torch.randn(40, 32), *IDS)).module(check_guards=False)
-    assert legalize(module, [decompose_embedding_bags]) == {}
+    assert apply(module, [decompose_embedding_bags]) == {}
 
 
 @pytest.mark.parametrize("kind", [(8, 0, True), (8, 0, False), (4, 16, True), (4, 16, False)])

@@ -37,7 +37,7 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def check_limits(module: GraphModule) -> tuple[str, ...]:
     """Raise `LoweringError` naming every node beyond XNNPACK's limits; return what it computes differently.
 
-    ``module``: the canonicalised Q/DQ graph.
+    ``module``: the legal Q/DQ graph.
     """
     problems = [
         problem for node in module.graph.nodes if node.op == "call_function" for problem in _problems(module, node)

@@ -7,6 +7,7 @@ share a chain or a mask in pieces, and takes time that grows with the square of 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -34,6 +35,12 @@ def xnnpack_partitioner() -> Any:
 
     partitioner.generate_partitions = by_stages
     return partitioner
+
+
+def is_xnnpack(partitioners: Sequence[Any]) -> bool:
+    """Whether there are partitioners, and each delegates to XNNPACK: its legal form would take ops apart for others."""
+    specs = [getattr(partitioner, "delegation_spec", None) for partitioner in partitioners]
+    return bool(specs) and all(getattr(spec, "backend_id", None) == "XnnpackBackend" for spec in specs)
 
 
 def forget_provenance(graph: Graph) -> None:

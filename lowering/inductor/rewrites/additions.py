@@ -29,18 +29,22 @@ _LEFT_OUT = frozenset({aten._to_copy.default, aten.clone.default})
 """Copies that Inductor leaves out in some cases: their result is then their operand's memory."""
 
 
-def idle_dropouts(gm: GraphModule) -> None:
+def idle_dropouts(gm: GraphModule) -> int:
     """``dropout(x)``, not training => ``x``: the patterns do not look through it for what is added behind it."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target in _DROPOUTS and operands(node)["train"] is False and isinstance(node.args[0], Node):
             replace(node, node.args[0])
+            count += 1
+    return count
 
 
-def plain_additions(gm: GraphModule) -> None:
+def plain_additions(gm: GraphModule) -> int:
     """``add(x, y, alpha=k)`` => ``add(x, y * k)`` and ``add(x, x)`` => ``x * 2``.
 
     The patterns do not look at ``alpha``, and fail on equal operands.
     """
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target not in _ADDITIONS or not isinstance(node.args[1], Node):
             continue
@@ -51,10 +55,15 @@ def plain_additions(gm: GraphModule) -> None:
             with gm.graph.inserting_before(node):
                 scaled = call(gm, node, aten.mul.Tensor, node.args[1], alpha)
             node.args, node.kwargs = (node.args[0], scaled), {}
+        else:
+            continue
+        count += 1
+    return count
 
 
-def separate_additions(gm: GraphModule) -> None:
+def separate_additions(gm: GraphModule) -> int:
     """``add(op, y)`` => ``sub(op, -y)`` where ``op`` may become an int8 kernel and ``y`` is not free to write to."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target not in _ADDITIONS or not isinstance(node.args[1], Node):
             continue
@@ -65,6 +74,8 @@ def separate_additions(gm: GraphModule) -> None:
             with gm.graph.inserting_before(node):
                 negated = call(gm, node, aten.neg.default, second)
             node.target, node.args = _ADDITIONS[node.target][1], (first, negated)
+            count += 1
+    return count
 
 
 def _aliases(node: Node) -> bool:

@@ -26,12 +26,12 @@ _POINTWISE = frozenset({aten.where.ScalarOther, aten.where.ScalarSelf, aten.mask
 """Pointwise ops that torch does not tag as such."""
 
 
-def shared_values_first(gm: GraphModule) -> None:
+def shared_values_first(gm: GraphModule) -> int:
     """``x + mask`` => ``x + prims.inductor_force_stride_order(mask, …)``, which has Inductor write the mask to memory.
 
     For values that readers broadcast to at least `FACTOR` times their size. Sizes that vary are left to Inductor.
     """
-    written = written_first()
+    written, count = written_first(), 0
     for node in list(gm.graph.nodes):
         value = node.meta.get("val")
         if not _computed(node) or not isinstance(value, Tensor) or not _fixed(value):
@@ -46,6 +46,8 @@ def shared_values_first(gm: GraphModule) -> None:
             made.meta["val"] = value
             for user in users:
                 user.replace_input_with(node, made)
+            count += 1
+    return count
 
 
 def _computed(node: Node) -> bool:

@@ -25,10 +25,11 @@ aten = torch.ops.aten
 _BAGS = (aten.embedding_bag.default, aten.embedding_bag.padding_idx)
 
 
-def gathered_rows(gm: GraphModule) -> None:
+def gathered_rows(gm: GraphModule) -> int:
     """``embedding(dq(table), i)`` => ``dq(table[i])``, and so for bags:
     integer rows are gathered, never a float table.
     """
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target is not aten.embedding.default and node.target not in _BAGS:
             continue
@@ -44,8 +45,10 @@ def gathered_rows(gm: GraphModule) -> None:
             else:
                 rows.meta.update(node.meta)
                 replace(node, rows)
+        count += 1
         if not table.users:
             gm.graph.erase_node(table)
+    return count
 
 
 def _rows(gm: GraphModule, node: Node, table: Node, index: Node) -> Node | None:

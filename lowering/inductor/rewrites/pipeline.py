@@ -1,14 +1,13 @@
 """Rewrites that bring a Q/DQ graph into the form Inductor's int8 patterns match. Each keeps the eager result.
 
 They run on a private copy, in the order of `REWRITES`. What Inductor would lower wrongly is kept away from its
-patterns by `inductor_guard`, which runs after them.
+patterns by `lowering.inductor.guard`, which runs after them.
 """
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +32,8 @@ from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
 from quant2e.graph.edit import replace
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.passes import Pass
+from quant2e.passes.dead_code import remove_dead_code
 
 aten = torch.ops.aten
 
@@ -49,17 +50,22 @@ _TO_STATIC = {
 _QPARAM_NAMES = ("scale", "zero_point", "quant_min", "quant_max")
 
 
-def positional_arguments(gm: GraphModule) -> None:
+def positional_arguments(gm: GraphModule) -> int:
     """q/dq arguments given by keyword => by position, as the patterns expect them."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
             keywords = {"out_dtype": node.kwargs["out_dtype"]} if node.kwargs.get("out_dtype") is not None else {}
-            node.args = tuple(value for name, value in operands(node).items() if name != "out_dtype")
-            node.kwargs = keywords
+            args = tuple(value for name, value in operands(node).items() if name != "out_dtype")
+            if args != node.args or keywords != node.kwargs:
+                node.args, node.kwargs = args, keywords
+                count += 1
+    return count
 
 
-def constant_parameters(gm: GraphModule) -> None:
+def constant_parameters(gm: GraphModule) -> int:
     """``q/dq.tensor(x, get_attr scale, get_attr zero_point, …)`` => ``q/dq.default(x, float, int, …)``."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target not in _TO_STATIC:
             continue
@@ -84,37 +90,44 @@ def constant_parameters(gm: GraphModule) -> None:
             )
         static.meta.update(node.meta)
         replace(node, static)
+        count += 1
+    return count
 
 
-def unsigned_activations(gm: GraphModule) -> None:
+def unsigned_activations(gm: GraphModule) -> int:
     """``dq(q(x, s, z, int8), s, z)`` => ``dq(q(x, s, z + 128, uint8), s, z + 128)``, also with dynamic parameters.
 
     The same numbers, moved by 128: oneDNN's int8 convolution takes unsigned activations only and writes wrong
     integers where the output is signed, and its linear is several times faster on unsigned ones. Integers that the
     graph takes, returns or computes on keep their sign: they are moved where they enter and leave.
     """
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target is qd.quantize_per_tensor.default and node.args[5] is torch.int8:
             _quantize_unsigned(gm, node)
+            count += 1
         elif node.target in CHOOSE_QPARAMS and node.args[4] is torch.int8:
             quantizes = _parametrized(node)
             if quantizes is not None:
                 node.args = (node.args[0], node.args[1] + 128, node.args[2] + 128, node.args[3], torch.uint8)
                 for each in quantizes:
-                    each.args = _shifted(each.args, 3)
+                    _shift(each, 3)
+                count += 1
     for node in list(gm.graph.nodes):
         signed = node.target is qd.dequantize_per_tensor.default and node.args[5] is torch.int8
         if signed and tensor_at(gm, node.args[0]) is None:
             with gm.graph.inserting_before(node):
                 unsigned = _moved(gm, node, node.args[0], 128, torch.uint8)
             node.args = _shifted((unsigned, *node.args[1:]), 2)
+            count += 1
+    return count
 
 
 def _quantize_unsigned(gm: GraphModule, node: Node) -> None:
     twins = [user for user in node.users if user.target is qd.dequantize_per_tensor.default]
     others = [user for user in node.users if user not in twins]
     for each in (node, *twins):
-        each.args = _shifted(each.args, 2)
+        _shift(each, 2)
     if others:
         with gm.graph.inserting_before(node.next):
             signed = _moved(gm, node, node, -128, torch.int8)
@@ -125,6 +138,13 @@ def _quantize_unsigned(gm: GraphModule, node: Node) -> None:
 def _moved(gm: GraphModule, like: Node, integers: Node, by: int, dtype: torch.dtype) -> Node:
     wide = call(gm, like, aten.to.dtype, integers, torch.int32)
     return call(gm, like, aten.to.dtype, call(gm, like, aten.add.Tensor, wide, by), dtype)
+
+
+def _shift(node: Node, first: int) -> None:
+    node.args = _shifted(node.args, first)
+    value = node.meta.get("val")
+    if node.target in QUANTIZE and isinstance(value, torch.Tensor):
+        node.meta["val"] = value.to(torch.uint8)
 
 
 def _shifted(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
@@ -146,11 +166,12 @@ def _parametrized(choose: Node) -> list[Node] | None:
     return sorted(found) if all(node.args[5] is torch.int8 for node in found) else None
 
 
-def convert_after_dequantize(gm: GraphModule) -> None:
+def convert_after_dequantize(gm: GraphModule) -> int:
     """``dq(x, out_dtype=bfloat16)`` => ``dq(x).to(bfloat16)``, the form whose int8 kernels return bfloat16.
 
     Exact for 8-bit integers: their differences fit bfloat16 and the product is rounded once in both.
     """
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target not in (
             qd.dequantize_per_tensor.default,
@@ -166,16 +187,19 @@ def convert_after_dequantize(gm: GraphModule) -> None:
             narrow = call(gm, node, aten.to.dtype, wide, out)
         narrow.meta.update(node.meta)
         replace(node, narrow)
+        count += 1
+    return count
 
 
-def dynamic_parameters(gm: GraphModule) -> None:
+def dynamic_parameters(gm: GraphModule) -> int:
     """``choose_qparams(x)`` => the same formula in ATen, with the range extended to hold zero.
 
     Inductor's own decomposition forgets zero: of an input in [5, 6] it makes integers that are wrong by 5. The
     symmetric form has no decomposition at all.
     """
     targets = (qd.choose_qparams.tensor, qd.choose_qparams_symmetric.tensor)
-    for node in [n for n in gm.graph.nodes if n.target in targets]:
+    found = [n for n in gm.graph.nodes if n.target in targets]
+    for node in found:
         args = operands(node)
         low_int, high_int = int(args["quant_min"]), int(args["quant_max"])
         with gm.graph.inserting_before(node):
@@ -201,14 +225,16 @@ def dynamic_parameters(gm: GraphModule) -> None:
         for user in list(node.users):
             replace(user, scale if user.args[1] == 0 else point)
         gm.graph.erase_node(node)
+    return len(found)
 
 
-def narrow_ranges(gm: GraphModule) -> None:
+def narrow_ranges(gm: GraphModule) -> int:
     """``quantize(x, quant_min, quant_max)`` => ``quantize(x).clamp(quant_min, quant_max)`` where the dtype is wider.
 
     Inductor clamps to the dtype, not to the range, when it quantizes with tensor parameters and when an int8
     kernel writes the integers itself.
     """
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target not in (qd.quantize_per_tensor.default, qd.quantize_per_tensor.tensor):
             continue
@@ -230,10 +256,13 @@ def narrow_ranges(gm: GraphModule) -> None:
         for user in users:
             if found is not node:
                 user.replace_input_with(node, found)
+        count += found is not node
+    return count
 
 
-def single_precision(gm: GraphModule) -> None:
+def single_precision(gm: GraphModule) -> int:
     """``quantize(float16 x)`` => ``quantize(x.float())``, which is what the eager kernel does first."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target not in QUANTIZE or not isinstance(node.args[0], Node):
             continue
@@ -242,10 +271,13 @@ def single_precision(gm: GraphModule) -> None:
             with gm.graph.inserting_before(node):
                 wide = call(gm, node, aten.to.dtype, node.args[0], torch.float32)
             node.replace_input_with(node.args[0], wide)
+            count += 1
+    return count
 
 
-def dequantize_last(gm: GraphModule) -> None:
+def dequantize_last(gm: GraphModule) -> int:
     """``linear(view(dq(x)), w)`` => ``linear(dq(view(x)), w)``: the patterns want the dequantize next to the op."""
+    count = 0
     for node in list(gm.graph.nodes):
         if weight_of(node) is None:
             continue
@@ -263,16 +295,18 @@ def dequantize_last(gm: GraphModule) -> None:
             last = call(gm, source, source.target, value, *source.args[1:], **source.kwargs)
         last.meta.update(source.meta)
         node.replace_input_with(first, last)
-    gm.graph.eliminate_dead_code()
+        count += 1
+    return count
 
 
-def one_dequantize_per_user(gm: GraphModule) -> None:
+def one_dequantize_per_user(gm: GraphModule) -> int:
     """``dq(x, …)`` with several users => one each, told apart by a ``quant_min`` that no kernel reads.
 
     The patterns want a dequantize of their own for each operand. Equal nodes would be merged again before they are
     tried, and the pass that splits them does not see those that end in a view and in something else.
     """
     copies: Counter[tuple[Any, ...]] = Counter()
+    count = 0
     for node in list(gm.graph.nodes):
         place = {qd.dequantize_per_channel.default: 4}.get(node.target, 3 if node.target in ACTIVATION_DQ else 0)
         if not place or not node.args[place] < node.args[place + 1]:
@@ -288,11 +322,13 @@ def one_dequantize_per_user(gm: GraphModule) -> None:
                     copy = call(gm, node, node.target, *args, **node.kwargs)
                 copy.meta.update(node.meta)
                 user.replace_input_with(node, copy)
+                count += 1
         if not node.users:
             gm.graph.erase_node(node)
+    return count
 
 
-REWRITES: tuple[Callable[[GraphModule], None], ...] = (
+REWRITES: tuple[Pass, ...] = (
     idle_dropouts,
     positional_arguments,
     constant_parameters,
@@ -309,7 +345,9 @@ REWRITES: tuple[Callable[[GraphModule], None], ...] = (
     plain_additions,
     single_precision,
     dequantize_last,
+    remove_dead_code,
     convolutions_in_two_dimensions,
+    remove_dead_code,  # a dequantize that nobody reads counts as a use
     separate_additions,
     shared_values_first,
 )

@@ -1,6 +1,6 @@
 """Rewrites of constants: weights, biases and embedding tables, in the form that int8 kernels take them.
 
-They run on a private copy, in the order of `inductor_rewrites.REWRITES`. Each keeps the eager result.
+They run on a private copy, in the order of `pipeline.REWRITES`. Each keeps the eager result.
 """
 
 from __future__ import annotations
@@ -55,24 +55,29 @@ def activation_of(node: Node) -> Node | None:
     return None
 
 
-def folded_weights(gm: GraphModule) -> None:
+def folded_weights(gm: GraphModule) -> int:
     """``quantize(get_attr float, …)`` => ``get_attr int8``: what ``fold_quantize=False`` leaves in the graph."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target in QUANTIZE and tensor_at(gm, node.args[0]) is not None:
-            _evaluate(gm, node, "_integers")
+            count += _evaluate(gm, node, "_integers")
+    return count
 
 
-def _evaluate(gm: GraphModule, node: Node, name: str) -> None:
+def _evaluate(gm: GraphModule, node: Node, name: str) -> bool:
     """Replace a call whose operands are all constants by the constant it computes; leave any other call."""
     if isinstance(node.target, str):
-        return
+        return False
     args = [tensor_at(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
-    if all(arg is not None for arg, given in zip(args, node.args, strict=True) if given is not None):
-        replace(node, emit_constant(gm, node, name, node.target(*args, **node.kwargs)))
+    if any(arg is None for arg, given in zip(args, node.args, strict=True) if given is not None):
+        return False
+    replace(node, emit_constant(gm, node, name, node.target(*args, **node.kwargs)))
+    return True
 
 
-def explicit_zero_points(gm: GraphModule) -> None:
+def explicit_zero_points(gm: GraphModule) -> int:
     """``dequantize_per_channel(w, scales, None, …)`` => ``dequantize_per_channel(w, scales, zeros, …)``."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target is not qd.dequantize_per_channel.default or operands(node)["zero_points"] is not None:
             continue
@@ -81,23 +86,28 @@ def explicit_zero_points(gm: GraphModule) -> None:
             continue
         zeros = emit_constant(gm, node, "_zero_points", torch.zeros(scales.shape, dtype=torch.int64))
         node.args = (*node.args[:2], zeros, *node.args[3:])
+        count += 1
+    return count
 
 
-def float_biases(gm: GraphModule) -> None:
+def float_biases(gm: GraphModule) -> int:
     """``dequantize(get_attr int32)`` => ``get_attr float``: int8 kernels take a float bias, and it is small."""
+    count = 0
     for node in list(gm.graph.nodes):
         if node.target not in (qd.dequantize_per_tensor.default, qd.dequantize_per_channel.default):
             continue
         value = tensor_at(gm, node.args[0])
         if value is not None and value.dtype is torch.int32:
-            _evaluate(gm, node, "_float_bias")
+            count += _evaluate(gm, node, "_float_bias")
+    return count
 
 
-def per_channel_weights(gm: GraphModule) -> None:
+def per_channel_weights(gm: GraphModule) -> int:
     """``dequantize_per_tensor(w, s, z)`` => ``dequantize_per_channel(w, [s, …], [z, …])`` for constant weights.
 
     Exact: both subtract the same integer and multiply by the same float32.
     """
+    count = 0
     for node in list(gm.graph.nodes):
         user, weight, axis = node, weight_of(node), 1 if node.target in _PRODUCTS else 0
         if weight is not None and weight.target in TRANSPOSES:
@@ -117,12 +127,15 @@ def per_channel_weights(gm: GraphModule) -> None:
             wide = call(gm, weight, qd.dequantize_per_channel.default, *channels, **weight.kwargs)
         wide.meta.update(weight.meta)
         user.replace_input_with(weight, wide)
+        count += 1
         if not weight.users:
             gm.graph.erase_node(weight)
+    return count
 
 
-def weights_by_output(gm: GraphModule) -> None:
+def weights_by_output(gm: GraphModule) -> int:
     """``matmul(x, dq(w, axis=1))`` => ``matmul(x, dq(wᵀ, axis=0)ᵀ)``: weights as ``linear`` keeps them."""
+    count = 0
     for node in list(gm.graph.nodes):
         weight = weight_of(node)
         if node.target not in _PRODUCTS or weight is None or weight.target is not qd.dequantize_per_channel.default:
@@ -136,8 +149,10 @@ def weights_by_output(gm: GraphModule) -> None:
             rows = call(gm, weight, weight.target, turned, *weight.args[1:3], 0, *weight.args[4:], **weight.kwargs)
             found = call(gm, weight, aten.permute.default, rows, [1, 0])
         node.replace_input_with(weight, found)
+        count += 1
         if not weight.users:
             gm.graph.erase_node(weight)
+    return count
 
 
 def float_weight(gm: GraphModule, node: Node) -> int:

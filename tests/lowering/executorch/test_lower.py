@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from lowering import to_executorch, verify
+from lowering.executorch.report import op_name
 from lowering.executorch.xnnpack.limits import check_limits
 from quant2e.errors import LoweringError
 from quant2e.graph.qdq_ops import qd
+from quant2e.passes.runner import checking
 from tests.lowering.graphs import Cnn, DynamicAttentionInput, Lookup, Weight, on_dynamic_grid, on_grid
+from tests.pass_checks import trusting
 
 pytest.importorskip("executorch")
 
@@ -339,9 +342,10 @@ def test_a_program_that_is_wrong_on_purpose_is_refused(monkeypatch):
 
     reference = capture(Cnn(), IMAGE)
     monkeypatch.setattr(lowering.executorch.lower, "EXACT", (*lowering.executorch.lower.EXACT, _flip_bias))
-    with pytest.raises(LoweringError, match=r"the ExecuTorch program does not compute .* FAILED: .* step\(s\)"):
-        to_executorch(reference, (IMAGE,))
-    unchecked = to_executorch(reference, (IMAGE,), verify=False)
+    with checking(trusting):
+        with pytest.raises(LoweringError, match=r"the ExecuTorch program does not compute .* FAILED: .* step\(s\)"):
+            to_executorch(reference, (IMAGE,))
+        unchecked = to_executorch(reference, (IMAGE,), verify=False)
     assert unchecked.report.verification is None
     assert not verify(unchecked, reference, [(IMAGE,)]).passed
 
@@ -510,6 +514,49 @@ def test_partitioners_may_be_none_at_all():
     program = to_executorch(capture(Fn(lambda x: F.linear(on_grid(x, A), weight())), x), (x,), partitioners=[])
     assert program.report.partitions == ()
     assert program.report.verification.sqnr_db > 100
+
+
+def test_another_backend_sees_the_ops_whole():
+    """What XNNPACK has no kernel for is taken apart for XNNPACK only."""
+    from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
+    from executorch.exir.backend.partitioner import DelegationSpec, Partitioner, PartitionResult
+
+    seen = []
+
+    class Norms(BackendDetails):
+        @staticmethod
+        def preprocess(program, _):
+            seen.extend(op_name(node) for node in program.graph.nodes if node.op == "call_function")
+            return PreprocessResult(processed_bytes=b"blob")
+
+    class TakesNorms(Partitioner):
+        delegation_spec = DelegationSpec(Norms.__name__, [])
+
+        def ops_to_not_decompose(self, _):
+            return [torch.ops.aten.layer_norm.default], None
+
+        def partition(self, exported_program):
+            for node in exported_program.graph.nodes:
+                if "layer_norm" in str(node.target):
+                    node.meta["delegation_tag"] = "norm"
+            return PartitionResult(exported_program, {"norm": self.delegation_spec})
+
+    x = torch.randn(2, 4, 8)
+    graph = capture(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(approximate="tanh")), x)
+    program = to_executorch(graph, (x,), partitioners=[TakesNorms()], verify=False)
+    assert [partition.backend for partition in program.report.partitions] == ["Norms"]
+    assert seen == ["aten.layer_norm.default"]
+    assert program.report.rewrites == {}
+
+
+def test_a_partitioner_of_xnnpack_gets_the_legal_form_whoever_made_it():
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    x = torch.randn(2, 4, 8)
+    graph = capture(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), x)
+    program = to_executorch(graph, (x,), partitioners=[XnnpackPartitioner()])
+    assert program.report.rewrites == to_executorch(graph, (x,)).report.rewrites
+    assert program.report.rewrites["decompose_normalizations"] == 1
 
 
 def test_a_backend_that_the_runtime_lacks_is_named():

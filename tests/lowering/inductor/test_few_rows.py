@@ -12,6 +12,7 @@ from lowering.inductor.rewrites.pipeline import REWRITES
 from quant2e import quantize
 from quant2e.errors import LoweringError
 from quant2e.observers.native.build import compiler
+from quant2e.passes import run
 from quantizers import X86InductorQuantizer, recipe
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so there is no kernel of ours")
@@ -97,8 +98,7 @@ def converted(given="w8", model=None, x=None, **options):
 
 def chosen(result, wanted):
     gm = private_copy(result.module)
-    for rewrite in REWRITES:
-        rewrite(gm)
+    run(gm, REWRITES, compiled=False)
     choices, size = choose(gm, {}, wanted)
     gm.recompile()
     return gm, choices, size

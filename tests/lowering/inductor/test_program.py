@@ -20,7 +20,9 @@ from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.pipeline import REWRITES
 from quant2e.errors import LoweringError
 from quant2e.graph.qdq_ops import qd
+from quant2e.passes.runner import checking
 from tests.lowering.graphs import Cnn, Lookup, Weight, on_dynamic_grid, on_grid
+from tests.pass_checks import trusting
 
 pytestmark = pytest.mark.inductor
 
@@ -237,12 +239,14 @@ def test_a_program_that_computes_something_else_raises(monkeypatch):
         for node in gm.graph.nodes:
             if node.target is qd.dequantize_per_tensor.default:
                 node.args = (node.args[0], node.args[1] * 2, *node.args[2:])
+        return 1
 
     model, x = capture(Fn(dequantized_linear, w=weight(8, 8)), torch.randn(4, 8)), torch.randn(4, 8)
     monkeypatch.setattr("lowering.inductor.pipeline.REWRITES", (*REWRITES, breaks))
-    with pytest.raises(LoweringError, match="does not compute what its Q/DQ graph says: FAILED"):
-        to_inductor(model, (x,))
-    assert to_inductor(model, (x,), verify=False).verification is None
+    with checking(trusting):
+        with pytest.raises(LoweringError, match="does not compute what its Q/DQ graph says: FAILED"):
+            to_inductor(model, (x,))
+        assert to_inductor(model, (x,), verify=False).verification is None
 
 
 def state():

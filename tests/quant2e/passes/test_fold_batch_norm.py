@@ -120,7 +120,7 @@ def test_a_linear_of_any_rank_folds_exactly_when_its_features_are_the_channels(d
     model = trained(Net(lambda m, x: m.norm(m.mac(x).permute(dims)).contiguous(), mac=mac, norm=norm))
     x = torch.randn(2, 5, 4)
     gm = capture(model, x)
-    assert run(gm, (fold_batch_norm,)) is (dims[1] == 2)
+    assert bool(run(gm, (fold_batch_norm,))) is (dims[1] == 2)
     torch.testing.assert_close(gm(x), model(x))
 
 

@@ -1,4 +1,4 @@
-"""Rewrites of a Q/DQ graph into the form a target's partitioner takes whole.
+"""XNNPACK's legal form: a Q/DQ graph in the ops that its partitioner takes whole.
 
 In: the GraphModule of ATen ops that ``torch.export`` gives, with ``meta["val"]`` on its nodes. Out: the same
 module, rewritten in place. Each file opens with its rewrite as an equation; each rewrite says how often it applied.
@@ -6,21 +6,23 @@ module, rewritten in place. Each file opens with its rewrite as an equation; eac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
-from lowering.executorch.xnnpack.legalize.activations import decompose_activations
 from lowering.executorch.xnnpack.legalize.attention import plain_attention
-from lowering.executorch.xnnpack.legalize.bags import decompose_embedding_bags
-from lowering.executorch.xnnpack.legalize.concat import distinct_operands, lone_operands
 from lowering.executorch.xnnpack.legalize.constants import fold_constants
 from lowering.executorch.xnnpack.legalize.dynamic import per_row, short_group_scales, spread_weight_scale
-from lowering.executorch.xnnpack.legalize.embedding import gather_then_dequantize
 from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
 from lowering.executorch.xnnpack.legalize.movement import one_grid, quantize_moves
-from lowering.executorch.xnnpack.legalize.normalization import decompose_normalizations
-from lowering.executorch.xnnpack.legalize.pieces import implicit_expand, slice_pieces
+from lowering.executorch.xnnpack.legalize.pieces import (
+    distinct_operands,
+    implicit_expand,
+    lone_operands,
+    slice_pieces,
+    slice_selects,
+)
+from lowering.executorch.xnnpack.legalize.pointwise import decompose_activations, tensor_operands
 from lowering.executorch.xnnpack.legalize.pooling import (
     explicit_pooling,
     keep_mean_dims,
@@ -28,17 +30,16 @@ from lowering.executorch.xnnpack.legalize.pooling import (
     pool_images,
 )
 from lowering.executorch.xnnpack.legalize.projection import split_projections
-from lowering.executorch.xnnpack.legalize.reductions import decompose_reductions
+from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
 from lowering.executorch.xnnpack.legalize.reshape import one_view
-from lowering.executorch.xnnpack.legalize.scalars import tensor_operands
 from lowering.executorch.xnnpack.legalize.scores import scores_in_three_dimensions
-from lowering.executorch.xnnpack.legalize.select import slice_selects
 from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
-from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
+from lowering.rewrites import apply
+from lowering.rewrites.embedding import gather_then_dequantize
+from lowering.rewrites.embedding_bag import decompose_embedding_bags
+from quant2e.passes import Pass, Promise
 
-Rewrite = Callable[[GraphModule], int]
-
-EXACT: tuple[Rewrite, ...] = (
+EXACT: tuple[Pass, ...] = (
     plain_attention,
     batched_matmul,
     scores_in_three_dimensions,
@@ -67,19 +68,14 @@ EXACT: tuple[Rewrite, ...] = (
 )
 """Rewrites that keep every result, bit for bit up to the order of float additions."""
 
-DECLARED: tuple[Rewrite, ...] = (short_group_scales, per_row)
+DECLARED: tuple[Pass, ...] = (short_group_scales, per_row)
 """Rewrites that change numbers, because the target computes that way; what lowers with them says so."""
 
 
-def legalize(module: GraphModule, rewrites: Sequence[Rewrite]) -> dict[str, int]:
+_SHARED = frozenset({"one consumer per dequantize"})
+"""The partitioner gives each consumer its own."""
+
+
+def legalize(module: GraphModule, rewrites: Sequence[Pass]) -> dict[str, int]:
     """Apply rewrites in order, in place; returns how often each applied, those that did not left out."""
-    applied = {}
-    for rewrite in rewrites:
-        count = rewrite(module)
-        if count:
-            applied[rewrite.__name__] = count
-    remove_dead_code(module)
-    prune_unused_attributes(module)
-    module.recompile()
-    module.graph.lint()
-    return applied
+    return apply(module, rewrites, Promise(result=rewrites is not DECLARED, waived=_SHARED))

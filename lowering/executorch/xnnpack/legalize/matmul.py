@@ -11,28 +11,25 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.executorch.xnnpack.legalize.requirements import all_of, float32
+from quant2e.annotation.pattern import Arg, Match, Op
+from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit
 from quant2e.graph.fake_values import shape_of
+from quant2e.passes.rewrite import Rewrite
 
 _ATEN = torch.ops.aten
 
 
-def batched_matmul(module: GraphModule) -> int:
-    """Rewrite products of float32 tensors of equal rank, 3 or more, and equal leading sizes; returns how many."""
-    count = 0
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target is not _ATEN.matmul.default:
-            continue
-        a, b = node.args
-        if not isinstance(a, Node) or not isinstance(b, Node) or a.meta["val"].dtype is not torch.float32:
-            continue
-        left, right = shape_of(a), shape_of(b)
-        if len(left) != len(right) or len(left) < 3 or left[:-2] != right[:-2]:
-            continue
-        node.replace_all_uses_with(product(node, a, b))
-        module.graph.erase_node(node)
-        count += 1
-    return count
+def _same_batch(node: Node) -> bool | str:
+    a, b = operand(node, 0), operand(node, 1)
+    left, right = (shape_of(x) if isinstance(x, Node) else () for x in (a, b))
+    same = len(left) == len(right) and len(left) >= 3 and left[:-2] == right[:-2]
+    return same or f"the operands of '{node.name}' are not batches of the same sizes"
+
+
+def _batched(_: GraphModule, match: Match) -> Node:
+    return product(match.root, match.edges["a"][0], match.edges["b"][0])
 
 
 def product(like: Node, a: Node, b: Node) -> Node:
@@ -59,3 +56,11 @@ def _reshaped(like: Node, x: Node, sizes: list[tuple[Node, *tuple[int, ...]]]) -
         else:
             arguments.append(emit(like, _ATEN.sym_size.int, source, dims[0]))
     return emit(like, _ATEN.reshape.default, x, arguments)
+
+
+batched_matmul = Rewrite(
+    "batched_matmul",
+    Op(frozenset({_ATEN.matmul.default}), (Arg("a"), Arg("b")), when=all_of(float32, _same_batch)),
+    _batched,
+)
+"""Products of float32 tensors of equal rank, 3 or more, and equal leading sizes."""

@@ -3,9 +3,13 @@
     split, chunk     =  one slice per part that is used
     stack(x, y; d)   =  cat(unsqueeze(x, d), unsqueeze(y, d); d)
     roll(x, s; d)    =  cat(x[-s:], x[:-s]; d)
+    select(x, d, i)  =  squeeze(slice(x, d, i, i + 1), d), and unbind is one select per part
     op(expand(x), y) =  op(x, y)   where op broadcasts x to the same shape
+    cat([x])         =  x          as DenseNet begins each block
+    cat([dequantize(q), dequantize(q)])  =  cat([dequantize(q), dequantize'(q)])    one dequantize for each operand
 
-XNNPACK slices and concatenates; it does not split, stack, roll or expand.
+XNNPACK slices, views and concatenates; it does not split, stack, roll, expand or drop a dimension. Its partitioner
+counts the nodes that a concatenation reads, and takes it from two on.
 """
 
 from __future__ import annotations
@@ -17,9 +21,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.executorch.xnnpack.legalize.requirements import unary
+from quant2e.annotation.pattern import Match
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit
 from quant2e.graph.fake_values import shape_of
+from quant2e.graph.qdq_ops import DEQUANTIZE
+from quant2e.passes.rewrite import Rewrite
 
 _ATEN = torch.ops.aten
 _SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split.sizes, _ATEN.split_with_sizes.default, _ATEN.chunk.default})
@@ -111,3 +119,70 @@ def _broadcasts(user: Node, expanded: Node, x: Node) -> bool:
 def _replace(node: Node, result: Node) -> None:
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
+
+
+def _index(node: Node) -> tuple[Any, Any, Any]:
+    """The tensor that a node selects from, the dimension, and the place."""
+    if node.target is operator.getitem:
+        unbind: Any = node.args[0]
+        return operand(unbind, 0), operand(unbind, "dim"), node.args[1]
+    return operand(node, 0), operand(node, "dim"), operand(node, "index")
+
+
+def _from_fixed(node: Node) -> bool | str:
+    if node.target is operator.getitem and getattr(node.args[0], "target", None) is not _ATEN.unbind.int:
+        return f"'{node.name}' picks no part of an unbind"
+    x, dim, index = _index(node)
+    if not isinstance(x, Node) or not isinstance(dim, int) or not isinstance(index, int):
+        return f"'{node.name}' selects at a place that varies"
+    shape = shape_of(x)
+    dim %= len(shape)
+    rest = [*shape[:dim], *shape[dim + 1 :]]
+    if not rest or not isinstance(shape[dim], int) or sum(not isinstance(size, int) for size in rest) > 1:
+        return f"'{node.name}' leaves nothing, or several sizes that vary"
+    return True
+
+
+def _sliced(_: GraphModule, match: Match) -> Node:
+    node = match.root
+    x, dim, index = _index(node)
+    dim %= len(shape_of(x))
+    index %= int(shape_of(x)[dim])
+    part = emit(node, _ATEN.slice.Tensor, x, dim, index, index + 1)
+    # one_view spells the unknown size out as -1
+    return emit(node, _ATEN.squeeze.dims, part, [dim])
+
+
+slice_selects = Rewrite("slice_selects", unary(_ATEN.select.int, operator.getitem, when=_from_fixed), _sliced)
+"""Selections from a dimension of fixed size."""
+
+
+def distinct_operands(module: GraphModule) -> int:
+    """Give operands that are concatenated with themselves a dequantize of their own; returns how many."""
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.cat.default:
+            continue
+        parts, seen = list(node.args[0]), set()
+        for index, part in enumerate(parts):
+            if isinstance(part, Node) and part in seen and part.target in DEQUANTIZE:
+                parts[index] = emit(node, part.target, *part.args, **part.kwargs)
+                count += 1
+            seen.add(part)
+        node.args = (parts, *node.args[1:])
+    return count
+
+
+def lone_operands(module: GraphModule) -> int:
+    """Let readers of a concatenation of one tensor read that tensor; returns how many concatenations had any.
+
+    A result of the graph stays a tensor of its own.
+    """
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target is not _ATEN.cat.default or len(node.args[0]) != 1:
+            continue
+        readers = [user for user in node.users if user.op != "output"]
+        node.replace_all_uses_with(node.args[0][0], delete_user_cb=lambda user: user.op != "output")
+        count += bool(readers)
+    return count

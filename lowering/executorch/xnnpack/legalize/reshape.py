@@ -8,28 +8,30 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.executorch.xnnpack.legalize.requirements import unary
+from quant2e.annotation.pattern import Match
 from quant2e.graph.data_movement import Effect, movements
+from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit
 from quant2e.graph.fake_values import shape_of
+from quant2e.passes.rewrite import Rewrite
 
 _ATEN = torch.ops.aten
 RESHAPES = movements(Effect.RESHAPE)
 
 
-def one_view(module: GraphModule) -> int:
-    """Rewrite reshapes of floats and integers alike as views; returns how many changed."""
-    count = 0
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target not in RESHAPES or not isinstance(node.args[0], Node):
-            continue
-        sizes = _sizes(node)
-        if sizes is None or (node.target is _ATEN.view.default and list(node.args[1]) == sizes):
-            continue
-        view = _viewed(node, node.args[0], sizes)
-        node.replace_all_uses_with(view)
-        module.graph.erase_node(node)
-        count += 1
-    return count
+def _changes(node: Node) -> bool | str:
+    sizes = _sizes(node)
+    if sizes is None:
+        return f"'{node.name}' has several sizes that vary, or one of 0"
+    same = node.target is _ATEN.view.default and list(operand(node, "size")) == sizes
+    return not same or f"'{node.name}' is such a view"
+
+
+def _view(_: GraphModule, match: Match) -> Node:
+    sizes = _sizes(match.root)
+    assert sizes is not None, "matched"
+    return _viewed(match.root, match.edges["x"][0], sizes)
 
 
 def _viewed(node: Node, x: Node, sizes: list[int]) -> Node:
@@ -46,3 +48,7 @@ def _sizes(node: Node) -> list[int] | None:
     if len(symbolic) > 1 or any(size == 0 for size in sizes if isinstance(size, int)):
         return None
     return [-1 if i in symbolic else int(size) for i, size in enumerate(sizes)]
+
+
+one_view = Rewrite("one_view", unary(*RESHAPES, when=_changes), _view)
+"""Reshapes of floats and integers alike as views."""

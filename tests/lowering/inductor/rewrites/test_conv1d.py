@@ -8,6 +8,8 @@ from lowering.inductor.rewrites.conv1d import convolutions_in_two_dimensions
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.pipeline import narrow_ranges
 from quant2e.graph.qdq_ops import qd
+from quant2e.passes import run
+from quant2e.passes.dead_code import remove_dead_code
 from tests.lowering.inductor.rewrites.test_pipeline import graph, weight
 
 aten = torch.ops.aten
@@ -41,7 +43,7 @@ def test_same_bits(case):
     model = graph(function, LINE, w=weight(8, 8, 3), b=torch.randn(8))
     copy = private_copy(model)
     narrow_ranges(copy)
-    convolutions_in_two_dimensions(copy)
+    run(copy, (convolutions_in_two_dimensions, remove_dead_code), compiled=False)
     copy.graph.lint()
     copy.recompile()
     assert torch.equal(copy(LINE)[0], model(LINE))
@@ -56,7 +58,7 @@ def test_what_is_fused_stays_next_to_its_convolution():
     model = graph(lambda m, x: F.conv1d(u8(F.relu6(F.conv1d(u8(x), m.w())), 0, 127), m.w()), LINE, w=weight(8, 8, 3))
     copy = private_copy(model)
     narrow_ranges(copy)
-    convolutions_in_two_dimensions(copy)
+    run(copy, (convolutions_in_two_dimensions, remove_dead_code), compiled=False)
     node = next(n for n in copy.graph.nodes if n.target is aten.conv2d.default)
     chain = []
     while node.target is not qd.dequantize_per_tensor.default:

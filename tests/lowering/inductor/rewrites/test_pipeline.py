@@ -27,6 +27,7 @@ from lowering.inductor.rewrites.weights import (
     weights_by_output,
 )
 from quant2e.graph.qdq_ops import qd
+from quant2e.passes import run
 from tests.lowering.graphs import Cnn, DynamicAttentionInput, Lookup, Weight, on_dynamic_grid, on_grid
 
 F = torch.nn.functional
@@ -188,8 +189,7 @@ TABLE = {
         "aten.mul.Tensor", ""),
     "sum with itself": (plain_additions, graph(lambda m, x: x.sin() + x.sin(), X), (X,), "aten.add.Tensor", ""),
     "everything": (
-        lambda gm: [rewrite(gm) for rewrite in REWRITES],
-            graph(lambda m, x: m.c(x), torch.randn(1, 3, 8, 8), c=Cnn(None)),
+        lambda gm: run(gm, REWRITES), graph(lambda m, x: m.c(x), torch.randn(1, 3, 8, 8), c=Cnn(None)),
         (torch.randn(1, 3, 8, 8),), "dequantize_per_channel.default", "",
     ),
 }  # fmt: skip

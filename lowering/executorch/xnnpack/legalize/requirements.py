@@ -1,0 +1,57 @@
+"""Requirements of XNNPACK's kernels: conditions of patterns that say why not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from quant2e.annotation.pattern import Arg, Condition, Op
+from quant2e.graph.dataflow import operand
+from quant2e.graph.fake_values import node_tensor, shape_of
+
+X = Arg("x")
+
+
+def unary(*targets: Callable[..., Any], when: Condition) -> Op:
+    """A call of one of ``targets``, none of which writes in place, on a tensor ``x`` and literals."""
+    return Op(frozenset(targets), (X,), when=when)
+
+
+def all_of(*conditions: Condition) -> Condition:
+    """The first answer that is not True."""
+
+    def answer(node: Node) -> bool | str:
+        return next((found for found in (condition(node) for condition in conditions) if found is not True), True)
+
+    return answer
+
+
+def float32(node: Node) -> bool | str:
+    """XNNPACK computes float ops in float32."""
+    value = node_tensor(operand(node, 0))
+    if value is None:
+        return f"'{node.name}' has no tensor as its first operand"
+    return value.dtype is torch.float32 or f"the operand of '{node.name}' is {value.dtype}, not float32"
+
+
+def literal(name: str, *values: object) -> Condition:
+    """An argument that is one of ``values``."""
+
+    def answer(node: Node) -> bool | str:
+        found = operand(node, name)
+        return found in values or f"'{node.name}' has {name}={found!r}"
+
+    return answer
+
+
+def fixed(*sizes: int | torch.SymInt) -> bool:
+    """Whether sizes are known before the program runs."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def rank(node: Node) -> int:
+    """The number of dimensions of what a node produces."""
+    return len(shape_of(node))
