@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from quant2e.annotation.pattern import Arg, Match, Op
 from quant2e.graph.dataflow import operand
+from quant2e.passes.rewrite import Rewrite
 from quantizers.rewrites.matmul_to_linear import ORIGINAL_TARGET
 
 aten = torch.ops.aten
@@ -23,28 +25,27 @@ _CLAMPS: dict[Any, Any] = {
 """Clamp → what its in-place form ends in."""
 
 
-def clamps_as_fused(gm: GraphModule, wanted: Callable[[Node], bool]) -> bool:
-    """Rewrite the clamps that ``wanted`` answers True for. Returns whether any was."""
-    changed = False
-    for node in gm.graph.nodes:
-        suffix = _CLAMPS.get(node.target)
-        if suffix is None or not isinstance(x := operand(node, 0), Node) or not wanted(node):
-            continue
-        low, high = operand(node, "min"), operand(node, "max")
-        args: tuple[Any, ...] = (x,)
-        if low == 0 and high is None:
-            target = getattr(aten, f"relu{suffix}").default
-        elif _are_numbers(low, high) and low < high:
-            target, args = getattr(aten, f"hardtanh{suffix}").default, (x, low, high)
-        else:
-            continue
-        node.meta[ORIGINAL_TARGET] = node.target
-        node.target, node.args, node.kwargs = target, args, {}
-        changed = True
-    if changed:
-        gm.graph.lint()
-        gm.recompile()
-    return changed
+def clamps_as_fused(wanted: Callable[[Node], bool]) -> Rewrite:
+    """The clamps that ``wanted`` answers True for, in the spelling that is fused."""
+    clamp = Op(frozenset(_CLAMPS), (Arg("x"),), when=_has_a_spelling)
+    return Rewrite("clamps_as_fused", clamp, _respelled, lambda match: wanted(match.root) or "it is not wanted")
+
+
+def _has_a_spelling(node: Node) -> bool | str:
+    low, high = operand(node, "min"), operand(node, "max")
+    relu, hardtanh = low == 0 and high is None, _are_numbers(low, high) and low < high
+    return relu or hardtanh or f"'{node.name}' clamps to [{low}, {high}], which is neither relu nor hardtanh"
+
+
+def _respelled(_: GraphModule, match: Match) -> Node:
+    node, suffix = match.root, _CLAMPS[match.root.target]
+    x, low, high = match.edges["x"][0], operand(node, "min"), operand(node, "max")
+    node.meta[ORIGINAL_TARGET] = node.target
+    if high is None:
+        node.target, node.args, node.kwargs = getattr(aten, f"relu{suffix}").default, (x,), {}
+    else:
+        node.target, node.args, node.kwargs = getattr(aten, f"hardtanh{suffix}").default, (x, low, high), {}
+    return node
 
 
 def _are_numbers(*values: Any) -> bool:

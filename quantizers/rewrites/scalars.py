@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from quant2e.annotation.pattern import Arg, Match, Op
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit_constant
+from quant2e.passes.rewrite import Rewrite
 from quantizers.rewrites.matmul_to_linear import ORIGINAL_TARGET
 
 aten = torch.ops.aten
@@ -32,23 +34,25 @@ WITH_NUMBERS = frozenset(_TENSOR_FORM)
 _REVERSED = (aten.rsub.Scalar, aten.rsub.Tensor)
 
 
-def scalars_as_tensors(gm: GraphModule, wanted: Callable[[Node], bool]) -> bool:
-    """Give sums, differences and products with a number, which ``wanted`` answers True for, a tensor instead of it."""
-    changed = False
-    for node in list(gm.graph.nodes):
-        target = _TENSOR_FORM.get(node.target)
-        if target is None or (number := _number(node)) is None or not wanted(node):
-            continue
-        x, value = operand(node, 0), node.meta["val"]
-        other = emit_constant(gm, node, f"{node.name}_number", torch.tensor(number, dtype=value.dtype))
-        node.meta[ORIGINAL_TARGET] = node.target
-        node.args = (other, x) if node.target in _REVERSED else (x, other)
-        node.target, node.kwargs = target, {}
-        changed = True
-    if changed:
-        gm.graph.lint()
-        gm.recompile()
-    return changed
+def scalars_as_tensors(wanted: Callable[[Node], bool]) -> Rewrite:
+    """Sums, differences and products with a number, which ``wanted`` answers True for, with a tensor instead of it."""
+    arithmetic = Op(WITH_NUMBERS, (Arg("x"),), when=_has_a_number)
+    return Rewrite("scalars_as_tensors", arithmetic, _with_tensor, lambda m: wanted(m.root) or "it is not wanted")
+
+
+def _has_a_number(node: Node) -> bool | str:
+    return _number(node) is not None or f"'{node.name}' does not combine a float tensor with a number alone"
+
+
+def _with_tensor(gm: GraphModule, match: Match) -> Node:
+    node, x, number = match.root, match.edges["x"][0], _number(match.root)
+    assert number is not None, "matched"
+    other = emit_constant(gm, node, f"{node.name}_number", torch.tensor(number, dtype=node.meta["val"].dtype))
+    node.meta[ORIGINAL_TARGET] = node.target
+    target = _TENSOR_FORM[node.target]
+    node.args = (other, x) if node.target in _REVERSED else (x, other)
+    node.target, node.kwargs = target, {}
+    return node
 
 
 def _number(node: Node) -> float | None:

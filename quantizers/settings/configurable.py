@@ -17,6 +17,7 @@ from quant2e.annotation.pattern import Match
 from quant2e.annotation.specs import QuantizationAnnotation, QuantizationSpec, group_size_of
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
+from quant2e.passes import run
 from quantizers.kit.rule import ChosenConfig, Rule
 from quantizers.kit.rule_quantizer import RuleQuantizer
 from quantizers.rewrites.matmul_to_linear import products_as_linear
@@ -167,7 +168,7 @@ class ConfigurableQuantizer(RuleQuantizer):
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Spell products with a constant weight as linear, where a configuration covers them."""
         if self.has_linear:
-            products_as_linear(model, lambda node: self.choose(node).config is not None)
+            run(model, (products_as_linear(model.graph, lambda node: self.choose(node).config is not None),))
         return model
 
     def choose(self, node: Node) -> ChosenConfig:

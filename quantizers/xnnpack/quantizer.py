@@ -19,6 +19,7 @@ from quant2e.annotation.specs import PER_CHANNEL_SCHEMES, group_size_of
 from quant2e.errors import AnnotationError
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import operand
+from quant2e.passes import run
 from quantizers.kit.composites import composites
 from quantizers.kit.families import MOVES, linear
 from quantizers.kit.float_regions import float_tail, stands_between_float_ops
@@ -189,8 +190,7 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
         def of_product(node: Node) -> bool:
             return is_static(node) and operand(node, 0).target in PRODUCTS
 
-        clamps_as_fused(model, of_product)
-        scalars_as_tensors(model, of_number)
+        run(model, (clamps_as_fused(of_product), scalars_as_tensors(of_number)))
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from quant2e.passes import run
 from quantizers import X86InductorQuantizer, XNNPACKQuantizer, get_symmetric_quantization_config
 from quantizers.rewrites.matmul_to_linear import products_as_linear
 from tests.quantizers.models import ROWS, Of, annotations, captured
@@ -11,6 +12,10 @@ from tests.quantizers.models import ROWS, Of, annotations, captured
 aten = torch.ops.aten
 CONFIG = get_symmetric_quantization_config(is_per_channel=True)
 W, B = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6))
+
+
+def always(node):
+    return True
 
 
 def holding(function):
@@ -43,19 +48,19 @@ def test_products_with_a_constant_matrix_are_linear(name):
     gm = captured(holding(PRODUCTS[name]), ROWS)
     names = [n.name for n in gm.graph.nodes]
     expected = gm(*ROWS)
-    assert products_as_linear(gm, lambda node: True)
+    assert run(gm, (products_as_linear(gm.graph, always),))
     assert torch.equal(gm(*ROWS), expected)
     (linear,) = (n for n in gm.graph.nodes if n.target is aten.linear.default)
     assert linear.name in names
     assert tuple(linear.args[1].meta["val"].shape) == (6, 8)
-    assert not products_as_linear(gm, lambda node: True)
+    assert not run(gm, (products_as_linear(gm.graph, always),))
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_products_are_left_alone(name):
     gm = captured(holding(OTHERS[name]), ROWS)
     code = gm.code
-    assert not products_as_linear(gm, lambda node: True)
+    assert not run(gm, (products_as_linear(gm.graph, always),))
     assert gm.code == code
 
 
