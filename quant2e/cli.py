@@ -1,4 +1,4 @@
-"""The command ``quant2e``. Each subcommand is a module that adds its parser and runs; it is found here by name."""
+"""The command line ``quant2e``. Each subcommand is a module that adds its parser and runs; it is found here by name."""
 
 from __future__ import annotations
 

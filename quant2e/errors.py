@@ -1,4 +1,4 @@
-"""One error family. Every message says what went wrong, where, and what to do.
+"""Errors: one family, in which every message says what went wrong, where, and what to do.
 
 ``where`` renders the place: the node, its ATen target, the module that owns it and the user's source line,
 as far as the graph still knows them.

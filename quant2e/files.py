@@ -1,4 +1,4 @@
-"""Files are written under a temporary name and moved into place: a reader sees the old file or the new one, whole."""
+"""Atomic file writes: a reader sees the old file or the new one, whole."""
 
 from __future__ import annotations
 

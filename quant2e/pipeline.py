@@ -1,4 +1,4 @@
-"""One call: a model in, a quantized model with its report out."""
+"""The pipeline in one call: a model in, a quantized model with its report out."""
 
 from __future__ import annotations
 

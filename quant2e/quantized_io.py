@@ -1,4 +1,4 @@
-"""Models that take and return integers: quantization at the boundary is left to whoever calls.
+"""Integer inputs and outputs: quantization at the boundary is left to whoever calls the model.
 
     placeholder x: float → quantize → dequantize → op        =>        placeholder x: int8 → dequantize → op
     op → quantize → dequantize → output                      =>        op → quantize → output

@@ -1,4 +1,4 @@
-"""The kit to write a backend quantizer, and the backends.
+"""Backend quantizers, and the kit to write one.
 
 In: a captured ATen graph. Out: the same graph, annotated. Imports quant2e only.
 

@@ -1,4 +1,4 @@
-"""Several quantizers, one after the other, on one graph."""
+"""ComposableQuantizer: several quantizers, one after the other, on one graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embedding tables in 8 or 4 bits. Independent of the backend: only the weight is quantized.
+"""EmbeddingQuantizer: embedding tables in 8 or 4 bits, whatever the backend; only the weight is quantized.
 
 At 8 bits each row has a scale, at 4 bits each group of neighbours in a row. Rounding to the nearest step of a range
 that holds all values, the error is at most half a step of that row or group.

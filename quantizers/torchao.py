@@ -1,4 +1,4 @@
-"""Our quantizers inside torchao's flow.
+"""Adapter to torchao: our quantizers inside its flow.
 
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 

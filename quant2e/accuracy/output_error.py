@@ -1,4 +1,4 @@
-"""How far one model's output is from another's."""
+"""Output error: SQNR of a quantized model's outputs against the float model's, over batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user gives a quantizer: the specs of activations, weights and bias, with PT2E's field names."""
+"""QuantizationConfig: the specs of activations, weights and bias given to a quantizer, with PT2E's field names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which elements of a tensor share a scale, in PT2E's words, and the block that each choice means.
+"""Granularities: which elements of a tensor share a scale, in PT2E's words, and the block that each choice means.
 
 A block size has one entry per dimension: the elements of one such block share their parameters.
 """

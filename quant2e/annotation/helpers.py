@@ -1,4 +1,4 @@
-"""Small functions that quantizers written in Python use to annotate nodes, under PT2E's names."""
+"""PT2E's helpers for annotating nodes, under its names."""
 
 from __future__ import annotations
 

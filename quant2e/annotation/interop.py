@@ -1,4 +1,4 @@
-"""Annotations, specs and observers, ours and other libraries', recognised by their shape.
+"""Interoperation with other quantization libraries: annotations, specs and observers recognised by their shape.
 
 A spec with ``edge_or_node`` is shared, with ``derived_from`` derived, with ``scale`` and ``zero_point`` fixed,
 otherwise plain. Nothing of the other library is imported, so the quantizers that backends ship run unmodified.

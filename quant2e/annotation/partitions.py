@@ -1,4 +1,4 @@
-"""Finding ops by the module or function they were written as, for quantizers that move over from PT2E.
+"""Source partitions: the ops that a module or function was exported as, for quantizers that move over from PT2E.
 
 Our own quantizers match ATen ops (`quant2e.annotation.pattern`); these work on what ``torch.fx`` records about the
 source.

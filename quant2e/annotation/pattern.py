@@ -1,4 +1,4 @@
-"""Patterns of ATen ops, as values: ``match``, ``find``, ``explain``.
+"""Pattern language over ATen ops, with patterns as values: ``match``, ``find``, ``explain``.
 
     x, w, b = Arg("x"), constant("w"), Arg("b", optional=True)
     mac = op(aten.conv2d.default, aten.linear.default)(x, w, bias=b)

@@ -1,4 +1,4 @@
-"""Read this first: which tensors of a graph share which quantization parameters, as an immutable table.
+"""The plan (read this first): which tensors of a graph share which quantization parameters, as an immutable table.
 
 A backend's annotations are read once (`quant2e.annotation.interop`) and resolved here into groups. Points are names,
 not live nodes, so a plan survives copies, pickling and rewrites of the graph; it prints and it diffs.

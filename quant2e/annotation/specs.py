@@ -1,4 +1,4 @@
-"""What a backend asks for: quantization specs and annotations, with the field names of PT2E.
+"""Quantization specs and annotations: what a backend asks for, with the field names of PT2E.
 
 A spec describes the numbers of one tensor; an annotation hangs specs on the inputs and the output of one node,
 under ``node.meta[ANNOTATION]``. Both are an input format: they are read once, into a `Plan`.

@@ -1,4 +1,4 @@
-"""Runs data through an observed graph. Statistics stay, data does not."""
+"""Calibration: runs data through an observed graph. Statistics stay, data does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The observed graph as one compiled program, for long calibrations."""
+"""Compiled calibration: the observed graph as one program of ``torch.compile``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is this data fit to calibrate on? Looks at the float graph, before anything is quantized.
+"""Checks of calibration data on the float graph, before anything is quantized.
 
 Each finding says what, where and what to do. None of them stops anything: data can be odd for good reasons.
 """

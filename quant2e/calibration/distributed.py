@@ -1,4 +1,4 @@
-"""Statistics of many processes become those of one: exact, so that the scales do not depend on how data was split.
+"""Distributed calibration: an exact all-reduce of the statistics of many processes.
 
 Every rank runs its own batches. At the end, for all observers of the model at once:
 

@@ -1,4 +1,4 @@
-"""When calibration has seen enough: after so many seconds, or when no range moves any more. Both are opt-in."""
+"""Early stopping of calibration: after so many seconds, or when no range moves any more. Both are opt-in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which range serves a tensor best, tried out: candidates race on held-out batches, per tensor, by output error.
+"""Range selection: per tensor, the candidate range with the least output error on held-out batches.
 
 The error of a tensor says little about what its consumers make of it: a few large values may carry the result, or mean
 nothing. So every candidate is judged behind the ops that read the tensor: their outputs, computed from the quantized

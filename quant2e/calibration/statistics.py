@@ -1,4 +1,4 @@
-"""What calibration learned, as a value: collect it, save it, merge it, put it back, derive other parameters from it.
+"""Calibration statistics as a value: collected, saved, merged, put back, and the source of other parameters.
 
 A statistics file is a zip of one JSON document and one ``.npy`` array per buffer: reading it runs no code. It is bound
 to the graph and the plan it was collected on; for another model the error shows the first lines that differ.

@@ -1,4 +1,4 @@
-"""Observed graph → Q/DQ graph.
+"""Conversion: observed graph → Q/DQ graph.
 
 Every observer is asked for its encoding before the first node is written, so a failure changes nothing and names every
 tensor that is wrong, not only the first.

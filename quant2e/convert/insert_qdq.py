@@ -1,4 +1,4 @@
-"""The one edit that writes q/dq nodes.
+"""Insertion of quantize and dequantize: the one edit that writes q/dq nodes.
 
     obs(x)        =>        dq(q(x))        with one dq for each consumer
 

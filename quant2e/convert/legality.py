@@ -1,4 +1,4 @@
-"""What a legal Q/DQ graph is, as a table.
+"""Legality of Q/DQ graphs, as a table of rules.
 
 Each row is a rule: its name, and a function that says what is wrong with a node, or None.
 """

@@ -1,4 +1,4 @@
-"""Model in, graph of ATen ops out.
+"""Capture: a model becomes a graph of ATen ops, by ``torch.export``.
 
 The graph is what ``torch.export.export(...).module()`` gives, not decomposed, with three differences: regions that
 only change the grad mode are inlined, the conditions on the inputs are checked by the module and not by the graph, and

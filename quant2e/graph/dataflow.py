@@ -1,4 +1,4 @@
-"""How data flows between the nodes of an ATen graph: operands and uses."""
+"""Data flow: the operands of a node and the uses of its result."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Edits of a graph: new nodes, each with its origin and its own value, in front of the node on whose behalf they are
-made.
+"""Graph edits: new nodes, each with its origin and its own value, in front of the node they are made for.
 
     emit(node, f, x, y)      x, y, f(x, y), node
 

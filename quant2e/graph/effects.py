@@ -1,4 +1,4 @@
-"""What a node does besides returning a value: what it writes, what its result shares memory with, what it draws.
+"""Effects of a node besides its value: what it writes, what its result aliases, what it draws at random.
 
 Read from the op's schema (``Tensor(a!)`` is written, ``Tensor(a) -> Tensor(a)`` shares memory), plus the few ATen ops
 whose schema is silent about it.

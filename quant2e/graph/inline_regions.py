@@ -1,4 +1,4 @@
-"""Regions that change nothing about the numbers are inlined.
+"""Inlining of regions that change nothing about the numbers (``no_grad``, autocast that is off).
 
 wrap_with_set_grad_enabled(_, body, *x)            =  body(*x)
 wrap_with_autocast(_, _, False, _, body, *x)       =  body(*x)   outside of an enabled autocast region

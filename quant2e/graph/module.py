@@ -1,4 +1,4 @@
-"""The module that holds a captured graph: called like the user's model, copied without copying tensors."""
+"""CapturedModule: a captured graph called like the user's model, and copied without copying tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A graph as plain data, so that a captured module can be pickled and sent to another process.
+"""Serialization of a graph as plain data, so that a captured module can be pickled and sent to another process.
 
 Kept: nodes, names, the calling convention, and of the metadata what is plain data, module paths and source lines, and
 the example value of tensors of fixed size. Lost: other metadata, example values of dynamic size among it. To keep a

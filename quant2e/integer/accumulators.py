@@ -1,4 +1,4 @@
-"""What a narrow accumulator would do to the products of an integer graph, on data.
+"""Accumulator simulation: what a narrow accumulator would do to the products of an integer graph, on data.
 
     pairs16:  Σ saturate16(u[2i] * w[2i] + u[2i + 1] * w[2i + 1])      u: activations as u8, w: s8 (AVX2 vpmaddubsw)
     int16, int24:  every partial sum of (x - zero_point) * w is kept in that many bits

@@ -1,4 +1,4 @@
-"""The entry: Q/DQ graph in, integer graph out."""
+"""Conversion to the integer representation: Q/DQ graph in, integer graph out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In-place ops become their functional forms, so that one table of integer forms serves both spellings.
+"""Functionalization: in-place ops become their functional forms, so that one table of integer forms serves both.
 
 y = relu_(x);  z = f(x)        =>        y = relu(x);  z = f(y)
 """

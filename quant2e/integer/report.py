@@ -1,4 +1,4 @@
-"""Which ops compute in integers, which stay in float, and why."""
+"""Report of an integer graph: which ops compute in integers, which stay in float, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Q/DQ graph becomes a graph of integers, by data flow: one walk, in the order of the graph.
+"""Rewrite of a Q/DQ graph into integers, by data flow: one walk, in the order of the graph.
 
 Every dequantize op gives a float tensor that integers stand for. An op with an integer form passes such knowledge on; a
 quantize op asks for the integers of its operand; any other reader gets floats, and its op is on the list of what stays.

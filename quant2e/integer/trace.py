@@ -1,4 +1,4 @@
-"""Runs an integer graph and looks at tensors inside it."""
+"""Tracing of an integer graph: its run, with a look at the tensors inside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every observer is, and how specs carry one that is yet to be made."""
+"""ObserverBase and observer factories: what every observer is, and how specs carry one that is yet to be made."""
 
 from __future__ import annotations
 

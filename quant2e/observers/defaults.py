@@ -1,4 +1,4 @@
-"""PT2E's ready-made fake-quantizers, under its names, as factories (call one, or give it to a spec)."""
+"""Default fake-quantizers of PT2E, under its names, as factories (call one, or give it to a spec)."""
 
 from __future__ import annotations
 

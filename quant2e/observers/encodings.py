@@ -1,4 +1,4 @@
-"""What calibration hands to conversion: how each observed tensor is encoded, as a value.
+"""Tensor encodings: how each observed tensor is quantized, as values that calibration hands to conversion.
 
 `encode` reads one observer, ours or another library's, and returns its encoding, or None when the tensor stays float.
 """

@@ -1,4 +1,4 @@
-"""Fake quantization as modules, for training: each observes a tensor and hands on what integers would make of it.
+"""Fake-quantize modules, for training: each observes a tensor and hands on what integers would make of it.
 
 Names, arguments and buffers are those of PT2E. What forward computes, convert writes: scale and zero point come from
 the same formulas (`qparams.NumberFormat`), so nothing moves when a trained model becomes integers. The maths is in

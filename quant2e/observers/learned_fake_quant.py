@@ -1,4 +1,4 @@
-"""Fake quantization whose scale and zero point are trained with the weights."""
+"""Learned step size quantization (LSQ): fake-quantizers whose scale and zero point are trained with the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observers that measure: thin modules over the estimators of `ranges` and `histogram`.
+"""Measuring observers: thin modules over the estimators of `ranges.minmax` and `ranges.histogram`.
 
 Names and arguments are those of PT2E; torch's quantized dtypes (``quint8``) are read as the plain dtype that stores
 them (``uint8``).

@@ -1,4 +1,4 @@
-"""Weights with a scale for each run of neighbours along the last dimension, as 4-bit tables and matrices have them."""
+"""Per-group observers: a scale for each run of neighbours along the last dimension, as in 4-bit weights."""
 
 from __future__ import annotations
 

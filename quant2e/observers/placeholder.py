@@ -1,4 +1,4 @@
-"""Observers that measure nothing: they carry a decision that was made in advance, or only keep what they see."""
+"""Placeholder observers, which measure nothing: they carry a decision made in advance, or only keep what they see."""
 
 from __future__ import annotations
 

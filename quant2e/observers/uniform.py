@@ -1,5 +1,4 @@
-"""What all measuring observers share: their arguments, an estimator and its state in buffers, the range and its
-encoding.
+"""Base of the measuring observers: arguments, an estimator and its state in buffers, the range and its encoding.
 
 Their buffers hold the statistics and nothing else, so ``state_dict``, ``deepcopy`` and ``.to(device)`` carry exactly
 what was measured.

@@ -1,5 +1,6 @@
-"""Rewrites of graphs, one per file. In: a GraphModule.
-Out: the same GraphModule, changed in place, same float result.
+"""Graph passes, one per file.
+
+In: a GraphModule. Out: the same GraphModule, changed in place, with the same float result.
 """
 
 from quant2e.passes.runner import Pass, Promise, run

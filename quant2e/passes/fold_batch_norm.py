@@ -1,4 +1,4 @@
-"""Batch norm in evaluation mode is a scale and a shift per channel, which the op before it can do.
+"""Batch norm folding: in evaluation mode, a scale and a shift per channel that the op before it can do.
 
 batch_norm(mac(x, w, b), g, h, m, v, eps)  =  mac(x, w·s, (b - m)·s + h),   s = g / sqrt(v + eps)
 

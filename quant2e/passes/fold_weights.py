@@ -1,4 +1,4 @@
-"""Constants become integers in the file, not at run time.
+"""Weight folding: constants become integers in the file, not at run time.
 
     q(w)        =>        w_quantized            where w depends on parameters only
 

@@ -1,4 +1,4 @@
-"""Every consumer has a dequantize of its own, which partitioners and Inductor can fuse with it.
+"""Dequantize duplication: one for each consumer, so that partitioners and Inductor can fuse it.
 
     y = dq(q); f(y); g(y)        =        f(dq(q)); g(dq(q))
 

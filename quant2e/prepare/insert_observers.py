@@ -1,4 +1,4 @@
-"""Puts one observer per group of the plan into the graph.
+"""Observer insertion: one observer per group of the plan.
 
     y = conv(x, w)        =>        y = conv(obs0(x), obs1(w)); obs2(y)
 

@@ -1,4 +1,4 @@
-"""The quantizer's last word: it may look at the observer of each point, exchange it, merge points, drop or add some.
+"""Observer callback: the quantizer may look at each point's observer, exchange it, merge points, drop or add some.
 
 What it leaves in the map decides; the plan follows, so that the report and the encodings say what really happened.
 """

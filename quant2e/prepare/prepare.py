@@ -1,4 +1,4 @@
-"""Captured graph + quantizer → observed graph.
+"""Preparation: captured graph + quantizer → observed graph.
 
 The model that comes in is left untouched: the work is done on a copy of its graph that shares its tensors.
 """

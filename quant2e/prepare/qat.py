@@ -1,4 +1,4 @@
-"""What training adds to a prepared graph, and what conversion takes away again.
+"""Quantization-aware training: what it adds to a prepared graph, and what conversion takes away again.
 
 Prepare: batch norms behind a quantized weight are rewritten (`passes.train_batch_norm`), and the plan moves with them.
 Convert: they are folded, the remaining ones as after calibration, and the mode is evaluation.

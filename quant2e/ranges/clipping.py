@@ -1,4 +1,4 @@
-"""How much of a histogram's range is worth representing: the classic estimate, for many candidates at once.
+"""Clipping estimates: what each of many candidate ranges of a histogram would lose, all at once.
 
 Clipping loses the squared distance to the nearer bound; rounding within the bounds loses ``scale**2 / 12`` on average
 (W. R. Bennett, "Spectra of quantized signals", 1948). Both follow from running sums over the bins, so a candidate costs

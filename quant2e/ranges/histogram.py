@@ -1,4 +1,4 @@
-"""A histogram whose counts are exact whatever the order, the batches and the shards of the data.
+"""Histograms with exact counts, whatever the order, the batches and the shards of the data.
 
 Bins are ``2**k`` wide and lie on the grid of multiples of their width: value ``x`` belongs to bin
 ``trunc(x / 2**k)``. The bin around zero therefore covers ``(-width, width)`` and every other bin one width. When the

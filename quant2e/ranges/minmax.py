@@ -1,4 +1,4 @@
-"""Range estimators: what is remembered of the tensors that flow past a point, as pure functions on values.
+"""Range estimators: minima, maxima and moving averages, as pure functions on values.
 
 Each estimator is a frozen description with ``init / update / merge / range``; its state is a frozen dataclass of
 tensors, never changed in place. Values that must not widen a range are counted apart in ``counts`` (see `TALLY`).

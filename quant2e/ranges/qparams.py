@@ -1,4 +1,4 @@
-"""From a range of real numbers to a scale and a zero point, and the arithmetic done with them.
+"""Quantization parameters: from a range of real numbers to a scale and a zero point, and the arithmetic with them.
 
 A quantized tensor stores integers ``q``; the real number is ``(q - zero_point) * scale``. The formulas are those of
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"

@@ -1,4 +1,4 @@
-"""The squared error that quantization would make on the data of a histogram."""
+"""Quantization error: the squared error that a grid would make on the data of a histogram."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of a histogram's range to represent: the methods that turn counts into a quantization range.
+"""Range search: the methods (mse, percentile, entropy, minmax) that turn counts into a quantization range.
 
 Every method works for any number of bits and for symmetric and affine grids, on the same state, so that a range can
 be derived again with another method without running data again.

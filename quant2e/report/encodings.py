@@ -1,4 +1,4 @@
-"""How a model was quantized, as data: which points share parameters, with which numbers, and what calibration found."""
+"""Encodings of a model, as data: which points share parameters, with which numbers, and what calibration found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a captured graph computes, op by op, before anything is rewritten: the rows of the report.
+"""Float ops of a captured graph, before anything is rewritten: the rows of the report.
 
 Only ops that produce a float tensor count. Multiply-accumulates follow from the shapes of convolutions and matrix
 products.

@@ -1,4 +1,4 @@
-"""What travels with a prepared and a converted graph, under ``gm.meta["quant2e"]``: plan, verdicts, encodings.
+"""GraphRecord: plan, verdicts and encodings, which travel with a graph under ``gm.meta["quant2e"]``.
 
 Everything in it is a value: it survives ``deepcopy``, and no live node is held.
 """

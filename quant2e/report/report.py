@@ -1,4 +1,4 @@
-"""What happened to every float op, and what it cost.
+"""The report: a verdict for every float op, and what quantization cost.
 
 One verdict per float op of the captured graph: quantized, and by which rule; or float, and why. Nothing is left out,
 and what did not happen (ignored annotations, flushed tensors, masked values) is listed as notes.

@@ -1,4 +1,4 @@
-"""Looks at a ``.pt2`` file before torch does: is it one, and can loading it run code?
+"""Archive checks of a ``.pt2`` file, before torch reads it: is it one, and can loading it run code?
 
 An archive of torch.export is a zip of JSON and raw tensors, but torch also accepts pickles in it (of weights, constants
 and example inputs, each under several names), compiled libraries, names that resolve to any attribute of torch or to

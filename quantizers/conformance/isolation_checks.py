@@ -1,4 +1,4 @@
-"""Ops that are quantized on some of their sides only, or that gain nothing by it."""
+"""Checks for isolated ops: quantized on some of their sides only, or without gain."""
 
 from __future__ import annotations
 

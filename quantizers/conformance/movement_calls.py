@@ -1,4 +1,4 @@
-"""Ops that move values, and arguments with which they can be called on a tensor of some shape."""
+"""Calls of data-movement ops: arguments with which they can be called on a tensor of some shape."""
 
 from __future__ import annotations
 

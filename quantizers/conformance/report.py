@@ -1,4 +1,4 @@
-"""What a conformance check found, as data and as text."""
+"""Report of a conformance check, as data and as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conditions that the rules of several backends put on nodes and matches. Each answers True, or the reason why not."""
+"""Match conditions that the rules of several backends share. Each answers True, or the reason why not."""
 
 from __future__ import annotations
 

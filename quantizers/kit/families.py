@@ -1,4 +1,4 @@
-"""Families of ATen ops that the tables of several backends share, as patterns."""
+"""Op families that the tables of several backends share, as patterns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rule: how to quantize every match of a pattern.
+"""Rules: how to quantize every match of a pattern.
 
     Rule(clamp(mac) | mac, {"x": ACT, "w": WEIGHT}, ACT, name="conv")     # its own scales
     Rule(moves(x),         {"x": Follow(ACT)}, Same("x"), name="moves")   # same scale in and out

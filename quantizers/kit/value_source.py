@@ -1,4 +1,4 @@
-"""Where the values of a tensor come from: data, parameters, literals, or integer and boolean inputs.
+"""Value sources: whether a tensor comes from data, parameters, literals, or integer and boolean inputs.
 
 A float tensor that is computed from integers, booleans and literals only is *mask or position arithmetic*
 (``(1 - mask) * finfo.min``): its values are codes, not samples of a distribution, and must stay exact. A tensor that

@@ -1,4 +1,4 @@
-"""Ranges under which u8 × s8 products stay exact on CPUs that add two of them in 16 bits, chosen per layer.
+"""Ranges for paired 16-bit sums, chosen per layer: u8 × s8 products stay exact on CPUs that add two of them.
 
 With activations in 0..top and the two largest weights of a channel (and the two smallest) summing to p, no 16-bit lane
 overflows while ``top · p <= 32767``: the bound of `quant2e.cpu`.

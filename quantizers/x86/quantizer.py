@@ -1,4 +1,4 @@
-"""Inductor on x86 CPUs: oneDNN's int8 convolutions and linear layers.
+"""X86InductorQuantizer: oneDNN's int8 convolutions and linear layers, as Inductor finds them.
 
 Activations are u8 (affine, per tensor), weights s8 (symmetric, per output channel). An op's output is quantized by its
 consumer: where nobody wants integers, the kernel answers in float.

@@ -1,4 +1,4 @@
-"""A bias in units of its accumulator, and what is left of it between two units.
+"""Bias quantization: a bias in units of its accumulator, and what is left of it between two units.
 
     bias = round(b / (scale_x * scale_w)),   int32        fraction = round((b / (scale_x * scale_w) - bias) * 2 ** bits)
 

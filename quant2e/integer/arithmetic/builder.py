@@ -1,4 +1,4 @@
-"""Writes integer nodes into a graph: position, metadata, constants, and what is recorded about them."""
+"""Builder of integer nodes: position, metadata, constants, and what is recorded about them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages over a number of values that is known at run time only: an integer division.
+"""Integer division: averages over a number of values that is known at run time only.
 
     out = zero_point + (2 * acc * m + c * 2 ** k) // (2 * c * 2 ** k),    scale_x / scale_out = m * 2 ** -k,  m in 2**21
     .. 2**22

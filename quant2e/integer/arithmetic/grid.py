@@ -1,4 +1,4 @@
-"""Where quantized values lie: ``x = (q - zero_point) * scale`` with ``q`` in ``quant_min..quant_max``."""
+"""Quantization grids: ``x = (q - zero_point) * scale`` with ``q`` in ``quant_min..quant_max``."""
 
 from __future__ import annotations
 

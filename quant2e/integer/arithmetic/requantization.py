@@ -1,4 +1,4 @@
-"""From the scale of an accumulator to the scale of a tensor: the constants, as plain numbers.
+"""Requantization constants: from the scale of an accumulator to the scale of a tensor, as plain numbers.
 
 Formulas: `docs/integer_semantics.md`. ``float32`` follows XNNPACK (``src/operators/convolution-nhwc.c``,
 ``src/microparams-init.c``), ``fixed_point`` gemmlowp (``fixedpoint.h``) and TFLite (``quantization_util.cc``).

@@ -1,4 +1,4 @@
-"""Functions of an accumulator: the sum on a fine grid, and thresholds on it.
+"""Threshold functions of an accumulator: the sum on a fine grid, and thresholds on it.
 
     t = requantize(acc) on 23 bits,        out = values[#{i: thresholds[i] <= t}]
 

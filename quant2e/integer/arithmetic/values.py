@@ -1,4 +1,4 @@
-"""What is known about a float tensor of the Q/DQ graph: the integers that stand for it.
+"""Integer values: what is known about a float tensor of the Q/DQ graph, and the integers that stand for it.
 
 A `Value` belongs to one float node. It is asked for integers on a grid (by a quantize op) or for floats (by an op that
 has no integer form), and writes nodes only then. Requantization moves towards the source: a quantize op commutes with

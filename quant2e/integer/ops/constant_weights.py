@@ -1,4 +1,4 @@
-"""Constant operands that are integers: their values, scales and zero points, through the ops that move them.
+"""Constant weights: their integers, scales and zero points, through the ops that move them.
 
 w = move(dq(integers, scale, zero_point))   =   dq(move(integers), move(scale), move(zero_point))
 """

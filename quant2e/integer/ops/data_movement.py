@@ -1,4 +1,4 @@
-"""Ops that move values or keep their order: they compute on the integers themselves.
+"""Data movement in integers: ops that move values or keep their order compute on the integers themselves.
 
     q(move(x)) = move(q(x))        q(clamp(x, a, b)) = clamp(q(x), q(a), q(b))        q(max(x)) = max(q(x))
 

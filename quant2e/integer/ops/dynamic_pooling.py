@@ -1,4 +1,4 @@
-"""Pooling over sizes that are known at run time only: sums and counts in the graph, then an integer division."""
+"""Pooling over dynamic sizes: sums and counts in the graph, then an integer division."""
 
 from __future__ import annotations
 

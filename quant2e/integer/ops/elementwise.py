@@ -1,4 +1,4 @@
-"""Addition, subtraction and multiplication of tensors.
+"""Elementwise addition, subtraction and multiplication in integers.
 
 add:  out = (Σ m_i * (x_i - zero_point_i) + half) >> shift          mul:  acc = (x - zero_point_x) * (y - zero_point_y)
 """

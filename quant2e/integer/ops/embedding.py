@@ -1,4 +1,4 @@
-"""Lookups in a table of integers.
+"""Embedding lookups in a table of integers.
 
     float result:      out = (table[i] - zero_point[i]) * scale[i]           quantized result:    out = table_out[i]
 

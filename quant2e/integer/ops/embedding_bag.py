@@ -1,4 +1,4 @@
-"""Sums and means of rows of an integer table, a bag of indices at a time.
+"""Embedding bags: sums and means of rows of an integer table, a bag of indices at a time.
 
     acc[b] = Σ t[i] for i in bag b,        mean: an integer division by the number of indices
     (`quant2e.integer.arithmetic.division`)

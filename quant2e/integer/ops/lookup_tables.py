@@ -1,4 +1,4 @@
-"""Functions of one number: a table with an entry for each integer of the operand.
+"""Lookup tables: functions of one number, with an entry for each integer of the operand.
 
     out = table[x],        table[i] = q(f(dq(i)))
 

@@ -1,4 +1,4 @@
-"""Pooling.
+"""Pooling in integers: maxima of integers, and averages as sums that are requantized.
 
 max:   the maximum of the integers               mean, average:   acc = Σ (x - zero_point),  ratio = scale_x / scale_out
 / n

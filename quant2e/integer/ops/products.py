@@ -1,4 +1,4 @@
-"""Convolutions and matrix products.
+"""Convolutions and matrix products in integers: int8 products, int32 sums, one requantization.
 
     acc = Σ (x - zero_point_x) * (w - zero_point_w) + bias,        bias = round(b / (scale_x * scale_w))
 

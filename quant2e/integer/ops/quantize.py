@@ -1,4 +1,4 @@
-"""Where integers meet floats: quantize and dequantize as ATen ops, bit for bit those of ``quantized_decomposed``."""
+"""Quantize and dequantize as ATen ops, bit for bit those of ``quantized_decomposed``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiles the C++ of this project: once per machine, with the user's compiler, into a folder that is only the user's.
+"""Build of the C++ kernels: once per machine, with the user's compiler, into a folder that is only the user's.
 
 No header of torch is used, only its stable C interface, so that any C++ compiler does, in about a second.
 """

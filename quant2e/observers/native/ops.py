@@ -1,4 +1,4 @@
-"""The one-pass ops of ``native.cpp``: built once per machine, by the first calibration, when there is a C++ compiler.
+"""Native observer ops of ``native.cpp``: built by the first calibration on a machine that has a C++ compiler.
 
 They are ops of torch's dispatcher, ``torch.ops.quant2e.observe_...``, so that compiled graphs hold them as well.
 Without a compiler, on another device than the CPU, or with ``QUANT2E_NATIVE=0`` in the environment, the same numbers

@@ -1,4 +1,4 @@
-"""When an observer's update can be one native op, and the call."""
+"""Dispatch of observer updates to the native ops: when one op can do it, and the call."""
 
 from __future__ import annotations
 
