@@ -75,13 +75,17 @@ def constant(name: str, *, optional: bool = False) -> Arg:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A call to one of ``targets``. Built by `op`; calling it says what its operands are."""
+    """A call to one of ``targets``. Built by `op`; calling it says what its operands are.
+
+    ``aliased``: also one that writes in place to a tensor that others see, for rewrites that leave the write as it is.
+    """
 
     targets: frozenset[Callable[..., Any]]
     operands: tuple[Arg | Op | Either, ...] = ()
     keywords: tuple[tuple[str, Arg | Op | Either], ...] = ()
     any_order: bool = False
     when: Condition | None = None
+    aliased: bool = False
 
     def __call__(self, *operands: Arg | Op | Either | list[Arg | Op | Either], **keywords: Arg | Op | Either) -> Op:
         """The same op with operands, by position or by the schema's names. A single list means "in any order"."""
@@ -333,7 +337,7 @@ def _head_mismatch(pattern: Op, node: Node, result: Node, *, inner: bool) -> str
         return f"'{node.name}' is {short_name(node.target) if node.op == 'call_function' else node.op}, not {names}"
     if inner and (count := uses(result)) != 1:
         return f"the output of '{result.name}' is used {count} times ({', '.join(u.name for u in result.users)})"
-    if (alias := seen_through(node)) is not None:
+    if not pattern.aliased and (alias := seen_through(node)) is not None:
         return f"'{node.name}' writes in place to a tensor that is also seen through '{alias.name}'"
     if pattern.when is not None and (answer := pattern.when(node)) is not True:
         return answer or f"'{node.name}' does not meet the condition {_name_of(pattern.when)}"

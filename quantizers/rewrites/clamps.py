@@ -27,7 +27,7 @@ _CLAMPS: dict[Any, Any] = {
 
 def clamps_as_fused(wanted: Callable[[Node], bool]) -> Rewrite:
     """The clamps that ``wanted`` answers True for, in the spelling that is fused."""
-    clamp = Op(frozenset(_CLAMPS), (Arg("x"),), when=_has_a_spelling)
+    clamp = Op(frozenset(_CLAMPS), (Arg("x"),), when=_has_a_spelling, aliased=True)
     return Rewrite("clamps_as_fused", clamp, _respelled, lambda match: wanted(match.root) or "it is not wanted")
 
 

@@ -36,7 +36,7 @@ _REVERSED = (aten.rsub.Scalar, aten.rsub.Tensor)
 
 def scalars_as_tensors(wanted: Callable[[Node], bool]) -> Rewrite:
     """Sums, differences and products with a number, which ``wanted`` answers True for, with a tensor instead of it."""
-    arithmetic = Op(WITH_NUMBERS, (Arg("x"),), when=_has_a_number)
+    arithmetic = Op(WITH_NUMBERS, (Arg("x"),), when=_has_a_number, aliased=True)
     return Rewrite("scalars_as_tensors", arithmetic, _with_tensor, lambda m: wanted(m.root) or "it is not wanted")
 
 

@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import call
+from quant2e.annotation.pattern import Arg, Match, Op
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
-from quant2e.graph.edit import emit_constant, replace
+from quant2e.graph.edit import emit_constant
 from quant2e.graph.qdq_ops import qd
+from quant2e.passes.rewrite import Rewrite
 
 aten = torch.ops.aten
 
@@ -36,38 +38,59 @@ _FUSED = frozenset(
 """What may become a part of the kernel, and with it the clamping of integers: the result is squeezed behind it."""
 
 
-def convolutions_in_two_dimensions(gm: GraphModule) -> int:
-    """Rewrite every quantized ``conv1d``, with what is fused into it."""
-    count = 0
-    for node in list(gm.graph.nodes):
-        if node.target not in (_PLAIN, _NAMED):
-            continue
-        args = operands(node)
-        with gm.graph.inserting_before(node):
-            x, weight = _flat_input(gm, args["input"]), _flat_weight(gm, args["weight"])
-            if x is None or weight is None:
-                continue
-            target, padding = aten.conv2d.padding, args["padding"]
-            if node.target is _PLAIN:
-                target, padding = aten.conv2d.default, [0, *args["padding"]]
-            strides, dilations = [1, *args["stride"]], [1, *args["dilation"]]
-            wide = call(gm, node, target, x, weight, args["bias"], strides, padding, dilations, args["groups"])
-        wide.meta["val"] = _unsqueezed(node.meta.get("val"))
-        replace(node, wide)
-        _squeeze_behind(gm, wide)
-        count += 1
-    return count
-
-
-def _flat_input(gm: GraphModule, x: Any) -> Node | None:
-    """``dq(x)`` as ``dq(unsqueeze(x))``; None for what is not dequantized."""
-    if not isinstance(x, Node):
-        return None
-    if x.target is aten.to.dtype:
-        inner = _flat_input(gm, x.args[0])
-        return None if inner is None else call(gm, x, x.target, inner, *x.args[1:])
+def _is_quantized(match: Match) -> bool | str:
+    """Whether both operands are dequantized, perhaps converted, and the weight is a constant per output channel."""
+    node, x, weight = match.root, *(_behind_conversions(match.edges[name][0]) for name in ("x", "weight"))
     if x.target not in (qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor):
-        return None
+        return f"the input of '{node.name}' is not dequantized"
+    owner = node.graph.owning_module
+    assert owner is not None, "the graph of a module"
+    constant = weight.target is qd.dequantize_per_channel.default and tensor_at(owner, weight.args[0]) is not None
+    return constant or f"the weight of '{node.name}' is no constant with a scale per channel"
+
+
+def _behind_conversions(node: Node) -> Node:
+    while node.target is aten.to.dtype and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _in_two_dimensions(gm: GraphModule, match: Match) -> Node:
+    node, args = match.root, operands(match.root)
+    with gm.graph.inserting_before(node):
+        x, weight = _flat_input(gm, match.edges["x"][0]), _flat_weight(gm, match.edges["weight"][0])
+        target, padding = aten.conv2d.padding, args["padding"]
+        if node.target is _PLAIN:
+            target, padding = aten.conv2d.default, [0, *args["padding"]]
+        strides, dilations = [1, *args["stride"]], [1, *args["dilation"]]
+        wide = call(gm, node, target, x, weight, args["bias"], strides, padding, dilations, args["groups"])
+    wide.meta["val"] = _unsqueezed(node.meta.get("val"))
+    last = _last_fused(node)
+    if last is node:
+        with gm.graph.inserting_before(node):
+            return _squeezed(gm, wide, node.meta.get("val"))
+    with gm.graph.inserting_after(last):
+        squeezed = _squeezed(gm, last, last.meta.get("val"))
+    last.replace_all_uses_with(squeezed, delete_user_cb=lambda user: user is not squeezed)
+    while last is not node:
+        last.meta["val"] = _unsqueezed(last.meta.get("val"))
+        last = last.args[0]
+    return wide
+
+
+convolutions_in_two_dimensions = Rewrite(
+    "convolutions_in_two_dimensions",
+    Op(frozenset({_PLAIN, _NAMED}), (Arg("x"), Arg("weight"))),
+    _in_two_dimensions,
+    _is_quantized,
+)
+"""Every quantized ``conv1d``, with what is fused into it."""
+
+
+def _flat_input(gm: GraphModule, x: Any) -> Node:
+    """``dq(x)`` as ``dq(unsqueeze(x))``."""
+    if x.target is aten.to.dtype:
+        return call(gm, x, x.target, _flat_input(gm, x.args[0]), *x.args[1:])
     source = x.args[0]
     assert isinstance(source, Node), "a dequantize op reads a node"
     behind = source.target is aten.squeeze.dim and source.args[1] == 2
@@ -75,33 +98,31 @@ def _flat_input(gm: GraphModule, x: Any) -> Node | None:
     return call(gm, x, x.target, integers, *x.args[1:], **x.kwargs)
 
 
-def _flat_weight(gm: GraphModule, weight: Any) -> Node | None:
-    if not isinstance(weight, Node):
-        return None
+def _flat_weight(gm: GraphModule, weight: Any) -> Node:
     if weight.target is aten.to.dtype:
-        inner = _flat_weight(gm, weight.args[0])
-        return None if inner is None else call(gm, weight, weight.target, inner, *weight.args[1:])
-    value = tensor_at(gm, weight.args[0]) if weight.target is qd.dequantize_per_channel.default else None
-    if value is None:
-        return None
+        return call(gm, weight, weight.target, _flat_weight(gm, weight.args[0]), *weight.args[1:])
+    value = tensor_at(gm, weight.args[0])
+    assert value is not None, "matched"
     integers = emit_constant(gm, weight, "_weight_2d", value.unsqueeze(2))
     return call(gm, weight, weight.target, integers, *weight.args[1:], **weight.kwargs)
 
 
-def _squeeze_behind(gm: GraphModule, wide: Node) -> None:
-    last = wide
+def _last_fused(last: Any) -> Any:
+    """The last of the ops behind a convolution that become parts of its kernel; itself without any."""
     while len(last.users) == 1:
         user = next(iter(last.users))
         if user.target not in _FUSED or user.args[0] is not last or not _is_scalar(user):
             break
-        user.meta["val"] = _unsqueezed(user.meta.get("val"))
         last = user
-    with gm.graph.inserting_after(last):
-        squeezed = call(gm, last, aten.squeeze.dim, last, 2)
-    value = last.meta.get("val")
+    return last
+
+
+def _squeezed(gm: GraphModule, wide: Node, value: Any) -> Node:
+    """``wide`` in one dimension again; ``value``: what that is."""
+    squeezed = call(gm, wide, aten.squeeze.dim, wide, 2)
     if isinstance(value, Tensor):
-        squeezed.meta["val"] = value.squeeze(2)
-    last.replace_all_uses_with(squeezed, delete_user_cb=lambda user: user is not squeezed)
+        squeezed.meta["val"] = value
+    return squeezed
 
 
 def _is_scalar(node: Node) -> bool:
