@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from quant2e.errors import LoweringError
-from quant2e.graph.calls import Call, call_of
+from quant2e.graph.captured.calls import Call, call_of
 
 
 def graph_of(model: Any) -> Any:

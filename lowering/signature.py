@@ -1,8 +1,7 @@
 """How a program is called: structure, names, dtypes and sizes of what goes in, checked before anything runs.
 
-`quant2e.graph.inputs.Inputs` is the calling convention of a captured graph: names and structure. A `Signature` adds
-what compilers and runtimes ask: values for each input, symbols of the sizes that vary, and the structure of what
-comes out.
+`quant2e.graph.captured.inputs.Inputs` is the calling convention of a captured graph: names and structure. A `Signature`
+adds what compilers and runtimes ask: values for each input, symbols of the sizes that vary, the structure of the output.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.errors import CaptureError, LoweringError
-from quant2e.graph.calls import Call
-from quant2e.graph.inputs import inputs_of
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.inputs import inputs_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

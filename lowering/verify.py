@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lowering.export import graph_of
 from quant2e.errors import LoweringError
-from quant2e.graph.calls import Call, call_of
+from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.qdq_ops import qd
 from quant2e.report.html import html_table

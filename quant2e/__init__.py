@@ -39,11 +39,11 @@ from quant2e.errors import (
     PlanError,
     Quant2eError,
 )
-from quant2e.graph.calls import Call
-from quant2e.graph.capture import capture
-from quant2e.graph.inputs import Inputs
-from quant2e.graph.modes import freeze_batch_norm
-from quant2e.graph.module import CapturedModule
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.inputs import Inputs
+from quant2e.graph.captured.modes import freeze_batch_norm
+from quant2e.graph.captured.module import CapturedModule
 from quant2e.graph.printer import graph_text
 from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
 from quant2e.pipeline import quantize

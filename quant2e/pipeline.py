@@ -17,10 +17,10 @@ from quant2e.calibration.calibrate import Progress, batch_count, calibrate
 from quant2e.calibration.range_selection import collapsed, select_ranges
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import Quant2eError
-from quant2e.graph.calls import Call, positional_inputs
-from quant2e.graph.capture import capture
-from quant2e.graph.dynamic_shapes import of_graph
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.calls import Call, positional_inputs
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.dynamic_shapes import of_graph
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_io import called_with_floats, quantized_io_of, with_quantized_io

@@ -20,7 +20,7 @@ from quant2e.annotation.partitions import (
     update_equivalent_types_dict,
 )
 from quant2e.annotation.specs import QuantizationSpecBase
-from quant2e.graph.module import (
+from quant2e.graph.captured.module import (
     allow_exported_model_train_eval,
     move_exported_model_to_eval,
     move_exported_model_to_train,

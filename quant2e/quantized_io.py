@@ -21,10 +21,10 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from quant2e.errors import FileFormatError, Quant2eError
+from quant2e.graph.captured.inputs import Inputs, inputs_of, leaf_paths
+from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.edit import insert_call
 from quant2e.graph.fake_values import FakeValueCache
-from quant2e.graph.inputs import Inputs, inputs_of, leaf_paths
-from quant2e.graph.module import CapturedModule, copy_graph
 from quant2e.graph.mutation import observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 from quant2e.passes import run

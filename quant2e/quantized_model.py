@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.calls import positional_inputs
+from quant2e.graph.captured.calls import positional_inputs
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, GraphRecord

@@ -25,7 +25,7 @@ from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.signature import check_bounded, signature_of
 from lowering.verify import LEEWAY_DB, Bound, compare, compare_within_noise
 from quant2e.errors import LoweringError
-from quant2e.graph.calls import Call, call_of
+from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.effects import is_in_place
 from quant2e.passes import Pass
 from quant2e.quantized_io import QuantizedIO, quantized_io_of

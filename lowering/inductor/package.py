@@ -29,7 +29,7 @@ from lowering.program import LoweredProgram
 from lowering.signature import Signature
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
-from quant2e.graph.calls import Call
+from quant2e.graph.captured.calls import Call
 
 MOST_CORNERS = 8
 """How many combinations of smallest and largest dynamic sizes a package is compared at."""

@@ -19,7 +19,7 @@ from lowering.export import example_of, graph_of
 from lowering.signature import Signature
 from lowering.verify import Bound, Verification, compare, compare_within_noise
 from quant2e.errors import LoweringError
-from quant2e.graph.calls import Call, call_of
+from quant2e.graph.captured.calls import Call, call_of
 
 BOUND = Bound(steps=1.0, sqnr_db=30.0)
 """What a program must reach. Fused float ops differ from eager ones in the last bit, which moves some numbers over

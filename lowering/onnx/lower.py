@@ -24,7 +24,7 @@ from lowering.signature import signature_of
 from lowering.verify import compare_within_noise
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
-from quant2e.graph.calls import Call, call_of
+from quant2e.graph.captured.calls import Call, call_of
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
 _PROTOBUF_LIMIT = 2**31 - 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from quant2e.calibration.calibrate import IsolatedRandomness
-from quant2e.graph.calls import call_of
+from quant2e.graph.captured.calls import call_of
 from quant2e.ranges.sqnr import sqnr_db
 
 

@@ -18,7 +18,7 @@ from quant2e.calibration.compiled import compiled_graph
 from quant2e.calibration.early_stopping import EarlyStopping
 from quant2e.calibration.statistics import Statistics, measuring
 from quant2e.errors import CalibrationError
-from quant2e.graph.calls import call_of
+from quant2e.graph.captured.calls import call_of
 from quant2e.graph.mutation import written_attributes
 from quant2e.observers.native import ops as native
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.dataflow import operand, readers
 from quant2e.graph.effects import is_view
-from quant2e.graph.module import copy_graph
 
 aten = torch.ops.aten
 

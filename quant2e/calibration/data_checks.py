@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.errors import CalibrationError, where
-from quant2e.graph.capture import as_graph_module
-from quant2e.graph.inputs import flat_inputs
+from quant2e.graph.captured.capture import as_graph_module
+from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.ranges.minmax import SENTINEL
 

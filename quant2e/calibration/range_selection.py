@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
+from quant2e.graph.captured.inputs import flat_inputs
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.effects import is_random, writes
-from quant2e.graph.inputs import flat_inputs
-from quant2e.graph.module import copy_graph
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.measuring import HistogramObserver

@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.files import atomic_file
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.module import copy_graph
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.measuring import (
     HistogramObserver,

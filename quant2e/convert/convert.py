@@ -16,9 +16,9 @@ from torch.fx import GraphModule, Node
 from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.convert.legality import check
 from quant2e.errors import CalibrationError, Quant2eError, where
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.fake_values import FakeValueCache
-from quant2e.graph.module import copy_graph
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.encodings import (

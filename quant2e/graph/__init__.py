@@ -1,4 +1,4 @@
-"""A captured ATen graph: how it is made, what may be asked about it, and how it is edited.
+"""The graph layer: what may be asked about an ATen graph, and how it is edited.
 
-In: a module or an ``ExportedProgram``. Out: a `CapturedModule`, and the analyses and edits that every later stage uses.
+In: a GraphModule of ATen ops. Out: analyses of its nodes (constants, effects, mutation, data movement), and new nodes.
 """

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import readers
-from quant2e.graph.module import copy_graph
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.integer.arithmetic.builder import Builder, Record
 from quant2e.integer.arithmetic.grid import QUANTIZE_STATIC

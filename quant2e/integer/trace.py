@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from quant2e.graph.inputs import flat_inputs
+from quant2e.graph.captured.inputs import flat_inputs
 
 
 class Tap(Interpreter):

@@ -17,11 +17,11 @@ from quant2e.annotation.plan import DerivedFrom, Plan
 from quant2e.annotation.quantizer import Quantizer, annotated, transformed
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError, Quant2eError, where
-from quant2e.graph.capture import as_graph_module
+from quant2e.graph.captured.capture import as_graph_module
+from quant2e.graph.captured.inline_regions import opaque_regions
+from quant2e.graph.captured.modes import check_eval
+from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.constants import Constants, evaluate
-from quant2e.graph.inline_regions import opaque_regions
-from quant2e.graph.modes import check_eval
-from quant2e.graph.module import CapturedModule, copy_graph
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.observers.base import OBSERVER_PREFIX

@@ -17,9 +17,9 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.errors import CaptureError, where
+from quant2e.graph.captured.modes import set_training, training_nodes
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand
-from quant2e.graph.modes import set_training, training_nodes
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.observers.learned_fake_quant import LearnableFakeQuantize

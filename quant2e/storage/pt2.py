@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 
 from quant2e.errors import FileFormatError, Quant2eError, user_frame
 from quant2e.files import atomic_file
-from quant2e.graph.capture import as_graph_module
-from quant2e.graph.inputs import distinct
+from quant2e.graph.captured.capture import as_graph_module
+from quant2e.graph.captured.inputs import distinct
 from quant2e.quantized_io import QUANTIZED_IO, QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import Quant2eError
-from quant2e.graph.capture import capture
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.module import copy_graph
 from quant2e.integer import integer_report, to_integer
 from quant2e.passes import run
 from quant2e.passes.fold_batch_norm import fold_batch_norm

@@ -7,7 +7,7 @@ from torch import nn
 from lowering import Bound, Verification, verify
 from lowering.verify import LEEWAY_DB, compare_within_noise, output_scales, own_noise_db
 from quant2e.errors import LoweringError
-from quant2e.graph.calls import Call
+from quant2e.graph.captured.calls import Call
 from tests.lowering.graphs import Cnn, on_grid
 
 X = torch.linspace(-1, 1, 9)

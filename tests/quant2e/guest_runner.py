@@ -16,7 +16,7 @@ from torch import nn
 sys.path.insert(0, str(__import__("pathlib").Path(__file__).parents[2]))
 
 from quant2e.convert.convert import convert_pt2e
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.prepare.prepare import prepare_pt2e
 

@@ -11,8 +11,8 @@ from quant2e.accuracy.output_error import output_sqnr
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import QuantizationSpec
 from quant2e.errors import CalibrationError, CaptureError, Quant2eError
-from quant2e.graph.calls import Call
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.capture import capture
 from quant2e.pipeline import quantize
 from quant2e.ranges.sqnr import sqnr_db
 from quant2e.report.float_ops import count_macs, list_float_ops

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant2e import capture
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.module import copy_graph
 from quant2e.passes import run
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quantizers import annotations_text

@@ -16,7 +16,7 @@ from quant2e.annotation.specs import (
     SharedQuantizationSpec,
 )
 from quant2e.errors import AnnotationError, PlanError
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.observers.measuring import MinMaxObserver
 from tests.quant2e.annotators import ACT, WEIGHT_PER_TENSOR, aten
 

@@ -18,7 +18,7 @@ from quant2e.calibration.calibrate import calibrate
 from quant2e.convert.convert import convert_pt2e
 from quant2e.convert.insert_qdq import TAG
 from quant2e.errors import CalibrationError, Quant2eError
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.graph.printer import graph_text
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.observers.measuring import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.graph.dataflow import operand
 from quant2e.graph.effects import aliases, is_deterministic, is_in_place, is_random, is_view, trains, writes
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from quant2e.graph import mutation
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.effects import writes
-from quant2e.graph.module import copy_graph
 from quant2e.graph.mutation import (
     clone_together,
     observable_writes,

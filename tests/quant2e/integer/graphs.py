@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from quant2e import to_integer
-from quant2e.graph.module import CapturedModule
+from quant2e.graph.captured.module import CapturedModule
 from quant2e.graph.qdq_ops import qd
 from tests.quant2e.integer.reference import Grid
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.integer.functionalize import exposed, use_functional_ops
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.passes import run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.passes import run
 from quant2e.passes.fold_batch_norm import FOLDED, Fold, fold, fold_batch_norm
 

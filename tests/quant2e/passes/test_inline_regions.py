@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quant2e.graph.capture import capture
-from quant2e.graph.inline_regions import inline_regions, opaque_regions
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.inline_regions import inline_regions, opaque_regions
+from quant2e.graph.captured.module import copy_graph
 from quant2e.passes import run
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from quant2e.annotation.pattern import Arg, constant, op
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.graph.edit import emit
 from quant2e.graph.printer import graph_text
 from quant2e.passes import Promise, run

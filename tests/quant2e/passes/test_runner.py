@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from quant2e.errors import PassError
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.graph.qdq_ops import qd
 from quant2e.passes import Promise, run
 from quant2e.passes.runner import checking

@@ -14,8 +14,8 @@ from quant2e.annotation.interop import read_plan
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec, SharedQuantizationSpec
 from quant2e.errors import AnnotationError
-from quant2e.graph.capture import capture
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.printer import graph_text
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.fake_quant import FakeQuantize

@@ -19,7 +19,7 @@ from quant2e.annotation.specs import (
 from quant2e.calibration.calibrate import calibrate
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import AnnotationError, CalibrationError, CaptureError, PlanError, Quant2eError
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.graph.printer import graph_text
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.measuring import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
@@ -127,7 +127,7 @@ def test_integers_masks_and_written_buffers_are_never_observed(model):
 
 class _Batches:
     def __iter__(self):
-        from quant2e.graph.calls import Call
+        from quant2e.graph.captured.calls import Call
 
         yield Call(*inputs())
 

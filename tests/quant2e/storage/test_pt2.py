@@ -20,7 +20,7 @@ from torch import nn
 from quant2e.calibration.calibrate import calibrate
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import FileFormatError, Quant2eError
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quant2e.graph.printer import graph_text
 from quant2e.pipeline import quantize
 from quant2e.prepare.prepare import prepare_pt2e

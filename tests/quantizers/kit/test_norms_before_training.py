@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant2e import capture
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.module import copy_graph
 from quantizers import (
     ComposableQuantizer,
     X86InductorQuantizer,

@@ -6,7 +6,7 @@ from torch import nn
 
 from quant2e import capture
 from quant2e.annotation.specs import ANNOTATION
-from quant2e.graph.module import copy_graph
+from quant2e.graph.captured.module import copy_graph
 from quantizers import XNNPACKQuantizer
 from quantizers.settings.module_names import enclosing_paths
 from tests.quantizers.models import ROWS, annotated

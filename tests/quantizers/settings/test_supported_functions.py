@@ -8,7 +8,7 @@ from torch import nn
 from quant2e.annotation.config import QuantizationConfig
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError
-from quant2e.graph.capture import capture
+from quant2e.graph.captured.capture import capture
 from quantizers import EmbeddingQuantizer, X86InductorQuantizer, XNNPACKQuantizer, get_symmetric_quantization_config
 from quantizers.settings.supported_functions import supported_functions
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from quant2e.graph.capture import capture
-from quant2e.graph.serialized import graph_from_state, graph_state, plain, plain_entries
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.serialized import graph_from_state, graph_state, plain, plain_entries
 
 
 class Slices(nn.Module):

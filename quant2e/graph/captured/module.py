@@ -12,9 +12,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from quant2e.errors import CaptureError
-from quant2e.graph.inputs import Inputs, guard_calls, read_inputs
-from quant2e.graph.modes import set_training
-from quant2e.graph.serialized import GraphState, graph_from_state, graph_state
+from quant2e.graph.captured.inputs import Inputs, guard_calls, read_inputs
+from quant2e.graph.captured.modes import set_training
+from quant2e.graph.captured.serialized import GraphState, graph_from_state, graph_state
 
 _MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
     "_in_spec",
@@ -35,7 +35,7 @@ class CapturedModule(GraphModule):
 
     ``inputs`` says what a call must look like; None: anything goes. Copies (``copy.deepcopy``) are complete: they have
     their own graph, keep parameters, non-persistent buffers, constants and their paths, and switch on their own. It can
-    be pickled; see `quant2e.graph.serialized` for what a pickle keeps.
+    be pickled; see `quant2e.graph.captured.serialized` for what a pickle keeps.
     """
 
     inputs: Inputs | None

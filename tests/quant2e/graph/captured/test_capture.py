@@ -16,8 +16,8 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from quant2e.errors import CaptureError, module_path, source_line
-from quant2e.graph.capture import as_graph_module, capture, is_captured
-from quant2e.graph.module import CapturedModule, copy_graph
+from quant2e.graph.captured.capture import as_graph_module, capture, is_captured
+from quant2e.graph.captured.module import CapturedModule, copy_graph
 
 
 class Nested(nn.Module):

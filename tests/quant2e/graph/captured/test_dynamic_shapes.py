@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from quant2e.graph.capture import capture
-from quant2e.graph.dynamic_shapes import of_graph
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.dynamic_shapes import of_graph
 
 ROWS = {0: Dim.DYNAMIC}
 A, B, C = (torch.randn(3, 4) for _ in range(3))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from quant2e.errors import CaptureError
-from quant2e.graph.capture import capture
-from quant2e.graph.inputs import flat_inputs, read_inputs
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.inputs import flat_inputs, read_inputs
 
 
 class Nested(nn.Module):

@@ -24,8 +24,8 @@ from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 
 from quant2e.errors import CaptureError
-from quant2e.graph.calls import call_of
-from quant2e.graph.serialized import spec_from_state, spec_state
+from quant2e.graph.captured.calls import call_of
+from quant2e.graph.captured.serialized import spec_from_state, spec_state
 
 _GUARD_MESSAGE = "Guard failed: "
 

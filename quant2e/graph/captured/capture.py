@@ -21,16 +21,16 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from quant2e.errors import CaptureError, where
-from quant2e.graph.calls import positional_inputs
-from quant2e.graph.inline_regions import inline_regions
-from quant2e.graph.inputs import distinct, read_inputs
-from quant2e.graph.modes import is_training_graph
-from quant2e.graph.module import CapturedModule, copy_graph
+from quant2e.graph.captured.calls import positional_inputs
+from quant2e.graph.captured.inline_regions import inline_regions
+from quant2e.graph.captured.inputs import distinct, read_inputs
+from quant2e.graph.captured.modes import is_training_graph
+from quant2e.graph.captured.module import CapturedModule, copy_graph
 
 _DIALECTS = ("TRAINING", "ATEN")
 _NOISE = ("Caused by:", "For ", "If you suspect", "The error above occurred")
 """Beginnings of lines in torch's messages that only say how to get more output."""
-_HERE, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+_HERE, _TORCH = str(Path(__file__).parents[2]), str(Path(torch.__file__).parent)
 
 
 def capture(

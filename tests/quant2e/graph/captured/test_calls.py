@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from quant2e.errors import CaptureError
-from quant2e.graph.calls import Call, call_of, positional_inputs
+from quant2e.graph.captured.calls import Call, call_of, positional_inputs
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from quant2e.errors import CaptureError
-from quant2e.graph.capture import capture
-from quant2e.graph.module import CapturedModule, allow_train_eval, copy_graph
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.module import CapturedModule, allow_train_eval, copy_graph
 
 
 class Meter(nn.Module):

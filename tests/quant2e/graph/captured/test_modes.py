@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant2e.errors import CaptureError
-from quant2e.graph.capture import capture
-from quant2e.graph.modes import check_eval, is_training_graph, training_nodes
-from quant2e.graph.module import (
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.modes import check_eval, is_training_graph, training_nodes
+from quant2e.graph.captured.module import (
     allow_exported_model_train_eval,
     copy_graph,
     move_exported_model_to_eval,
