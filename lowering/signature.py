@@ -1,7 +1,7 @@
 """How a program is called: structure, names, dtypes and sizes of what goes in, checked before anything runs.
 
 `quant2e.graph.captured.inputs.Inputs` is the calling convention of a captured graph: names and structure. A `Signature`
-adds what compilers and runtimes ask: values for each input, symbols of the sizes that vary, the structure of the output.
+adds what compilers and runtimes ask: values of each input, symbols of the sizes that vary, the structure of the output.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does a lowered program compute what the Q/DQ graph says? Both run on the same data and are compared.
+"""Verification: a lowered program and its Q/DQ graph, run on the same data and compared.
 
 A difference is counted in steps: one step is the scale of the quantize/dequantize pair that ends the graph, so
 "1 step" is one integer at the output. Where the graph ends in float, a step is 1/255 of the reference output's

@@ -1,4 +1,4 @@
-"""Program files as something to call: ``.pte`` in the ExecuTorch runtime, ``.pt2`` in eager torch.
+"""Program files as callables: ``.pte`` in the ExecuTorch runtime, ``.pt2`` in eager torch.
 
 Opening and running a file executes no code of the file. A ``.pte`` is data that the runtime interprets, verified as it
 is loaded; a ``.pt2`` is checked part by part (`quant2e.storage.archive_check`), and refused where it holds pickles or

@@ -1,4 +1,4 @@
-"""What ``quant2e bench`` does in processes of their own: a program is loaded into a fresh process, and may end it."""
+"""Benchmark workers: a program is loaded into a fresh process, and may end it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What integer inputs and outputs of a program mean, published in the program file."""
+"""Parameters of integer inputs and outputs, published in the program file."""
 
 from __future__ import annotations
 

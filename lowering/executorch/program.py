@@ -1,4 +1,4 @@
-"""A program for the ExecuTorch runtime, as a value: its bytes, its methods, what is known about each."""
+"""ExecuTorchProgram: the bytes of a program, its methods, and what is known about each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a partitioner took of a graph, and what it left to kernels and why."""
+"""Delegation report: what a partitioner took of a graph, and what it left to kernels and why."""
 
 from __future__ import annotations
 

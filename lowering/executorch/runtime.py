@@ -1,4 +1,4 @@
-"""The ExecuTorch runtime of this process: is it there, what can it run, load a program with its structure verified."""
+"""The ExecuTorch runtime of this process: whether it is there, what it can run, and loading with verified structure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inductor on a flat graph: flags, symbolic sizes, the compiler's errors.
+"""Compilation by Inductor of a flat graph: flags, symbolic sizes, the compiler's errors.
 
 Inductor is called on the graph directly, not through ``torch.compile``: the graph is already captured, so there is
 nothing for Dynamo to trace or to guard, nothing recompiles behind the caller's back with other flags, and

@@ -1,4 +1,4 @@
-"""What Inductor's int8 patterns match and must not: each case is turned into float arithmetic they do not know.
+"""Guards against wrong int8 patterns of Inductor: each case becomes float arithmetic that they do not match.
 
     op(dq(x), …)        =>        op((x - zero_point) * scale, …)
 

@@ -1,4 +1,4 @@
-"""Give each quantized product of a graph to the engine that is fastest for its shape.
+"""Kernel selection: each quantized product goes to the engine that is fastest for its shape.
 
     op(dq(x), dq(w))        =>        op(dq(x), w')        where a float kernel is faster, or no int8 kernel is right
 

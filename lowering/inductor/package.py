@@ -1,4 +1,4 @@
-"""Q/DQ graph => a file that runs without this library: the program that `to_inductor` makes, compiled ahead of time.
+"""InductorPackage: the program of `to_inductor` compiled ahead of time, into a file that runs without this library.
 
 rewrite a copy of the graph (`inductor_rewritten`) ─▶ AOTInductor ─▶ load the file, run it against the graph ─▶ move it
 into place

@@ -1,4 +1,4 @@
-"""A captured graph in the form that Inductor's int8 patterns take, and what was decided on the way to it.
+"""Inductor pipeline: a captured graph in the form that its int8 patterns take, and what was decided on the way.
 
 copy the graph ─▶ rewrite what the patterns miss ─▶ guard what they get wrong ─▶ choose an engine for each product
 """

@@ -1,4 +1,4 @@
-"""Q/DQ graph => a compiled callable, through Inductor's int8 kernels (oneDNN on x86).
+"""InductorProgram: a Q/DQ graph as a compiled callable, on Inductor's int8 kernels (oneDNN on x86).
 
 rewrite a copy of the graph (`inductor_rewritten`) ─▶ compile ─▶ run against the graph
 """

@@ -1,4 +1,4 @@
-"""Which quantized ops became int8 kernels, read off the graph that Inductor generates code for."""
+"""Kernel report: which quantized ops became int8 kernels, read off the graph that Inductor generates code for."""
 
 from __future__ import annotations
 

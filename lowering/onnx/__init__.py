@@ -1,4 +1,4 @@
-"""ONNX files with QuantizeLinear and DequantizeLinear, for onnxruntime and TensorRT.
+"""ONNX: files with QuantizeLinear and DequantizeLinear, for onnxruntime and TensorRT.
 
 In: a `QuantizedModel` or a converted GraphModule. Out: a file and an `OnnxProgram` that runs it. ``form``: the graph in
 the form that runtimes recognise; ``translation``: its ops in ONNX; ``integers``: what torch has no dtype for;

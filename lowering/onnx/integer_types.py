@@ -1,4 +1,4 @@
-"""Rewrites of the exported ONNX graph, for what torch has no dtype or op for.
+"""Integer types of ONNX that torch has no dtype or op for: rewrites of the exported ONNX graph.
 
     constant of 8 bits whose values have 4       =  INT4 constant
     q(x, scale, zero point of dql(x))            =  dql(x)                                  DynamicQuantizeLinear

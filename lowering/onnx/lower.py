@@ -1,4 +1,4 @@
-"""From the Q/DQ graph to an ONNX file, run in onnxruntime and compared with the graph it came from."""
+"""Lowering to ONNX: a Q/DQ graph becomes a file, run in onnxruntime and compared with the graph it came from."""
 
 from __future__ import annotations
 

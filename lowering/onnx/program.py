@@ -1,4 +1,4 @@
-"""An ONNX file, what onnxruntime makes of it, and how it compares with the graph it came from."""
+"""OnnxProgram: an ONNX file, what onnxruntime makes of it, and how it compares with its graph."""
 
 from __future__ import annotations
 

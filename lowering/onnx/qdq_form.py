@@ -1,4 +1,4 @@
-"""A Q/DQ graph in the form that ONNX runtimes recognise; every dequantized value stays the same.
+"""Q/DQ form for ONNX runtimes: what they recognise, with every dequantized value the same.
 
     q(x): s8 → dq                    =  q(x): u8, zero point + 128 → dq                  (onnxruntime)
     input: s8 → dq                   =  input: s8 → dq → q: u8 → dq, and so for outputs  (onnxruntime)

@@ -1,4 +1,4 @@
-"""What each op of quantized graphs is in ONNX.
+"""Translation table: what each op of quantized graphs is in ONNX.
 
 QuantizeLinear saturates at the bounds of its dtype. Where a graph uses a narrower range, a Clip of the integers
 follows, between the two ops that runtimes look for. Ranges found at run time are DynamicQuantizeLinear where they are

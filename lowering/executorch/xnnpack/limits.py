@@ -1,4 +1,4 @@
-"""What XNNPACK can hold, checked before a graph is handed over, so that a program that converts also runs.
+"""Limits of XNNPACK, checked before a graph is handed over, so that a program that converts also runs.
 
 Each limit is one that ExecuTorch 1.4's partitioner and serializer let through, to fail when the program is loaded
 or to compute something else.

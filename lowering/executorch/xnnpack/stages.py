@@ -1,4 +1,4 @@
-"""Which ops of a graph can share a delegate: as few delegates as the ops between them allow.
+"""Partition stages: which ops can share a delegate, in as few delegates as the ops between them allow.
 
 The stage of an op counts how often the work changes hands on the way to it: it is the largest stage among its
 inputs, plus one where an op outside of the delegate reads what a delegate made. All delegated ops of one stage can

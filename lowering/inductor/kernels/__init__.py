@@ -1,1 +1,1 @@
-"""Kernels of our own, built on the user's machine: engines beside those that torch brings."""
+"""Kernel engines, and kernels of our own that are built on the user's machine."""

@@ -1,4 +1,4 @@
-"""Which kernel library computes a quantized op: measured for its shape, on this machine.
+"""Kernel engines: which library computes a quantized op, measured for its shape, on this machine.
 
 No library is fastest everywhere. oneDNN's int8 linear reads one row slower than a float kernel does on CPUs without
 VNNI, and is twice as fast from a few dozen rows on; a depthwise convolution is often best in float. An `Engine` is a

@@ -1,4 +1,4 @@
-"""A linear layer with float rows and an integer weight, by a kernel of our own (``few_rows.cpp``).
+"""Weight-only linear kernel for few float rows and an integer weight (``few_rows.cpp``).
 
 A decoder computes one row at a time, and its time is that of reading the weights: a quarter of the bytes, or an eighth
 at 4 bits, is what there is to gain. No kernel that torch brings reads int8 weights for float32 rows at that speed.

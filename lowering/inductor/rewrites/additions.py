@@ -1,4 +1,4 @@
-"""Additions that Inductor fuses into an int8 kernel, and those it must not. Each rewrite keeps the eager result.
+"""Additions that Inductor fuses into an int8 kernel, and those it must not.
 
 A residual addition behind an int8 linear or convolution becomes a part of that kernel, which adds into the memory
 of the other operand. That is sound where the other operand is a buffer of the program that nothing reads any more.

@@ -1,4 +1,4 @@
-"""What many numbers share, an attention mask above all, is computed once.
+"""Hoisting of broadcast values: what many numbers share, an attention mask above all, is computed once.
 
 Inductor computes pointwise values inside of what reads them. A mask of 128 by 128 that the scores of 12 heads in 6
 layers read would be computed 72 times, conversions from integers included, and take longer than the softmax behind it.

@@ -1,4 +1,4 @@
-"""Convolutions in one dimension as convolutions in two, of height one.
+"""Conv1d → conv2d: convolutions in one dimension as convolutions in two, of height one.
 
     squeeze(f(conv2d(unsqueeze(x), unsqueeze(w))))        <=        f(conv1d(x, w))
 

@@ -1,4 +1,4 @@
-"""Lookups in quantized tables: the rows asked for are dequantized, never the table.
+"""Quantized embedding lookups: the rows asked for are dequantized, never the table.
 
     embedding(dq(table), i)          =>        dq(table[i])
     embedding_bag(dq(table), i, …)   =>        embedding_bag(dq(table[i]), 0 1 2 …, …)

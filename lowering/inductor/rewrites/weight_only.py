@@ -1,4 +1,4 @@
-"""Weight-only linear layers for the kernel of `kernels.few_rows`, which reads a weight as the integers it is stored as.
+"""Weight-only linear layers for `kernels.few_rows`, which reads a weight as the integers it is stored as.
 
 linear(x, dq(w), b)        =>        few_rows_linear(x, w, scales, zero_points, b)
 """

@@ -1,4 +1,4 @@
-"""Rewrites of constants: weights, biases and embedding tables, in the form that int8 kernels take them.
+"""Constant rewrites: weights, biases and embedding tables, in the form that int8 kernels take them.
 
 They run on a private copy, in the order of `pipeline.REWRITES`. Each keeps the eager result.
 """
