@@ -1,4 +1,4 @@
-"""What a lowering is given, and its graph exported again: what several targets need before they go their own ways.
+"""Export for a lowering: the graph and example it is given, and the graph exported again.
 
 model ─▶ `graph_of`, `example_of`, `dynamic_shapes_of` ─▶ `export` ─▶ an ExportedProgram
 """

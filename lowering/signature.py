@@ -1,4 +1,4 @@
-"""How a program is called: structure, names, dtypes and sizes of what goes in, checked before anything runs.
+"""Program signatures: structure, names, dtypes and sizes of what goes in, checked before anything runs.
 
 `quant2e.graph.captured.inputs.Inputs` is the calling convention of a captured graph: names and structure. A `Signature`
 adds what compilers and runtimes ask: values of each input, symbols of the sizes that vary, the structure of the output.

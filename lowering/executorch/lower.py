@@ -1,4 +1,7 @@
-"""Q/DQ graphs ─▶ legal form ─▶ limits checked ─▶ ExecuTorch's partitioners ─▶ a program, run and compared."""
+"""Lowering to ExecuTorch.
+
+Q/DQ graphs ─▶ legal form ─▶ limits checked ─▶ ExecuTorch's partitioners ─▶ a program, run and compared.
+"""
 
 from __future__ import annotations
 

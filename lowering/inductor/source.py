@@ -1,4 +1,4 @@
-"""What is compiled, and how what came out is compared with it.
+"""InductorSource: the graph that is compiled, and how what comes out is compared with it.
 
 model ─▶ `InductorSource` (graph, signature, example inputs) ─▶ a program or a package ─▶ `verified` against the graph
 """

@@ -1,4 +1,6 @@
-"""embedding(dequantize(table), ids)  =  dequantize(embedding(table, ids)).
+"""Embedding lookup before dequantization.
+
+embedding(dequantize(table), ids)  =  dequantize(embedding(table, ids)).
 
 Rows are dequantized after they are gathered, so the table stays in integers in the file and in memory, and the
 work is that of the rows asked for. The same integers meet the same scales in the same float operations, so the

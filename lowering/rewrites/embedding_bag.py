@@ -1,4 +1,6 @@
-"""embedding_bag(table, ids, offsets)  =  for each bag, the sum, mean or maximum of embedding(table, ids).
+"""Embedding bag decomposition.
+
+embedding_bag(table, ids, offsets)  =  for each bag, the sum, mean or maximum of embedding(table, ids).
 
 Runtimes have lookups and reductions, but no bags. Bags of one length, which is what two-dimensional ids export to,
 are reduced along it; the rows of others are added up at the place of their bag. After this a bag's table is a

@@ -1,4 +1,6 @@
-"""clamp(x, 0)  =  relu(x)      and      clamp(x, low, high)  =  hardtanh(x, low, high)      where ``x`` is a product.
+"""Clamps as activations.
+
+clamp(x, 0)  =  relu(x)      and      clamp(x, low, high)  =  hardtanh(x, low, high)      where ``x`` is a product.
 
 Backends fuse these two spellings into the product in front of them. The node keeps its name and its metadata.
 """

@@ -1,4 +1,6 @@
-"""addmm(b, x, w)  =  linear(x, wᵀ, b)      and      x @ w  =  linear(x, wᵀ)      where ``w`` is constant.
+"""Matmul → linear.
+
+addmm(b, x, w)  =  linear(x, wᵀ, b)      and      x @ w  =  linear(x, wᵀ)      where ``w`` is constant.
 
 Backends know one product with a constant weight, linear. Some models (GPT-2's Conv1D) spell it otherwise. The node
 keeps its name and its metadata; only what it calls changes.

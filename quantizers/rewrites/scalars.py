@@ -1,4 +1,6 @@
-"""x + 3  =  x + c,    3 - x  =  c - x      with a buffer ``c`` that holds the number.
+"""Scalar operands as tensors.
+
+x + 3  =  x + c,    3 - x  =  c - x      with a buffer ``c`` that holds the number.
 
 An operand that is a tensor can be quantized. The node keeps its name and its metadata; only what it calls changes.
 """

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.dynamic import chooser_of
-from lowering.executorch.xnnpack.legalize.movement import CLAMPS
+from lowering.executorch.xnnpack.legalize.data_movement import CLAMPS
+from lowering.executorch.xnnpack.legalize.dynamic_quantization import chooser_of
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.fake_values import shape_of

@@ -1,4 +1,4 @@
-"""A private copy of a graph, and the few edits that rewrites for Inductor are made of.
+"""Private copy of a graph for Inductor, and the edits that its rewrites are made of.
 
 The copy shares weights with the graph it came from and owns everything else: nodes, constants that a rewrite adds,
 and a clone of each buffer that the graph writes to.

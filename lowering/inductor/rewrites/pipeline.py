@@ -1,4 +1,4 @@
-"""Rewrites that bring a Q/DQ graph into the form Inductor's int8 patterns match. Each keeps the eager result.
+"""Rewrite pipeline for Inductor: a Q/DQ graph in the form that its int8 patterns match, with the same eager result.
 
 They run on a private copy, in the order of `REWRITES`. What Inductor would lower wrongly is kept away from its
 patterns by `lowering.inductor.guard`, which runs after them.

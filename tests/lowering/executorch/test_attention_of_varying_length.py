@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import quant2e
 from lowering import to_executorch
+from lowering.executorch.xnnpack.legalize.attention_scores import scores_in_three_dimensions
 from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
-from lowering.executorch.xnnpack.legalize.scores import scores_in_three_dimensions
 
 LENGTH = torch.export.Dim("length", min=2, max=32)
 HEADS, WIDTH = 4, 8

@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from torch.fx import GraphModule
 
 from lowering.executorch.xnnpack.legalize.attention import plain_attention
+from lowering.executorch.xnnpack.legalize.attention_scores import scores_in_three_dimensions
 from lowering.executorch.xnnpack.legalize.constants import fold_constants
-from lowering.executorch.xnnpack.legalize.dynamic import per_row, short_group_scales, spread_weight_scale
-from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
-from lowering.executorch.xnnpack.legalize.movement import one_grid, quantize_moves
-from lowering.executorch.xnnpack.legalize.pieces import (
-    distinct_operands,
-    implicit_expand,
-    lone_operands,
-    slice_pieces,
-    slice_selects,
+from lowering.executorch.xnnpack.legalize.data_movement import one_grid, quantize_moves
+from lowering.executorch.xnnpack.legalize.dynamic_quantization import (
+    per_row,
+    short_group_scales,
+    spread_weight_scale,
 )
+from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
 from lowering.executorch.xnnpack.legalize.pointwise import decompose_activations, tensor_operands
 from lowering.executorch.xnnpack.legalize.pooling import (
     explicit_pooling,
@@ -32,7 +30,13 @@ from lowering.executorch.xnnpack.legalize.pooling import (
 from lowering.executorch.xnnpack.legalize.projection import split_projections
 from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
 from lowering.executorch.xnnpack.legalize.reshape import one_view
-from lowering.executorch.xnnpack.legalize.scores import scores_in_three_dimensions
+from lowering.executorch.xnnpack.legalize.split_and_join import (
+    distinct_operands,
+    implicit_expand,
+    lone_operands,
+    slice_pieces,
+    slice_selects,
+)
 from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
 from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize

@@ -1,4 +1,6 @@
-"""attention(q, k, v, mask)  =  softmax(q·kᵀ·scale + bias)·v · seen
+"""Attention decomposition.
+
+attention(q, k, v, mask)  =  softmax(q·kᵀ·scale + bias)·v · seen
 
 with bias = mask in finite numbers (a masked place holds the lowest float, not -inf) and seen = 0 for the rows that
 a mask hides altogether. Torch's own decomposition finds those rows by comparing every score of every head with

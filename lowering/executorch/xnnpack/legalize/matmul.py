@@ -1,4 +1,6 @@
-"""matmul(a, b)  =  view(bmm(view(a), view(b)))  for tensors with the same leading dimensions.
+"""Matmul → bmm.
+
+matmul(a, b)  =  view(bmm(view(a), view(b)))  for tensors with the same leading dimensions.
 
 Torch's own decomposition expands both operands to a common batch first, by an op that no delegate takes even where
 it does nothing.

@@ -1,4 +1,4 @@
-"""Activations that XNNPACK has no kernel for, or a kernel that computes another function, in terms of its kernels.
+"""Activation decomposition: functions that XNNPACK has no kernel for, or another kernel, in terms of its kernels.
 
 hardsigmoid(x) = clamp(x + 3, 0, 6) / 6
 gelu(x, "tanh") = x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))     XNNPACK's gelu is the exact one

@@ -1,4 +1,6 @@
-"""mean(x, [2, 3])  =  squeeze(mean(x, [2, 3], keepdim=True)), and average pooling to 1×1 is that mean.
+"""Pooling as means and padded windows.
+
+mean(x, [2, 3])  =  squeeze(mean(x, [2, 3], keepdim=True)), and average pooling to 1×1 is that mean.
 
     pool1d(x)          =  squeeze(pool2d(unsqueeze(x, 2)), 2)
     avg_pool2d, padded =  avg_pool2d(pad(x))   where the padding counts

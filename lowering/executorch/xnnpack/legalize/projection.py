@@ -1,4 +1,6 @@
-"""slice(linear(x, W, b), outputs i to j)  =  linear(x, W[i:j], b[i:j]).
+"""Projection splitting: one linear for each part of a joint projection.
+
+slice(linear(x, W, b), outputs i to j)  =  linear(x, W[i:j], b[i:j]).
 
 Attention often makes query, key and value by one product, and takes it apart: by a slice, or by a view as
 [batch, length, 3, heads, width], a permutation and a selection. XNNPACK does not slice tensors with a size that is

@@ -1,4 +1,6 @@
-"""mean(x, d)  =  x · [1/n, …, 1/n],  sum(x, d)  =  x · [1, …, 1],  and what is made of them.
+"""Reductions as products.
+
+mean(x, d)  =  x · [1/n, …, 1/n],  sum(x, d)  =  x · [1, …, 1],  and what is made of them.
 
     var(x, d)         = mean((x - mean(x, d))², d) · n/(n - correction)
     std(x, d)         = √var(x, d)

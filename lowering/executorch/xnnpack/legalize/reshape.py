@@ -1,4 +1,6 @@
-"""flatten, squeeze, unsqueeze, reshape  =  view, with -1 for the one size that is known at run time only.
+"""Reshapes as views.
+
+flatten, squeeze, unsqueeze, reshape  =  view, with -1 for the one size that is known at run time only.
 
 XNNPACK takes a view whose sizes are numbers, at most one of them -1. It has no squeeze, and unsqueezes at the end only.
 """

@@ -1,4 +1,6 @@
-"""upsample_nearest(x, by m × n)  =  each value m × n times: concatenations of x with itself, seen as one image.
+"""Nearest upsampling as concatenations.
+
+upsample_nearest(x, by m × n)  =  each value m × n times: concatenations of x with itself, seen as one image.
 
     [.., H, W]  →  view [.., H·W, 1]  →  cat of n  =  [.., H, n·W]  →  view [.., H, 1, n·W]  →  cat of m  =  [.., m·H,
     n·W]

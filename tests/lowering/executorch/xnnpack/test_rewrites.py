@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
-from lowering.executorch.xnnpack.legalize.pieces import slice_selects
 from lowering.executorch.xnnpack.legalize.pointwise import decompose_activations, tensor_operands
 from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
 from lowering.executorch.xnnpack.legalize.reshape import one_view
+from lowering.executorch.xnnpack.legalize.split_and_join import slice_selects
 from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
 from quant2e.graph.printer import graph_text
 from quant2e.passes import run

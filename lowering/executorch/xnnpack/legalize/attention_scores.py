@@ -1,4 +1,6 @@
-"""softmax(view(bmm) · scale + mask) viewed for the next bmm  =  softmax(bmm · scale + view(mask))
+"""Attention scores in three dimensions.
+
+softmax(view(bmm) · scale + mask) viewed for the next bmm  =  softmax(bmm · scale + view(mask))
 
 where rows and columns of the scores vary: XNNPACK's views have at most one size that varies, so a view of scores to
 four dimensions and back would split every layer of attention into delegates. The mask is viewed once, for all layers.

@@ -1,4 +1,4 @@
-"""Ops that only move or select values stay between integers.
+"""Integer data movement: ops that only move or select values stay between integers.
 
     dequantize → move → op          =  dequantize → move → quantize → dequantize → op
     op → move → quantize            =  op → quantize → dequantize → move → quantize

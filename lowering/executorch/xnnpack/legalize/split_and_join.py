@@ -1,4 +1,4 @@
-"""Taking tensors apart and putting them together by slices and concatenations only.
+"""Splits and joins of tensors as slices and concatenations only.
 
     split, chunk     =  one slice per part that is used
     stack(x, y; d)   =  cat(unsqueeze(x, d), unsqueeze(y, d); d)

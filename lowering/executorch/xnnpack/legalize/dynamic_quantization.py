@@ -1,4 +1,4 @@
-"""Activations quantized at run time, written the way XNNPACK computes them.
+"""Dynamic quantization as XNNPACK computes it: a scale for each row of an activation.
 
     choose_qparams(x) → quantize → dequantize → linear(·, W)
         =  choose_qparams_per_token(x) → quantize → dequantize → linear(·, W)
