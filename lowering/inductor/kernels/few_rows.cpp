@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../../quant2e/native_op.cpp"
+#include "../../../quant2e/observers/native/native_op.cpp"
 
 namespace {
 

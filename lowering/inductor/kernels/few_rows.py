@@ -24,6 +24,9 @@ SOURCE = Path(__file__).with_name("few_rows.cpp")
 _NAME = "quant2e::few_rows_linear"
 _SCHEMA = "(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, Tensor bias, bool packed) -> Tensor"
 
+FLAGS = ("-ffp-contract=fast", "-Wno-psabi")
+"""For this kernel: its sums may be contracted."""
+
 BLOCK = 32
 """Packed weights lie in blocks of so many inputs; a group is a multiple of it."""
 
@@ -39,7 +42,7 @@ def load() -> Linear | None:
     ``[..., outputs]``.
     """
     try:
-        library = built(SOURCE, OP, flags=("-ffp-contract=fast", "-Wno-psabi"))
+        library = built(SOURCE, OP, flags=FLAGS)
         if library is None:
             return None
         handle = ctypes.CDLL(str(library))

@@ -11,7 +11,7 @@ from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.pipeline import REWRITES
 from quant2e import quantize
 from quant2e.errors import LoweringError
-from quant2e.observers.native.build import compiler
+from quant2e.observers.native.build import built, compiler
 from quant2e.passes import run
 from quantizers import X86InductorQuantizer, recipe
 
@@ -144,3 +144,11 @@ def test_the_compiled_program():
     assert torch.allclose(program(*x), result(*x), rtol=1e-5, atol=1e-5)
     assert {op.kernel for op in program.report.ops} == {"quant2e.few_rows_linear"}
     assert "weight linear: weight-only: float rows, and a weight that is read as the integers" in str(program.report)
+
+
+def test_it_compiles_where_nothing_is_cached(tmp_path, monkeypatch):
+    """A cached library would hide an include that leads nowhere: the cache goes by what the files hold."""
+    monkeypatch.setenv("QUANT2E_CACHE_DIR", str(tmp_path))
+    library = built(few_rows.SOURCE, few_rows.OP, flags=few_rows.FLAGS)
+    assert library is not None
+    assert library.parent == tmp_path
