@@ -38,9 +38,7 @@ class Rewritten:
         run(self._graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
 
     def flat(self, signature: Signature) -> GraphModule:
-        """A copy that Inductor may consume:
-        it takes the inputs that ``signature`` says are taken, and returns tensors.
-        """
+        """A copy that Inductor may consume, of tensors: it takes the inputs that ``signature`` says are taken."""
         graph = Graph()
         outputs: Any = graph.graph_copy(self._graph.graph, {})
         graph.output(tuple(leaf for leaf in outputs if isinstance(leaf, Node)))

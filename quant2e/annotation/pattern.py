@@ -67,9 +67,7 @@ class Arg:
 
 
 def constant(name: str, *, optional: bool = False) -> Arg:
-    """An operand whose value depends on parameters and buffers only, possibly through views, permutes and
-    arithmetic.
-    """
+    """An operand whose value depends on parameters and buffers only, possibly through views and arithmetic."""
     return Arg(name, optional=optional, constant=True)
 
 

@@ -83,9 +83,7 @@ def emit_number(gm: GraphModule, place: Node, value: float) -> Node:
 
 
 def replace(old: Node, new: Node) -> None:
-    """Let every reader of ``old``, but ``new`` itself, read ``new``;
-    removes ``old`` where nothing is left that reads it.
-    """
+    """Let every reader of ``old``, but ``new`` itself, read ``new``. What nothing reads any more is removed."""
     old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     if not old.users:
         old.graph.erase_node(old)

@@ -95,9 +95,7 @@ def _order(node: Node) -> list[int]:
 
 
 def _split_off(view: Node, source: Node, dim: int) -> int:
-    """How many outputs one step along ``dim`` of a view is, if ``dim`` leads the split of the last dimension;
-    else 0.
-    """
+    """How many outputs one step along ``dim`` of a view is, if ``dim`` leads the split of the last one; else 0."""
     before, after = shape_of(source), shape_of(view)
     lead = len(before) - 1
     if dim != lead or not isinstance(before[-1], int) or before[:-1] != after[:lead]:
