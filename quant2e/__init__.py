@@ -24,7 +24,7 @@ from quant2e.annotation.specs import (
     SharedQuantizationSpec,
 )
 from quant2e.calibration.calibrate import calibrate
-from quant2e.calibration.data_checks import DataFinding, check_data
+from quant2e.calibration.data_checks import DataFinding, DataReport, check_data
 from quant2e.calibration.progress import ProgressLine
 from quant2e.calibration.range_selection import RangeChoice, select_ranges
 from quant2e.calibration.statistics import Statistics, load_statistics, rederive, save_statistics
@@ -99,6 +99,7 @@ __all__ = [
     "CaptureError",
     "CapturedModule",
     "DataFinding",
+    "DataReport",
     "DerivedQuantizationSpec",
     "Edge",
     "EdgeOrNode",

@@ -22,7 +22,10 @@ from lowering.bench.command import Row
 from lowering.bench.worker import Footprint
 from lowering.executorch.report import report_on_program
 from lowering.inductor.kernels.engines import KernelChoice, Product
-from quant2e import IntegerReport, IntegerVerdict, Report
+from quant2e import Edge, Group, IntegerReport, IntegerVerdict, Output, Plan, RangeChoice, Report
+from quant2e.annotation.plan import Ignored
+from quant2e.calibration.data_checks import DataFinding, DataReport
+from quant2e.integer import Overflow
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.report import Verdict
 from quantizers.conformance import Conformance, Finding
@@ -64,6 +67,11 @@ REPORTS = {
         (Verdict(FloatOp("linear", "aten.linear.default", "fc", "m.py:3", 32), "static", "linear"),), sqnr_db=INF
     ),
     "integer": IntegerReport("float32", (IntegerVerdict("linear", "aten.linear.default", True, "linear", True),)),
+    "overflow": Overflow(name="mm", sums=8, overflowing=2, wrong=1, peak=40000, limit=32767, worst_error=9),
+    "data": DataReport(
+        (DataFinding("few", "", "only 1 sample"), DataFinding("non-finite", "'<lambda>'", "3 values")), 1, 1
+    ),
+    "ranges": RangeChoice("o", "x", {("mse", 99.99): 0.1, ("minmax", 99.99): 0.0}),
     "conformance": Conformance(
         quantizer="Mine",
         findings=(Finding("sqnr", "far off", reproducer=Program((Given((1, 2)),), (), ())),),
@@ -95,7 +103,7 @@ def test_the_json_form_of_a_quantization_is_read_again(sqnr_db):
     assert Report.from_dict(json.loads(json.dumps(report.as_dict(), allow_nan=False))) == report
 
 
-@pytest.mark.parametrize("kind", OF_PROGRAMS)
+@pytest.mark.parametrize("kind", [*OF_PROGRAMS, "data"])
 def test_the_short_form_fits_a_screen_and_html_is_escaped(kind, golden):
     report = REPORTS[kind]
     assert len(repr(report).splitlines()) <= 10
@@ -130,3 +138,19 @@ def test_several_methods_are_summed_up_and_the_worst_comparison_counts():
     assert (report.delegated_ops, len(report.leftovers), report.rewrites, report.size) == (4, 2, {"gelu": 2}, 1000)
     assert report.verification is worse.verification
     assert report_on_program({"forward": EXECUTORCH}) is EXECUTORCH
+
+
+def test_findings_on_data_are_counted_by_kind_and_are_a_sequence_of_lines():
+    report = REPORTS["data"]
+    assert [finding.kind for finding in report] == ["few", "non-finite"]
+    assert str(report).splitlines() == ["only 1 sample", "'<lambda>': 3 values"]
+    many = replace(report, findings=report.findings * 40)
+    assert len(repr(many).splitlines()) <= 10
+    assert not replace(report, findings=())
+    assert repr(replace(report, findings=())) == "DataReport: nothing found (1 samples in 1 batches)"
+
+
+def test_a_plan_prints_its_size():
+    groups = tuple(Group(None, (Output(f"x{i}"), Edge(f"x{i}", f"y{i}"))) for i in range(50))
+    assert repr(Plan(groups)) == "Plan(50 groups of 100 points)"
+    assert repr(Plan(groups, (Ignored(Output("i"), "a long"),))) == "Plan(50 groups of 100 points, 1 ignored)"

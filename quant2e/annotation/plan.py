@@ -102,11 +102,12 @@ class Ignored:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """Every quantized point of a graph, in exactly one group.
 
-    Invariants: no point is in two groups; every source of a derived group is in another group.
+    Invariants: no point is in two groups; every source of a derived group is in another group. ``str(plan)`` is the
+    whole plan, ``repr(plan)`` its size.
     """
 
     groups: tuple[Group, ...] = ()
@@ -122,6 +123,10 @@ class Plan:
 
     def __contains__(self, point: Point) -> bool:
         return point in self._index
+
+    def __repr__(self) -> str:
+        ignored = f", {len(self.ignored)} ignored" if self.ignored else ""
+        return f"Plan({len(self.groups)} groups of {len(self._index)} points{ignored})"
 
     def __str__(self) -> str:
         """One line per group, then one per ignored point."""

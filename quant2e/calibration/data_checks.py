@@ -5,7 +5,8 @@ Each finding says what, where and what to do. None of them stops anything: data 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from quant2e.graph.captured.capture import as_graph_module
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.ranges.minmax import SENTINEL
+from quant2e.report.html import html_table
+from quant2e.report.plain_data import plain_data
+from quant2e.report.summary import summary
 
 aten = torch.ops.aten
 
@@ -64,9 +68,46 @@ class DataFinding:
         return f"{self.place}: {self.message}" if self.place else self.message
 
 
-def check_data(
-    model: GraphModule | ExportedProgram, data: Iterable[Any], num_batches: int | None = None
-) -> tuple[DataFinding, ...]:
+@dataclass(frozen=True, slots=True, repr=False)
+class DataReport:
+    """What `check_data` found, in the order of the graph: iterate over it for each finding.
+
+    ``batches`` and ``samples`` say how much data was looked at. ``str(report)`` is a line per finding, ``repr(report)``
+    a summary.
+    """
+
+    findings: tuple[DataFinding, ...]
+    batches: int
+    samples: int
+
+    def __iter__(self) -> Iterator[DataFinding]:
+        return iter(self.findings)
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {name: plain_data(getattr(self, name)) for name in ("batches", "samples", "findings")}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.findings))
+
+    def __repr__(self) -> str:
+        return summary([self._headline], [str(finding) for finding in self.findings], "finding")
+
+    def _repr_html_(self) -> str:
+        rows = [(finding.kind, finding.place, finding.message) for finding in self.findings]
+        return html_table(("kind", "where", "what"), rows, self._headline)
+
+    @property
+    def _headline(self) -> str:
+        kinds = Counter(finding.kind for finding in self.findings)
+        found = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing found"
+        return f"DataReport: {found} ({self.samples} samples in {self.batches} batches)"
+
+
+def check_data(model: GraphModule | ExportedProgram, data: Iterable[Any], num_batches: int | None = None) -> DataReport:
     """Run ``data`` through a captured float model and say what looks wrong with it.
 
     Found are: too few samples; non-finite values; channels that are zero throughout, or stuck at a bound of an
@@ -94,7 +135,7 @@ def check_data(
     if samples < FEW_SAMPLES:
         text = f"only {samples} samples in {done} batches: ranges will be too narrow; about 100 are usually enough"
         few.append(DataFinding("few", "", text))
-    return (*few, *watcher.findings(done))
+    return DataReport((*few, *watcher.findings(done)), done, samples)
 
 
 @dataclass(slots=True)

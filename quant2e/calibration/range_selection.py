@@ -28,6 +28,7 @@ from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.measuring import HistogramObserver
 from quant2e.ranges.qparams import fake_quantize_per_tensor
 from quant2e.ranges.sqnr import sqnr_db
+from quant2e.report.plain_data import plain_data
 
 CANDIDATES: tuple[tuple[str, float], ...] = (("mse", 99.99), ("minmax", 99.99), ("percentile", 99.99))
 """Method and percentile of each; the first wins ties."""
@@ -60,6 +61,13 @@ class RangeChoice:
     def sqnr(self) -> float:
         """SQNR in dB of the winner, behind the ops that read the tensor."""
         return sqnr_db(1.0, self.errors[self.winner])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: the winner, its SQNR in dB, and the error of each candidate."""
+        method, percentile = self.winner
+        errors = [{"method": m, "percentile": p, "error": plain_data(error)} for (m, p), error in self.errors.items()]
+        winner = {"method": method, "percentile": percentile, "sqnr_db": plain_data(self.sqnr)}
+        return {"observer": self.observer, "tensor": self.tensor, "winner": winner, "candidates": errors}
 
     def __repr__(self) -> str:
         return f"RangeChoice({self})"

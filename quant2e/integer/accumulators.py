@@ -25,6 +25,7 @@ from quant2e.errors import Quant2eError
 from quant2e.integer.arithmetic.builder import Record
 from quant2e.integer.report import integer_report
 from quant2e.integer.trace import tensors
+from quant2e.report.plain_data import plain_data
 
 Accumulator = Literal["pairs16", "int16", "int24"]
 """A target's accumulator: 16-bit saturating pairs, or that many bits for the running sum."""
@@ -54,6 +55,10 @@ class Overflow:
     def headroom(self) -> float:
         """``peak / limit``: above 1, it overflows by that factor."""
         return self.peak / self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with the headroom."""
+        return {**plain_data(self), "headroom": self.headroom}
 
     def __str__(self) -> str:
         share = self.overflowing / self.sums if self.sums else 0.0

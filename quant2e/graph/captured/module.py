@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,15 @@ class CapturedModule(GraphModule):
             self.recompile()
         super().train(mode)
         return self
+
+    def __repr__(self) -> str:
+        """A few lines: captured, prepared or converted, and how large. ``str`` has the code, `graph_text` the graph."""
+        called = (self.get_submodule(str(n.target)) for n in self.graph.nodes if n.op == "call_module")
+        observers = Counter(type(module).__name__ for module in called if hasattr(module, "calculate_qparams"))
+        kind = "converted" if self.converted else "prepared" if observers else "captured"
+        lines = [f"CapturedModule, {kind}: {len(self.graph.nodes)} nodes, {observers.total()} observers"]
+        lines += [f"  {count} {name}" for name, count in observers.most_common()]
+        return "\n".join(lines)
 
     def __copy__(self) -> CapturedModule:
         return copy_graph(self)

@@ -83,6 +83,20 @@ def test_tables_of_numbers_are_counted(result, prepared):
     assert repr(choice) == "RangeChoice(x: minmax (mse 10.0 dB, minmax 20.0 dB))"
 
 
+def test_a_captured_module_prints_as_what_it_is_and_how_large(prepared):
+    captured = capture(Net(), (IMAGES,))
+    assert repr(captured) == f"CapturedModule, captured: {len(captured.graph.nodes)} nodes, 0 observers"
+    assert repr(prepared).splitlines() == [
+        f"CapturedModule, prepared: {len(prepared.graph.nodes)} nodes, 64 observers",
+        "  22 HistogramObserver",
+        "  21 PerChannelMinMaxObserver",
+        "  21 DerivedObserver",
+    ]
+    converted = convert_pt2e(prepared)
+    assert repr(converted) == f"CapturedModule, converted: {len(converted.graph.nodes)} nodes, 0 observers"
+    assert "def forward" in str(prepared)
+
+
 def test_an_integer_report_is_counted_too(prepared):
     report = integer_report(to_integer(convert_pt2e(prepared)))
     assert repr(report).splitlines()[0] == "IntegerReport: " + str(report).splitlines()[0]
