@@ -11,7 +11,8 @@ number zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,70 +117,90 @@ def _operands(ctx: Context, node: Node, x: Any, w: Any) -> tuple[Any, Weight]:
     return activation, weight
 
 
-def _write(
-    ctx: Context,
-    node: Node,
-    activation: Any,
-    weight: Weight,
-    bias: Tensor | None,
-    call: Callable[[Node, Node, Node | None], Node],
-    *,
-    kind: str,
-    out_scale: float | Tensor,
-    axis: int,
-    reach: Tensor,
-    wide: bool,
-    attributes: dict[str, Any],
-    laid_out: Weight | None = None,
-) -> Value:
-    """The accumulator and what is known of it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Product:
+    """A product with a constant weight, and what is known of it.
 
-    ``reach``: the largest sum of |w| of an output. ``wide``: int64 kernels. ``laid_out``: the weight as ``call`` takes
-    it.
+    ``call``: makes it of integers, a laid out weight and a bias. ``out_scale``: of the weight, 0-D or one for each
+    index of ``axis`` of the result. ``reach``: the largest sum of |w| of an output. ``wide``: torch has int64 kernels
+    only. ``laid_out``: the weight as ``call`` takes it, where that is not ``weight``.
     """
-    if isinstance(activation, DynamicStored):
-        span = int(reach.max()) * activation.span
-        with ctx.b.at(node):
-            dtype = torch.int64 if wide or span >= INT32 else torch.int32
-            acc = call(activation.shifted(ctx, dtype), (laid_out or weight).node(ctx, node, dtype), None)
-            acc = ctx.b.cast(acc, torch.int32) if span < INT32 else acc
-        known = attributes | {"weight_zero_point": weight.zero_point_list()}
-        return DynamicProduct(node, acc, activation, out_scale, axis, bias, kind, {"weight": weight.integers}, known)
+
+    kind: str
+    weight: Weight
+    bias: Tensor | None
+    call: Callable[[Node, Node, Node | None], Node]
+    out_scale: float | Tensor
+    axis: int
+    reach: Tensor
+    wide: bool = False
+    attributes: dict[str, Any] = field(default_factory=dict)
+    laid_out: Weight | None = None
+
+    def weight_node(self, ctx: Context, node: Node, dtype: torch.dtype) -> Node:
+        return (self.laid_out or self.weight).node(ctx, node, dtype)
+
+    def dtype(self, span: int) -> torch.dtype:
+        """What the sums are computed in, when they are below ``span``."""
+        return torch.int64 if self.wide or span >= INT32 else torch.int32
+
+
+def _accumulated(ctx: Context, node: Node, activation: Any, product: _Product) -> Value:
+    """The accumulator of a product, by the kind of its activation."""
+    dynamic = isinstance(activation, DynamicStored)
+    return (_dynamic_sum if dynamic else _static_sum)(ctx, node, activation, product)
+
+
+def _dynamic_sum(ctx: Context, node: Node, activation: DynamicStored, product: _Product) -> Value:
+    """Sums without a bias: the scale of the activation, and so the unit of the sums, is known at run time only."""
+    span = int(product.reach.max()) * activation.span
+    with ctx.b.at(node):
+        dtype = product.dtype(span)
+        acc = product.call(activation.shifted(ctx, dtype), product.weight_node(ctx, node, dtype), None)
+        acc = ctx.b.cast(acc, torch.int32) if span < INT32 else acc
+    weight, known = product.weight, product.attributes | {"weight_zero_point": product.weight.zero_point_list()}
+    return DynamicProduct(
+        node, acc, activation, product.out_scale, product.axis, product.bias, product.kind,
+        {"weight": weight.integers}, known,
+    )  # fmt: skip
+
+
+def _static_sum(ctx: Context, node: Node, activation: Any, product: _Product) -> Value:
+    """Sums with the bias in their units, and with what is left of it as a fraction."""
     grid: Grid = activation.grid
     integers = activation.quantized(ctx, grid)
+    weight, bias, out_scale, axis = product.weight, product.bias, product.out_scale, product.axis
     bias_q = None if bias is None else bias_integers(bias, grid.scale, out_scale)
     fraction = None
-    largest = reach.to(torch.float64) * grid.span + (0 if bias_q is None else bias_q.abs().to(torch.float64))
+    largest = product.reach.to(torch.float64) * grid.span + (0 if bias_q is None else bias_q.abs().to(torch.float64))
     span = int(largest.max())
     if bias is not None and bias_q is not None:
         fraction = bias_fraction(bias, bias_q, grid.scale, out_scale, span)
     constants = {"weight": weight.integers}
     with ctx.b.at(node):
-        dtype = torch.int64 if wide or span >= INT32 else torch.int32
+        dtype = product.dtype(span)
         kept = None if bias_q is None else bias_q.to(torch.int32 if int(bias_q.abs().max()) < INT32 else torch.int64)
         constants |= {} if kept is None else {"bias": kept}
         bias_node = None if kept is None else ctx.b.cast(ctx.b.constant(kept, f"{node.name}_bias"), dtype)
-        acc = call(
-            ctx.b.shifted(integers, grid.zero_point, dtype), (laid_out or weight).node(ctx, node, dtype), bias_node
-        )
+        x = ctx.b.shifted(integers, grid.zero_point, dtype)
+        acc = product.call(x, product.weight_node(ctx, node, dtype), bias_node)
         if span >= INT32:
             ctx.b.notes.append(f"'{node.name}': sums in int64: they can reach {span:.4g}, and int32 holds {INT32:.4g}")
-        elif wide:
+        elif product.wide:
             acc = ctx.b.cast(acc, torch.int32)
-        part = Part(
-            acc, (grid.scale, out_scale), span, axis if isinstance(out_scale, Tensor) else None, owner=node.name
-        )
+        channels = axis if isinstance(out_scale, Tensor) else None
+        part = Part(acc, (grid.scale, out_scale), span, channels, owner=node.name)
         if fraction is not None:
             part = fraction.added(ctx.b, part, axis, rank(node), f"{node.name}_bias_fraction")
             constants["bias_fraction"] = fraction.integers
-    known = attributes | {
+    known = product.attributes | {
         "bias_fraction_bits": 0 if fraction is None else fraction.bits,
         "channel_axis": axis,
         "zero_point": grid.zero_point,
         "weight_zero_point": weight.zero_point_list(),
         "accumulator": "int64" if span >= INT32 else "int32",
     }
-    return Product(node, [part], kind=kind, inputs={"x": integers.name}, constants=constants, attributes=known)
+    return Product(node, [part], kind=product.kind, inputs={"x": integers.name}, constants=constants, attributes=known)
 
 
 _CONVOLUTIONS = {
@@ -226,10 +247,11 @@ def _convolution(ctx: Context, node: Node) -> Value:
         return ctx.b.call(node.target, *args, **kwargs)
 
     axis = rank(node) - spatial - 1
-    return _write(
-        ctx, node, activation, weight, bias, call, kind="convolution", out_scale=scale, axis=axis, reach=reach,
+    product = _Product(
+        kind="convolution", weight=weight, bias=bias, call=call, out_scale=scale, axis=axis, reach=reach,
         wide=dilated or transposed, attributes=attributes,
     )  # fmt: skip
+    return _accumulated(ctx, node, activation, product)
 
 
 def _linear(ctx: Context, node: Node) -> Value:
@@ -244,14 +266,16 @@ def _linear(ctx: Context, node: Node) -> Value:
         weight, integers=weight.integers.t().contiguous(), axis=None if weight.axis is None else 1, source=None
     )
 
-    def call(x: Node, w: Node, b: Node | None) -> Node:
-        product = ctx.b.call(aten.matmul.default, x, w)
-        return product if b is None else ctx.b.call(aten.add.Tensor, product, b)
-
-    return _write(
-        ctx, node, activation, weight, bias, call, kind="linear", out_scale=scale, axis=rank(node) - 1, reach=reach,
-        wide=False, attributes={}, laid_out=columns,
+    product = _Product(
+        kind="linear", weight=weight, bias=bias, call=partial(_matmul_and_add, ctx), out_scale=scale,
+        axis=rank(node) - 1, reach=reach, laid_out=columns,
     )  # fmt: skip
+    return _accumulated(ctx, node, activation, product)
+
+
+def _matmul_and_add(ctx: Context, x: Node, w: Node, bias: Node | None) -> Node:
+    product = ctx.b.call(aten.matmul.default, x, w)
+    return product if bias is None else ctx.b.call(aten.add.Tensor, product, bias)
 
 
 def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, bias: Tensor | None) -> Value:
@@ -306,15 +330,11 @@ def _times_weight(ctx: Context, node: Node, x: Any, w: Any, bias: Tensor | None)
         raise NoIntegerFormError(node, "its weight is not a matrix")
     scale = weight.along(node, 1)
     reach = weight.centred().abs().to(torch.int64).sum(0)
-
-    def call(a: Node, b: Node, c: Node | None) -> Node:
-        product = ctx.b.call(aten.matmul.default, a, b)
-        return product if c is None else ctx.b.call(aten.add.Tensor, product, c)
-
-    return _write(
-        ctx, node, activation, weight, bias, call, kind="matmul_weight", out_scale=scale, axis=rank(node) - 1,
-        reach=reach, wide=False, attributes={},
+    product = _Product(
+        kind="matmul_weight", weight=weight, bias=bias, call=partial(_matmul_and_add, ctx), out_scale=scale,
+        axis=rank(node) - 1, reach=reach,
     )  # fmt: skip
+    return _accumulated(ctx, node, activation, product)
 
 
 def _addmm(ctx: Context, node: Node) -> Value:
