@@ -30,10 +30,10 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Graph, Node
 
+from quant2e.annotation.mismatch import Mismatch, no_tensor, unmet
 from quant2e.errors import AnnotationError
 from quant2e.graph.constants import Constants, Variation
-from quant2e.graph.dataflow import operand, uses
-from quant2e.graph.mutation import seen_through
+from quant2e.graph.dataflow import operand
 
 NodeEdge = tuple[Node, Node]
 """``(producer, consumer)``."""
@@ -189,22 +189,6 @@ class Match:
 
 
 @dataclass(frozen=True, slots=True)
-class Mismatch:
-    """Why a pattern does not match: the attempt that got furthest.
-
-    ``matched`` counts the ops that were found before, ``missing`` those of the pattern that were not.
-    """
-
-    node: Node
-    reason: str
-    matched: int
-    missing: int
-
-    def __str__(self) -> str:
-        return self.reason
-
-
-@dataclass(frozen=True, slots=True)
 class _Found:
     """What an attempt has found so far: nodes from the root inwards, bound edges.
 
@@ -241,9 +225,7 @@ class _Search:
 
     def miss(self, node: Node, found: _Found, reason: str) -> None:
         mismatch = Mismatch(node, reason, len(found.nodes), self.size - len(found.nodes))
-        best = self.nearest
-        if best is None or (mismatch.matched, -mismatch.missing) > (best.matched, -best.missing):
-            self.nearest = mismatch
+        self.nearest = mismatch.or_nearer(self.nearest)
 
     def variation(self, producers: Sequence[Node]) -> Variation | None:
         """Why one of the producers is not constant; None if all are."""
@@ -292,8 +274,7 @@ class _Search:
             if want.optional and have is None:
                 yield found
             else:
-                kind = "is missing" if have is None else f"is the literal {have!r}, not a tensor"
-                self.miss(node, found, f"operand '{want.name}' ({place}) of '{node.name}' {kind}")
+                self.miss(node, found, no_tensor(node, want.name, place, have))
             return
         if want.constant and (why := self.variation(producers)) is not None:
             self.miss(node, found, f"operand '{want.name}' of '{node.name}' is not constant: {why}")
@@ -333,17 +314,7 @@ def _head_mismatch(pattern: Op, node: Node, result: Node, *, inner: bool) -> str
     if node.op != "call_function" or node.target not in pattern.targets:
         names = " or ".join(sorted({short_name(t).removesuffix("_") for t in pattern.targets}))
         return f"'{node.name}' is {short_name(node.target) if node.op == 'call_function' else node.op}, not {names}"
-    if inner and (count := uses(result)) != 1:
-        return f"the output of '{result.name}' is used {count} times ({', '.join(u.name for u in result.users)})"
-    if not pattern.aliased and (alias := seen_through(node)) is not None:
-        return f"'{node.name}' writes in place to a tensor that is also seen through '{alias.name}'"
-    if pattern.when is not None and (answer := pattern.when(node)) is not True:
-        return answer or f"'{node.name}' does not meet the condition {_name_of(pattern.when)}"
-    return None
-
-
-def _name_of(condition: Callable[..., Any]) -> str:
-    return str(getattr(condition, "__name__", condition))
+    return unmet(node, result, pattern.when, inner=inner, aliased=pattern.aliased)
 
 
 def solutions(
