@@ -1,6 +1,6 @@
 """InductorPackage: the program of `to_inductor` compiled ahead of time, into a file that runs without this library.
 
-rewrite a copy of the graph (`inductor_rewritten`) ─▶ AOTInductor ─▶ load the file, run it against the graph ─▶ move it
+rewrite a copy of the graph (`Rewritten`) ─▶ AOTInductor ─▶ load the file, run it against the graph ─▶ move it
 into place
 """
 

@@ -1,6 +1,6 @@
 """InductorProgram: a Q/DQ graph as a compiled callable, on Inductor's int8 kernels (oneDNN on x86).
 
-rewrite a copy of the graph (`inductor_rewritten`) ─▶ compile ─▶ run against the graph
+rewrite a copy of the graph (`Rewritten`) ─▶ compile ─▶ run against the graph
 """
 
 from __future__ import annotations
