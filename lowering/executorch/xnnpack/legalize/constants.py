@@ -9,12 +9,14 @@ computed from, beyond a floor, is left in the graph.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node
 
 from quant2e.graph.attributes import tensor_at
-from quant2e.graph.constants import Constants
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.edit import emit_constant
 from quant2e.graph.effects import writes
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
@@ -25,34 +27,26 @@ FLOOR = 64 * 1024
 
 def fold_constants(module: GraphModule) -> int:
     """Replace what depends on constants only; returns how many constants took the place of computations."""
-    values: dict[Node, Tensor] = {}
-    roots: dict[Node, int] = {}
-    with torch.no_grad():
-        for node in list(Constants(module.graph)):
-            _evaluate(module, node, values, roots)
+    values: dict[Node, Any] = {}
+    bytes_of: dict[Node, int] = {}  # what a value is computed from, of the nodes whose values are small enough
+    for node in list(Constants(module.graph)):
+        if (tensor := tensor_at(module, node)) is not None:
+            bytes_of[node] = tensor.nbytes
+        elif _foldable(node) and all(source in bytes_of for source in node.all_input_nodes):
+            result = evaluate(module, node, values)
+            bytes_in = sum(bytes_of[source] for source in node.all_input_nodes)
+            if isinstance(result, Tensor) and result.nbytes <= max(bytes_in, FLOOR):
+                bytes_of[node] = bytes_in
+            else:
+                del values[node]
     count = 0
-    for node, value in values.items():
-        if node.op == "get_attr" or all(user in values for user in node.users):
+    for node in bytes_of:
+        if node.op == "get_attr" or all(user in bytes_of for user in node.users):
             continue
-        stored = emit_constant(module, node, "folded", value.detach().clone().contiguous())
+        stored = emit_constant(module, node, "folded", values[node].detach().clone().contiguous())
         node.replace_all_uses_with(stored)
         count += 1
     return count
-
-
-def _evaluate(module: GraphModule, node: Node, values: dict[Node, Tensor], roots: dict[Node, int]) -> None:
-    if node.op == "get_attr":
-        tensor = tensor_at(module, node)
-        if tensor is not None:
-            values[node], roots[node] = tensor, tensor.nbytes
-        return
-    if not _foldable(node) or any(source not in values for source in node.all_input_nodes):
-        return
-    args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-    result = node.target(*args, **kwargs) if callable(node.target) else None
-    bytes_in = sum(roots[source] for source in node.all_input_nodes)
-    if isinstance(result, Tensor) and result.nbytes <= max(bytes_in, FLOOR):
-        values[node], roots[node] = result, bytes_in
 
 
 def _foldable(node: Node) -> bool:
