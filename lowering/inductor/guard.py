@@ -10,6 +10,8 @@ neighbours, so an op that is guarded costs what a float op costs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -125,28 +127,35 @@ def _requantizes(node: Node) -> list[Node]:
     return found if moved else []
 
 
+@dataclass(frozen=True, slots=True)
+class FloatProducts:
+    """``op(dq(x), w)`` => ``op((x - zero_point) * scale, w)`` for the products that were refused. A pass."""
+
+    products: tuple[Node, ...]
+
+    @property
+    def __name__(self) -> str:
+        return "float_products"
+
+    def __call__(self, gm: GraphModule) -> int:
+        """Returns how often a dequantize gave way to arithmetic."""
+        count = 0
+        for product in self.products:
+            activation = dequantize_behind(activation_of(product))
+            if activation is None or activation.target not in ACTIVATION_DQ:
+                continue  # what carries it here carried it to a product before this one as well
+            for user in list(activation.users):
+                if _reaches(user, product):
+                    arithmetic(gm, user, activation)
+                    count += 1
+        return count
+
+
 def keep_from_patterns(gm: GraphModule) -> dict[str, str]:
     """Guard every case above. Returns, by node name, why that op does not become an int8 kernel."""
-    reasons: dict[str, str] = {}
-
-    def guard_products(gm: GraphModule) -> int:
-        for node in list(gm.graph.nodes):
-            reason = refusal(gm, node)
-            if reason is not None:
-                reasons[node.name] = reason
-                _compute_in_float(gm, node)
-        return len(reasons)
-
-    run(gm, (guard_products, guard_moves), compiled=False)
-    return reasons
-
-
-def _compute_in_float(gm: GraphModule, product: Node) -> None:
-    activation = dequantize_behind(activation_of(product))
-    assert activation is not None
-    for user in list(activation.users):
-        if _reaches(user, product):
-            arithmetic(gm, user, activation)
+    refused = {node: reason for node in gm.graph.nodes if (reason := refusal(gm, node)) is not None}
+    run(gm, (FloatProducts(tuple(refused)), guard_moves), compiled=False)
+    return {node.name: reason for node, reason in refused.items()}
 
 
 def guard_moves(gm: GraphModule) -> int:

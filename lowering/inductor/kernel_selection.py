@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice, Pro
 from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
 from quant2e.errors import LoweringError
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 from quant2e.passes import run
+from quant2e.passes.dead_code import remove_dead_code
 
 aten = torch.ops.aten
 
@@ -31,44 +35,65 @@ Engines = str | Mapping[str, str]
 _FLOAT, _MEASURED = "float", "measured"
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenKernels:
+    """Give each op what it was decided to run with: a float weight, or for `Rows` our own kernel. A pass."""
+
+    decisions: tuple[tuple[Node, Rows | None], ...]
+
+    @property
+    def __name__(self) -> str:
+        return "chosen_kernels"
+
+    def __call__(self, gm: GraphModule) -> int:
+        """Returns how many ops there are; what they read before stays for dead code elimination."""
+        for node, rows in self.decisions:
+            if rows is None:
+                float_weight(gm, node)
+            else:
+                compute_by_rows(gm, node, rows)
+        return len(self.decisions)
+
+
 def choose(
     gm: GraphModule, refused: Mapping[str, str], wanted: Engines, engines: Sequence[Engine] = ENGINES
 ) -> tuple[dict[str, KernelChoice], int]:
     """Choose among ``engines`` for every product, and rewrite those that a float kernel, or one of ours, computes.
 
     ``refused``: ops that no int8 kernel computes right. They get a float weight without being measured: the alternative
-    is to dequantize the weight at every call. Returns the choices by op name, and the bytes of float weights made.
-    Raises `LoweringError` for names of engines or ops that do not exist.
+    is to dequantize the weight at every call. A weight that is not constant stays as it is. Returns the choices by op
+    name, and the bytes of float weights made. Raises `LoweringError` for names of engines or ops that do not exist.
     """
-    products = {node.name: node for node in gm.graph.nodes if quantized_operands(node) is not None}
-    alone = {node.name: node for node in gm.graph.nodes if node.name not in refused and is_weight_only(gm, node)}
+    choices, decisions = _decide(gm, refused, wanted, engines)
+    run(gm, (ChosenKernels(decisions), remove_dead_code), compiled=False)
+    made = (tensor_at(gm, weight_of(node)) for node, rows in decisions if rows is None)
+    return choices, sum(weight.nbytes for weight in made if weight is not None)
+
+
+def _decide(
+    gm: GraphModule, refused: Mapping[str, str], wanted: Engines, engines: Sequence[Engine]
+) -> tuple[dict[str, KernelChoice], tuple[tuple[Node, Rows | None], ...]]:
+    """The choices by op name, and the ops to rewrite: with None for a float weight."""
+    constants = Constants(gm.graph)
+    nodes = [node for node in gm.graph.nodes if weight_of(node) in constants]
+    products = {node.name: node for node in nodes if quantized_operands(node) is not None}
+    alone = {node.name: node for node in nodes if node.name not in refused and is_weight_only(gm, node)}
     _check(wanted, engines, {**products, **alone})
     choices: dict[str, KernelChoice] = {}
-    changes: list[tuple[Node, Rows | None]] = [(node, None) for node in gm.graph.nodes if node.name in refused]
+    decisions: list[tuple[Node, Rows | None]] = [(node, None) for node in nodes if node.name in refused]
     for name, node in alone.items():
         rows = rows_of(gm, node)
         if rows is not None:
             choices[name] = _choice(name, rows.product, wanted, engines)
-        changes.append((node, None if rows is None or choices[name].engine == _FLOAT else rows))
+        decisions.append((node, None if rows is None or choices[name].engine == _FLOAT else rows))
     for name, node in products.items():
         product = product_of(node) if name not in refused else None
         if product is None:
             continue
         choices[name] = _choice(name, product, wanted, engines)
         if choices[name].engine == _FLOAT:
-            changes.append((node, None))
-    sizes: list[int] = []
-
-    def chosen_kernels(gm: GraphModule) -> int:
-        for node, rows in changes:
-            if rows is None:
-                sizes.append(float_weight(gm, node))
-            else:
-                compute_by_rows(gm, node, rows)
-        return len(changes)
-
-    run(gm, (chosen_kernels,), compiled=False)
-    return choices, sum(sizes)
+            decisions.append((node, None))
+    return choices, tuple(decisions)
 
 
 def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> KernelChoice:

@@ -121,4 +121,3 @@ def compute_by_rows(gm: GraphModule, node: Node, rows: Rows) -> None:
         computed = call(gm, node, op, x, *made, bias, rows.product.packed)
     computed.meta["val"] = node.meta.get("val")
     replace(node, computed)
-    gm.graph.eliminate_dead_code()

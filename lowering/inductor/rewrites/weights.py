@@ -6,10 +6,12 @@ They run on a private copy, in the order of `pipeline.REWRITES`. Each keeps the 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import call
 from quant2e.graph.attributes import tensor_at
+from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
 from quant2e.graph.edit import emit_constant, replace
@@ -57,22 +59,11 @@ def activation_of(node: Node) -> Node | None:
 
 def folded_weights(gm: GraphModule) -> int:
     """``quantize(get_attr float, …)`` => ``get_attr int8``: what ``fold_quantize=False`` leaves in the graph."""
-    count = 0
-    for node in list(gm.graph.nodes):
-        if node.target in QUANTIZE and tensor_at(gm, node.args[0]) is not None:
-            count += _evaluate(gm, node, "_integers")
-    return count
-
-
-def _evaluate(gm: GraphModule, node: Node, name: str) -> bool:
-    """Replace a call whose operands are all constants by the constant it computes; leave any other call."""
-    if isinstance(node.target, str):
-        return False
-    args = [tensor_at(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
-    if any(arg is None for arg, given in zip(args, node.args, strict=True) if given is not None):
-        return False
-    replace(node, emit_constant(gm, node, name, node.target(*args, **node.kwargs)))
-    return True
+    constants = Constants(gm.graph)
+    found = [n for n in constants if n.target in QUANTIZE and tensor_at(gm, n.args[0]) is not None]
+    for node in found:
+        replace(node, emit_constant(gm, node, "_integers", evaluate(gm, node)))
+    return len(found)
 
 
 def explicit_zero_points(gm: GraphModule) -> int:
@@ -92,14 +83,15 @@ def explicit_zero_points(gm: GraphModule) -> int:
 
 def float_biases(gm: GraphModule) -> int:
     """``dequantize(get_attr int32)`` => ``get_attr float``: int8 kernels take a float bias, and it is small."""
-    count = 0
-    for node in list(gm.graph.nodes):
-        if node.target not in (qd.dequantize_per_tensor.default, qd.dequantize_per_channel.default):
-            continue
-        value = tensor_at(gm, node.args[0])
-        if value is not None and value.dtype is torch.int32:
-            count += _evaluate(gm, node, "_float_bias")
-    return count
+    kinds = (qd.dequantize_per_tensor.default, qd.dequantize_per_channel.default)
+    found = [n for n in Constants(gm.graph) if n.target in kinds and _is_int32(tensor_at(gm, n.args[0]))]
+    for node in found:
+        replace(node, emit_constant(gm, node, "_float_bias", evaluate(gm, node)))
+    return len(found)
+
+
+def _is_int32(value: Tensor | None) -> bool:
+    return value is not None and value.dtype is torch.int32
 
 
 def per_channel_weights(gm: GraphModule) -> int:
@@ -155,22 +147,12 @@ def weights_by_output(gm: GraphModule) -> int:
     return count
 
 
-def float_weight(gm: GraphModule, node: Node) -> int:
-    """``op(x, dq(w))`` => ``op(x, w')`` with ``w'`` a float constant; the bytes that it takes.
+def float_weight(gm: GraphModule, node: Node) -> None:
+    """``op(x, dq(w))`` => ``op(x, w')`` with ``w'`` a float constant.
 
-    Inductor keeps a weight that is dequantized in the graph as integers, and dequantizes it at every call.
+    Inductor keeps a weight that is dequantized in the graph as integers, and dequantizes it at every call. Raises
+    `PassError` where the weight is not constant.
     """
-    source, path = weight_of(node), []
-    assert source is not None, f"'{node.name}' has a weight"
-    while tensor_at(gm, source) is None:
-        path.append(source)
-        source = next(iter(source.all_input_nodes))
-    value = tensor_at(gm, source)
-    for step in reversed(path):
-        arguments = [tensor_at(gm, arg) if isinstance(arg, Node) else arg for arg in step.args]
-        value = step.target(value, *arguments[1:], **step.kwargs)  # type: ignore[operator]
-    assert value is not None
-    old = path[0]
-    node.replace_input_with(old, emit_constant(gm, node, "_float_weight", value))
-    gm.graph.eliminate_dead_code()
-    return value.nbytes
+    weight = weight_of(node)
+    assert weight is not None, f"'{node.name}' has a weight"
+    node.replace_input_with(weight, emit_constant(gm, node, "_float_weight", evaluate(gm, weight)))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowering import to_inductor
+from lowering.inductor.guard import keep_from_patterns
 from lowering.inductor.kernel_selection import choose, product_of
 from lowering.inductor.kernels import engines
 from lowering.inductor.kernels.engines import ENGINES, KernelChoice, Product, fastest
@@ -185,6 +186,23 @@ def test_weights_without_a_kernel_are_not_dequantized_at_each_call():
     gm.recompile()
     assert ({n: c.engine for n, c in choices.items()}, size) == ({"linear": "float"}, (8 * 16 + 3 * 8) * 4)
     assert not [node for node in gm.graph.nodes if "dequantize" in str(node.target)]
+    assert torch.equal(gm(x)[0], model(x))
+
+
+def weight_from_input(m, x):
+    scales, points, grid = torch.ones(4), torch.zeros(4, dtype=torch.int64), (0, -127, 127, torch.int8)
+    integers = qd.quantize_per_channel.default(x, scales, points, *grid)
+    return F.linear(u8(x), qd.dequantize_per_channel.default(integers, scales, points, *grid))
+
+
+def test_a_weight_that_is_computed_from_an_input_stays():
+    x = torch.randn(4, 16)
+    model = capture(weight_from_input, x)
+    gm = private_copy(model)
+    refused = keep_from_patterns(gm)
+    assert refused == {"linear": "the weight is not a constant"}
+    assert choose(gm, refused, "float") == ({}, 0)
+    gm.recompile()
     assert torch.equal(gm(x)[0], model(x))
 
 

@@ -112,3 +112,17 @@ def test_without_vnni_only_what_cannot_saturate_is_int8(monkeypatch):
 
     assert reasons(0, 127) == {}
     assert "reduce_range=True" in reasons(0, 255)["linear"]
+
+
+def test_products_that_read_one_conversion_are_all_named():
+    def both(m, x):
+        half, w = int16(x).to(torch.bfloat16), m.w().to(torch.bfloat16)
+        return F.linear(half, w) + F.linear(half, w)
+
+    model = torch.export.export(Fn(both, w=weight(8, 16)).eval(), (X,), strict=False).module()
+    copy = private_copy(model)
+    assert keep_from_patterns(copy) == dict.fromkeys(
+        ("linear", "linear_1"), "int8 kernels take 8-bit activations, not torch.int16"
+    )
+    copy.recompile()
+    assert torch.equal(copy(X)[0], model(X))
