@@ -31,8 +31,8 @@ from quant2e.report.record import RECORD_KEY, record_of
 _HOLD_OUT_EVERY = 8
 _HOLD_OUT_AT_MOST = 8
 
-_RACE_ON = 2
-"""Held-out batches on which candidate ranges race; each costs about four forwards."""
+_SELECT_RANGES_ON = 2
+"""Held-out batches on which candidate ranges are compared; each costs about four forwards."""
 
 
 class _HoldOut:
@@ -92,10 +92,10 @@ def quantize(
 
     ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
     ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
-    weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges race on
-    them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``: the module
-    computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it quantizes its
-    inputs and outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`.
+    weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges are
+    compared on them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``:
+    the module computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it
+    quantizes its inputs and outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`.
     ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the number of batches
     done and the total, where it is known.
 
@@ -118,7 +118,7 @@ def quantize(
         stream = _HoldOut(calibration_data)
         calibrate(prepared, stream, progress=progress)
         held_out = stream.kept
-        notes = collapsed(select_ranges(prepared, held_out[:_RACE_ON]))
+        notes = collapsed(select_ranges(prepared, held_out[:_SELECT_RANGES_ON]))
         kind = "held-out batch" if stream.separate else "calibration batch"
         measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
     converted = _converted(prepared, use_reference_representation, int8_io)

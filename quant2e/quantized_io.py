@@ -1,4 +1,4 @@
-"""Integer inputs and outputs: quantization at the boundary is left to whoever calls the model.
+"""Integer inputs and outputs: whoever calls the model quantizes and dequantizes.
 
     placeholder x: float → quantize → dequantize → op        =>        placeholder x: int8 → dequantize → op
     op → quantize → dequantize → output                      =>        op → quantize → output
@@ -33,7 +33,7 @@ from quant2e.passes.split_dequantize import split_dequantize
 from quant2e.report.record import RECORD_KEY, GraphRecord
 
 QUANTIZED_IO = "quantized_boundary"
-"""Key in ``gm.meta`` under which a graph with an integer boundary keeps its `QuantizedIO`."""
+"""Key in ``gm.meta`` under which a graph with integer inputs or outputs keeps its `QuantizedIO`."""
 
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
 
@@ -120,7 +120,7 @@ class QuantizedIO:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizedIO:
-        """The boundary that `as_dict` described. Raises `FileFormatError` for anything else."""
+        """The inputs and outputs that `as_dict` described. Raises `FileFormatError` for anything else."""
         try:
             inputs, outputs = (tuple(_port(item) for item in data[side]) for side in ("inputs", "outputs"))
             return cls(inputs, outputs, dict(data["floats"]))
@@ -153,7 +153,7 @@ def quantized_io_of(gm: GraphModule) -> QuantizedIO:
 
 
 def called_with_floats(gm: GraphModule) -> Callable[..., Any]:
-    """``gm`` as a function from floats to floats; ``gm`` itself when its boundary carries floats."""
+    """``gm`` as a function from floats to floats; ``gm`` itself when it takes and returns floats."""
     quantized_io, convention = quantized_io_of(gm), getattr(gm, "inputs", None)
     if not quantized_io or convention is None:
         return gm

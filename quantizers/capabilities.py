@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Told = Mapping[str, Sequence[str]]
-"""What one quantizer tells: rule → the patterns it quantizes."""
+Declared = Mapping[str, Sequence[str]]
+"""What one quantizer declares: rule → the patterns it quantizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,19 +24,19 @@ class Capability:
 
 
 @dataclass(frozen=True, slots=True)
-class Capabilities(Mapping[str, Told]):
+class Capabilities(Mapping[str, Declared]):
     """Quantizer → rule → patterns, in order of precedence. Printed, it is a table of its ``rows``.
 
-    ``silent``: quantizers that do not tell what they can do.
+    ``silent``: quantizers that do not declare what they can do.
     """
 
-    told: Mapping[str, Told]
+    declared: Mapping[str, Declared]
     silent: tuple[str, ...] = ()
     rows: tuple[Capability, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         rows: list[Capability] = []
-        for name, rules in self.told.items():
+        for name, rules in self.declared.items():
             first = {(row.pattern, row.quantizer): None for row in rows}
             for rule, patterns in rules.items():
                 for pattern in patterns:
@@ -44,18 +44,18 @@ class Capabilities(Mapping[str, Told]):
                     rows.append(Capability(name, rule, pattern, after))
         object.__setattr__(self, "rows", tuple(rows))
 
-    def __getitem__(self, quantizer: str) -> Told:
-        return self.told[quantizer]
+    def __getitem__(self, quantizer: str) -> Declared:
+        return self.declared[quantizer]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.told)
+        return iter(self.declared)
 
     def __len__(self) -> int:
-        return len(self.told)
+        return len(self.declared)
 
     def __str__(self) -> str:
         head = ("", "quantizer", "rule", "pattern", "unless taken by")
-        ranks = {name: str(rank) for rank, name in enumerate(self.told, start=1)}
+        ranks = {name: str(rank) for rank, name in enumerate(self.declared, start=1)}
         rows = ((ranks[r.quantizer], r.quantizer, r.rule, _short(r.pattern), ", ".join(r.after)) for r in self.rows)
         lines = [head, *rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
@@ -67,14 +67,14 @@ def _short(pattern: str, width: int = 72) -> str:
     return pattern if len(pattern) <= width else f"{pattern[: width - 1]}…"
 
 
-def told_by(quantizer: Any) -> Told | Capabilities | None:
+def declared_by(quantizer: Any) -> Declared | Capabilities | None:
     """What a quantizer says that it can quantize; None for one that does not say.
 
     Of PT2E's quantizers, which answer ``get_supported_operators()``, the operators of all configurations.
     """
     if callable(ask := getattr(quantizer, "quantization_capabilities", None)):
-        told: Told | Capabilities = ask()
-        return told
+        declared: Declared | Capabilities = ask()
+        return declared
     if not callable(ask := getattr(quantizer, "get_supported_operators", None)):
         return None
     patterns = {

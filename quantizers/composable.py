@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.quantizer import Quantizer, annotated, transformed
 from quant2e.annotation.specs import ANNOTATION, EdgeOrNode
 from quant2e.errors import AnnotationError, where
-from quantizers.capabilities import Capabilities, Told, told_by
+from quantizers.capabilities import Capabilities, Declared, declared_by
 
 
 class ComposableQuantizer(Quantizer):
@@ -108,18 +108,18 @@ class ComposableQuantizer(Quantizer):
 
         The children of a composition inside this one stand where it stands.
         """
-        told: dict[str, Told] = {}
+        declared: dict[str, Declared] = {}
         silent: list[str] = []
         for index, child in enumerate(self.quantizers):
-            name, answer = self._name(index), told_by(child)
+            name, answer = self._name(index), declared_by(child)
             if answer is None:
                 silent.append(name)
             elif isinstance(answer, Capabilities):
-                told |= {f"{name} > {inner}": rules for inner, rules in answer.items()}
+                declared |= {f"{name} > {inner}": rules for inner, rules in answer.items()}
                 silent += [f"{name} > {inner}" for inner in answer.silent]
             else:
-                told[name] = answer
-        return Capabilities(told, tuple(silent))
+                declared[name] = answer
+        return Capabilities(declared, tuple(silent))
 
     def _name(self, index: int) -> str:
         name = type(self.quantizers[index]).__name__

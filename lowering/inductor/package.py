@@ -106,7 +106,7 @@ def write_package(
 ) -> InductorPackage:
     """`package_inductor`, of a graph that is at hand."""
     _check_suffix(path)
-    _check_boundary(source.signature)
+    _check_tensors(source.signature)
     rewritten = Rewritten(source.graph, engines, [engine for engine in ENGINES if engine.name != FEW_ROWS])
     inputs = FakeInputs(source.signature.inputs, source.signature.symbols, whole=True)
     kernels: list[Kernel] = []
@@ -135,7 +135,7 @@ def _check_suffix(path: Path) -> None:
         raise LoweringError(f"a package needs the path of the file to write, ending in .pt2, not {str(path)!r}")
 
 
-def _check_boundary(signature: Signature) -> None:
+def _check_tensors(signature: Signature) -> None:
     """Raise `LoweringError` for what a package cannot take or return."""
     for spec in signature.inputs:
         if isinstance(spec.value, torch.SymInt):

@@ -74,7 +74,7 @@ def in_form(module: GraphModule, convention: Convention) -> None:
 
 def form_of(convention: Convention) -> tuple[Pass, ...]:
     """The pipeline of a convention."""
-    unsigned = (unsigned_activations, unsigned_boundary) if convention.unsigned else ()
+    unsigned = (unsigned_activations, unsigned_inputs_and_outputs) if convention.unsigned else ()
     products = integer_products if convention.integer_bias else linear_to_matmul
     return (
         gather_then_dequantize, *unsigned, products, plain_constants, remove_dead_code, prune_unused_attributes,
@@ -148,7 +148,7 @@ def _move_to_unsigned(node: Node) -> None:
         node.meta["val"] = node.meta["val"].to(torch.uint8)
 
 
-def unsigned_boundary(module: GraphModule) -> int:
+def unsigned_inputs_and_outputs(module: GraphModule) -> int:
     """Let ops behind an s8 input and before an s8 output compute on u8: a kernel takes and gives one dtype."""
     count = 0
     for node in list(module.graph.nodes):

@@ -1,6 +1,6 @@
 """Checks of calibration data on the float graph, before anything is quantized.
 
-Each finding says what, where and what to do. None of them stops anything: data can be odd for good reasons.
+Each finding says what, where and what to do. None of them stops anything: data can be unusual for good reasons.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class _Seen:
     largest: float = 0.0
     second: float = 0.0
     owner: int = 0
-    odd: int = 0
+    non_finite: int = 0
     alive: Tensor | None = None
     stuck: Tensor | None = None
     count: int = 0
@@ -191,7 +191,7 @@ class _Watcher(Interpreter):
         seen = self._seen.setdefault(node, _Seen())
         usable = value.abs() < SENTINEL
         plain = torch.where(usable, value, 0.0)
-        seen.odd += int(torch.isnan(value).sum() + torch.isposinf(value).sum())
+        seen.non_finite += int(torch.isnan(value).sum() + torch.isposinf(value).sum())
         peak = float(plain.abs().amax())
         if peak > seen.largest:
             seen.largest, seen.second, seen.owner = peak, seen.largest, self._batch
@@ -229,7 +229,7 @@ class _Watcher(Interpreter):
             if node in self._norms:
                 found += _unnormalised(node, *self._norms[node])
             if node in self._seen:
-                found += _odd(node, self._seen[node], batches)
+                found += _anomalies(node, self._seen[node], batches)
         return found
 
 
@@ -250,10 +250,10 @@ def _place(node: Node) -> str:
     return f"the input '{node.name}'" if node.op == "placeholder" else where(node)
 
 
-def _odd(node: Node, seen: _Seen, batches: int) -> list[DataFinding]:
+def _anomalies(node: Node, seen: _Seen, batches: int) -> list[DataFinding]:
     found = []
-    if seen.odd:
-        text = f"{seen.odd} values are NaN or +inf: no range can be found; look at the data and the model"
+    if seen.non_finite:
+        text = f"{seen.non_finite} values are NaN or +inf: no range can be found; look at the data and the model"
         found.append(DataFinding("non-finite", _place(node), text))
     if batches > 1 and seen.second > 0 and seen.largest >= OWNS * seen.second:
         text = (

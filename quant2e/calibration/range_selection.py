@@ -78,7 +78,7 @@ class RangeChoice:
 
 
 @dataclass(slots=True)
-class _Entrant:
+class _CandidateRange:
     """Parameters of one or more candidates, and their error so far."""
 
     scale: float
@@ -87,12 +87,12 @@ class _Entrant:
 
 
 @dataclass(slots=True)
-class _Track:
-    """One observer's race: candidates with equal parameters run once."""
+class _CandidateRanges:
+    """The candidate ranges of one observer; those with equal parameters are compared once."""
 
     observer: HistogramObserver
-    candidates: Mapping[tuple[str, float], _Entrant]
-    entrants: tuple[_Entrant, ...]
+    by_method: Mapping[tuple[str, float], _CandidateRange]
+    distinct: tuple[_CandidateRange, ...]
     judged: int = 0
     tensor: str = ""
 
@@ -101,15 +101,15 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
     """Give every histogram observer of ``prepared``, in place, the best of `CANDIDATES` and say how they fared.
 
     ``batches``: held-out data, in any form that `calibrate` takes. An observer with another method than "mse", the
-    default, keeps what its author chose. Observers without data, and those whose candidates agree, do not race. Raises
-    `CalibrationError` when ``batches`` is empty.
+    default, keeps what its author chose. Observers without data, and those whose candidates agree, are left alone.
+    Raises `CalibrationError` when ``batches`` is empty.
     """
-    tracks = {name: track for name, o in measuring(prepared).items() if (track := _track(o)) is not None}
-    if not tracks:
+    observers = {name: ranges for name, o in measuring(prepared).items() if (ranges := _ranges_of(o)) is not None}
+    if not observers:
         return ()
     graph = copy_graph(prepared)
     own_written_tensors(graph)
-    runner = _Racing(graph, tracks)
+    runner = _Comparison(graph, observers)
     randomness = IsolatedRandomness()
     done = 0
     for batch in batches:
@@ -117,14 +117,14 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
             runner.run(*flat_inputs(graph, batch), enable_io_processing=False)
         done += 1
     if done == 0:
-        raise CalibrationError("racing needs at least one held-out batch")
-    return tuple(_finish(name, track) for name, track in tracks.items() if track.judged)
+        raise CalibrationError("range selection needs at least one held-out batch")
+    return tuple(_finish(name, ranges) for name, ranges in observers.items() if ranges.judged)
 
 
-def _finish(name: str, track: _Track) -> RangeChoice:
-    errors = {candidate: entrant.error / track.judged for candidate, entrant in track.candidates.items()}
-    result = RangeChoice(name, track.tensor, errors)
-    track.observer.method, track.observer.percentile = result.winner
+def _finish(name: str, ranges: _CandidateRanges) -> RangeChoice:
+    errors = {method: candidate.error / ranges.judged for method, candidate in ranges.by_method.items()}
+    result = RangeChoice(name, ranges.tensor, errors)
+    ranges.observer.method, ranges.observer.percentile = result.winner
     return result
 
 
@@ -138,86 +138,86 @@ def collapsed(choices: Sequence[RangeChoice]) -> list[str]:
     ]
 
 
-def _track(observer: Any) -> _Track | None:
+def _ranges_of(observer: Any) -> _CandidateRanges | None:
     if not isinstance(observer, HistogramObserver) or observer.frozen or not observer.observed:
         return None
     if observer.method != CANDIDATES[0][0] or observer.nan_count or observer.posinf_count:
         return None
     own = observer.method, observer.percentile
-    made: dict[tuple[float, int], _Entrant] = {}
-    candidates = {}
-    for candidate in CANDIDATES:
-        observer.method, observer.percentile = candidate
+    made: dict[tuple[float, int], _CandidateRange] = {}
+    by_method = {}
+    for method in CANDIDATES:
+        observer.method, observer.percentile = method
         scale, zero_point = observer.calculate_qparams()
         key = float(scale), int(zero_point)
-        candidates[candidate] = made.setdefault(key, _Entrant(*key))
+        by_method[method] = made.setdefault(key, _CandidateRange(*key))
     observer.method, observer.percentile = own
-    return _Track(observer, candidates, tuple(made.values())) if len(made) > 1 else None
+    return _CandidateRanges(observer, by_method, tuple(made.values())) if len(made) > 1 else None
 
 
-class _Racing(Interpreter):
-    """Runs the observed graph in float; what reads a racing tensor runs once more per candidate."""
+class _Comparison(Interpreter):
+    """Runs the observed graph in float; what reads a tensor with candidate ranges runs once more per candidate."""
 
-    def __init__(self, graph: GraphModule, tracks: Mapping[str, _Track]) -> None:
+    def __init__(self, graph: GraphModule, observers: Mapping[str, _CandidateRanges]) -> None:
         super().__init__(graph)
-        self._tracks = tracks
+        self._observers = observers
 
     def run_node(self, n: Node) -> Any:
         """The float value of ``n``."""
         if _is_observer(n):
             value = self.env[n.all_input_nodes[0]]
-            track = self._tracks.get(str(n.target))
-            if track is not None and any(user.op != "call_function" for user in n.users):
-                for entrant, quantized in _quantized(track, value):
-                    _judge(entrant, [value], [quantized])
-                _count(track, n)
+            ranges = self._observers.get(str(n.target))
+            if ranges is not None and any(user.op != "call_function" for user in n.users):
+                for candidate, quantized in _quantized(ranges, value):
+                    _judge(candidate, [value], [quantized])
+                _count(ranges, n)
             return value
         result = super().run_node(n)
         if n.op == "call_function" and not writes(n) and not is_random(n):
             for operand in n.all_input_nodes:
-                track = self._tracks.get(str(operand.target)) if _is_observer(operand) else None
-                if track is not None:
-                    self._run_candidates(n, operand, track, result)
+                ranges = self._observers.get(str(operand.target)) if _is_observer(operand) else None
+                if ranges is not None:
+                    self._run_candidates(n, operand, ranges, result)
         return result
 
-    def _run_candidates(self, n: Node, operand: Node, track: _Track, result: Any) -> None:
+    def _run_candidates(self, n: Node, operand: Node, ranges: _CandidateRanges, result: Any) -> None:
         wanted = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if not wanted:
             return
         value = self.env[operand]
-        for entrant, quantized in _quantized(track, value):
+        for candidate, quantized in _quantized(ranges, value):
             self.env[operand] = quantized
             try:
                 again = super().run_node(n)
             finally:
                 self.env[operand] = value
             leaves = pytree.tree_leaves(again)
-            _judge(entrant, wanted, [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()])
-        _count(track, operand)
+            _judge(candidate, wanted, [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()])
+        _count(ranges, operand)
 
 
 def _is_observer(node: Node) -> bool:
     return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
 
 
-def _count(track: _Track, call: Node) -> None:
+def _count(ranges: _CandidateRanges, call: Node) -> None:
     source = call.all_input_nodes[0]
     while _is_observer(source):
         source = source.all_input_nodes[0]
-    track.tensor = track.tensor or f"the output of {where(source)}"
-    track.judged += 1
+    ranges.tensor = ranges.tensor or f"the output of {where(source)}"
+    ranges.judged += 1
 
 
-def _quantized(track: _Track, value: Tensor) -> Iterator[tuple[_Entrant, Tensor]]:
-    grid = track.observer.grid
-    for entrant in track.entrants:
+def _quantized(ranges: _CandidateRanges, value: Tensor) -> Iterator[tuple[_CandidateRange, Tensor]]:
+    grid = ranges.observer.grid
+    for candidate in ranges.distinct:
         made = fake_quantize_per_tensor(
-            value, entrant.scale, entrant.zero_point, grid.quant_min, grid.quant_max, grid.dtype
+            value, candidate.scale, candidate.zero_point, grid.quant_min, grid.quant_max, grid.dtype
         )
-        yield entrant, made.to(value.dtype)
+        yield candidate, made.to(value.dtype)
 
 
-def _judge(entrant: _Entrant, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> None:
+def _judge(candidate: _CandidateRange, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> None:
     """Add the relative squared error: every consumer and batch counts the same, whatever its scale."""
     signal = noise = 0.0
     for a, b in zip(wanted, got, strict=True):
@@ -225,4 +225,4 @@ def _judge(entrant: _Entrant, wanted: Sequence[Tensor], got: Sequence[Tensor]) -
         exact = torch.where(finite, a, 0.0).double()
         signal += float(exact.square().sum())
         noise += float((torch.where(finite, b, 0.0).double() - exact).square().sum())
-    entrant.error += noise / signal if signal > 0 else noise
+    candidate.error += noise / signal if signal > 0 else noise

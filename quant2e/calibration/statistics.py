@@ -298,7 +298,7 @@ def rederive(
 ) -> GraphModule:
     """A copy of a calibrated model whose activations use another method or number of bits; no data is run.
 
-    ``method``: see `range_search.METHODS`; it and ``percentile`` apply to histogram observers, of which there must be
+    ``method``: see `search.METHODS`; it and ``percentile`` apply to histogram observers, of which there must be
     one. ``bits``: 2 to 16, at most those of the dtype; the integers are the middle ones of a signed dtype, the lowest
     ones of an unsigned one; weights keep theirs. The result equals a fresh calibration with these settings.
     """

@@ -27,6 +27,7 @@ from quant2e.integer.ops import (
     embedding,
     pooling,
     products,
+    quantize,
     softmax,
 )
 from quant2e.integer.ops import (
@@ -34,9 +35,6 @@ from quant2e.integer.ops import (
 )
 from quant2e.integer.ops import (
     lookup_tables as tables,
-)
-from quant2e.integer.ops import (
-    quantize as boundary,
 )
 from quant2e.integer.ops.dynamic_quantization import (
     DynamicStored,
@@ -154,13 +152,13 @@ def _quantize(ctx: Context, node: Node) -> None:
         x = real
     with ctx.b.at(node):
         if grid is not None:
-            node.replace_all_uses_with(boundary.quantize(ctx.b, x, grid))
+            node.replace_all_uses_with(quantize.quantize(ctx.b, x, grid))
         elif node.target is qd.quantize_per_tensor.tensor:
             scale, zero_point = operand(node, 1), operand(node, 2)
             node.replace_all_uses_with(quantize_dynamic(ctx.b, node, x, scale, zero_point))
         elif node.target is qd.quantize_per_token.default:
             node.replace_all_uses_with(quantize_per_token(ctx.b, node, x, operand(node, 1), operand(node, 2)))
-        elif (written := boundary.quantize_other(ctx.b, node, x)) is not None:
+        elif (written := quantize.quantize_other(ctx.b, node, x)) is not None:
             node.replace_all_uses_with(written)
 
 
@@ -173,7 +171,7 @@ def _dequantize(ctx: Context, node: Node) -> None:
         scale, zero_point, low, high = (operand(node, i) for i in range(1, 5))
         ctx.values[node] = DynamicStored(node, source, scale, zero_point, low, high)
     elif node.target in (qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default):
-        ctx.values[node] = boundary.PerChannelStored(node)
+        ctx.values[node] = quantize.PerChannelStored(node)
 
 
 def _choose(ctx: Context, node: Node) -> None:

@@ -115,7 +115,7 @@ class MovingAveragePerChannelMinMaxObserver(UniformQuantizationObserverBase[MinM
 
 
 class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
-    """A histogram of all data, per tensor, and the range that ``method`` derives from it (see `range_search`).
+    """A histogram of all data, per tensor, and the range that ``method`` derives from it (see `quant2e.ranges.search`).
 
     ``method``: "mse", "percentile" (of ``|x|``), "entropy" or "minmax". ``method`` and ``percentile`` are plain
     attributes: change them after calibration to derive other parameters from the same data.
@@ -147,7 +147,7 @@ class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
 
 
 def searchable(modules: Iterable[nn.Module]) -> list[tuple[HistogramState, NumberFormat]]:
-    """The counts and integers of every histogram observer of a whole tensor whose range `range_search.mse` finds."""
+    """The counts and integers of every histogram observer of a whole tensor whose range `mse_ranges` finds."""
     found = []
     for observer in modules:
         if not isinstance(observer, HistogramObserver) or observer.method != "mse":

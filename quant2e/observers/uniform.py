@@ -156,7 +156,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
 
     @property
     def masked_count(self) -> int:
-        """How many values were mask sentinels: -inf, or huge (`ranges.SENTINEL`)."""
+        """How many values were mask sentinels: -inf, or huge (`minmax.SENTINEL`)."""
         return int(self.counts[3])
 
     @property

@@ -2,7 +2,7 @@
 
 Clipping loses the squared distance to the nearer bound; rounding within the bounds loses ``scale**2 / 12`` on average
 (W. R. Bennett, "Spectra of quantized signals", 1948). Both follow from running sums over the bins, so a candidate costs
-a few look-ups instead of a walk over the histogram. The estimate chooses where `range_search` looks closely.
+a few look-ups instead of a walk over the histogram. The estimate chooses where `search` looks closely.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ class Histogram:
         return HistogramState(low, high, a.counts + b.counts, histogram)
 
     def range(self, state: HistogramState) -> tuple[Tensor, Tensor]:
-        """The exact extremes. `range_search.search` derives other ranges from the same state."""
+        """The exact extremes. `quant2e.ranges.search` derives other ranges from the same state."""
         return state.min_val, state.max_val
 
 

@@ -97,7 +97,9 @@ class Encodings:
         if not isinstance(data, dict):
             raise FileFormatError(f"a record of encodings is a JSON object, and this is a {type(data).__name__}")
         if data.get("format") != ENCODINGS_FORMAT:
-            raise FileFormatError(f"recipe format {data.get('format')!r}: this version reads format {ENCODINGS_FORMAT}")
+            raise FileFormatError(
+                f"encodings format {data.get('format')!r}: this version reads format {ENCODINGS_FORMAT}"
+            )
         groups = tuple(
             GroupEncoding(
                 points=tuple(g["points"]),

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TestedPattern:
     """One alternative of a rule's pattern, or of the ops that every backend meets. ``rule`` is empty for the latter."""
 
     pattern: Op
@@ -28,12 +28,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class TestedPatterns:
-    """``pieces`` to compose; ``rules``: names of all rules; ``unwritten``: rules whose ops cannot be written, and why.
+    """``patterns`` to compose; ``rules``: names of all; ``unwritten``: rules whose ops cannot be written, and why.
 
     ``declared``: they are the quantizer's own; of one that does not tell, the ops in common use are assumed.
     """
 
-    pieces: tuple[Piece, ...]
+    patterns: tuple[TestedPattern, ...]
     rules: tuple[str, ...]
     unwritten: tuple[tuple[str, str], ...]
     declared: bool
@@ -84,21 +84,21 @@ AROUND: tuple[Op, ...] = (
 def capabilities(quantizer: Any) -> TestedPatterns:
     """The capabilities of a quantizer: its rules, those of the quantizers it is composed of, or the common ops."""
     rules = [rule for table in _tables(quantizer) for rule in table]
-    pieces: dict[Piece, None] = {}
+    patterns: dict[TestedPattern, None] = {}
     unwritten: dict[str, str] = {}
     for rule in rules:
-        own = list(_pieces(rule))
-        pieces.update(dict.fromkeys(own))
+        own = list(_alternatives(rule))
+        patterns.update(dict.fromkeys(own))
         if not own:
             unwritten[rule.name] = f"no call of {rule.pattern} can be written"
     names = tuple(dict.fromkeys(rule.name for rule in rules))
-    written = {piece.rule for piece in pieces}
+    written = {tested.rule for tested in patterns}
     missing = tuple((name, why) for name, why in unwritten.items() if name not in written)
-    if not pieces:
-        return TestedPatterns(tuple(Piece(pattern) for pattern in COMMON), names, missing, declared=False)
+    if not patterns:
+        return TestedPatterns(tuple(TestedPattern(pattern) for pattern in COMMON), names, missing, declared=False)
     if _all_declare(quantizer):
-        return TestedPatterns(tuple(pieces), names, missing, declared=True)
-    return TestedPatterns((*pieces, *(Piece(pattern) for pattern in COMMON)), names, missing, declared=False)
+        return TestedPatterns(tuple(patterns), names, missing, declared=True)
+    return TestedPatterns((*patterns, *(TestedPattern(pattern) for pattern in COMMON)), names, missing, declared=False)
 
 
 def _tables(quantizer: Any) -> Iterator[Sequence[Rule]]:
@@ -118,10 +118,10 @@ def opt_in_rules(quantizer: Any) -> set[str]:
     return {rule.name for table in _tables(quantizer) for rule in table if rule.opt_in}
 
 
-def _pieces(rule: Rule) -> Iterator[Piece]:
+def _alternatives(rule: Rule) -> Iterator[TestedPattern]:
     for choice in rule.pattern.choices if isinstance(rule.pattern, Either) else (rule.pattern,):
         if _can_be_written(choice):
-            yield Piece(choice, rule.name, rule.follows)
+            yield TestedPattern(choice, rule.name, rule.follows)
 
 
 def _can_be_written(pattern: Arg | Pattern) -> bool:
@@ -133,4 +133,4 @@ def _can_be_written(pattern: Arg | Pattern) -> bool:
     return any(map(is_known, pattern.targets)) and all(map(_can_be_written, inner))
 
 
-__all__ = ["AROUND", "COMMON", "Piece", "TestedPatterns", "capabilities", "opt_in_rules"]
+__all__ = ["AROUND", "COMMON", "TestedPattern", "TestedPatterns", "capabilities", "opt_in_rules"]

@@ -94,18 +94,18 @@ class _Search:
         return late
 
     def cover_rules(self) -> None:
-        """Graphs of one piece, until each rule has applied."""
-        for number, piece in enumerate(self.known.pieces):
-            for attempt in range(FOLLOWING if piece.follows else ATTEMPTS):
-                if self._late() or (attempt and (not piece.rule or self.reached[piece.rule])):
+        """Graphs of one pattern, until each rule has applied."""
+        for number, tested in enumerate(self.known.patterns):
+            for attempt in range(FOLLOWING if tested.follows else ATTEMPTS):
+                if self._late() or (attempt and (not tested.rule or self.reached[tested.rule])):
                     break
-                program = single(piece, self.known, by_dice(self.seed + 1000 * number + attempt))
+                program = single(tested, self.known, by_dice(self.seed + 1000 * number + attempt))
                 if program is not None:
-                    self.written[piece.rule] += 1
+                    self.written[tested.rule] += 1
                     self.look_at(program)
 
     def cover_oddities(self) -> None:
-        """Integers and masks, each behind a piece."""
+        """Integers and masks, each behind a pattern."""
         for number, special in enumerate(SPECIAL_INPUTS):
             program = None if self._late() else special_input(special, self.known, by_dice(self.seed + number))
             if program is not None:

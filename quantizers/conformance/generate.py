@@ -1,4 +1,4 @@
-"""Program generation: one piece at a time for coverage, and random compositions.
+"""Program generation: one pattern at a time for coverage, and random compositions.
 
 Compositions share inputs and results, use one tensor twice, return what is also used, start at inputs and end at
 outputs; some read integers and masks.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quant2e.annotation.pattern import arguments
-from quantizers.conformance.capabilities import AROUND, Piece, TestedPatterns
+from quantizers.conformance.capabilities import AROUND, TestedPattern, TestedPatterns
 from quantizers.conformance.op_calls import build
 from quantizers.conformance.program import Program
 from quantizers.conformance.program_builder import ProgramBuilder, UnfitError
@@ -23,13 +23,13 @@ aten = torch.ops.aten
 Choose = Callable[[Sequence[Any]], Any]
 
 
-def single(piece: Piece, capabilities: TestedPatterns, choose: Choose) -> Program | None:
-    """One piece; between others, where it only follows what is quantized. None where it could not be written."""
+def single(tested: TestedPattern, capabilities: TestedPatterns, choose: Choose) -> Program | None:
+    """One pattern; between others, where it only follows what is quantized. None where it could not be written."""
     builder = ProgramBuilder(choose)
-    others = [p for p in capabilities.pieces if not p.follows and p.rule] if piece.follows else []
+    others = [p for p in capabilities.patterns if not p.follows and p.rule] if tested.follows else []
     if others:
         _grow(builder, choose(others))
-    grown = (piece.follows and _continue(builder, piece)) or any(_grow(builder, piece) for _ in range(6))
+    grown = (tested.follows and _continue(builder, tested)) or any(_grow(builder, tested) for _ in range(6))
     if others and choose([True, False]):
         readers = [choose(others) for _ in range(4)]  # a rule may ask for what reads its result
         if not grown or not any(_continue(builder, after) for after in readers):
@@ -38,12 +38,12 @@ def single(piece: Piece, capabilities: TestedPatterns, choose: Choose) -> Progra
 
 
 def composition(capabilities: TestedPatterns, choose: Choose) -> Program | None:
-    """Up to five pieces, some ops around them, some integers. None where nothing could be written."""
+    """Up to five patterns, some ops around them, some integers. None where nothing could be written."""
     builder = ProgramBuilder(choose)
     for _ in range(choose([2, 3, 1, 4, 5])):
-        _grow(builder, choose(capabilities.pieces))
+        _grow(builder, choose(capabilities.patterns))
         if choose([False, False, True]):
-            _grow(builder, Piece(choose(AROUND)))
+            _grow(builder, TestedPattern(choose(AROUND)))
     special = choose([None, None, *SPECIAL_INPUTS])
     if special is not None:
         _add(builder, special)
@@ -57,22 +57,22 @@ def composition(capabilities: TestedPatterns, choose: Choose) -> Program | None:
 def special_input(
     special: Callable[[ProgramBuilder], None], capabilities: TestedPatterns, choose: Choose
 ) -> Program | None:
-    """One of the `SPECIAL_INPUTS`, behind a piece. None where it could not be written."""
+    """One of the `SPECIAL_INPUTS`, behind a pattern. None where it could not be written."""
     builder = ProgramBuilder(choose)
-    _grow(builder, choose(capabilities.pieces))
+    _grow(builder, choose(capabilities.patterns))
     return builder.finish()[0] if _add(builder, special) else None
 
 
-def _grow(builder: ProgramBuilder, piece: Piece) -> bool:
-    return _add(builder, lambda builder: build(builder, piece.pattern, {}))
+def _grow(builder: ProgramBuilder, tested: TestedPattern) -> bool:
+    return _add(builder, lambda builder: build(builder, tested.pattern, {}))
 
 
-def _continue(builder: ProgramBuilder, piece: Piece) -> bool:
-    """The piece on the latest result; not where it does not fit."""
+def _continue(builder: ProgramBuilder, tested: TestedPattern) -> bool:
+    """The pattern on the latest result; not where it does not fit."""
     latest = builder.floats()[:1]
-    names = [name for name, arg in arguments(piece.pattern).items() if not arg.constant]
+    names = [name for name, arg in arguments(tested.pattern).items() if not arg.constant]
     return bool(latest) and any(
-        _add(builder, lambda d: build(d, piece.pattern, dict.fromkeys(names, latest[0]))) for _ in range(4)
+        _add(builder, lambda d: build(d, tested.pattern, dict.fromkeys(names, latest[0]))) for _ in range(4)
     )
 
 

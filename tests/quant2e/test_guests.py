@@ -103,8 +103,8 @@ def test_the_table_of_docs_is_true():
     """docs/guests.md lists every quantizer class of the installed sources, and says which import."""
     if find_spec("executorch") is None or find_spec("torchao") is None:
         pytest.skip("torchao or executorch is not installed")
-    list_float_ops = RUNNER.with_name("guest_survey.py")
-    run = subprocess.run([sys.executable, str(list_float_ops)], capture_output=True, text=True, check=False)
+    script = RUNNER.with_name("list_guests.py")
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     page = (RUNNER.parents[2] / "docs" / "guests.md").read_text(encoding="utf-8")

@@ -120,7 +120,7 @@ def test_keyword_inputs():
     assert torch.equal(quantized_io_of(integers).dequantize_outputs(integers(*args, **kwargs)), qdq(a, b=b))
 
 
-def test_what_computes_in_float_keeps_its_boundary_float_and_says_so():
+def test_what_computes_in_float_keeps_float_inputs_and_outputs_and_says_so():
     model = Of(
         lambda m, x, y: (m.l(x), torch.softmax(m.l(x), -1), y.exp()),
         l=nn.Linear(8, 4),
@@ -150,7 +150,7 @@ def test_a_call_with_floats_is_refused_in_words():
         integers(*ROWS)
 
 
-def test_unsigned_boundaries():
+def test_unsigned_inputs_and_outputs():
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     floats, integers = both(nn.Conv2d(3, 4, 3), IMAGE, quantizer)
     assert integers.quantized_io.inputs[0].dtype == torch.uint8

@@ -57,7 +57,7 @@ class Builder:
 
     @contextlib.contextmanager
     def at(self, place: Node) -> Iterator[None]:
-        """Nodes are written in front of ``place`` and have its provenance."""
+        """Nodes are written in front of ``place`` and have its metadata."""
         before, self._place = self._place, place
         try:
             yield

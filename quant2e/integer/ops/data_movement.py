@@ -116,7 +116,7 @@ class Padded(Moved):
         return out
 
 
-class Piece(Value):
+class SplitPart(Value):
     """One of the tensors into which another is cut."""
 
     def __init__(self, node: Node, source: Moved) -> None:
@@ -182,13 +182,13 @@ def _moved(ctx: Context, node: Node) -> Value:
     return Moved(node, ctx.value(node.args[0], node))
 
 
-def _piece(ctx: Context, node: Node) -> Value:
+def _split_part(ctx: Context, node: Node) -> Value:
     source = ctx.value(node.args[0], node)
     if isinstance(source, FirstOf) and node.args[1] == 0:
         return Moved(node, source.first, drop=True)
     if not isinstance(source, Moved):
         raise NoIntegerFormError(node, "it takes one of several results")
-    return Piece(node, source)
+    return SplitPart(node, source)
 
 
 def _padded(ctx: Context, node: Node) -> Value:
@@ -251,7 +251,7 @@ FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
     aten.clamp_max.default: clamp(-math.inf, "max"),
     **dict.fromkeys(_CUTS, _moved),
     **dict.fromkeys(movements(when=When.PADDING), _padded),
-    operator.getitem: _piece,
+    operator.getitem: _split_part,
     **{target: _joined for target in _JOINS if any(a.name == "dim" for a in target._schema.arguments)},
 }
 """Target → form."""

@@ -1,4 +1,4 @@
-"""Dynamic quantization: quantize in float at the boundary, multiply integers, dequantize.
+"""Dynamic quantization: quantize in float, multiply integers, dequantize.
 
 scale, zero_point = choose(x);   acc = Σ (q(x) - zero_point) * w;   y = float32(acc) * (scale * scale_w) + bias
 

@@ -57,7 +57,7 @@ def test_integers_in_and_out_with_published_parameters():
     assert steps.abs().max() <= 1
 
 
-def test_a_boundary_is_read_from_a_graph_that_says_nothing_about_it():
+def test_integer_inputs_and_outputs_are_read_from_a_graph_that_says_nothing_about_it():
     graph = with_quantized_io(capture(Cnn(), IMAGE))
     q = graph.meta["quantized_boundary"].inputs[0].quantize(IMAGE)
     program = to_executorch(torch.export.export(graph, (q,)).module(), (q,))

@@ -116,7 +116,7 @@ def test_a_table_and_a_weight_that_is_used_twice(tmp_path, name):
     assert max(v.size for v in held.values() if v.dtype == np.float32) == 40
 
 
-def test_integers_at_the_boundary(tmp_path):
+def test_integer_inputs_and_outputs(tmp_path):
     """int8 in and out, with parameters in the file; the ops at both ends compute on integers too."""
     result, program = lowered(tmp_path, Residual(), IMAGE, xnnpack(), int8_io=True)
     (x,), (y,) = result.quantized_io.inputs, result.quantized_io.outputs

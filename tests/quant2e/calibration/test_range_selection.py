@@ -92,7 +92,7 @@ def test_an_authors_method_is_kept():
     assert chosen(prepared) == ["percentile"]
 
 
-def test_candidates_that_agree_do_not_race():
+def test_candidates_that_agree_are_not_compared():
     prepared = calibrated(reader("last"), [torch.full((4, 64), 3.0)])
     assert select_ranges(prepared, [torch.full((4, 64), 3.0)]) == ()
 
@@ -109,7 +109,7 @@ def test_nothing_but_the_method_changes():
     assert all(torch.equal(v, before[k]) for k, v in prepared.state_dict().items())
 
 
-def test_racing_needs_data():
+def test_range_selection_needs_data():
     with pytest.raises(CalibrationError, match="at least one held-out batch"):
         select_ranges(calibrated(reader("last"), outliers()), [])
 

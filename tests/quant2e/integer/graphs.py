@@ -152,7 +152,7 @@ def assert_integer(gm: GraphModule, mode: str, float_steps=frozenset(FLOAT_STEPS
         assert str(node.target).startswith("aten.") or node.target in PLAIN, node.format_node()
         value = node.meta.get("val")
         assert value is not None, node.format_node()
-        if node.target in PLAIN or type(value) is int:  # a piece, or a size
+        if node.target in PLAIN or type(value) is int:  # a part of a split, or a size
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
             assert isinstance(one, Tensor), node.format_node()

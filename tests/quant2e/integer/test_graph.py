@@ -124,7 +124,7 @@ def test_it_survives_compilation(mode):
 @pytest.mark.parametrize(
     "quantizer", [lambda: xnnpack(is_dynamic=True), lambda: x86(is_dynamic=True)], ids=["xnnpack", "x86"]
 )
-def test_dynamic_products_are_integers_between_float_boundaries(quantizer):
+def test_dynamic_products_are_integers_between_floats(quantizer):
     torch.manual_seed(0)
     x = torch.randn(6, 16)
     net = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5, bias=False)).eval()

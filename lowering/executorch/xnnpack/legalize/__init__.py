@@ -34,8 +34,8 @@ from lowering.executorch.xnnpack.legalize.split_and_join import (
     distinct_operands,
     implicit_expand,
     lone_operands,
-    slice_pieces,
     slice_selects,
+    slices_and_joins,
 )
 from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
 from lowering.rewrites import apply
@@ -59,7 +59,7 @@ EXACT: tuple[Pass, ...] = (
     pad_before_average,
     explicit_pooling,
     repeat_nearest,
-    slice_pieces,
+    slices_and_joins,
     slice_selects,
     split_projections,
     implicit_expand,

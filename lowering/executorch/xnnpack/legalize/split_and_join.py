@@ -34,7 +34,7 @@ _SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split.sizes, _ATEN.split_with_siz
 _BROADCASTING = frozenset({_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor})
 
 
-def slice_pieces(module: GraphModule) -> int:
+def slices_and_joins(module: GraphModule) -> int:
     """Rewrite splits along a dimension of fixed size, stacks, and rolls; returns how many."""
     count = 0
     for node in list(module.graph.nodes):
@@ -59,8 +59,8 @@ def _split(node: Node) -> int:
         index = part.args[1]
         assert isinstance(index, int)
         index %= len(ends) - 1
-        piece = emit(part, _ATEN.slice.Tensor, x, dim, ends[index], ends[index + 1])
-        part.replace_all_uses_with(piece)
+        sliced = emit(part, _ATEN.slice.Tensor, x, dim, ends[index], ends[index + 1])
+        part.replace_all_uses_with(sliced)
         node.graph.erase_node(part)
     return 1
 
