@@ -5,21 +5,25 @@ from.
 """
 
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch
+from lowering.executorch.program import Execute
 from lowering.executorch.report import ExecuTorchReport, Leftover, Partition
+from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import KernelChoice, Product
 from lowering.inductor.package import InductorPackage, package_inductor
 from lowering.inductor.program import InductorProgram, to_inductor
 from lowering.inductor.report import InductorReport, LoweredOp
 from lowering.inductor.source import InductorSource
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
-from lowering.program import LoweredProgram, LoweringReport
+from lowering.program import LoweredProgram, LoweringReport, Table
 from lowering.signature import ProgramInput, Signature
 from lowering.verify import Bound, Verification, verify
 
 __all__ = [
     "Bound",
+    "Engines",
     "ExecuTorchProgram",
     "ExecuTorchReport",
+    "Execute",
     "InductorPackage",
     "InductorProgram",
     "InductorReport",
@@ -36,6 +40,7 @@ __all__ = [
     "Product",
     "ProgramInput",
     "Signature",
+    "Table",
     "Verification",
     "package_inductor",
     "to_executorch",

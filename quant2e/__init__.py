@@ -4,7 +4,8 @@ In: an ``nn.Module``, an ``ExportedProgram`` or a captured graph. Out: a Q/DQ gr
 
 `quantize` does it in one call; `capture`, `prepare_pt2e`, `calibrate` and `convert_pt2e` are its steps.
 
-`quant2e.pt2e` holds what scripts written for PT2E need besides; each of its names can be imported from here as well.
+`quant2e.pt2e` holds what scripts written for PT2E need besides, `quant2e.integer` the integer form, and
+`quant2e.signature_types` what only annotations name; all of their names can be imported from here as well.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quant2e.annotation.config import QuantizationConfig
-from quant2e.annotation.pattern import Arg, Either, Match, Op, constant, op
-from quant2e.annotation.plan import Edge, Group, Ignored, Output, Plan
+from quant2e.annotation.pattern import Match, Op, constant, op
+from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import (
     DerivedQuantizationSpec,
@@ -24,9 +25,9 @@ from quant2e.annotation.specs import (
     SharedQuantizationSpec,
 )
 from quant2e.calibration.calibrate import calibrate
-from quant2e.calibration.data_checks import DataFinding, DataReport, check_data
+from quant2e.calibration.data_checks import check_data
 from quant2e.calibration.progress import ProgressLine
-from quant2e.calibration.range_selection import RangeChoice, select_ranges
+from quant2e.calibration.range_selection import select_ranges
 from quant2e.calibration.statistics import Statistics, load_statistics, rederive, save_statistics
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import (
@@ -41,17 +42,15 @@ from quant2e.errors import (
 )
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture
-from quant2e.graph.captured.inputs import Inputs
 from quant2e.graph.captured.modes import freeze_batch_norm
 from quant2e.graph.captured.module import CapturedModule
 from quant2e.graph.printer import graph_text
-from quant2e.integer import IntegerReport, IntegerVerdict, Requantization, integer_report, to_integer
+from quant2e.integer import to_integer
 from quant2e.pipeline import quantize
 from quant2e.prepare.prepare import prepare_pt2e, prepare_qat_pt2e
-from quant2e.quantized_io import Port, QuantizedIO, quantized_io_of, with_quantized_io
+from quant2e.quantized_io import QuantizedIO, quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel, load, save
-from quant2e.report.encodings import Encodings, GroupEncoding
-from quant2e.report.float_ops import FloatOp
+from quant2e.report.encodings import Encodings
 from quant2e.report.record import plan_of, report_of
 from quant2e.report.report import Report, Verdict
 
@@ -59,22 +58,29 @@ if TYPE_CHECKING:
     from typing import Any
 
     from quant2e import pt2e
+    from quant2e.integer import *
     from quant2e.pt2e import *
+    from quant2e.signature_types import *
 
     __version__: str
 else:
 
     def __getattr__(name: str) -> Any:
-        """What is loaded when somebody asks for it: the names of PT2E, and the version."""
+        """What is looked up when somebody asks for it: the names of `_ELSEWHERE`, and the version."""
         if name == "__version__":
             return _version()
-        import quant2e.pt2e as names
+        from importlib import import_module
 
         if name == "pt2e":
-            return names
-        if name in names.__all__:
-            return getattr(names, name)
+            return import_module("quant2e.pt2e")
+        for module in map(import_module, _ELSEWHERE):
+            if name in module.__all__:
+                return getattr(module, name)
         raise AttributeError(f"module 'quant2e' has no attribute {name!r}")
+
+
+_ELSEWHERE = ("quant2e.signature_types", "quant2e.integer", "quant2e.pt2e")
+"""Public modules whose names can be imported from this one, which does not list them."""
 
 
 def __dir__() -> list[str]:
@@ -93,27 +99,16 @@ def _version() -> str:
 
 __all__ = [
     "AnnotationError",
-    "Arg",
     "CalibrationError",
     "Call",
     "CaptureError",
     "CapturedModule",
-    "DataFinding",
-    "DataReport",
     "DerivedQuantizationSpec",
     "Edge",
     "EdgeOrNode",
-    "Either",
     "Encodings",
     "FileFormatError",
     "FixedQParamsQuantizationSpec",
-    "FloatOp",
-    "Group",
-    "GroupEncoding",
-    "Ignored",
-    "Inputs",
-    "IntegerReport",
-    "IntegerVerdict",
     "LoweringError",
     "Match",
     "Op",
@@ -121,7 +116,6 @@ __all__ = [
     "PassError",
     "Plan",
     "PlanError",
-    "Port",
     "ProgressLine",
     "Quant2eError",
     "QuantizationAnnotation",
@@ -130,9 +124,7 @@ __all__ = [
     "QuantizedIO",
     "QuantizedModel",
     "Quantizer",
-    "RangeChoice",
     "Report",
-    "Requantization",
     "SharedQuantizationSpec",
     "Statistics",
     "Verdict",
@@ -143,7 +135,6 @@ __all__ = [
     "convert_pt2e",
     "freeze_batch_norm",
     "graph_text",
-    "integer_report",
     "load",
     "load_statistics",
     "op",

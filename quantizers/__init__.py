@@ -9,7 +9,7 @@ function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86Induct
 
 from quant2e.annotation.config import OperatorConfig, QuantizationConfig
 from quant2e.cpu import InstructionSet
-from quantizers.capabilities import Capabilities, Capability
+from quantizers.capabilities import Capabilities, Capability, Declared
 from quantizers.composable import ComposableQuantizer
 from quantizers.embedding import (
     EmbeddingQuantizer,
@@ -27,6 +27,7 @@ from quantizers.x86.quantizer import (
     get_default_x86_inductor_quantization_config,
     get_x86_inductor_linear_dynamic_fp16_config,
 )
+from quantizers.x86.range_policy import RangePolicy
 from quantizers.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "ChosenConfig",
     "ComposableQuantizer",
     "ConfigurableQuantizer",
+    "Declared",
     "Derived",
     "EmbeddingQuantizer",
     "Follow",
@@ -42,6 +44,7 @@ __all__ = [
     "Numbers",
     "OperatorConfig",
     "QuantizationConfig",
+    "RangePolicy",
     "Rule",
     "RuleQuantizer",
     "Same",

@@ -40,6 +40,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "quantized_model",
         "pipeline",
         "pt2e",
+        "signature_types",
         "__init__",
         "cli",
         "__main__",

@@ -10,7 +10,7 @@ it. Needs Hypothesis.
 """
 
 from quantizers.conformance.check import check
-from quantizers.conformance.program import Given, Program, Step
+from quantizers.conformance.program import Given, Program, Shape, Step
 from quantizers.conformance.report import KINDS, Conformance, Finding
 
-__all__ = ["KINDS", "Conformance", "Finding", "Given", "Program", "Step", "check"]
+__all__ = ["KINDS", "Conformance", "Finding", "Given", "Program", "Shape", "Step", "check"]

@@ -1,0 +1,35 @@
+"""Types of public signatures: what functions of `quant2e` take and return, for annotations of one's own.
+
+A script seldom names them; `quant2e` lists what it does name. All of them can be imported from `quant2e` as well.
+"""
+
+from quant2e.annotation.pattern import Arg, Condition, Either, NodeEdge, Pattern
+from quant2e.annotation.plan import Group, Ignored, Point
+from quant2e.calibration.calibrate import Progress
+from quant2e.calibration.data_checks import DataFinding, DataReport
+from quant2e.calibration.range_selection import RangeChoice
+from quant2e.calibration.statistics import State
+from quant2e.graph.captured.inputs import Inputs
+from quant2e.quantized_io import Port
+from quant2e.report.encodings import GroupEncoding
+from quant2e.report.float_ops import FloatOp
+
+__all__ = [
+    "Arg",
+    "Condition",
+    "DataFinding",
+    "DataReport",
+    "Either",
+    "FloatOp",
+    "Group",
+    "GroupEncoding",
+    "Ignored",
+    "Inputs",
+    "NodeEdge",
+    "Pattern",
+    "Point",
+    "Port",
+    "Progress",
+    "RangeChoice",
+    "State",
+]
