@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import Graph
 
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
+from quant2e.graph.edit import FROM_NODE
 
 
 def graph_of(model: Any) -> Any:
@@ -65,3 +67,12 @@ def export(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProgram:
 def untraceable(error: Exception) -> LoweringError:
     """The error for a graph that torch.export does not trace."""
     return LoweringError(f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}")
+
+
+def drop_from_node(graph: Graph) -> None:
+    """Drop each node's ``from_node``: the list of the nodes it was made from, one per pass so far.
+
+    Every pass that follows copies the list of every node, which is most of what lowering a large model costs.
+    """
+    for node in graph.nodes:
+        node.meta.pop(FROM_NODE, None)

@@ -60,6 +60,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "lowering": (
         "signature",
+        "io_parameters",
         "export",
         "verify",
         "program",

@@ -14,14 +14,14 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from lowering.executorch.io_parameters import constants, quantized_io_in
 from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
 from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends, undisturbed
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
 from lowering.executorch.xnnpack.limits import check_limits
-from lowering.executorch.xnnpack.partitioner import forget_provenance, is_xnnpack, xnnpack_partitioner
-from lowering.export import dynamic_shapes_of, export, graph_of, needed_example_of, untraceable
+from lowering.executorch.xnnpack.partitioner import is_xnnpack, xnnpack_partitioner
+from lowering.export import drop_from_node, dynamic_shapes_of, export, graph_of, needed_example_of, untraceable
+from lowering.io_parameters import constants, quantized_io_in
 from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
@@ -198,7 +198,7 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
     signatures = {name: signature_of(one.exported) for name, one in prepared.items()}
     published: dict[str, Any] = {}
     for name, one in prepared.items():
-        forget_provenance(one.exported.graph)
+        drop_from_node(one.exported.graph)
         published |= constants(name, one.quantized_io)
     try:
         with Rejections().listening("executorch.backends") as rejections:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from lowering.executorch.io_parameters import constants
 from lowering.executorch.report import ExecuTorchReport, report_on_program
 from lowering.executorch.runtime import load, load_method
+from lowering.io_parameters import constants
 from lowering.program import LoweredProgram
 from lowering.signature import Signature
 from lowering.verify import Verification

@@ -14,8 +14,8 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from lowering.executorch.io_parameters import constants
 from lowering.export import dynamic_shapes_of, export, graph_of, needed_example_of
+from lowering.io_parameters import constants
 from lowering.onnx.integer_types import sizes, use_integers
 from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
 from lowering.onnx.qdq_form import CONVENTIONS, in_form

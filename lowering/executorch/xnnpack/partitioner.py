@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
 
 from lowering.executorch.xnnpack.stages import stages
+from lowering.export import drop_from_node
 
 
 def xnnpack_partitioner() -> Any:
@@ -25,7 +26,7 @@ def xnnpack_partitioner() -> Any:
     by_pairs = partitioner.generate_partitions
 
     def by_stages(exported: ExportedProgram) -> list[Partition]:
-        forget_provenance(exported.graph)
+        drop_from_node(exported.graph)
         groups = [_with_results(group) for group in partitioner.get_matched_nodes_from_configs(exported)]
         found = stages(exported.graph, groups)
         if found is None:
@@ -41,15 +42,6 @@ def is_xnnpack(partitioners: Sequence[Any]) -> bool:
     """Whether there are partitioners, and each delegates to XNNPACK: its legal form would take ops apart for others."""
     specs = [getattr(partitioner, "delegation_spec", None) for partitioner in partitioners]
     return bool(specs) and all(getattr(spec, "backend_id", None) == "XnnpackBackend" for spec in specs)
-
-
-def forget_provenance(graph: Graph) -> None:
-    """Drop each node's list of the nodes it was made from, one per pass so far.
-
-    Every pass that follows copies the list of every node, which is most of what lowering a large model costs.
-    """
-    for node in graph.nodes:
-        node.meta.pop("from_node", None)
 
 
 def _with_results(group: list[Node]) -> list[Node]:

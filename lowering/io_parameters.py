@@ -14,11 +14,11 @@ from quant2e.quantized_io import Port, QuantizedIO
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
 
 _SCALAR_TYPE = {torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3}
-"""Numbers of dtypes in ExecuTorch's files, those of torch's ScalarType."""
+"""Numbers of dtypes in the files, those of torch's ScalarType."""
 
 
 def constants(method: str, quantized_io: QuantizedIO) -> dict[str, float | int]:
-    """Constant methods that publish integer inputs and outputs: name → what the method returns.
+    """What a file publishes about integer inputs and outputs: name → value; in ExecuTorch, a method that returns it.
 
     Named as ExecuTorch's own pass names them, ``forward_input0_scale`` and ``_zp, _quant_min, _quant_max, _dtype``
     beside it, so that an application reads programs of either origin alike.
