@@ -50,6 +50,8 @@ def rows_of(gm: GraphModule, node: Node) -> Rows | None:
         return None
     if x.dtype is not torch.float32 or x.device.type != "cpu" or value.dim() != 2 or value.shape[1] != x.shape[-1]:
         return None
+    if not _outputs_first(node):
+        return None
     if any(not isinstance(size, int) for size in x.shape) or operands(dequantize).get("out_dtype") not in (
         None,
         torch.float32,
@@ -73,21 +75,32 @@ def rows_of(gm: GraphModule, node: Node) -> Rows | None:
 
 
 def _dequantize_of(node: Node) -> Node | None:
-    """The dequantize node of a weight that lies as ``linear`` keeps it: outputs first."""
+    """The dequantize node of a weight that ``linear`` reads, or a product through an op that permutes axes."""
     weight = weight_of(node)
     if node.target not in LINEAR or weight is None or node.target is aten.bmm.default:
         return None
     if node.target is not aten.linear.default:
         if weight.target not in TRANSPOSES or not isinstance(weight.args[0], Node):
             return None
-        value = weight.meta.get("val")
-        if isinstance(value, Tensor) and value.dim() != 2:
-            return None
         weight = weight.args[0]
     if node.target is aten.addmm.default and any(operands(node)[name] != 1 for name in ("alpha", "beta")):
         return None
     known = (qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default)
     return weight if weight.target in known else None
+
+
+def _outputs_first(node: Node) -> bool:
+    """Whether a stored matrix has the axes ``[outputs, inputs]``: that of ``linear``, or of a product that turns it.
+
+    An op that permutes axes may leave them in their places, as ``permute(0, 1)`` does.
+    """
+    if node.target is aten.linear.default:
+        return True
+    turn = weight_of(node)
+    assert turn is not None, f"'{node.name}' has a weight"
+    assert callable(turn.target), f"'{turn.name}' permutes axes"
+    shown: Tensor = turn.target(torch.empty(2, 3, device="meta"), *turn.args[1:], **turn.kwargs)
+    return shown.shape == (3, 2)
 
 
 def _parameters(gm: GraphModule, dequantize: Node, value: Tensor) -> tuple[Tensor, Tensor] | None:

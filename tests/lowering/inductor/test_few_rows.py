@@ -14,6 +14,7 @@ from quant2e.errors import LoweringError
 from quant2e.observers.native.build import built, compiler
 from quant2e.passes import run
 from quantizers import X86InductorQuantizer, recipe
+from tests.lowering.graphs import Weight
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so there is no kernel of ours")
 
@@ -125,6 +126,40 @@ def test_what_the_kernel_cannot_compute_gets_a_float_weight(monkeypatch):
     assert [choice.engine for choice in choices.values()] == ["float"] * 2
     assert size == 2 * 64 * 32 * 4
     assert torch.allclose(gm(*x)[0], result(*x), rtol=1e-5, atol=1e-5)
+
+
+class Turned(nn.Module):
+    def __init__(self, turn):
+        super().__init__()
+        self.turn, self.weight = turn, Weight(torch.randn(64, 64))
+
+    def forward(self, x):
+        return x @ self.turn(self.weight())
+
+
+# how a square weight is turned, and whether its rows are the outputs then
+TURNS = {
+    "t": (lambda w: w.t(), True),
+    "permute": (lambda w: w.permute(-1, 0), True),
+    "movedim": (lambda w: w.movedim(0, 1), True),
+    "permute, not": (lambda w: w.permute(0, 1), False),
+    "transpose, not": (lambda w: w.transpose(1, -1), False),
+    "movedim, not": (lambda w: w.movedim(1, 1), False),
+}
+
+
+@pytest.mark.parametrize("case", TURNS)
+def test_axes_that_stay_in_their_places_are_no_transposition(case):
+    turn, rows = TURNS[case]
+    x = torch.randn(2, 64)
+    model = torch.export.export(Turned(turn).eval(), (x,), strict=False).module()
+    gm = private_copy(model)
+    run(gm, REWRITES, compiled=False)
+    choices, size = choose(gm, {}, "few_rows")
+    gm.recompile()
+    assert [choice.engine for choice in choices.values()] == ["few_rows"] * rows
+    assert size == 64 * 64 * 4 * (not rows)
+    assert torch.allclose(gm(x)[0], model(x), rtol=1e-5, atol=1e-4)
 
 
 def test_an_engine_named_for_an_op_must_be_able_to_compute_it():
