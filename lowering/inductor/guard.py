@@ -22,6 +22,7 @@ from quant2e.cpu import detect, may_overflow
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
+from quant2e.graph.edit import take_over
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 from quant2e.passes import run
 
@@ -48,7 +49,7 @@ def arithmetic(gm: GraphModule, user: Node, dequantized: Node) -> None:
         if isinstance(point, Node) or point != 0:
             found = call(gm, dequantized, aten.sub.Tensor, found, point)
         found = call(gm, dequantized, aten.mul.Tensor, found, scale)
-    found.meta.update(dequantized.meta)
+    take_over(found, dequantized)
     user.replace_input_with(dequantized, found)
     if not dequantized.users:
         gm.graph.erase_node(dequantized)

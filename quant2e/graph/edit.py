@@ -37,6 +37,12 @@ def stands_for(node: Node, tensor: Node) -> None:
         node.meta[FROM_NODE] = tensor.meta[FROM_NODE]
 
 
+def take_over(node: Node, old: Node) -> None:
+    """Give a new node that holds what ``old`` holds all that is known of it: its origin, its identity, its value."""
+    set_origin(node, old, value=old.meta.get("val"))
+    stands_for(node, old)
+
+
 def insert_call(
     place: Node,
     target: Callable[..., Any],

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from lowering.inductor.rewrites.graph import call
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
-from quant2e.graph.edit import emit_constant, replace
+from quant2e.graph.edit import emit_constant, replace, take_over
 from quant2e.graph.qdq_ops import qd
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ def gathered_rows(gm: GraphModule) -> int:
             if node.target in _BAGS:
                 _bag_of_rows(gm, node, rows, index)
             else:
-                rows.meta.update(node.meta)
+                take_over(rows, node)
                 replace(node, rows)
         count += 1
         if not table.users:

@@ -30,7 +30,7 @@ from lowering.inductor.rewrites.weights import (
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
-from quant2e.graph.edit import replace
+from quant2e.graph.edit import replace, take_over
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.passes import Pass
 from quant2e.passes.dead_code import remove_dead_code
@@ -88,7 +88,7 @@ def constant_parameters(gm: GraphModule) -> int:
                 args["dtype"],
                 **kwargs,
             )
-        static.meta.update(node.meta)
+        take_over(static, node)
         replace(node, static)
         count += 1
     return count
@@ -185,7 +185,7 @@ def convert_after_dequantize(gm: GraphModule) -> int:
         with gm.graph.inserting_before(node):
             wide = call(gm, node, node.target, *node.args)
             narrow = call(gm, node, aten.to.dtype, wide, out)
-        narrow.meta.update(node.meta)
+        take_over(narrow, node)
         replace(node, narrow)
         count += 1
     return count
@@ -293,7 +293,7 @@ def dequantize_last(gm: GraphModule) -> int:
             for move in reversed(moves):
                 value = call(gm, move, move.target, value, *move.args[1:], **move.kwargs)
             last = call(gm, source, source.target, value, *source.args[1:], **source.kwargs)
-        last.meta.update(source.meta)
+        take_over(last, source)
         node.replace_input_with(first, last)
         count += 1
     return count
@@ -320,7 +320,7 @@ def one_dequantize_per_user(gm: GraphModule) -> int:
                 with gm.graph.inserting_before(node):
                     args = (*node.args[:place], node.args[place] + number, *node.args[place + 1 :])
                     copy = call(gm, node, node.target, *args, **node.kwargs)
-                copy.meta.update(node.meta)
+                take_over(copy, node)
                 user.replace_input_with(node, copy)
                 count += 1
         if not node.users:

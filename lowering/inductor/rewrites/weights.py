@@ -14,7 +14,7 @@ from quant2e.graph.attributes import tensor_at
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
-from quant2e.graph.edit import emit_constant, replace
+from quant2e.graph.edit import emit_constant, replace, take_over
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 
 aten = torch.ops.aten
@@ -117,7 +117,7 @@ def per_channel_weights(gm: GraphModule) -> int:
         with gm.graph.inserting_before(weight):
             channels = (args["input"], scales, points, axis, *weight.args[3:])
             wide = call(gm, weight, qd.dequantize_per_channel.default, *channels, **weight.kwargs)
-        wide.meta.update(weight.meta)
+        take_over(wide, weight)
         user.replace_input_with(weight, wide)
         count += 1
         if not weight.users:
