@@ -162,8 +162,8 @@ def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8
 
 
 def _save_program(program: Any, path: Path) -> int | None:
-    if not hasattr(program, "save"):
-        return None  # Inductor compiles in memory
+    if not isinstance(program, lowering.ExecuTorchProgram):
+        return None  # what Inductor compiles stays in memory: packaging would compile it once more
     program.save(path)
     return path.stat().st_size
 
