@@ -15,6 +15,7 @@ from quant2e.annotation.pattern import short_name
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION, INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import PlanError, Quant2eError
+from quant2e.graph import dataflow
 from quant2e.graph.constants import Constants
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.fake_values import node_tensor
@@ -186,13 +187,13 @@ def _axes(a: Annotated) -> Iterator[Finding]:
                 "wrong axis", node, f"ch_axis={axis} of '{source.name}', which has {getattr(tensor, 'ndim', '?')} axes"
             )
             continue
-        weight = node.args[1] if len(node.args) > 1 else None
+        weight = dataflow.operand(node, 1)
         summed = _SUMS_OVER.get(short_name(node.target), ())
         grouped = (
             axis == 0
             and tensor is not None
             and tensor.dim() > 2
-            and tensor.shape[0] == node.kwargs.get("groups", _at(node, 6))
+            and tensor.shape[0] == dataflow.operand(node, "groups")
         )
         if operand is weight and axis in summed and not grouped:
             yield finding(
@@ -202,10 +203,6 @@ def _axes(a: Annotated) -> Iterator[Finding]:
             yield finding(
                 "wrong axis", node, f"'{source.name}' is an activation, with a scale for each index of axis {axis}"
             )
-
-
-def _at(node: Node, index: int) -> Any:
-    return node.args[index] if index < len(node.args) else None
 
 
 def _ranges(a: Annotated) -> Iterator[Finding]:

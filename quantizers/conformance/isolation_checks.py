@@ -11,6 +11,7 @@ from torch.fx import Node
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.graph.dataflow import operand
 from quantizers.conformance.annotation_checks import JOINS, MOVING, Annotated, finding
 from quantizers.conformance.report import Finding
 
@@ -75,8 +76,8 @@ def _partly(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
         return
     weighted = short_name(node.target) in WEIGHTED
     operands = [source for source in _float_operands(a, node) if not is_inner(source) or a.is_constant(source)]
-    if weighted and len(node.args) > 2:
-        operands = [source for source in operands if source is not node.args[2]]
+    if weighted:
+        operands = [source for source in operands if source is not operand(node, 2)]
     quantized = [source for source in operands if _is_integer(_spec(plan, source, node))]
     left = [source for source in operands if source not in quantized and _spec(plan, source, node) is None]
     if not left:
@@ -106,9 +107,9 @@ def _output_spec(plan: Plan, node: Node) -> Any:
 def weight_only(a: Annotated, plan: Plan) -> Iterator[tuple[Node, bool]]:
     """Weighted ops with an integer weight, and whether their activation is quantized as well."""
     for node, _ in a.notes():
-        if short_name(node.target) not in WEIGHTED or len(node.args) < 2:
+        if short_name(node.target) not in WEIGHTED:
             continue
-        x, w = node.args[:2]
+        x, w = operand(node, 0), operand(node, 1)
         if isinstance(x, Node) and isinstance(w, Node) and _is_integer(_spec(plan, w, node)):
             yield node, is_inner(x) or _spec(plan, x, node) is not None
 

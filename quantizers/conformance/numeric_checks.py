@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.graph.attributes import tensor_at
+from quant2e.graph.dataflow import operand
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 from quantizers.conformance.isolation_checks import WEIGHTED
 from quantizers.conformance.report import Finding
@@ -20,10 +21,10 @@ from quantizers.conformance.report import Finding
 def bias_scales(gm: GraphModule, rules: Mapping[str, str]) -> Iterator[Finding]:
     """Integer biases that are not in units of the accumulator. ``rules``: node name → the rule that annotated it."""
     for node in gm.graph.nodes:
-        if node.op != "call_function" or short_name(node.target) not in WEIGHTED or len(node.args) < 3:
+        if node.op != "call_function" or short_name(node.target) not in WEIGHTED:
             continue
-        x, w, b = (_scale(gm, operand) for operand in node.args[:3])
-        if x is None or w is None or b is None or not _is_int32(node.args[2]):
+        x, w, b = (_scale(gm, operand(node, place)) for place in range(3))
+        if x is None or w is None or b is None or not _is_int32(operand(node, 2)):
             continue
         wanted = x * w
         if b.numel() not in (1, wanted.numel()) or not torch.allclose(b.expand_as(wanted), wanted, rtol=1e-4, atol=0):
@@ -33,9 +34,9 @@ def bias_scales(gm: GraphModule, rules: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _scale(gm: GraphModule, node: Any) -> Tensor | None:
-    if not isinstance(node, Node) or node.target not in DEQUANTIZE or len(node.args) < 2:
+    if not isinstance(node, Node) or node.target not in DEQUANTIZE:
         return None
-    scale = node.args[1]
+    scale = operand(node, 1)
     if isinstance(scale, Node):
         found = tensor_at(gm, scale)
         return None if found is None else found.double()
@@ -43,7 +44,7 @@ def _scale(gm: GraphModule, node: Any) -> Tensor | None:
 
 
 def _is_int32(node: Any) -> bool:
-    return isinstance(node, Node) and torch.int32 in node.args
+    return isinstance(node, Node) and operand(node, "dtype") is torch.int32
 
 
 FAINT = 0.1
@@ -78,8 +79,8 @@ def suspects(gm: GraphModule, batch: Sequence[Tensor]) -> Node | None:
     class Look(torch.fx.Interpreter):
         def run_node(self, n: Node) -> Any:
             result = super().run_node(n)
-            if n.target in DEQUANTIZE and isinstance(q := n.args[0], Node) and q.target in QUANTIZE:
-                source = q.args[0]
+            if n.target in DEQUANTIZE and isinstance(q := operand(n, 0), Node) and q.target in QUANTIZE:
+                source = operand(q, 0)
                 if isinstance(source, Node) and isinstance(before := self.env[source], Tensor):
                     lost.append((sqnr(before, result), source))
             return result

@@ -16,6 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.attributes import tensor_at
+from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.edit import emit, emit_constant
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, qd
 
@@ -31,7 +32,7 @@ def chooser_of(dequantize: object) -> Node | None:
     """The ``choose_qparams`` node behind a dequantized activation; None for a static one."""
     if not isinstance(dequantize, Node) or dequantize.target is not qd.dequantize_per_tensor.tensor:
         return None
-    scale = dequantize.args[1]
+    scale = operand(dequantize, "scale")
     if not isinstance(scale, Node) or scale.target is not operator.getitem:
         return None
     chooser = scale.args[0]
@@ -42,12 +43,12 @@ def spread_weight_scale(module: GraphModule) -> int:
     """Give per-tensor weights of dynamic linears and convolutions their scale per channel. Bit-equal."""
     count = 0
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target not in DYNAMIC_CONSUMERS or chooser_of(node.args[0]) is None:
+        if node.op != "call_function" or node.target not in DYNAMIC_CONSUMERS or chooser_of(operand(node, 0)) is None:
             continue
-        weight = node.args[1]
+        weight = operand(node, "weight")
         if not isinstance(weight, Node) or weight.target is not qd.dequantize_per_tensor.default:
             continue
-        stored, scale, zero_point, low, high, dtype = weight.args
+        stored, scale, zero_point, low, high, dtype = (operand(weight, place) for place in range(6))
         values = tensor_at(module, stored)
         if values is None or zero_point != 0 or not isinstance(scale, int | float):
             continue
@@ -71,7 +72,7 @@ def per_row(module: GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target is not _ATEN.linear.default:
             continue
-        dequantize, weight = node.args[:2]
+        dequantize, weight = operand(node, "input"), operand(node, "weight")
         chooser = chooser_of(dequantize)
         if chooser is None or not _int8(chooser) or weight.target not in _WEIGHTS:
             continue
@@ -92,20 +93,20 @@ def short_group_scales(module: GraphModule) -> int:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target is not _ATEN.linear.default:
             continue
-        weight = node.args[1]
-        if not isinstance(weight, Node) or weight.target is not _GROUPS or chooser_of(node.args[0]) is None:
+        weight = operand(node, "weight")
+        if not isinstance(weight, Node) or weight.target is not _GROUPS or chooser_of(operand(node, "input")) is None:
             continue
-        scales = tensor_at(module, weight.args[1])
+        scales = tensor_at(module, operand(weight, "scales"))
         if scales is None or torch.equal(scales, scales.bfloat16().to(scales.dtype)):
             continue
         short = emit_constant(module, weight, "group_scales", scales.detach().bfloat16().to(scales.dtype))
-        weight.args = (weight.args[0], short, *weight.args[2:])
+        set_operand(weight, "scales", short)
         count += 1
     return count
 
 
 def _int8(chooser: Node) -> bool:
-    return chooser.args[4] is torch.int8
+    return operand(chooser, "dtype") is torch.int8
 
 
 def _chain(x: Node, before: Node) -> tuple[Node, Node, Node]:

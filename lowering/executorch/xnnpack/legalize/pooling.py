@@ -33,7 +33,7 @@ def keep_mean_dims(module: GraphModule) -> int:
     """Rewrite means over height and width of NCHW tensors; returns how many."""
     count = 0
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.args[0] if node.args else None, Node):
+        if node.op != "call_function" or not isinstance(operand(node, 0), Node):
             continue
         mean = _kept(node)
         if mean is not None:
@@ -44,15 +44,17 @@ def keep_mean_dims(module: GraphModule) -> int:
 
 
 def _kept(node: Node) -> Node | None:
-    x = node.args[0]
-    assert isinstance(x, Node)
+    x = operand(node, 0)
     if node.target is _ATEN.adaptive_avg_pool2d.default:
         return _pooled(node, x)
-    if node.target is not _ATEN.mean.dim or len(shape_of(x)) != 4 or node.kwargs.get("dtype") is not None:
+    if node.target is not _ATEN.mean.dim or len(shape_of(x)) != 4 or operand(node, "dtype") is not None:
         return None
-    dims = node.args[1]
-    kept = len(node.args) > 2 and bool(node.args[2])
-    if kept or not isinstance(dims, list | tuple) or sorted(d % 4 for d in dims if isinstance(d, int)) != [2, 3]:
+    dims = operand(node, "dim")
+    if (
+        operand(node, "keepdim")
+        or not isinstance(dims, list | tuple)
+        or sorted(d % 4 for d in dims if isinstance(d, int)) != [2, 3]
+    ):
         return None
     mean = emit(node, _ATEN.mean.dim, x, [2, 3], True)
     return emit(node, _ATEN.squeeze.dims, mean, [2, 3])
@@ -60,7 +62,7 @@ def _kept(node: Node) -> Node | None:
 
 def _pooled(node: Node, x: Node) -> Node | None:
     """Adaptive pooling to 1×1, or to sizes that divide the input's: then every window is the same."""
-    size, shape = node.args[1], shape_of(x)
+    size, shape = operand(node, "output_size"), shape_of(x)
     if not isinstance(size, list | tuple) or len(shape) != 4:
         return None
     if all(s == 1 for s in size):
