@@ -24,7 +24,7 @@ from quant2e.errors import FileFormatError, Quant2eError
 from quant2e.graph.captured.inputs import Inputs, inputs_of, leaf_paths
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.edit import insert_call
-from quant2e.graph.fake_values import FakeValueCache
+from quant2e.graph.fake_values import FakeValueCache, is_float
 from quant2e.graph.mutation import observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 from quant2e.passes import run
@@ -197,9 +197,9 @@ def _open_inputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     written, fake_values, checks = observable_writes(gm.graph), FakeValueCache(), []
     for index, (name, node) in enumerate(zip(leaf_paths(convention.names, convention.spec), placeholders, strict=True)):
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not is_float(node):
             continue
+        value = node.meta["val"]
         grids = Counter(user.args[1:] for user in node.users if user.target is _QUANTIZE)
         if node in written or not grids:
             floats[f"input {name}"] = "it is written in place" if node in written else _why_float(node)
@@ -241,8 +241,7 @@ def _open_outputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
     leaves, spec = pytree.tree_flatten(node.args[0])
     names = _output_names(gm, len(leaves))
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        value = leaf.meta.get("val") if isinstance(leaf, Node) else None
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not is_float(leaf):
             continue
         if leaf.target is not _DEQUANTIZE:
             floats[name] = f"'{leaf.name}' computes it in float"
@@ -251,7 +250,7 @@ def _open_outputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
         leaves[index] = leaf.args[0]
         yield Port(
             name=name, index=index, scale=scale, zero_point=zero_point, quant_min=low, quant_max=high, dtype=dtype,
-            float_dtype=value.dtype,
+            float_dtype=leaf.meta["val"].dtype,
         )  # fmt: skip
     node.args = (pytree.tree_unflatten(leaves, spec),)
 

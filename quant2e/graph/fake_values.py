@@ -37,6 +37,27 @@ def node_tensor(node: object) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def is_float(node: object) -> bool:
+    """Whether a node's result is a floating-point tensor, or holds one; a ``get_attr`` needs no record, as above."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    items = value if isinstance(value, list | tuple) else (node_tensor(node),)
+    return any(isinstance(item, Tensor) and item.is_floating_point() for item in items)
+
+
+def example_shape(node: object) -> tuple[int, ...] | None:
+    """Sizes of the tensor that a node produces, dynamic ones at their example value (1 where there is none).
+
+    None for literals and other results.
+    """
+    tensor = node_tensor(node)
+    return None if tensor is None else tuple(map(_example_size, tensor.shape))
+
+
+def _example_size(size: int | torch.SymInt) -> int:
+    hint = size if isinstance(size, int) else size.node.hint
+    return int(hint) if isinstance(hint, int) else 1
+
+
 def fake_mode(node: Node) -> FakeTensorMode | None:
     """The mode of the fake values in the graph of ``node``, looked for near it first; None in a graph without any."""
     nodes = itertools.chain(node.all_input_nodes, (node,), node.graph.nodes)

@@ -6,13 +6,13 @@ import operator
 from dataclasses import replace
 from typing import get_args
 
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import readers
+from quant2e.graph.fake_values import is_float
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.integer.arithmetic.builder import Builder, Record
 from quant2e.integer.arithmetic.grid import QUANTIZE_STATIC
@@ -80,10 +80,7 @@ def to_integer(
 def _computes_float(node: Node) -> bool:
     if node.op != "call_function" or node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
         return False
-    value = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    floats = any(isinstance(v, Tensor) and v.is_floating_point() for v in values)
-    return floats and node.target is not operator.getitem
+    return is_float(node) and node.target is not operator.getitem
 
 
 def _asked(gm: GraphModule) -> set[str]:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from quant2e.graph.dataflow import operand
+from quant2e.graph.fake_values import is_float, node_tensor
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.integer.arithmetic.builder import NoIntegerFormError
 from quant2e.integer.arithmetic.grid import DEQUANTIZE_STATIC, QUANTIZE_STATIC, Grid, grid_of
@@ -111,7 +111,7 @@ def _float_op(ctx: Context, node: Node) -> None:
         reason = str(error)
     if known:
         ctx.keep(node, reason)
-    elif _is_float(node) and node.target is not operator.getitem:
+    elif node_tensor(node) is not None and is_float(node) and node.target is not operator.getitem:
         ctx.left.setdefault(node.name, reason)
 
 
@@ -120,11 +120,6 @@ def _clamped_function(node: Node, value: Value) -> Value:
     if isinstance(value, moves.Clamped) and isinstance(value.source, tables.Function):
         return tables.Function(node, value.source.root, {value.source.node: value.source})
     return value
-
-
-def _is_float(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _quantize(ctx: Context, node: Node) -> None:

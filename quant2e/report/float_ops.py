@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import module_path, source_line
+from quant2e.graph.fake_values import example_shape, is_float
 
 aten = torch.ops.aten
 
@@ -38,29 +38,8 @@ def list_float_ops(gm: GraphModule) -> tuple[FloatOp, ...]:
     return tuple(
         FloatOp(node.name, str(node.target), module_path(node), source_line(node), count_macs(node))
         for node in gm.graph.nodes
-        if node.op == "call_function" and produces_float(node)
+        if node.op == "call_function" and is_float(node)
     )
-
-
-def produces_float(node: Node) -> bool:
-    """Whether a node's result is, or holds, a floating-point tensor."""
-    value = node.meta.get("val")
-    items = value if isinstance(value, (list, tuple)) else (value,)
-    return any(isinstance(item, Tensor) and item.is_floating_point() for item in items)
-
-
-def _shape(node: Any) -> list[int] | None:
-    """Sizes of a tensor operand, dynamic ones at their example value."""
-    if not isinstance(node, Node):
-        return None
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    sizes = []
-    for size in value.shape:
-        hint = getattr(getattr(size, "node", None), "hint", size)
-        sizes.append(int(hint) if isinstance(hint, int) else 1)
-    return sizes
 
 
 def count_macs(node: Node) -> int:
@@ -68,12 +47,12 @@ def count_macs(node: Node) -> int:
     if node.op != "call_function":
         return 0
     family = _FAMILY.get(getattr(node.target, "overloadpacket", None))
-    out = _shape(node)
+    out = example_shape(node)
     if family is None or out is None:
         return 0
     if family == "einsum":
         return _einsum_macs(node, out)
-    operands = [_shape(arg) for arg in node.args]
+    operands = [example_shape(arg) for arg in node.args]
     if family == "attention":
         q, k = operands[0], operands[1]
         return 0 if q is None or k is None else 2 * math.prod(q) * k[-2]
@@ -89,7 +68,7 @@ def count_macs(node: Node) -> int:
     return 0 if operands[0] is None else math.prod(operands[0]) * math.prod(weight[1:])
 
 
-def _einsum_macs(node: Node, out: list[int]) -> int:
+def _einsum_macs(node: Node, out: tuple[int, ...]) -> int:
     """One for each combination of indices, when there is more than one operand."""
     equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
     subscripts, arrow, result = equation.partition("->")
@@ -99,11 +78,11 @@ def _einsum_macs(node: Node, out: list[int]) -> int:
         result = "".join(letter for letter in set(subscripts) - {",", "."} if subscripts.count(letter) == 1)
     sizes: dict[str, int] = {}
     for letters, operand in zip(subscripts.split(","), operands, strict=False):
-        shape = _shape(operand) or []
+        shape = example_shape(operand) or ()
         before, _, after = letters.partition("...")
         sizes |= dict(zip(before, shape, strict=False))
         sizes |= dict(zip(reversed(after), reversed(shape), strict=False)) if after else {}
-    broadcast = out[: len(out) - len(result.replace("...", ""))] if "..." in subscripts else []
+    broadcast = out[: len(out) - len(result.replace("...", ""))] if "..." in subscripts else ()
     return math.prod(sizes.values()) * math.prod(broadcast)
 
 

@@ -24,13 +24,13 @@ from quant2e.annotation.pattern import Folded, Match, explain, roots, short_name
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
 from quant2e.graph.constants import Constants
-from quant2e.graph.fake_values import node_tensor
+from quant2e.graph.fake_values import is_float, node_tensor
 from quant2e.graph.mutation import ObservableWrite, observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.passes.train_batch_norm import trainable_norms
 from quantizers.kit.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
 from quantizers.kit.rule import ChosenConfig, Follow, Rule, parts
-from quantizers.kit.value_source import Source, ValueSources, is_float
+from quantizers.kit.value_source import Source, ValueSources
 
 _ACTIVE = object()
 
@@ -163,9 +163,7 @@ class _Pass:
         for node in results:
             found = list(self._matches(following, node))
             self._apply(next(iter(found), None), found)
-        return {
-            node.name: self._reason(node) for node in calls if ANNOTATION not in node.meta and is_float(node, self.gm)
-        }
+        return {node.name: self._reason(node) for node in calls if ANNOTATION not in node.meta and is_float(node)}
 
     def _index(self) -> tuple[dict[Any, list[tuple[Any, Rule]]], dict[Any, list[tuple[Any, Rule]]]]:
         """Root target → (config, rule), for the rules with their own numbers and for those that follow."""

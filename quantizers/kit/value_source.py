@@ -19,6 +19,7 @@ from quant2e.annotation.pattern import short_name
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import MOVEMENTS
 from quant2e.graph.effects import is_random
+from quant2e.graph.fake_values import is_float
 from quant2e.passes.fold_weights import is_quantize
 
 MASK_VALUE = 1e4
@@ -74,7 +75,7 @@ class ValueSources:
         return None
 
     def _source(self, node: Node) -> Source:
-        carries_values = _is_float(node.meta.get("val"), or_complex=True) or is_quantize(node)
+        carries_values = is_float(node) or _is_complex(node) or is_quantize(node)
         if node.op == "placeholder":
             return Source.DATA if carries_values else Source.INDEX
         if node.op == "get_attr":
@@ -94,7 +95,7 @@ class ValueSources:
             if value is None or isinstance(value, nn.Parameter) or value.is_meta:
                 return None
             return node if _has_sentinel(value) else None
-        if node.op != "call_function" or not _is_float(node.meta.get("val")):
+        if node.op != "call_function" or not is_float(node):
             return None
         name = short_name(node.target).removesuffix("_")
         if name in _MASKING and any(_is_sentinel(a) for a in (*node.args, *node.kwargs.values())):
@@ -105,16 +106,10 @@ class ValueSources:
         return next((self.masking[n] for n in node.all_input_nodes if n in self.masking), None)
 
 
-def is_float(node: Node, gm: GraphModule) -> bool:
-    """Whether a node produces one floating-point tensor."""
+def _is_complex(node: Node) -> bool:
     value = node.meta.get("val")
-    return _is_float(tensor_at(gm, node) if value is None else value)
-
-
-def _is_float(value: Any, *, or_complex: bool = False) -> bool:
     items = value if isinstance(value, list | tuple) else (value,)
-    tensors = [item for item in items if isinstance(item, Tensor)]
-    return any(item.is_floating_point() or (or_complex and item.is_complex()) for item in tensors)
+    return any(isinstance(item, Tensor) and item.is_complex() for item in items)
 
 
 def _holds_tensor(node: Node) -> bool:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import ANNOTATION
-from quantizers.kit.value_source import is_float
+from quant2e.graph.fake_values import is_float
 from quantizers.settings.module_names import enclosing_paths, module_stack, targets
 from quantizers.settings.scopes import Everything, Level, ModuleName, ModuleType, NodeName, Operator, Scope, Settings
 
@@ -110,7 +110,7 @@ class Coverage:
             return ""
         if taken := [node for node in nodes if node in self.taken]:
             return f"{scope} quantizes nothing: an earlier quantizer took {_names(taken)}"
-        reasons = dict.fromkeys(f"'{n.name}': {explain(n)}" for n in nodes if is_float(n, self.gm))
+        reasons = dict.fromkeys(f"'{n.name}': {explain(n)}" for n in nodes if is_float(n))
         shown = "; ".join(list(reasons)[:_SHOWN]) or "it has no float op"
         return f"{scope} quantizes nothing: {shown}{'; …' * (len(reasons) > _SHOWN)}"
 
