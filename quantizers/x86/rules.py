@@ -41,6 +41,8 @@ _CONV_UNARY = op(
 )
 _CLAMP = op(aten.clamp.default, when=_two_numbers)
 _LINEAR_UNARY = op(aten.relu.default, aten.gelu.default)
+_RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+"""The reshapes that carry integers to an int8 kernel."""
 _DROPOUT = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
 
 FUSED = {"conv": ("relu", "relu6", "hardtanh", "hardswish", "silu"), "linear": ("relu", "gelu")}
@@ -77,7 +79,6 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
     act, product = config.input_activation, {"x": config.input_activation, "w": config.weight}
     moved = {"x": Follow(act)}
     pools = f.max_pool2d(f.x) | f.avg_pool2d(f.x) | f.adaptive_avg_pool2d(f.x)
-    reshapes = op(aten.flatten.using_ints, aten.view.default, aten.reshape.default)(f.x)
     return (
         Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
         Rule(_CONV_UNARY(_CONV) | _CLAMP(_CONV) | _CONV, product, name="conv"),
@@ -87,7 +88,7 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
         Rule(f.mul(f.x, f.y), {"x": act, "y": act}, when=_equal_factors, name="mul", opt_in=True),
         Rule(pools, moved, Same("x"), name="pool"),
         Rule(f.cat(f.x), {"x": Follow(act, every=True)}, Same("x"), name="cat"),
-        Rule(reshapes, moved, Same("x"), _before_a_kernel, "reshape"),
+        Rule(op(*_RESHAPES)(f.x), moved, Same("x"), _before_a_kernel, "reshape"),
     )
 
 
@@ -131,7 +132,6 @@ def _equal_factors(match: Match) -> bool | str:
 
 
 _KERNELS = frozenset({"conv1d", "conv2d", "convolution", "linear", "matmul"})
-_RESHAPES = frozenset({"flatten", "view", "reshape"})
 
 
 def _before_a_kernel(match: Match) -> bool | str:
@@ -142,7 +142,7 @@ def _before_a_kernel(match: Match) -> bool | str:
             name = short_name(user.target) if user.op == "call_function" else ""
             if name in _KERNELS:
                 return True
-            if name in _RESHAPES and user not in seen:
+            if user.target in _RESHAPES and user not in seen:
                 seen.add(user)
                 waiting.append(user)
     return "no int8 kernel reads it"

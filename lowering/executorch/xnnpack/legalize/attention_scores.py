@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit
 from quant2e.graph.fake_values import shape_of
 
 _ATEN = torch.ops.aten
-_VIEWS = frozenset({_ATEN.reshape.default, _ATEN.view.default})
+_RESHAPES = movements(Effect.RESHAPE)
 _POINTWISE = frozenset({_ATEN.mul.Tensor, _ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.div.Tensor})
 
 Masks = dict[tuple[Node | int, ...], Node]
@@ -32,17 +33,20 @@ def scores_in_three_dimensions(module: GraphModule) -> int:
     count = 0
     masks: Masks = {}
     for node in list(module.graph.nodes):
-        if node.target not in _VIEWS or not _is_bmm(node.args[0]) or _varying(node) < 2:
+        if not _splits_batch(node) or _varying(node) < 2:
             continue
         chain = list(_until_viewed_back(node))
-        if chain and chain[-1].target in _VIEWS:
+        if chain and chain[-1].target in _RESHAPES:
             _flatten(node, chain, masks)
             count += 1
     return count
 
 
-def _is_bmm(node: object) -> bool:
-    return isinstance(node, Node) and node.target is _ATEN.bmm.default
+def _splits_batch(node: Node) -> bool:
+    """Whether a node views the result of a batched product in other leading sizes, rows and columns as they are."""
+    source = operand(node, 0) if node.target in _RESHAPES else None
+    is_product = isinstance(source, Node) and source.target is _ATEN.bmm.default
+    return is_product and _written(node)[-2:] == _written(source)[-2:]
 
 
 def _varying(node: Node) -> int:
@@ -54,8 +58,8 @@ def _until_viewed_back(view: Node) -> Iterator[Node]:
     value, lead = view, shape_of(view)[:-2]
     while len(users := [user for user in value.users if not _is_size(user)]) == 1:
         (user,) = users
-        if user.target in _VIEWS:
-            if _written(user) == _written(view.args[0]):
+        if user.target in _RESHAPES:
+            if operand(user, 0) is value and _written(user) == _written(view.args[0]):
                 yield user
             return
         if not (_is_softmax(user) or _is_idle_dropout(user) or _takes_flat(user, value, lead)):

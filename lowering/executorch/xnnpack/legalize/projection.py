@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.attributes import tensor_at
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit, emit_constant
 from quant2e.graph.fake_values import shape_of
 from quant2e.graph.qdq_ops import qd
 
 _ATEN = torch.ops.aten
-_VIEWS = frozenset({_ATEN.view.default, _ATEN.reshape.default, _ATEN.unflatten.int})
+_RESHAPES = movements(Effect.RESHAPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def _part(node: Node) -> _Part | None:
             return None
         if x.target in (_ATEN.permute.default, _ATEN.transpose.int):
             dim = _order(x)[dim]
-        elif x.target in _VIEWS and inner == 1 and (found := _split_off(x, source, dim)):
+        elif x.target in _RESHAPES and inner == 1 and (found := _split_off(x, source, dim)):
             dim, inner = len(shape_of(source)) - 1, found
         else:
             return None
@@ -122,7 +123,7 @@ def _projected(module: GraphModule, node: Node, part: _Part) -> Node | None:
     result = emit(node, _ATEN.linear.default, x, rows, own_bias)
     size = part.stop - part.start
     for step in part.between:
-        if step.target in _VIEWS:
+        if step.target in _RESHAPES:
             after = shape_of(step)
             dim = len(shape_of(result)) - 1
             inner = [int(s) for s in after[dim + 1 :]]
