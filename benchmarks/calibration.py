@@ -95,7 +95,7 @@ def times_of(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
 
 def measure(name: str, batch: int, rounds: int, peer: bool, with_compiled: bool) -> dict[str, str]:
     """A row: milliseconds of the float forward, and everything else relative to it."""
-    native.load()  # as `calibrate` does
+    native.load_ops()  # as `calibrate` does
     make, make_inputs = SHAPES[name]
     model, inputs = make(), make_inputs(batch)
     bare = folded(model, inputs)

@@ -63,7 +63,7 @@ def _noise(one: TensorInput) -> Tensor:
     return torch.randint(0, 2, shape, generator=generator).to(one.dtype)
 
 
-def read_inputs(path: Path) -> tuple[Tensor, ...]:
+def read_arrays(path: Path) -> tuple[Tensor, ...]:
     """The arrays of an ``.npz`` file in their order. Raises `FileFormatError`; pickled objects are refused."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -85,9 +85,9 @@ def open_program(path: Path, method: str | None = None) -> OpenProgram:
 
 
 def _open_pte(path: Path, method: str) -> OpenProgram:
-    from lowering.executorch.runtime import input_tensors, load, load_method
+    from lowering.executorch.runtime import input_tensors, load_method, load_program
 
-    program = load(path)
+    program = load_program(path)
     if method not in program.method_names:
         names = ", ".join(sorted(program.method_names))
         raise LoweringError(f"{path} has no method '{method}'; its methods are {names}: choose one with --method")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowering.bench.program_file import OpenProgram, open_program, read_inputs
+from lowering.bench.program_file import OpenProgram, open_program, read_arrays
 from quant2e.errors import LoweringError, Quant2eError
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -118,7 +118,7 @@ def _use(threads: int, paths: Sequence[Path]) -> None:
 
 
 def _tensors(program: OpenProgram, inputs: Path | None) -> tuple[Tensor, ...]:
-    return read_inputs(inputs) if inputs is not None else program.tensors()
+    return read_arrays(inputs) if inputs is not None else program.tensors()
 
 
 def _peak() -> int:

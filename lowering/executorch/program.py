@@ -12,7 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lowering.executorch.report import ExecuTorchReport, report_on_program
-from lowering.executorch.runtime import load, load_method
+from lowering.executorch.runtime import load_method, load_program
 from lowering.io_parameters import constants
 from lowering.program import LoweredProgram
 from lowering.signature import Signature
@@ -36,7 +36,7 @@ class LoadedFile:
     def execute(self, name: str, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run the method of that name. Raises RuntimeError where the runtime refuses the inputs."""
         if self.program is None:
-            self.program = load(self.buffer)
+            self.program = load_program(self.buffer)
         if name not in self.methods:
             self.methods[name] = load_method(self.program, name)
         outputs: Sequence[Any] = self.methods[name].execute(inputs)

@@ -61,7 +61,7 @@ def undisturbed() -> Iterator[None]:
                 del os.environ[name]
 
 
-def load(source: bytes | Path) -> Any:
+def load_program(source: bytes | Path) -> Any:
     """A program from its bytes, which it keeps alive, or from a file. Raises `LoweringError` when it is damaged.
 
     The runtime interprets the program: a delegate's blob and a list of kernels to call. No code of the file is run.

@@ -133,7 +133,7 @@ class OnnxProgram(LoweredProgram[OnnxReport]):
         flat = self._signature.plain(args, kwargs)
         if self._session is None:
             self._session = session(self.path)
-        return run(self._session, flat, self._signature)
+        return run_session(self._session, flat, self._signature)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Copy the file to ``path``."""
@@ -161,7 +161,7 @@ def session(path: Path, optimized: Path | None = None) -> Any:
         raise LoweringError(f"onnxruntime cannot load {path}: {error}") from error
 
 
-def run(loaded: Any, flat: list[Any], signature: Signature) -> Any:
+def run_session(loaded: Any, flat: list[Any], signature: Signature) -> Any:
     """Outputs of a session as the model returns them."""
     wanted = [given.name for given in loaded.get_inputs()]
     pairs = [

@@ -74,7 +74,7 @@ def in_form(module: GraphModule, convention: Convention) -> None:
 
 def form_of(convention: Convention) -> tuple[Pass, ...]:
     """The pipeline of a convention."""
-    unsigned = (unsigned_activations, unsigned_inputs_and_outputs) if convention.unsigned else ()
+    unsigned = (unsigned_quantization, unsigned_inputs_and_outputs) if convention.unsigned else ()
     products = integer_products if convention.integer_bias else linear_to_matmul
     return (
         gather_then_dequantize, *unsigned, products, plain_constants, remove_dead_code, prune_unused_attributes,
@@ -105,7 +105,7 @@ def _check_symmetric(module: GraphModule) -> None:
         )
 
 
-def unsigned_activations(module: GraphModule) -> int:
+def unsigned_quantization(module: GraphModule) -> int:
     """Move s8 activations to u8 wherever nothing but dequantize ops sees the integers; returns how many."""
     count = 0
     for node in module.graph.nodes:

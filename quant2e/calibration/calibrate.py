@@ -89,7 +89,7 @@ def calibrate(
     run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), progress, compiled)
     known = batch_count(data)
     total = known if num_batches is None else num_batches if known is None else min(known, num_batches)
-    native.load()
+    native.load_ops()
     if distributed.world() > 1:
         _shard(run, islice(data, num_batches), total)
     elif run.feed(islice(data, num_batches), total) == 0:

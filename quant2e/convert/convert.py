@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.convert.insert_qdq import quantize_at, round_at
-from quant2e.convert.legality import check
+from quant2e.convert.legality import check_legality
 from quant2e.errors import CalibrationError, Quant2eError, where
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
@@ -91,7 +91,7 @@ def convert_pt2e(
     for module in gm.modules():
         module.training = False  # as the graph is, whatever rebuilt it set
     gm.converted = True
-    check(gm)
+    check_legality(gm)
     if isinstance(record, GraphRecord):
         report = replace(record.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
         found = tuple(encodings.get(name) for name in record.observers)

@@ -142,7 +142,7 @@ def problems(gm: GraphModule) -> list[str]:
     ]
 
 
-def check(gm: GraphModule) -> None:
+def check_legality(gm: GraphModule) -> None:
     """Raise `PassError` with every problem of a Q/DQ graph."""
     found = problems(gm)
     if found:

@@ -147,7 +147,7 @@ def _quantize(ctx: Context, node: Node) -> None:
         x = real
     with ctx.b.at(node):
         if grid is not None:
-            node.replace_all_uses_with(quantize.quantize(ctx.b, x, grid))
+            node.replace_all_uses_with(quantize.quantize_to_grid(ctx.b, x, grid))
         elif node.target is qd.quantize_per_tensor.tensor:
             scale, zero_point = operand(node, 1), operand(node, 2)
             node.replace_all_uses_with(quantize_dynamic(ctx.b, node, x, scale, zero_point))

@@ -17,7 +17,7 @@ from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.observers.base import ObserverBase, ObserverFactory
 from quant2e.observers.placeholder import FixedQParamsObserver, NoopObserver, PlaceholderObserver, RecordingObserver
-from quant2e.observers.uniform import ObserverOptions, UniformQuantizationObserverBase, grid_of
+from quant2e.observers.uniform import ObserverOptions, UniformQuantizationObserverBase, number_format_of
 from quant2e.ranges.histogram import Histogram, HistogramState
 from quant2e.ranges.minmax import MinMax, MinMaxState, MovingAverage
 from quant2e.ranges.qparams import FLOAT_QPARAMS, NumberFormat
@@ -53,7 +53,7 @@ class MinMaxObserver(UniformQuantizationObserverBase[MinMaxState]):
     """The smallest and largest value of all data, per tensor. For the arguments see `ObserverOptions`."""
 
     def __init__(self, **options: Unpack[ObserverOptions]) -> None:
-        grid = grid_of(options, _PER_TENSOR, torch.per_tensor_affine)
+        grid = number_format_of(options, _PER_TENSOR, torch.per_tensor_affine)
         super().__init__(MinMax(), MinMaxState, grid, options)
 
 
@@ -74,7 +74,7 @@ class MovingAverageMinMaxObserver(UniformQuantizationObserverBase[MinMaxState]):
             raise AnnotationError(
                 f"is_dynamic with averaging_constant={averaging_constant}: dynamic quantization has no history; use 1"
             )
-        grid = grid_of(options, _PER_TENSOR, torch.per_tensor_affine)
+        grid = number_format_of(options, _PER_TENSOR, torch.per_tensor_affine)
         super().__init__(MovingAverage(averaging_constant), MinMaxState, grid, options)
         self.averaging_constant = averaging_constant
 
@@ -95,7 +95,7 @@ class PerChannelMinMaxObserver(UniformQuantizationObserverBase[MinMaxState]):
 
     def __init__(self, **options: Unpack[ObserverOptions]) -> None:
         axis = _channel_axis(options)
-        grid = grid_of(options, _PER_CHANNEL, torch.per_channel_affine)
+        grid = number_format_of(options, _PER_CHANNEL, torch.per_channel_affine)
         super().__init__(MinMax(axis), MinMaxState, grid, options)
         self.ch_axis = axis
 
@@ -108,7 +108,7 @@ class MovingAveragePerChannelMinMaxObserver(UniformQuantizationObserverBase[MinM
     def __init__(self, averaging_constant: float = 0.01, **options: Unpack[ObserverOptions]) -> None:
         _check_averaging(averaging_constant)
         axis = _channel_axis(options)
-        grid = grid_of(options, _PER_CHANNEL, torch.per_channel_affine)
+        grid = number_format_of(options, _PER_CHANNEL, torch.per_channel_affine)
         super().__init__(MovingAverage(averaging_constant, axis), MinMaxState, grid, options)
         self.ch_axis = axis
         self.averaging_constant = averaging_constant
@@ -136,7 +136,7 @@ class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
             raise AnnotationError(
                 "a histogram needs calibration data: use PlaceholderObserver for dynamic quantization"
             )
-        grid = grid_of(options, _PER_TENSOR, torch.per_tensor_affine)
+        grid = number_format_of(options, _PER_TENSOR, torch.per_tensor_affine)
         super().__init__(Histogram(bins), HistogramState, grid, options)
         self.bins = bins
         self.method = method
@@ -175,7 +175,7 @@ class PerChannelHistogramObserver(UniformQuantizationObserverBase[HistogramState
     ) -> None:
         check_method(method, percentile)
         axis = _channel_axis(options)
-        grid = grid_of(options, PER_CHANNEL_SCHEMES, torch.per_channel_affine)
+        grid = number_format_of(options, PER_CHANNEL_SCHEMES, torch.per_channel_affine)
         super().__init__(Histogram(bins, axis), HistogramState, grid, options)
         self.ch_axis = axis
         self.bins = bins

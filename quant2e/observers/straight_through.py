@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant2e.errors import AnnotationError
-from quant2e.ranges.minmax import rows_of
+from quant2e.ranges.minmax import as_rows
 
 
 def fake_quantize(
@@ -76,7 +76,7 @@ def _broadcast(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scales and zero points in a shape that meets ``x``, and ``x`` in the shape that they meet."""
     if group_size is not None:
-        return scale.unsqueeze(-1), zero_point.unsqueeze(-1), rows_of(x, None, group_size)
+        return scale.unsqueeze(-1), zero_point.unsqueeze(-1), as_rows(x, None, group_size)
     if axis is None:
         if scale.numel() != 1:
             raise AnnotationError(f"{scale.numel()} scales for a whole tensor: give the axis of the channels")

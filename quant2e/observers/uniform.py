@@ -62,7 +62,9 @@ def _integer_range(dtype: torch.dtype, options: ObserverOptions) -> tuple[int, i
     return (*(_REDUCED.get(dtype, full) if reduce else full), False)
 
 
-def grid_of(options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default: torch.qscheme) -> NumberFormat:
+def number_format_of(
+    options: ObserverOptions, allowed: tuple[torch.qscheme, ...], default: torch.qscheme
+) -> NumberFormat:
     """The integers that ``options`` ask for.
     Raises `AnnotationError` when they contradict each other or ``allowed``.
     """

@@ -22,9 +22,9 @@ from quant2e.ranges.minmax import (
     check_channels,
     check_floating,
     check_layout,
-    empty_like,
     look,
     on_host,
+    state_without_data,
 )
 
 _EXACT_BITS = 24
@@ -172,7 +172,7 @@ class Histogram:
         return self.axis is None and self.group_size is None
 
     def init(self, like: Tensor | None = None) -> HistogramState:
-        none = empty_like(like, self._whole)
+        none = state_without_data(like, self._whole)
         shape = (self.bins,) if self._whole else (0, self.bins)
         histogram = torch.zeros(shape, dtype=torch.int64, device=none.counts.device)
         return HistogramState(none.min_val, none.max_val, none.counts, histogram)

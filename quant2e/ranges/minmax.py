@@ -85,7 +85,7 @@ def check_floating(x: Tensor) -> None:
         )
 
 
-def rows_of(x: Tensor, axis: int | None, group_size: int | None = None) -> Tensor:
+def as_rows(x: Tensor, axis: int | None, group_size: int | None = None) -> Tensor:
     """``x`` as ``[channels, values]``, or with ``group_size`` as ``[*other dimensions, groups, group_size]``."""
     if group_size is not None:
         if x.dim() == 0 or x.shape[-1] % group_size:
@@ -103,7 +103,7 @@ def rows_of(x: Tensor, axis: int | None, group_size: int | None = None) -> Tenso
 def by_row(x: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, tuple[int, ...]]:
     """``x`` as ``[R, N]``, a row for each range, in any order of its values; and the shape that the ranges have."""
     if axis is not None or group_size is not None:
-        rows = rows_of(x, axis, group_size)
+        rows = as_rows(x, axis, group_size)
         return rows.flatten(0, -2), rows.shape[:-1]
     if on_host(x):  # the order of the memory: a view, when it holds each value once
         x = x.permute(sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True))
@@ -151,7 +151,7 @@ def _seen(x: Tensor, axis: int | None, group_size: int | None) -> MinMaxState:
     return MinMaxState(batch.min_val.reshape(shape), batch.max_val.reshape(shape), batch.counts)
 
 
-def empty_like(like: Tensor | None, whole: bool) -> MinMaxState:
+def state_without_data(like: Tensor | None, whole: bool) -> MinMaxState:
     """The state before any data, of a whole tensor or of its channels or groups."""
     device = None if like is None else like.device
     shape = () if whole else (0,)
@@ -199,7 +199,7 @@ class MinMax:
         check_layout(self.axis, self.group_size)
 
     def init(self, like: Tensor | None = None) -> MinMaxState:
-        return empty_like(like, self.axis is None and self.group_size is None)
+        return state_without_data(like, self.axis is None and self.group_size is None)
 
     def update(self, state: MinMaxState, x: Tensor) -> MinMaxState:
         check_floating(x)
@@ -234,7 +234,7 @@ class MovingAverage:
         check_layout(self.axis, self.group_size)
 
     def init(self, like: Tensor | None = None) -> MinMaxState:
-        return empty_like(like, self.axis is None and self.group_size is None)
+        return state_without_data(like, self.axis is None and self.group_size is None)
 
     def update(self, state: MinMaxState, x: Tensor) -> MinMaxState:
         check_floating(x)

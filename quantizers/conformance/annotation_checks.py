@@ -226,7 +226,7 @@ LOOKS: tuple[Callable[[Annotated], Iterator[Finding]], ...] = (_operands, _share
 """Checks that need no plan."""
 
 
-def plan_of(a: Annotated) -> tuple[Plan | None, list[Finding]]:
+def requested_plan(a: Annotated) -> tuple[Plan | None, list[Finding]]:
     """The plan that the annotations ask for, or why there is none."""
     try:
         return read_plan(a.gm), []

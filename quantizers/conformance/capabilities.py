@@ -81,7 +81,7 @@ AROUND: tuple[Op, ...] = (
 """What stands between the quantizer's own patterns: ops that it may leave float."""
 
 
-def capabilities(quantizer: Any) -> TestedPatterns:
+def patterns_to_test(quantizer: Any) -> TestedPatterns:
     """The capabilities of a quantizer: its rules, those of the quantizers it is composed of, or the common ops."""
     rules = [rule for table in _tables(quantizer) for rule in table]
     patterns: dict[TestedPattern, None] = {}
@@ -133,4 +133,4 @@ def _can_be_written(pattern: Arg | Pattern) -> bool:
     return any(map(is_known, pattern.targets)) and all(map(_can_be_written, inner))
 
 
-__all__ = ["AROUND", "COMMON", "TestedPattern", "TestedPatterns", "capabilities", "opt_in_rules"]
+__all__ = ["AROUND", "COMMON", "TestedPattern", "TestedPatterns", "opt_in_rules", "patterns_to_test"]

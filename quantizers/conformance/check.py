@@ -11,7 +11,7 @@ from typing import Any
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.integer.arithmetic.requantization import Requantization
-from quantizers.conformance.capabilities import TestedPatterns, capabilities, opt_in_rules
+from quantizers.conformance.capabilities import TestedPatterns, opt_in_rules, patterns_to_test
 from quantizers.conformance.flow_checks import Limits, Outcome, examine
 from quantizers.conformance.generate import SPECIAL_INPUTS, by_dice, random_programs, single, special_input
 from quantizers.conformance.program import Program
@@ -52,7 +52,7 @@ def check(
     quantizer = _instance(quantizer)
     search = _Search(
         quantizer,
-        capabilities(quantizer),
+        patterns_to_test(quantizer),
         Limits(min_sqnr_db, requantization, strict, mixes=bool(getattr(quantizer, "quantizers", None))),
         seed,
         time.monotonic() + seconds,

@@ -201,7 +201,7 @@ def _look(gm: GraphModule, limits: Limits, outcome: Outcome) -> None:
         outcome.findings += look(a)
     if not _sound(outcome):
         return
-    plan, wrong = annotated.plan_of(a)
+    plan, wrong = annotated.requested_plan(a)
     outcome.findings += wrong
     if plan is None:
         return

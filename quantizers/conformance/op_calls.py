@@ -1,6 +1,6 @@
 """Calls of the ops that quantizers quantize, with operands and sizes that are chosen.
 
-A block takes a `Call`, which says what the pattern wants of the operands, and writes one call into the builder.
+A block takes an `OpCall`, which says what the pattern wants of the operands, and writes one call into the builder.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch._ops import OpOverload
 
 from quant2e.annotation.pattern import Arg, Either, Op, short_name
 from quantizers.conformance.movement_calls import CALLS
-from quantizers.conformance.program import Ref, Shape, Weight
+from quantizers.conformance.program import RandomWeight, Ref, Shape
 from quantizers.conformance.program_builder import ProgramBuilder, UnfitError
 
 aten = torch.ops.aten
 
 
 @dataclass(slots=True)
-class Call:
+class OpCall:
     """One op of a pattern while it is written. ``bound``: values that operand names already stand for."""
 
     builder: ProgramBuilder
@@ -55,13 +55,13 @@ class Call:
             raise UnfitError
         return ref
 
-    def weight(self, index: int, shape: Shape, fan_in: int = 1, role: str = "weight") -> Weight:
+    def weight(self, index: int, shape: Shape, fan_in: int = 1, role: str = "weight") -> RandomWeight:
         """A parameter for an operand. Raises `UnfitError` where the pattern wants something computed."""
         if isinstance(self.wanted(index, role), Op | Either):
             raise UnfitError
-        return Weight(shape, fan_in, role)
+        return RandomWeight(shape, fan_in, role)
 
-    def bias(self, index: int, size: int) -> Weight | None:
+    def bias(self, index: int, size: int) -> RandomWeight | None:
         """A bias, or none where the pattern lets it be absent."""
         want = self.wanted(index, "bias")
         made = self.weight(index, (size,), 4, "bias")
@@ -76,15 +76,15 @@ def build(
     op = builder.choose(pattern.choices) if isinstance(pattern, Either) else pattern
     target = builder.choose(sorted((t for t in op.targets if is_known(t)), key=str))
     operands = builder.choose(list(itertools.permutations(op.operands))[:2]) if op.any_order else op.operands
-    call = Call(builder, target, tuple(operands), dict(op.keywords), bound)
+    call = OpCall(builder, target, tuple(operands), dict(op.keywords), bound)
     return block_of(target)(call, rank, shape)
 
 
-Block = Callable[[Call, int | None, Shape | None], Ref]
+Block = Callable[[OpCall, int | None, Shape | None], Ref]
 
 
 def _convolution(dimensions: int) -> Block:
-    def block(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
+    def block(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
         x = call.data(0, rank=dimensions + 2)
         _, channels, *space = call.builder.shape(x)
         choose = call.builder.choose
@@ -103,7 +103,7 @@ def _convolution(dimensions: int) -> Block:
 
 
 def _transposed(dimensions: int) -> Block:
-    def block(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
+    def block(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
         x = call.data(0, rank=dimensions + 2)
         channels = call.builder.shape(x)[1]
         choose = call.builder.choose
@@ -119,7 +119,7 @@ def _transposed(dimensions: int) -> Block:
     return block
 
 
-def _general_convolution(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
+def _general_convolution(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
     x = call.data(0, rank=4)
     channels, choose = call.builder.shape(x)[1], call.builder.choose
     transposed, kernel, out = choose([False, True]), choose([3, 1]), choose([4, 2])
@@ -131,20 +131,20 @@ def _general_convolution(call: Call, _rank: int | None, _shape: Shape | None) ->
     )
 
 
-def _linear(call: Call, rank: int | None, shape: Shape | None) -> Ref:
+def _linear(call: OpCall, rank: int | None, shape: Shape | None) -> Ref:
     x = call.data(0, rank=call.builder.choose([2, 3]) if rank is None else rank)
     width = call.builder.shape(x)[-1]
     out = shape[-1] if shape else call.builder.choose([4, 8, width, 32])
     return call.builder.call(call.target, x, call.weight(1, (out, width), width), call.bias(2, out))
 
 
-def _addmm(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
+def _addmm(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
     x = call.data(1, rank=2)
     width, out = call.builder.shape(x)[-1], call.builder.choose([4, 8])
     return call.builder.call(call.target, call.weight(0, (out,), 4, "bias"), x, call.weight(2, (width, out), width))
 
 
-def _matmul(call: Call, rank: int | None, _shape: Shape | None) -> Ref:
+def _matmul(call: OpCall, rank: int | None, _shape: Shape | None) -> Ref:
     name = short_name(call.target)
     x = call.data(0, rank={"mm": 2, "bmm": 3}.get(name, call.builder.choose([3, 2, 4]) if rank is None else rank))
     *batch, _, width = call.builder.shape(x)
@@ -159,7 +159,7 @@ def _matmul(call: Call, rank: int | None, _shape: Shape | None) -> Ref:
     return call.builder.call(call.target, x, other)
 
 
-def _binary(call: Call, rank: int | None, shape: Shape | None) -> Ref:
+def _binary(call: OpCall, rank: int | None, shape: Shape | None) -> Ref:
     if isinstance(call.wanted(0), Op | Either) or not isinstance(call.wanted(1), Op | Either):
         left = call.data(0, rank=rank, shape=shape)
         if call.wanted(1) is None and call.builder.choose([False, False, True]):
@@ -176,7 +176,7 @@ def _binary(call: Call, rank: int | None, shape: Shape | None) -> Ref:
 def _unary(*arguments: tuple[Any, ...]) -> Block:
     """An op of one tensor, with one of these lists of further arguments."""
 
-    def block(call: Call, rank: int | None, shape: Shape | None) -> Ref:
+    def block(call: OpCall, rank: int | None, shape: Shape | None) -> Ref:
         x = call.data(0, rank=rank, shape=shape)
         return call.builder.call(call.target, x, *call.builder.choose(arguments or ((),)))
 
@@ -184,7 +184,7 @@ def _unary(*arguments: tuple[Any, ...]) -> Block:
 
 
 def _pool(dimensions: int, *, adaptive: bool = False) -> Block:
-    def block(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
+    def block(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
         x, choose = call.data(0, rank=dimensions + 2), call.builder.choose
         if adaptive:
             return call.builder.call(call.target, x, choose([[1] * dimensions, [2] * dimensions]))
@@ -195,13 +195,13 @@ def _pool(dimensions: int, *, adaptive: bool = False) -> Block:
     return block
 
 
-def _mean(call: Call, rank: int | None, _shape: Shape | None) -> Ref:
+def _mean(call: OpCall, rank: int | None, _shape: Shape | None) -> Ref:
     x = call.data(0, rank=4 if rank is None else rank)
     dims = call.builder.choose([[2, 3], [-1, -2], [-1]]) if len(call.builder.shape(x)) > 3 else [-1]
     return call.builder.call(call.target, x, dims, call.builder.choose([True, True, False]))
 
 
-def _joined(call: Call, rank: int | None, shape: Shape | None) -> Ref:
+def _joined(call: OpCall, rank: int | None, shape: Shape | None) -> Ref:
     want = call.wanted(0)
     first = call.builder.pick(rank=rank, shape=shape)
     count = call.builder.choose([2, 2, 3, 1])
@@ -213,13 +213,13 @@ def _joined(call: Call, rank: int | None, shape: Shape | None) -> Ref:
     )
 
 
-def _embedding(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
+def _embedding(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
     rows, width = 16, call.builder.choose([8, 4, 32])
     indices = call.builder.input(call.builder.choose([(2, 4), (5,)]), rows)
     return call.builder.call(call.target, call.weight(0, (rows, width), width), indices)
 
 
-def _embedding_bag(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
+def _embedding_bag(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
     rows, width = 16, call.builder.choose([8, 32])
     indices = call.builder.input((6,), rows)
     offsets = call.builder.call(aten.arange.start_step, 0, 6, call.builder.choose([2, 3]), dtype=torch.int64)
@@ -229,13 +229,13 @@ def _embedding_bag(call: Call, _rank: int | None, _shape: Shape | None) -> Ref:
     return call.builder.call(operator.getitem, bag, 0)
 
 
-def _layer_norm(call: Call, rank: int | None, shape: Shape | None) -> Ref:
+def _layer_norm(call: OpCall, rank: int | None, shape: Shape | None) -> Ref:
     x = call.data(0, rank=rank, shape=shape)
     width = call.builder.shape(x)[-1]
-    return call.builder.call(call.target, x, [width], Weight((width,)), Weight((width,), role="bias"))
+    return call.builder.call(call.target, x, [width], RandomWeight((width,)), RandomWeight((width,), role="bias"))
 
 
-def _moved(call: Call, rank: int | None, shape: Shape | None) -> Ref:
+def _moved(call: OpCall, rank: int | None, shape: Shape | None) -> Ref:
     ranks = CALLS[call.target].ranks
     if rank is not None and rank not in ranks:
         raise UnfitError

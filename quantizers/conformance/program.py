@@ -27,7 +27,7 @@ class Ref:
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class RandomWeight:
     """A parameter of its own. ``fan_in``: how many products one output sums up, so that results stay near 1."""
 
     shape: Shape
@@ -57,7 +57,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call. Operands are `Ref`, `Weight`, literals, or lists of them."""
+    """One call. Operands are `Ref`, `RandomWeight`, literals, or lists of them."""
 
     target: Callable[..., Any]
     args: tuple[Any, ...]
@@ -76,8 +76,8 @@ class Step:
         )
 
     def call(self, value: Callable[[Any], Any]) -> Any:
-        """The result, with ``value`` telling what `Ref` and `Weight` stand for."""
-        step = self.changed(lambda item: value(item) if isinstance(item, Ref | Weight) else item)
+        """The result, with ``value`` telling what `Ref` and `RandomWeight` stand for."""
+        step = self.changed(lambda item: value(item) if isinstance(item, Ref | RandomWeight) else item)
         return step.target(*step.args, **dict(step.kwargs))
 
 
@@ -182,7 +182,7 @@ class _Module(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for number, step in enumerate(program.steps):
             for place, item in enumerate(_leaves((step.args, tuple(v for _, v in step.kwargs)))):
-                if isinstance(item, Weight):
+                if isinstance(item, RandomWeight):
                     values = torch.randn(item.shape, generator=generator) / math.sqrt(item.fan_in)
                     self.register_parameter(f"{item.role}_{number}_{place}", nn.Parameter(values))
 
@@ -201,6 +201,6 @@ def _named_weights(step: Step, number: int, parameters: Mapping[str, Tensor]) ->
     def change(item: Any) -> Any:
         nonlocal place
         place += 1
-        return parameters[f"{item.role}_{number}_{place}"] if isinstance(item, Weight) else item
+        return parameters[f"{item.role}_{number}_{place}"] if isinstance(item, RandomWeight) else item
 
     return step.changed(change)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from quantizers.conformance.program import Given, Program, Ref, Shape, Step, Weight
+from quantizers.conformance.program import Given, Program, RandomWeight, Ref, Shape, Step
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ class ProgramBuilder:
         self._steps[index], self._values[index] = step, result
         return Ref(index)
 
-    def _meta(self, item: Ref | Weight) -> Any:
+    def _meta(self, item: Ref | RandomWeight) -> Any:
         return self._values[item.index] if isinstance(item, Ref) else torch.empty(item.shape, device="meta")
 
     def state(self) -> tuple[int, ...]:

@@ -153,11 +153,11 @@ class FewRows:
 
     def computes(self, product: Product) -> bool:
         """Whether only the weight is quantized, and there is a C++ compiler."""
-        return product.float_rows and few_rows.load() is not None
+        return product.float_rows and few_rows.load_kernel() is not None
 
     def prepare(self, product: Product) -> Run | None:
         """A call of `kernels.few_rows`."""
-        op = few_rows.load()
+        op = few_rows.load_kernel()
         if op is None or not product.float_rows:
             return None
         integers, weight, _, _, bias = _operands(product)

@@ -34,7 +34,7 @@ Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]
 
 
 @cache
-def load() -> Linear | None:
+def load_kernel() -> Linear | None:
     """``torch.ops.quant2e.few_rows_linear.default``, built and registered now; None where there is no C++ compiler.
 
     ``x``: float32 ``[..., inputs]``, contiguous. ``weight``: int8 ``[outputs, inputs]``, or what `packed` made of it.

@@ -117,7 +117,7 @@ def _parameters(gm: GraphModule, dequantize: Node, value: Tensor) -> tuple[Tenso
 
 def compute_by_rows(gm: GraphModule, node: Node, rows: Rows) -> None:
     """Let the kernel compute ``node``."""
-    op = few_rows.load()
+    op = few_rows.load_kernel()
     assert op is not None, "chosen, so it was measured"
     args: dict[str, Any] = operands(node)
     bias = args.get("bias") if node.target is not aten.addmm.default else args["self"]

@@ -25,7 +25,7 @@ _PER_GROUP = qd.dequantize_per_channel_group.default
 
 
 @dataclass(slots=True)
-class Weight:
+class IntegerWeight:
     """An integer constant.
 
     ``scale``, ``zero_point``: numbers; 1-D along ``axis``, or [1] and the same along every axis (None); or 2-D [rows,
@@ -104,7 +104,7 @@ class Weight:
         return torch.as_tensor(self.along(node, 1)).repeat(groups)
 
 
-def weight_of(ctx: Context, node: Any) -> Weight | None:
+def integer_weight_of(ctx: Context, node: Any) -> IntegerWeight | None:
     """The integers behind a constant operand; None when it is not constant, or float."""
     if not isinstance(node, Node) or node not in ctx.constants:
         return None
@@ -119,13 +119,13 @@ def weight_of(ctx: Context, node: Any) -> Weight | None:
     return _moved(found, chain[::-1])
 
 
-def _dequantized(ctx: Context, node: Node) -> Weight | None:
+def _dequantized(ctx: Context, node: Node) -> IntegerWeight | None:
     grid = grid_of(node)
     source = operand(node, 0) if node.op == "call_function" else None
     if not isinstance(source, Node):
         return None
     if grid is not None and node.target is qd.dequantize_per_tensor.default:
-        return Weight(evaluate(ctx.gm, source), grid.scale, grid.zero_point, None, source=source)
+        return IntegerWeight(evaluate(ctx.gm, source), grid.scale, grid.zero_point, None, source=source)
     if node.target in (_PER_CHANNEL, _PER_GROUP):
         integers, scale = evaluate(ctx.gm, source), evaluate(ctx.gm, operand(node, 1)).detach()
         zero_node = operand(node, 2)
@@ -134,12 +134,12 @@ def _dequantized(ctx: Context, node: Node) -> Weight | None:
             return None
         if node.target is _PER_GROUP:
             size = operand(node, 6)
-            return Weight(integers, scale, zero.to(torch.int64), None, group_size=int(size), source=source)
-        return Weight(integers, scale, zero.to(torch.int64), operand(node, 3), source=source)
+            return IntegerWeight(integers, scale, zero.to(torch.int64), None, group_size=int(size), source=source)
+        return IntegerWeight(integers, scale, zero.to(torch.int64), operand(node, 3), source=source)
     return None
 
 
-def _moved(weight: Weight, chain: list[Node]) -> Weight | None:
+def _moved(weight: IntegerWeight, chain: list[Node]) -> IntegerWeight | None:
     """The weight after ops that move values; the scales are moved along and must still run along one axis."""
     if weight.group_size:
         return None
@@ -155,13 +155,13 @@ def _moved(weight: Weight, chain: list[Node]) -> Weight | None:
         integers, scale, zero = (step.target(t, *step.args[1:], **step.kwargs) for t in (integers, scale, zero))
     integers = integers.contiguous()
     if not isinstance(weight.scale, Tensor):
-        return Weight(integers, weight.scale, weight.zero_point, None)
+        return IntegerWeight(integers, weight.scale, weight.zero_point, None)
     if bool((scale == scale.flatten()[0]).all()) and bool((zero == zero.flatten()[0]).all()):
-        return Weight(integers, scale.flatten()[:1].contiguous(), zero.flatten()[:1].contiguous(), None)
+        return IntegerWeight(integers, scale.flatten()[:1].contiguous(), zero.flatten()[:1].contiguous(), None)
     for axis in range(integers.dim()):
         first = (slice(None) if i == axis else 0 for i in range(integers.dim()))
         line = tuple(first)
         back = [-1 if i == axis else 1 for i in range(integers.dim())]
         if bool((scale == scale[line].reshape(back)).all()) and bool((zero == zero[line].reshape(back)).all()):
-            return Weight(integers, scale[line].contiguous(), zero[line].contiguous(), axis)
+            return IntegerWeight(integers, scale[line].contiguous(), zero[line].contiguous(), axis)
     return None

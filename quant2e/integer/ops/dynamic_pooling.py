@@ -32,7 +32,7 @@ def total(ctx: Context, node: Node, x: Node, grid: Grid, dims: list[int], *, kee
     return Quotient(node, acc, count, grid.scale, inputs={"x": x.name}, attributes=attributes)
 
 
-def windows(ctx: Context, node: Node, x: Node, grid: Grid, acc: Node, *, counted: bool) -> Value:
+def average_windows(ctx: Context, node: Node, x: Node, grid: Grid, acc: Node, *, counted: bool) -> Value:
     """Average pooling whose windows hang over the border: the same pooling of ones counts what each averages."""
     if counted and operand(node, "ceil_mode"):
         raise NoIntegerFormError(node, "with ceil_mode, windows that count padding depend on the input's shape")

@@ -32,7 +32,7 @@ def _on_grid(ctx: Context, value: Value) -> tuple[Node, int, float, int, bool]:
 def _sum(ctx: Context, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
     if not isinstance(right, Node) or not isinstance(left, Node):
-        return tables.unary(ctx, node)
+        return tables.unary_table(ctx, node)
     if (function := tables.joint(ctx, node)) is not None:
         return function
     alpha = operand(node, "alpha")
@@ -76,7 +76,7 @@ def _parts(ctx: Context, value: Value, node: Node) -> list[tuple[Part, str, int]
 def _product(ctx: Context, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
     if not isinstance(right, Node) or not isinstance(left, Node):
-        return tables.unary(ctx, node)
+        return tables.unary_table(ctx, node)
     if (function := tables.joint(ctx, node)) is not None:
         return function
     sides = [_on_grid(ctx, ctx.value(side, node)) for side in (left, right)]

@@ -20,7 +20,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
 from quant2e.integer.arithmetic.values import Context, Value, grid_attributes
-from quant2e.integer.ops.constant_weights import Weight, weight_of
+from quant2e.integer.ops.constant_weights import IntegerWeight, integer_weight_of
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 class Lookup(Value):
     """Rows of an integer table [rows, width] with a scale for the table, for each row, or for each group in a row."""
 
-    def __init__(self, node: Node, table: Weight) -> None:
+    def __init__(self, node: Node, table: IntegerWeight) -> None:
         super().__init__(node)
         self.table = table
         self._real: Node | None = None
@@ -97,7 +97,7 @@ class Lookup(Value):
 
 
 def _embedding(ctx: Context, node: Node) -> Value:
-    table = weight_of(ctx, operand(node, 0))
+    table = integer_weight_of(ctx, operand(node, 0))
     if table is None or table.integers.dim() != 2:
         raise NoIntegerFormError(node, "its table is not a matrix of integers")
     if isinstance(table.scale, Tensor) and table.axis not in (0, None):

@@ -20,7 +20,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import Builder, NoIntegerFormError
 from quant2e.integer.arithmetic.division import Quotient, as_tensor
 from quant2e.integer.arithmetic.values import Context, Part, Value, Wide
-from quant2e.integer.ops.constant_weights import Weight, weight_of
+from quant2e.integer.ops.constant_weights import IntegerWeight, integer_weight_of
 from quant2e.integer.ops.data_movement import FirstOf
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ EXTRA_BITS = 8
 """How much finer the common scale is than the largest of the table's."""
 
 
-def on_one_scale(table: Weight) -> tuple[Tensor, float]:
+def on_one_scale(table: IntegerWeight) -> tuple[Tensor, float]:
     """Rows as int32 without zero points, and their scale."""
     scales, _ = table.by_row()
     if bool((scales == scales[0, 0]).all()):
@@ -55,7 +55,7 @@ def _bags(b: Builder, indices: Node, offsets: Node | None, node: Node) -> tuple[
 
 
 def _embedding_bag(ctx: Context, node: Node) -> Value:
-    table, mode = weight_of(ctx, operand(node, 0)), operand(node, "mode")
+    table, mode = integer_weight_of(ctx, operand(node, 0)), operand(node, "mode")
     if table is None or table.integers.dim() != 2:
         raise NoIntegerFormError(node, "its table is not a matrix of integers")
     if isinstance(table.scale, Tensor) and table.axis not in (0, None):

@@ -103,7 +103,7 @@ def _staircase(function: Function, x: Tensor, grid: Grid) -> Tensor:
     return steps.clamp(grid.quant_min, grid.quant_max).to(torch.int64)
 
 
-def unary(ctx: Context, node: Node) -> Value:
+def unary_table(ctx: Context, node: Node) -> Value:
     """The form of a function whose other operands are numbers."""
     tensors = node.all_input_nodes
     if len(tensors) != 1 or operand(node, 0) is not tensors[0]:
@@ -169,9 +169,9 @@ def _of_two(ctx: Context, node: Node) -> Value:
 
 
 FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
-    **dict.fromkeys(_overloads(), unary),
+    **dict.fromkeys(_overloads(), unary_table),
     **dict.fromkeys((aten.maximum.default, aten.minimum.default), _of_two),
 }
 """Target → form."""
 
-__all__ = ["FORMS", "Clamped", "Function", "Moved", "Stored", "unary"]
+__all__ = ["FORMS", "Clamped", "Function", "Moved", "Stored", "unary_table"]

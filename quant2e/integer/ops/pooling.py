@@ -211,7 +211,7 @@ def _average_pool(ctx: Context, node: Node) -> Value:
         inputs = _static(shape[-spatial:])
         outputs = _static(node.meta["val"].shape[-spatial:])
         if inputs is None or outputs is None:
-            return varying.windows(
+            return varying.average_windows(
                 ctx, node, x, grid, _window_sums(ctx, node, x, grid, (kernel, stride, padding), ceil), counted=counted
             )
         count = torch.ones([], dtype=torch.float64)

@@ -25,7 +25,7 @@ from quant2e.integer.arithmetic.bias import bias_fraction, bias_integers
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
 from quant2e.integer.arithmetic.values import Context, Part, Value, Wide, rank
-from quant2e.integer.ops.constant_weights import Weight, weight_of
+from quant2e.integer.ops.constant_weights import IntegerWeight, integer_weight_of
 from quant2e.integer.ops.dynamic_quantization import DynamicProduct, DynamicStored
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 INT32 = 2**31
 
 
-class Product(Wide):
+class IntegerProduct(Wide):
     """An accumulator that is also what a float reader gets, dequantized: the sums are integers in any case."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -107,9 +107,9 @@ def _bias(ctx: Context, node: Node, name: str | int) -> Tensor | None:
     return value.detach()
 
 
-def _operands(ctx: Context, node: Node, x: Any, w: Any) -> tuple[Any, Weight]:
+def _operands(ctx: Context, node: Node, x: Any, w: Any) -> tuple[Any, IntegerWeight]:
     activation = ctx.value(x, node)
-    weight = weight_of(ctx, w)
+    weight = integer_weight_of(ctx, w)
     if weight is None:
         raise NoIntegerFormError(node, f"its weight '{getattr(w, 'name', w)}' is not an integer constant")
     if not isinstance(activation, DynamicStored) and activation.grid is None:
@@ -127,7 +127,7 @@ class _Product:
     """
 
     kind: str
-    weight: Weight
+    weight: IntegerWeight
     bias: Tensor | None
     call: Callable[[Node, Node, Node | None], Node]
     out_scale: float | Tensor
@@ -135,7 +135,7 @@ class _Product:
     reach: Tensor
     wide: bool = False
     attributes: dict[str, Any] = field(default_factory=dict)
-    laid_out: Weight | None = None
+    laid_out: IntegerWeight | None = None
 
     def weight_node(self, ctx: Context, node: Node, dtype: torch.dtype) -> Node:
         return (self.laid_out or self.weight).node(ctx, node, dtype)
@@ -200,7 +200,9 @@ def _static_sum(ctx: Context, node: Node, activation: Any, product: _Product) ->
         "weight_zero_point": weight.zero_point_list(),
         "accumulator": "int64" if span >= INT32 else "int32",
     }
-    return Product(node, [part], kind=product.kind, inputs={"x": integers.name}, constants=constants, attributes=known)
+    return IntegerProduct(
+        node, [part], kind=product.kind, inputs={"x": integers.name}, constants=constants, attributes=known
+    )
 
 
 _CONVOLUTIONS = {
@@ -278,7 +280,7 @@ def _matmul_and_add(ctx: Context, x: Node, w: Node, bias: Node | None) -> Node:
     return product if bias is None else ctx.b.call(aten.add.Tensor, product, bias)
 
 
-def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, bias: Tensor | None) -> Value:
+def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: IntegerWeight, bias: Tensor | None) -> Value:
     """One product for each group of input channels, and the sum of these on their scales."""
     size = weight.group_size
     scales = torch.as_tensor(weight.scale)
@@ -318,7 +320,7 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: Weight, b
                 node, total, activation, 1.0, rank(node) - 1, bias, "grouped_linear", constants, attributes
             )
     attributes["zero_point"] = activation.grid.zero_point
-    return Product(
+    return IntegerProduct(
         node, parts, kind="grouped_linear", inputs={"x": integers.name}, constants=constants, attributes=attributes
     )
 
@@ -348,8 +350,8 @@ def _addmm(ctx: Context, node: Node) -> Value:
 
 def _matmul(ctx: Context, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
-    if isinstance(right, Node) and right in ctx.constants and weight_of(ctx, right) is not None:
-        weight = weight_of(ctx, right)
+    if isinstance(right, Node) and right in ctx.constants and integer_weight_of(ctx, right) is not None:
+        weight = integer_weight_of(ctx, right)
         if weight is not None and weight.integers.dim() == 2:
             return _times_weight(ctx, node, left, right, None)
     values = [ctx.value(side, node) for side in (left, right)]
@@ -368,7 +370,7 @@ def _matmul(ctx: Context, node: Node) -> Value:
         acc = ctx.b.call(node.target, *sides)
     attributes = {"zero_point": a.zero_point, "zero_point_y": b.zero_point, "accumulator": str(dtype)[6:]}
     inputs = {"x": nodes[0].name, "y": nodes[1].name}
-    return Product(
+    return IntegerProduct(
         node,
         [Part(acc, (a.scale, b.scale), span, owner=node.name)],
         kind="matmul",

@@ -15,7 +15,7 @@ from quant2e.integer.arithmetic.values import Context, Value
 aten = torch.ops.aten
 
 
-def quantize(b: Builder, x: Node, grid: Grid) -> Node:
+def quantize_to_grid(b: Builder, x: Node, grid: Grid) -> Node:
     """``clamp(round(x * (1 / scale)) + zero_point)``, ties to even."""
     steps = b.call(aten.round.default, b.call(aten.mul.Tensor, b.cast(x, torch.float32), 1.0 / grid.scale))
     if grid.zero_point:

@@ -44,7 +44,7 @@ def loaded() -> Mapping[str, Any] | None:
 
 
 @cache
-def load() -> Mapping[str, Any] | None:
+def load_ops() -> Mapping[str, Any] | None:
     """The ops by name, built now if this machine has not built them before; None where that is not possible.
 
     Asked once per process. Takes about a second the first time on a machine, and a millisecond after that.

@@ -48,4 +48,4 @@ def native_update(observer: Any, x: Tensor) -> bool:
 
 
 def _worth_loading(x: Tensor) -> Any:
-    return native.load() if x.numel() >= WORTH_LOADING and not torch.compiler.is_compiling() else None
+    return native.load_ops() if x.numel() >= WORTH_LOADING and not torch.compiler.is_compiling() else None

@@ -12,7 +12,7 @@ from torch import nn
 
 import lowering.bench.command
 from lowering.bench.command import Row, bench, table
-from lowering.bench.program_file import open_program, read_inputs
+from lowering.bench.program_file import open_program, read_arrays
 from lowering.bench.worker import Footprint, in_child, measure_times
 from quant2e.cli import main
 from quant2e.errors import FileFormatError, LoweringError
@@ -77,7 +77,7 @@ def test_the_table():
 def test_arrays_are_read_in_order_and_pickles_are_not(tmp_path, pt2, here, capsys):
     path = tmp_path / "x.npz"
     np.savez(path, np.ones((2, 3), np.float32), np.arange(4))
-    assert [x.dtype for x in read_inputs(path)] == [torch.float32, torch.int64]
+    assert [x.dtype for x in read_arrays(path)] == [torch.float32, torch.int64]
     assert main(["bench", str(pt2), "--inputs", str(path), "--rounds", "1"]) == 1
     assert "double.pt2 takes 1 tensor(s), not 2: 'input 0': float32[2, 3]" in capsys.readouterr().err
     np.savez(path, np.ones((2, 4), np.float32))
@@ -85,7 +85,7 @@ def test_arrays_are_read_in_order_and_pickles_are_not(tmp_path, pt2, here, capsy
     assert "takes 'input 0': float32[2, 3], not float32[2, 4]" in capsys.readouterr().err
     np.savez(path, np.array([lambda: 1], dtype=object)[:0].astype(object), allow_pickle=True)
     with pytest.raises(FileFormatError, match="not an .npz file of plain arrays"):
-        read_inputs(path)
+        read_arrays(path)
 
 
 class Runs:

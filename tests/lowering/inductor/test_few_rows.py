@@ -54,7 +54,7 @@ def test_the_kernel_computes_the_formula(x, outputs, group, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = few_rows.load()(rows, weight, scale, point, bias, False)
+        found = few_rows.load_kernel()(rows, weight, scale, point, bias, False)
     finally:
         torch.set_num_threads(before)
     wanted = expected(rows, weight, scale, point, bias)
@@ -63,7 +63,7 @@ def test_the_kernel_computes_the_formula(x, outputs, group, threads):
     assert torch.allclose(
         found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max() if wanted.numel() else 1)
     )
-    assert torch.equal(found, few_rows.load()(rows, weight, scale, point, bias, False))
+    assert torch.equal(found, few_rows.load_kernel()(rows, weight, scale, point, bias, False))
 
 
 @pytest.mark.parametrize(("rows", "outputs", "inputs", "group"), [(1, 5, 96, 32), (6, 8, 64, 64), (3, 2, 128, 64)])
@@ -72,8 +72,8 @@ def test_two_values_in_a_byte_count_as_each_alone(rows, outputs, inputs, group):
     weight, scale, point, bias = parts(outputs, inputs, group, -8, 7)
     half = few_rows.packed(weight)
     assert (half.dtype, half.numel()) == (torch.uint8, weight.numel() // 2)
-    alone = few_rows.load()(x, weight, scale, point, bias, False)
-    assert torch.allclose(few_rows.load()(x, half, scale, point, bias, True), alone, rtol=1e-5, atol=1e-4)
+    alone = few_rows.load_kernel()(x, weight, scale, point, bias, False)
+    assert torch.allclose(few_rows.load_kernel()(x, half, scale, point, bias, True), alone, rtol=1e-5, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ which layers it gets

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from quant2e.convert.legality import LEGAL, check, problems
+from quant2e.convert.legality import LEGAL, check_legality, problems
 from quant2e.errors import PassError
 from quant2e.graph.qdq_ops import qd
 from tests.quant2e.annotators import aten
@@ -151,7 +151,7 @@ def test_a_broken_rule(make):
     assert message in problem
     assert problem.endswith(f"(rule: {rule})")
     with pytest.raises(PassError, match="the converted graph is not legal"):
-        check(gm)
+        check_legality(gm)
 
 
 def test_every_rule_is_broken_here():

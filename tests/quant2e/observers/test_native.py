@@ -105,7 +105,7 @@ def run(code, **environment):
 
 
 def test_without_a_compiler_or_switched_off_there_is_plain_torch(tmp_path):
-    ask = "from quant2e.observers.native import ops as native; print(native.load())"
+    ask = "from quant2e.observers.native import ops as native; print(native.load_ops())"
     assert run(ask, QUANT2E_NATIVE="0") == "None"
     assert run(ask, PATH="/nowhere", CXX="") == "None"
     broken = tmp_path / "c++"
@@ -118,7 +118,7 @@ def test_it_is_built_once_and_importing_builds_nothing(tmp_path):
     cache = tmp_path / "cache"
     run("import quant2e, quant2e.observers.native.ops", QUANT2E_CACHE_DIR=str(cache))
     assert not cache.exists()
-    load = "from quant2e.observers.native import ops as native; assert native.load() is not None"
+    load = "from quant2e.observers.native import ops as native; assert native.load_ops() is not None"
     run(load, QUANT2E_CACHE_DIR=str(cache))
     (built,) = cache.iterdir()
     made = built.stat().st_mtime_ns
@@ -131,7 +131,7 @@ def test_a_folder_that_others_can_write_is_not_trusted(tmp_path):
     shared.mkdir()
     shared.chmod(0o777)
     run(
-        "from quant2e.observers.native import ops as native; assert native.load() is not None",
+        "from quant2e.observers.native import ops as native; assert native.load_ops() is not None",
         QUANT2E_CACHE_DIR=str(shared),
     )
     assert list(shared.iterdir()) == []

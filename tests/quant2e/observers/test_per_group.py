@@ -7,7 +7,7 @@ from torch import nn
 from quant2e import AnnotationError, CalibrationError, PassError, capture, convert_pt2e, prepare_pt2e
 from quant2e.annotation.plan import same_numbers
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec, group_size_of, spec_text
-from quant2e.convert.legality import check
+from quant2e.convert.legality import check_legality
 from quant2e.graph.qdq_ops import qd
 from quant2e.observers.encodings import PerGroupEncoding, encode
 from quant2e.observers.measuring import PerChannelMinMaxObserver
@@ -61,7 +61,7 @@ def test_the_graph(qscheme):
     integers, scales = gm.get_buffer(node.args[0].target), gm.get_buffer(node.args[1].target)
     assert (integers.dtype, integers.min() >= -8, integers.max() <= 7) == (torch.int8, True, True)
     assert tuple(scales.shape) == (3, 3)
-    check(gm)
+    check_legality(gm)
     error = (gm(torch.eye(12)).t() - model.weight).abs().unflatten(1, (3, 4))
     assert bool((error <= scales[..., None] * 0.5001).all())
 
@@ -79,7 +79,7 @@ def test_a_graph_with_too_few_scales_is_not_legal():
     (node,) = (n for n in gm.graph.nodes if n.target is qd.dequantize_per_channel_group.default)
     node.update_arg(6, 6)
     with pytest.raises(PassError, match="9 scales for 6 groups"):
-        check(gm)
+        check_legality(gm)
 
 
 def test_specs_of_other_groups_are_other_numbers():

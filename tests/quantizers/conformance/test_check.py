@@ -21,7 +21,7 @@ from quantizers import (
     get_symmetric_quantization_config,
 )
 from quantizers.conformance import check
-from quantizers.conformance.capabilities import capabilities
+from quantizers.conformance.capabilities import patterns_to_test
 from quantizers.conformance.generate import by_dice, composition, random_programs
 from quantizers.conformance.program_builder import shapes_of
 from tests.quantizers.conformance.broken import ACT, Sound, of
@@ -70,14 +70,14 @@ def test_an_index_that_rounding_changes_is_no_mistake_of_the_quantizer():
 
 
 def test_equal_seeds_give_equal_graphs():
-    known = capabilities(Sound())
+    known = patterns_to_test(Sound())
     first, again, other = (list(map(str, random_programs(known, 5, seed))) for seed in (7, 7, 8))
     assert first == again
     assert first != other
 
 
 def test_programs_run_and_shrink_to_programs_that_run():
-    known = capabilities(xnnpack())
+    known = patterns_to_test(xnnpack())
     for seed in range(12):
         program = composition(known, by_dice(seed))
         program.module()(*program.batches(1)[0])
@@ -106,7 +106,7 @@ def test_what_comes_and_goes_has_a_small_graph_too(seed):
 
 
 def test_a_program_prints():
-    program = composition(capabilities(Sound()), lambda options: options[0])
+    program = composition(patterns_to_test(Sound()), lambda options: options[0])
     assert str(program).splitlines() == [
         "x0: float32[2, 4, 8, 8]",
         "v0 = conv2d.default(x0, weight[2, 4, 3, 3], bias[2], [1, 1], [0, 0], [1, 1], 1)",

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.requirements import X, all_of, float32, literal, rank, unary
+from lowering.executorch.xnnpack.legalize.requirements import X, all_of, argument_is, dimensions, float32, unary
 from quant2e.annotation.pattern import Arg, Condition, Match, Op
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit, emit_number
@@ -56,13 +56,13 @@ def _gelu(gm: GraphModule, match: Match) -> Node:
 
 def _prelu(_: GraphModule, match: Match) -> Node:
     node, x, weight = match.root, match.edges["x"][0], match.edges["weight"][0]
-    slopes = emit(node, _ATEN.reshape.default, weight, [-1, *[1] * (rank(x) - 2)])
+    slopes = emit(node, _ATEN.reshape.default, weight, [-1, *[1] * (dimensions(x) - 2)])
     below = emit(node, _ATEN.mul.Tensor, slopes, _below(node, x))
     return emit(node, _ATEN.sub.Tensor, emit(node, _ATEN.relu.default, x), below)
 
 
 def _has_channels(node: Node) -> bool | str:
-    return rank(operand(node, 0)) >= 2 or f"the operand of '{node.name}' has no channels"
+    return dimensions(operand(node, 0)) >= 2 or f"the operand of '{node.name}' has no channels"
 
 
 def _below(node: Node, x: Node) -> Node:
@@ -97,7 +97,7 @@ def _mish(gm: GraphModule, match: Match) -> Node:
 
 
 def _inner_dimension(node: Node) -> bool | str:
-    dims, dim = rank(operand(node, 0)), operand(node, 1)
+    dims, dim = dimensions(operand(node, 0)), operand(node, 1)
     if dims == 0 or not isinstance(dim, int):
         return f"'{node.name}' is not over a dimension"
     return dim % dims != dims - 1 or f"'{node.name}' is over the last dimension, as XNNPACK's"
@@ -105,7 +105,7 @@ def _inner_dimension(node: Node) -> bool | str:
 
 def _softmax(_: GraphModule, match: Match) -> Node:
     node, x, dim = match.root, match.edges["x"][0], operand(match.root, 1)
-    order = list(range(rank(x)))
+    order = list(range(dimensions(x)))
     order[dim], order[-1] = order[-1], order[dim]
     inner = emit(node, _ATEN.softmax.int, emit(node, _ATEN.permute.default, x, order), -1)
     return emit(node, _ATEN.permute.default, inner, order)
@@ -115,7 +115,7 @@ decompose_activations = RewriteTable(
     "decompose_activations",
     (
         Rewrite("hardsigmoid", unary(_ATEN.hardsigmoid.default, when=float32), _hardsigmoid),
-        Rewrite("gelu", unary(_ATEN.gelu.default, when=all_of(float32, literal("approximate", "tanh"))), _gelu),
+        Rewrite("gelu", unary(_ATEN.gelu.default, when=all_of(float32, argument_is("approximate", "tanh"))), _gelu),
         Rewrite(
             "prelu",
             Op(frozenset({_ATEN.prelu.default}), (X, Arg("weight")), when=all_of(float32, _has_channels)),
@@ -123,18 +123,18 @@ decompose_activations = RewriteTable(
         ),
         Rewrite(
             "elu",
-            unary(_ATEN.elu.default, when=all_of(float32, literal("scale", 1), literal("input_scale", 1))),
+            unary(_ATEN.elu.default, when=all_of(float32, argument_is("scale", 1), argument_is("input_scale", 1))),
             _elu,
         ),
         Rewrite(
             "softplus",
-            unary(_ATEN.softplus.default, when=all_of(float32, literal("beta", None, 1), _threshold)),
+            unary(_ATEN.softplus.default, when=all_of(float32, argument_is("beta", None, 1), _threshold)),
             _softplus,
         ),
         Rewrite("mish", unary(_ATEN.mish.default, when=float32), _mish),
         Rewrite(
             "softmax",
-            unary(_ATEN.softmax.int, when=all_of(float32, _inner_dimension, literal("dtype", None))),
+            unary(_ATEN.softmax.int, when=all_of(float32, _inner_dimension, argument_is("dtype", None))),
             _softmax,
         ),
     ),
@@ -192,7 +192,7 @@ def _root(target: Any) -> Callable[[GraphModule, Match], Node]:
 
 
 def _power(exponent: float) -> Op:
-    return unary(_ATEN.pow.Tensor_Scalar, when=all_of(_float_result, literal("exponent", exponent)))
+    return unary(_ATEN.pow.Tensor_Scalar, when=all_of(_float_result, argument_is("exponent", exponent)))
 
 
 _NUMBER: Condition = all_of(_float_result, _a_number)

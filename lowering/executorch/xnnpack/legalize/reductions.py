@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.legalize.requirements import all_of, fixed, float32, literal, rank, unary
+from lowering.executorch.xnnpack.legalize.requirements import all_of, argument_is, dimensions, fixed, float32, unary
 from quant2e.annotation.pattern import Match
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit, emit_constant, emit_number
@@ -65,7 +65,7 @@ def _over(node: Node, x: Node) -> tuple[int, int]:
 
 def reduced(gm: GraphModule, node: Node, x: Node, dim: int, weight: float) -> Node:
     """``weight`` times the sum over ``dim``, which keeps size 1."""
-    dims, size = rank(x), int(shape_of(x)[dim])
+    dims, size = dimensions(x), int(shape_of(x)[dim])
     row = emit_constant(gm, node, "reduction", torch.full((1, size), weight))
     order = [*(d for d in range(dims) if d != dim), dim]
     if dim == dims - 1:
@@ -120,7 +120,7 @@ def _norm(gm: GraphModule, match: Match) -> Node:
     return _squeezed(node, emit(node, _ATEN.sqrt.default, total), dim)
 
 
-_REDUCED = all_of(float32, _one_dimension, literal("dtype", None))
+_REDUCED = all_of(float32, _one_dimension, argument_is("dtype", None))
 _SPREADS = (_ATEN.var.correction, _ATEN.var.dim, _ATEN.std.correction, _ATEN.std.dim)
 
 decompose_reductions = RewriteTable(
@@ -129,7 +129,9 @@ decompose_reductions = RewriteTable(
         Rewrite("mean", unary(_ATEN.mean.dim, when=_REDUCED), _mean),
         Rewrite("sum", unary(_ATEN.sum.dim_IntList, when=_REDUCED), _sum),
         Rewrite("variance", unary(*_SPREADS, when=all_of(_REDUCED, _enough)), _variance),
-        Rewrite("norm", unary(_ATEN.linalg_vector_norm.default, when=all_of(_REDUCED, literal("ord", None, 2))), _norm),
+        Rewrite(
+            "norm", unary(_ATEN.linalg_vector_norm.default, when=all_of(_REDUCED, argument_is("ord", None, 2))), _norm
+        ),
     ),
 )
 """Reductions of float32 tensors over one dimension of fixed size."""
@@ -170,7 +172,7 @@ def _rms_norm(gm: GraphModule, match: Match) -> Node:
     eps = operand(node, "eps")
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     squares = emit(node, _ATEN.mul.Tensor, flat, flat)
-    mean = reduced(gm, node, squares, rank(flat) - 1, 1 / int(shape_of(flat)[-1]))
+    mean = reduced(gm, node, squares, dimensions(flat) - 1, 1 / int(shape_of(flat)[-1]))
     return _scaled(node, restored(emit(node, _ATEN.mul.Tensor, flat, _spread(gm, node, mean, eps))))
 
 
@@ -189,7 +191,7 @@ def _by_channel(gm: GraphModule, match: Match) -> Node:
 
 
 def _normalised(gm: GraphModule, node: Node, x: Node) -> Node:
-    last, size = rank(x) - 1, int(shape_of(x)[-1])
+    last, size = dimensions(x) - 1, int(shape_of(x)[-1])
     centred = emit(node, _ATEN.sub.Tensor, x, reduced(gm, node, x, last, 1 / size))
     variance = reduced(gm, node, emit(node, _ATEN.mul.Tensor, centred, centred), last, 1 / size)
     return emit(node, _ATEN.mul.Tensor, centred, _spread(gm, node, variance, operand(node, "eps")))
@@ -220,7 +222,7 @@ decompose_normalizations = RewriteTable(
         Rewrite("group_norm", unary(_ATEN.group_norm.default, when=_BY_CHANNEL), _by_channel),
         Rewrite(
             "instance_norm",
-            unary(_ATEN.instance_norm.default, when=all_of(_BY_CHANNEL, literal("use_input_stats", True))),
+            unary(_ATEN.instance_norm.default, when=all_of(_BY_CHANNEL, argument_is("use_input_stats", True))),
             _by_channel,
         ),
     ),

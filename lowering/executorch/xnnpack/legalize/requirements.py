@@ -37,7 +37,7 @@ def float32(node: Node) -> bool | str:
     return value.dtype is torch.float32 or f"the operand of '{node.name}' is {value.dtype}, not float32"
 
 
-def literal(name: str, *values: object) -> Condition:
+def argument_is(name: str, *values: object) -> Condition:
     """An argument that is one of ``values``."""
 
     def answer(node: Node) -> bool | str:
@@ -52,6 +52,6 @@ def fixed(*sizes: int | torch.SymInt) -> bool:
     return all(isinstance(size, int) for size in sizes)
 
 
-def rank(node: Node) -> int:
+def dimensions(node: Node) -> int:
     """The number of dimensions of what a node produces."""
     return len(shape_of(node))
