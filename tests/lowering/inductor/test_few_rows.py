@@ -121,7 +121,7 @@ def test_what_the_kernel_cannot_compute_gets_a_float_weight(monkeypatch):
     assert chosen(dynamic, "few_rows")[1] == {}  # a kernel for few rows must not meet many
     assert chosen(dynamic, "few_rows")[2] == 2 * 64 * 32 * 4
     result, x = converted()
-    monkeypatch.setattr(few_rows, "load", lambda: None)
+    monkeypatch.setattr(few_rows, "load_kernel", lambda: None)
     gm, choices, size = chosen(result, "measured")
     assert [choice.engine for choice in choices.values()] == ["float"] * 2
     assert size == 2 * 64 * 32 * 4
