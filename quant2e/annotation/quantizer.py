@@ -37,7 +37,7 @@ class Quantizer(Protocol):
         return  # optional: what a protocol leaves empty would have to be implemented
 
 
-def transformed(quantizer: Any, model: GraphModule) -> GraphModule:
+def transformed(quantizer: Quantizer, model: GraphModule) -> GraphModule:
     """The graph after ``transform_for_annotation`` of any quantizer:
     also of one without, or one that returns nothing.
     """
@@ -46,7 +46,7 @@ def transformed(quantizer: Any, model: GraphModule) -> GraphModule:
     return made if isinstance(made, GraphModule) else model
 
 
-def annotated(quantizer: Any, model: GraphModule) -> GraphModule:
+def annotated(quantizer: Quantizer, model: GraphModule) -> GraphModule:
     """The graph after ``annotate`` of any quantizer: also of one that annotates in place and returns nothing."""
-    made = quantizer.annotate(model)
+    made: object = quantizer.annotate(model)
     return made if isinstance(made, GraphModule) else model
