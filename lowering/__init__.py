@@ -7,6 +7,7 @@ from.
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch
 from lowering.executorch.program import Execute
 from lowering.executorch.report import ExecuTorchReport, Leftover, Partition
+from lowering.export import Lowerable
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import KernelChoice, Product
 from lowering.inductor.package import InductorPackage, package_inductor
@@ -30,6 +31,7 @@ __all__ = [
     "InductorSource",
     "KernelChoice",
     "Leftover",
+    "Lowerable",
     "LoweredOp",
     "LoweredProgram",
     "LoweringReport",

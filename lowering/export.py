@@ -14,6 +14,10 @@ from torch.fx import Graph
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.edit import FROM_NODE
+from quant2e.quantized_model import QuantizedModel
+
+Lowerable = QuantizedModel | torch.nn.Module
+"""What can be lowered: what `quant2e.quantize` returned, a captured or converted GraphModule, or a module to export."""
 
 
 def graph_of(model: Any) -> Any:

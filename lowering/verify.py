@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from lowering.export import graph_of
+from lowering.export import Lowerable, graph_of
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.data_movement import Effect, movements
@@ -184,7 +184,9 @@ class _Tally:
         return 10 * math.log10(ratio) if ratio > 0 else -math.inf
 
 
-def verify(lowered: Callable[..., Any], model: Any, data: Iterable[Any], *, bound: Bound | None = None) -> Verification:
+def verify(
+    lowered: Callable[..., Any], model: Lowerable, data: Iterable[Any], *, bound: Bound | None = None
+) -> Verification:
     """Run ``lowered`` and ``model`` on ``data`` and measure how far apart they are.
 
     ``lowered``: what a lowering returned, or any callable. ``model``: the Q/DQ GraphModule it came from, or a

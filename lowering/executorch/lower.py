@@ -20,7 +20,15 @@ from lowering.executorch.runtime import check_program, require_executorch, unava
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
 from lowering.executorch.xnnpack.limits import check_limits
 from lowering.executorch.xnnpack.partitioner import is_xnnpack, xnnpack_partitioner
-from lowering.export import drop_from_node, dynamic_shapes_of, export, graph_of, needed_example_of, untraceable
+from lowering.export import (
+    Lowerable,
+    drop_from_node,
+    dynamic_shapes_of,
+    export,
+    graph_of,
+    needed_example_of,
+    untraceable,
+)
 from lowering.io_parameters import constants, quantized_io_in
 from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
@@ -57,7 +65,7 @@ class _Prepared:
 
 
 def to_executorch(
-    model: Any,
+    model: Lowerable | Mapping[str, Lowerable],
     example_inputs: Any = None,
     *,
     dynamic_shapes: Any = None,
@@ -109,11 +117,11 @@ def to_executorch(
     return program
 
 
-def _per_method(model: Any, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _per_method(model: Lowerable | Mapping[str, Lowerable], given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What was given, by method. For several methods, a dict with their names is one value for each."""
     if not isinstance(model, Mapping):
         return {FORWARD: {"model": model, **given}}
-    names = list(model)
+    names: list[Any] = list(model)
     if not names or not all(isinstance(name, str) and name.isidentifier() for name in names):
         raise LoweringError(f"methods are named by identifiers, not {names}")
     found: dict[str, dict[str, Any]] = {name: {"model": model[name]} for name in names}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lowering.export import Lowerable
 from lowering.inductor.compile import FakeInputs, load_package, package_flat
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
@@ -72,7 +73,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
 
 
 def package_inductor(
-    model: Any,
+    model: Lowerable,
     example_inputs: Any = None,
     *,
     path: str | os.PathLike[str],

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph
 
+from lowering.export import Lowerable
 from lowering.inductor.compile import FakeInputs, Flat, compile_flat
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.package import write_package
@@ -81,7 +82,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
 
 
 def to_inductor(
-    model: Any,
+    model: Lowerable,
     example_inputs: Any = None,
     *,
     dynamic_shapes: Any = None,

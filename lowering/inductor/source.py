@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from lowering.export import example_of, graph_of
+from lowering.export import Lowerable, example_of, graph_of
 from lowering.signature import Signature
 from lowering.verify import Bound, Verification, compare, compare_within_noise
 from quant2e.errors import LoweringError
@@ -44,7 +44,7 @@ class InductorSource:
         return [self.example, *map(call_of, more)]
 
 
-def source_of(model: Any, example_inputs: Any, dynamic_shapes: Any, asker: str) -> InductorSource:
+def source_of(model: Lowerable, example_inputs: Any, dynamic_shapes: Any, asker: str) -> InductorSource:
     """What a user gave, as a graph to compile; captured again where ``dynamic_shapes`` ask for it."""
     graph = graph_of(model)
     if not isinstance(graph, GraphModule):

@@ -14,7 +14,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from lowering.export import dynamic_shapes_of, export, graph_of, needed_example_of
+from lowering.export import Lowerable, dynamic_shapes_of, export, graph_of, needed_example_of
 from lowering.io_parameters import constants
 from lowering.onnx.integer_types import sizes, use_integers
 from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
@@ -31,7 +31,7 @@ _PROTOBUF_LIMIT = 2**31 - 1
 
 
 def to_onnx(
-    model: Any,
+    model: Lowerable,
     example_inputs: Any = None,
     *,
     path: str | os.PathLike[str],

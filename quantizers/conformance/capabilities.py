@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from quant2e.annotation.pattern import Arg, Either, Op, Pattern, op
+from quant2e.annotation.quantizer import Quantizer
 from quantizers.conformance.op_calls import is_known
 from quantizers.kit import families as f
 from quantizers.kit.rule import Rule
@@ -81,7 +81,7 @@ AROUND: tuple[Op, ...] = (
 """What stands between the quantizer's own patterns: ops that it may leave float."""
 
 
-def patterns_to_test(quantizer: Any) -> TestedPatterns:
+def patterns_to_test(quantizer: Quantizer) -> TestedPatterns:
     """The capabilities of a quantizer: its rules, those of the quantizers it is composed of, or the common ops."""
     rules = [rule for table in _tables(quantizer) for rule in table]
     patterns: dict[TestedPattern, None] = {}
@@ -101,19 +101,19 @@ def patterns_to_test(quantizer: Any) -> TestedPatterns:
     return TestedPatterns((*patterns, *(TestedPattern(pattern) for pattern in COMMON)), names, missing, declared=False)
 
 
-def _tables(quantizer: Any) -> Iterator[Sequence[Rule]]:
+def _tables(quantizer: Quantizer) -> Iterator[Sequence[Rule]]:
     if isinstance(quantizer, RuleQuantizer):
         yield from (quantizer.table(config) for config in quantizer.configs())
     for child in getattr(quantizer, "quantizers", ()) or ():
         yield from _tables(child)
 
 
-def _all_declare(quantizer: Any) -> bool:
+def _all_declare(quantizer: Quantizer) -> bool:
     children = getattr(quantizer, "quantizers", None)
     return all(map(_all_declare, children)) if children else isinstance(quantizer, RuleQuantizer)
 
 
-def opt_in_rules(quantizer: Any) -> set[str]:
+def opt_in_rules(quantizer: Quantizer) -> set[str]:
     """Rules that wait until a user names the op."""
     return {rule.name for table in _tables(quantizer) for rule in table if rule.opt_in}
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
+from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
 from quant2e.convert.convert import convert_pt2e
 from quant2e.errors import Quant2eError
@@ -62,7 +63,7 @@ class Outcome:
     ran: bool = False
 
 
-def examine(quantizer: Any, program: Program, limits: Limits, seed: int) -> Outcome:
+def examine(quantizer: Quantizer, program: Program, limits: Limits, seed: int) -> Outcome:
     """Run one program. Whatever the quantizer raises becomes a finding."""
     outcome = Outcome()
     model, batches = program.module(seed), program.batches(3, seed)
@@ -130,7 +131,9 @@ RUNS = 4
 """So often one graph is annotated: an order of addresses may repeat once or twice."""
 
 
-def _annotate(quantizer: Any, captured: GraphModule, batch: Sequence[Tensor], outcome: Outcome) -> GraphModule | None:
+def _annotate(
+    quantizer: Quantizer, captured: GraphModule, batch: Sequence[Tensor], outcome: Outcome
+) -> GraphModule | None:
     """The annotated graph; None where that failed. Several times, to see whether it comes out the same."""
     gm = _annotate_once(quantizer, _own_copy(captured), batch, outcome, first=True)
     text = "" if gm is None else _text(gm)
@@ -160,7 +163,7 @@ def _text(gm: GraphModule) -> str:
 
 
 def _annotate_once(
-    quantizer: Any, gm: GraphModule, batch: Sequence[Tensor], outcome: Outcome, *, first: bool
+    quantizer: Quantizer, gm: GraphModule, batch: Sequence[Tensor], outcome: Outcome, *, first: bool
 ) -> GraphModule | None:
     stage = "transform_for_annotation"
     try:
@@ -171,7 +174,7 @@ def _annotate_once(
             if first and numbers.worst(wanted, _run(gm, batch))[0] < _EXACT_DB:
                 outcome.findings.append(Finding("result changed", "the float result is another one after it"))
         stage, code = "annotate", _structure(gm)
-        gm = quantizer.annotate(gm) or gm
+        gm = _after_annotate(quantizer, gm)
         stage = "validate"
         if callable(validate := getattr(quantizer, "validate", None)):
             validate(gm)
@@ -183,6 +186,11 @@ def _annotate_once(
         node = changed[0].partition(" = ")[0] if changed else ""
         outcome.findings.append(Finding("graph changed", f"`{changed[0] if changed else '?'}`", "", node))
     return gm
+
+
+def _after_annotate(quantizer: Quantizer, gm: GraphModule) -> GraphModule:
+    made: Any = quantizer.annotate(gm)  # a quantizer of another library may annotate in place and return nothing
+    return made or gm
 
 
 _EXACT_DB = 80.0
@@ -219,8 +227,9 @@ def _count(a: annotated.Annotated, outcome: Outcome) -> None:
             outcome.reached[rule] += 1
 
 
-def _refusals(quantizer: Any, outcome: Outcome) -> None:
-    for child in getattr(quantizer, "quantizers", (quantizer,)):
+def _refusals(quantizer: Quantizer, outcome: Outcome) -> None:
+    children: Sequence[Any] = getattr(quantizer, "quantizers", (quantizer,))
+    for child in children:
         for trials in child.trials.at.values() if isinstance(getattr(child, "trials", None), Trials) else ():
             for trial in trials:
                 if trial.outcome != APPLIED:
@@ -228,7 +237,7 @@ def _refusals(quantizer: Any, outcome: Outcome) -> None:
 
 
 def _flow(
-    quantizer: Any,
+    quantizer: Quantizer,
     captured: GraphModule,
     batches: Sequence[Sequence[Tensor]],
     wanted: list[Tensor],
@@ -302,7 +311,7 @@ def _integers(
         )
 
 
-def _neighbours(quantizer: Any, captured: GraphModule, outcome: Outcome) -> None:
+def _neighbours(quantizer: Quantizer, captured: GraphModule, outcome: Outcome) -> None:
     """Whether the quantizer leaves alone what another one has annotated: every second op that it would annotate."""
     gm = _own_copy(captured)
     try:
@@ -312,7 +321,7 @@ def _neighbours(quantizer: Any, captured: GraphModule, outcome: Outcome) -> None
         made: dict[Node, Any] = {}
         for node in theirs:
             made[node] = node.meta[ANNOTATION] = QuantizationAnnotation(_annotated=True)
-        gm = quantizer.annotate(gm) or gm
+        gm = _after_annotate(quantizer, gm)
     except Exception as error:  # noqa: BLE001
         outcome.findings.append(_raised("annotate, of a graph with annotations of another quantizer", error))
         return
