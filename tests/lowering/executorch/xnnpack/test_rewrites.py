@@ -57,6 +57,13 @@ REWRITES = {
     "add_number": (tensor_operands, lambda m, x: x + 3, ROWS),
     "number_less": (tensor_operands, lambda m, x: 3 - x, ROWS),
     "reciprocal": (tensor_operands, lambda m, x: 1 / x, ROWS),
+    "less_number": (tensor_operands, lambda m, x: x - 3, ROWS),
+    "times_number": (tensor_operands, lambda m, x: x * 3, ROWS),
+    "by_number": (tensor_operands, lambda m, x: x / 3, ROWS),
+    "square": (tensor_operands, lambda m, x: x.square(), ROWS),
+    "power_2": (tensor_operands, lambda m, x: x**2, ROWS),
+    "power_minus_1": (tensor_operands, lambda m, x: x**-1, ROWS),
+    "root": (tensor_operands, lambda m, x: x**0.5, ROWS),
     "cube": (tensor_operands, lambda m, x: x**3, ROWS),
     "inverse_root": (tensor_operands, lambda m, x: x**-0.5, ROWS),
 }
