@@ -21,12 +21,13 @@ from quant2e import (
     MovingAverageMinMaxObserver,
     MovingAveragePerChannelMinMaxObserver,
     PerGroupMinMaxObserver,
+    pt2e,
 )
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.observers.encodings import DynamicEncoding, PerChannelEncoding, PerGroupEncoding, PerTensorEncoding, encode
 from quant2e.ranges.qparams import dequantize_per_channel, fake_quantize_per_tensor, quantize_per_channel
 
-DEFAULTS = [name for name in quant2e.__all__ if "fake_quant" in name and not isinstance(getattr(quant2e, name), type)]
+DEFAULTS = [n for n in pt2e.__all__ if "fake_quant" in n and not isinstance(getattr(pt2e, n), type)]
 FACTORIES = [name for name in DEFAULTS if hasattr(getattr(quant2e, name), "with_args")]
 X = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
 
