@@ -1,6 +1,6 @@
 """Rewrite pipeline for Inductor: a Q/DQ graph in the form that its int8 patterns match, with the same eager result.
 
-They run on a private copy, in the order of `REWRITES`. What Inductor would lower wrongly is kept away from its
+The rewrites run on a private copy, in the order of `REWRITES`. What Inductor would lower wrongly is kept away from its
 patterns by `lowering.inductor.guard`, which runs after them.
 """
 
