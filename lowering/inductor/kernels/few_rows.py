@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant2e.observers.native.build import built
+from quant2e.observers.native.build import built, warn_unbuilt
 from quant2e.observers.native.ops import OP
 
 SOURCE = Path(__file__).with_name("few_rows.cpp")
@@ -39,19 +39,20 @@ def load_kernel() -> Linear | None:
 
     ``x``: float32 ``[..., inputs]``, contiguous. ``weight``: int8 ``[outputs, inputs]``, or what `packed` made of it.
     ``scale``, ``zero_point``: float32 ``[outputs, groups]``. ``bias``: float32 ``[outputs]``. Returns float32
-    ``[..., outputs]``.
+    ``[..., outputs]``. A compiler that fails is a RuntimeWarning.
     """
     try:
         library = built(SOURCE, OP, flags=FLAGS)
         if library is None:
             return None
         handle = ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError, RuntimeError):
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        warn_unbuilt(SOURCE, error, "Weight-only layers compute on a float copy of their weight")
         return None
     torch.library.define(_NAME, _SCHEMA, tags=(torch.Tag.needs_exact_strides,))
     torch.library.register_fake(_NAME, _shape)
-    if handle.quant2e_register():
-        return None
+    if failed := handle.quant2e_register():
+        raise RuntimeError(f"torch refused the op of {SOURCE.name}, at step {failed}")
     op: Linear = torch.ops.quant2e.few_rows_linear.default
     return op
 

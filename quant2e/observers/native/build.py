@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,9 +35,8 @@ def cache_folder() -> Path:
 def built(source: Path, *included: Path, flags: tuple[str, ...] = ()) -> Path | None:
     """The compiled library of ``source``, made now if it is not there yet; None without a compiler.
 
-    ``included``: the files it includes, which a library is bound to as well. ``flags``: for
-    this library. Switched off by ``QUANT2E_NATIVE=0``. Raises
-    OSError, RuntimeError and `subprocess.SubprocessError` when the compiler fails.
+    ``included``: the files it includes, which a library is bound to as well. ``flags``: for this library. Switched off
+    by ``QUANT2E_NATIVE=0``. Raises OSError, RuntimeError and `subprocess.SubprocessError` when the compiler fails.
     """
     program = None if os.environ.get("QUANT2E_NATIVE") == "0" else compiler()
     if program is None:
@@ -54,6 +54,16 @@ def built(source: Path, *included: Path, flags: tuple[str, ...] = ()) -> Path | 
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def warn_unbuilt(source: Path, error: Exception, instead: str) -> None:
+    """Say that there is a compiler, that it failed on ``source``, and what computes ``instead``."""
+    warnings.warn(
+        f"{source.name} could not be built or loaded: {error}. {instead}. $CXX chooses another compiler, and "
+        "QUANT2E_NATIVE=0 does without it",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def compiler() -> str | None:

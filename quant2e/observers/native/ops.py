@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quant2e.observers.native.build import built
+from quant2e.observers.native.build import built, warn_unbuilt
 
 SOURCE = Path(__file__).with_name("native.cpp")
 KERNEL = Path(__file__).with_name("native_kernel.cpp")
@@ -47,14 +47,16 @@ def loaded() -> Mapping[str, Any] | None:
 def load_ops() -> Mapping[str, Any] | None:
     """The ops by name, built now if this machine has not built them before; None where that is not possible.
 
-    Asked once per process. Takes about a second the first time on a machine, and a millisecond after that.
+    A compiler that fails is a RuntimeWarning. Asked once per process. Takes about a second the first time on a
+    machine, and a millisecond after that.
     """
     try:
         library = built(SOURCE, KERNEL, OP)
         if library is None:
             return None
         _ready.append(_registered(library))
-    except (OSError, subprocess.SubprocessError, RuntimeError):
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        warn_unbuilt(SOURCE, error, "Observers compute the same numbers in plain torch, more slowly")
         return None
     return _ready[0]
 

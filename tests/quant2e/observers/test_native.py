@@ -108,10 +108,27 @@ def test_without_a_compiler_or_switched_off_there_is_plain_torch(tmp_path):
     ask = "from quant2e.observers.native import ops as native; print(native.load_ops())"
     assert run(ask, QUANT2E_NATIVE="0") == "None"
     assert run(ask, PATH="/nowhere", CXX="") == "None"
+
+
+@pytest.mark.parametrize(
+    "load", ["quant2e.observers.native.ops.load_ops", "lowering.inductor.kernels.few_rows.load_kernel"]
+)
+def test_a_compiler_that_fails_is_a_warning_with_its_own_words(tmp_path, load):
     broken = tmp_path / "c++"
-    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho a bad day >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert run(ask, CXX=str(broken), QUANT2E_CACHE_DIR=str(tmp_path / "cache")) == "None"
+    module, _, name = load.rpartition(".")
+    ask = (
+        f"import warnings; from {module} import {name}\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    assert {name}() is None\n"
+        "print(*[entry.message for entry in seen if entry.category is RuntimeWarning])"
+    )
+    assert "could not be built or loaded" in (
+        said := run(ask, CXX=str(broken), QUANT2E_CACHE_DIR=str(tmp_path / "cache"))
+    )
+    assert "a bad day" in said
 
 
 def test_it_is_built_once_and_importing_builds_nothing(tmp_path):
