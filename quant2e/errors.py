@@ -31,6 +31,10 @@ class CalibrationError(Quant2eError):
     """A tensor whose range is unknown (no data) or unusable (NaN, infinite)."""
 
 
+class AccuracyError(Quant2eError):
+    """A quantized model whose output has lost the signal of the float one."""
+
+
 class PassError(Quant2eError):
     """A rewrite that failed, or that left an illegal graph."""
 
@@ -41,6 +45,10 @@ class LoweringError(Quant2eError):
 
 class FileFormatError(Quant2eError, ValueError):
     """A file that is not what it should be: truncated, of another version, or not ours."""
+
+
+class QuantizationWarning(UserWarning):
+    """What a converted model does not do in integers, or loses; its report has the whole of it."""
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n\s*(?P<code>[^\n]*)')

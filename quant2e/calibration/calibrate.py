@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from quant2e.calibration import distributed
+from quant2e.calibration.batches import check_batch, check_count, check_iterable, describe, sample_count
 from quant2e.calibration.compiled import compiled_graph
 from quant2e.calibration.early_stopping import EarlyStopping
-from quant2e.calibration.statistics import Statistics, measuring
+from quant2e.calibration.statistics import SAMPLES, Statistics, measuring, observers_of
 from quant2e.errors import CalibrationError
-from quant2e.graph.captured.calls import call_of
+from quant2e.graph.captured.calls import Call
 from quant2e.graph.mutation import written_attributes
 from quant2e.observers.native import ops as native
+from quant2e.report.record import RECORD_KEY
 
 Progress = Callable[[int, int | None], None]
 """Called after each batch with the number done and, where it is known, the total."""
@@ -75,16 +77,12 @@ def calibrate(
     Under ``torch.distributed`` each rank feeds its own shard, and at the end every rank has the statistics of all:
     those that one process would have. Moving averages cannot be merged and are refused.
 
-    Raises `CalibrationError` for data without a batch, and names the batch a model fails on.
+    Raises `CalibrationError` for a model that was not prepared, for data without a batch, and names the batch that a
+    model fails on, or that holds NaN or +inf.
     """
-    if not isinstance(prepared, GraphModule):
-        raise CalibrationError(f"calibrate takes what prepare_pt2e returned, not a {type(prepared).__name__}")
-    if isinstance(data, (Tensor, str)):
-        raise CalibrationError("calibration data is an iterable of batches; wrap a single batch in a list: [batch]")
-    if not isinstance(data, Iterable):
-        raise CalibrationError(f"calibration data is an iterable of batches, and this is a {type(data).__name__}")
-    if num_batches is not None and num_batches < 1:
-        raise CalibrationError(f"num_batches={num_batches}: calibrate on at least one batch, or leave it out for all")
+    _check_prepared(prepared)
+    check_iterable(data, "calibration data")
+    check_count(num_batches)
     stopping = EarlyStopping(seconds, range_tolerance)
     run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), progress, compiled)
     known = batch_count(data)
@@ -95,6 +93,18 @@ def calibrate(
     elif run.feed(islice(data, num_batches), total) == 0:
         raise CalibrationError("the calibration data held no batch (an exhausted generator?); give it anew")
     return prepared
+
+
+def _check_prepared(prepared: Any) -> None:
+    if not isinstance(prepared, GraphModule):
+        raise CalibrationError(f"calibrate takes what prepare_pt2e returned, not a {type(prepared).__name__}")
+    if getattr(prepared, "converted", False):
+        raise CalibrationError("this model is converted already: its ranges are fixed; calibrate the prepared one")
+    if RECORD_KEY not in prepared.meta and not observers_of(prepared):
+        raise CalibrationError(
+            "this model was not prepared, so nothing in it learns a range: call prepare_pt2e(model, quantizer) on it, "
+            "and calibrate what that returns"
+        )
 
 
 def _shard(run: _Run, data: Iterable[Any], total: int | None) -> None:
@@ -137,12 +147,13 @@ class _Run:
         batches = iter(data)
         for _ in islice(batches, done):
             pass
-        saved = done
+        saved, samples = done, None if done or distributed.world() > 1 else 0
         model = compiled_graph(self.prepared) if self.compiled else self.prepared
         randomness = IsolatedRandomness()
         with _restored(self.prepared):
             for batch in batches:
-                _run_batch(model, batch, done, randomness)
+                call = _run_batch(model, batch, done, randomness)
+                samples = None if samples is None else samples + sample_count(pytree.tree_leaves(tuple(call)))
                 done += 1
                 if self.progress is not None:
                     self.progress(done, total)
@@ -153,6 +164,10 @@ class _Run:
                     break
         if path is not None and done > saved:
             Statistics.of(self.prepared, done).save(path)
+        if samples is None:
+            self.prepared.meta.pop(SAMPLES, None)
+        else:
+            self.prepared.meta[SAMPLES] = self.prepared.meta.get(SAMPLES, 0) + samples
         return done
 
     def _path(self) -> Path | None:
@@ -169,24 +184,19 @@ class _Run:
         return found.batches
 
 
-def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness) -> None:
-    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
-        raise CalibrationError(
-            f"a calibration batch is a {type(batch).__name__}; give a tensor, a tuple of positional "
-            "inputs or a dict of "
-            "keyword inputs"
-        )
-    args, kwargs = call_of(batch)
+def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness) -> Call:
+    call = check_batch(batch, f"calibration batch {index}")
     try:
         with torch.no_grad(), randomness:
-            model(*args, **kwargs)
+            model(*call.args, **call.kwargs)
     except CalibrationError:
         raise
     except Exception as error:
         raise CalibrationError(
             f"the model failed on calibration batch {index} ({describe(batch)}): {error}. "
-            "Give batches of what the captured model takes."
+            "Give batches of what the captured model takes, without labels."
         ) from error
+    return call
 
 
 @contextmanager
@@ -201,14 +211,3 @@ def _restored(gm: GraphModule) -> Iterator[None]:
         with torch.no_grad():
             for path, value in written_attributes(gm).items():
                 value.copy_(saved[path])
-
-
-def describe(batch: Any) -> str:
-    """Shapes and dtypes of a batch, for messages."""
-    if isinstance(batch, Tensor):
-        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in batch.items()) + "}"
-    if isinstance(batch, (tuple, list)):
-        return "(" + ", ".join(describe(v) for v in batch) + ")"
-    return type(batch).__name__

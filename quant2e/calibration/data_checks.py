@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
+from quant2e.calibration.batches import FEW_SAMPLES, check_count, check_iterable, sample_count
 from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.capture import as_graph_module
@@ -26,9 +27,6 @@ from quant2e.report.plain_data import plain_data
 from quant2e.report.summary import summary
 
 aten = torch.ops.aten
-
-FEW_SAMPLES = 32
-"""Fewer samples than this seldom show the range; about 100 are usually enough."""
 
 OWNS = 4.0
 """A batch owns a range when without it the range would be this many times smaller."""
@@ -116,6 +114,8 @@ def check_data(model: GraphModule | ExportedProgram, data: Iterable[Any], num_ba
     ``data`` in any form that `calibrate` takes. Memory does not grow with the number of batches. Raises
     `CalibrationError` for data without a batch.
     """
+    check_iterable(data, "the data")
+    check_count(num_batches)
     graph = as_graph_module(model)
     own_written_tensors(graph)
     watcher = _Watcher(graph)
@@ -125,7 +125,7 @@ def check_data(model: GraphModule | ExportedProgram, data: Iterable[Any], num_ba
         if num_batches is not None and done >= num_batches:
             break
         inputs = flat_inputs(graph, batch)
-        samples += max((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), default=1)
+        samples += sample_count(inputs)
         with torch.no_grad(), randomness:
             watcher.run(*inputs, enable_io_processing=False)
         done += 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
@@ -102,8 +103,9 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
 
     ``batches``: held-out data, in any form that `calibrate` takes. An observer with another method than "mse", the
     default, keeps what its author chose. Observers without data, and those whose candidates agree, are left alone.
-    Raises `CalibrationError` when ``batches`` is empty.
+    Raises `CalibrationError` when ``batches`` is empty, or one brings NaN or +inf to an observed tensor.
     """
+    check_iterable(batches, "the held-out data")
     observers = {name: ranges for name, o in measuring(prepared).items() if (ranges := _ranges_of(o)) is not None}
     if not observers:
         return ()
@@ -113,6 +115,8 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
     randomness = IsolatedRandomness()
     done = 0
     for batch in batches:
+        check_batch(batch, f"held-out batch {done}")
+        runner.batch = done
         with torch.no_grad(), randomness:
             runner.run(*flat_inputs(graph, batch), enable_io_processing=False)
         done += 1
@@ -139,7 +143,7 @@ def collapsed(choices: Sequence[RangeChoice]) -> list[str]:
 
 
 def _ranges_of(observer: Any) -> _CandidateRanges | None:
-    if not isinstance(observer, HistogramObserver) or observer.frozen or not observer.observed:
+    if not isinstance(observer, HistogramObserver) or observer.frozen or not observer.observed or observer.marks_never:
         return None
     if observer.method != CANDIDATES[0][0] or observer.nan_count or observer.posinf_count:
         return None
@@ -161,11 +165,13 @@ class _Comparison(Interpreter):
     def __init__(self, graph: GraphModule, observers: Mapping[str, _CandidateRanges]) -> None:
         super().__init__(graph)
         self._observers = observers
+        self.batch = 0
 
     def run_node(self, n: Node) -> Any:
         """The float value of ``n``."""
         if _is_observer(n):
             value = self.env[n.all_input_nodes[0]]
+            self._check(n, value)
             ranges = self._observers.get(str(n.target))
             if ranges is not None and any(user.op != "call_function" for user in n.users):
                 for candidate, quantized in _quantized(ranges, value):
@@ -179,6 +185,13 @@ class _Comparison(Interpreter):
                 if ranges is not None:
                     self._run_candidates(n, operand, ranges, result)
         return result
+
+    def _check(self, call: Node, value: Tensor) -> None:
+        if bool((torch.isnan(value) | torch.isposinf(value)).any()):
+            raise CalibrationError(
+                f"held-out batch {self.batch} brings NaN or +inf to the output of {where(_observed(call))}: "
+                "no range can be compared on it; look at that batch and at the model"
+            )
 
     def _run_candidates(self, n: Node, operand: Node, ranges: _CandidateRanges, result: Any) -> None:
         wanted = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
@@ -201,11 +214,15 @@ def _is_observer(node: Node) -> bool:
 
 
 def _count(ranges: _CandidateRanges, call: Node) -> None:
+    ranges.tensor = ranges.tensor or f"the output of {where(_observed(call))}"
+    ranges.judged += 1
+
+
+def _observed(call: Node) -> Node:
     source = call.all_input_nodes[0]
     while _is_observer(source):
         source = source.all_input_nodes[0]
-    ranges.tensor = ranges.tensor or f"the output of {where(source)}"
-    ranges.judged += 1
+    return source
 
 
 def _quantized(ranges: _CandidateRanges, value: Tensor) -> Iterator[tuple[_CandidateRange, Tensor]]:

@@ -40,6 +40,9 @@ _KIND = "quant2e statistics"
 _FORMER_BUFFERS = ("peaks",)
 """What format 1 also holds, and nothing reads."""
 
+SAMPLES = "quant2e_samples"
+"""Key of a prepared graph's ``meta``: how many samples `calibrate` showed it, where that is known."""
+
 _DIFFERENCE_LINES = 24
 
 _ESTIMATORS: Mapping[str, Any] = {kind.__name__: kind() for kind in (MinMax, MovingAverage, Histogram)}
@@ -142,6 +145,7 @@ class Statistics:
     def restore(self, prepared: GraphModule, origin: str = "these statistics") -> GraphModule:
         """Put the statistics into the observers of ``prepared``, in place; returns it. Raises as `check_bound_to`."""
         self.check_bound_to(prepared, origin)
+        prepared.meta.pop(SAMPLES, None)
         with torch.no_grad():
             for name, observer in measuring(prepared).items():
                 put(observer, self.states[name])

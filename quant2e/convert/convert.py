@@ -6,7 +6,7 @@ tensor that is wrong, not only the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import attribute_path, fold_weights
 from quant2e.passes.split_dequantize import split_dequantize
 from quant2e.passes.train_batch_norm import FUSED
+from quant2e.prepare.masks import left_float
 from quant2e.prepare.qat import end_training
 from quant2e.ranges.search import searched_together
 from quant2e.report.record import RECORD_KEY, GraphRecord
@@ -64,8 +65,9 @@ def convert_pt2e(
     if not calls and not isinstance(record, GraphRecord):
         raise Quant2eError("this model has no observers: call prepare_pt2e on it, calibrate, and then convert")
     own_written_tensors(gm)
+    floats = left_float(prepared)
     with searched_together(searchable(prepared.modules())):
-        encodings = _encode_all(gm, calls)
+        encodings = _encode_all(gm, calls, floats.observers)
     constants = Constants(gm.graph)
     notes += _notes(gm, calls, encodings)
     fake_values = FakeValueCache()
@@ -93,7 +95,10 @@ def convert_pt2e(
     gm.converted = True
     check_legality(gm)
     if isinstance(record, GraphRecord):
-        report = replace(record.report.with_notes(notes), quantized_bytes=tensor_bytes(gm))
+        report = record.report.with_float(floats.readers).with_notes(
+            (*dict.fromkeys(floats.observers.values()), *notes)
+        )
+        report = replace(report, quantized_bytes=tensor_bytes(gm))
         found = tuple(encodings.get(name) for name in record.observers)
         gm.meta[RECORD_KEY] = replace(record, report=report, encodings=found)
     if use_reference_representation:
@@ -103,8 +108,8 @@ def convert_pt2e(
     return gm
 
 
-def _encode_all(gm: GraphModule, calls: list[Node]) -> dict[str, Encoding | None]:
-    encodings: dict[str, Encoding | None] = {}
+def _encode_all(gm: GraphModule, calls: list[Node], floats: Collection[str]) -> dict[str, Encoding | None]:
+    encodings: dict[str, Encoding | None] = dict.fromkeys(floats)
     failures: list[str] = []
     for call in calls:
         name = str(call.target)

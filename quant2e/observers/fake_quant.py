@@ -95,6 +95,11 @@ class FakeQuantizeBase(nn.Module, ABC):
         """Whether each slice along ``ch_axis`` has parameters of its own."""
         return self.qscheme in PER_CHANNEL_SCHEMES
 
+    @property
+    def marks_never(self) -> bool:
+        """The tensor holds values that stand for "never", so it is handed on as it is, and stays float."""
+        return bool(getattr(self.activation_post_process, "marks_never", False))
+
     def _observed(self) -> bool:
         """Whether there is anything to take a scale from; other libraries' observers are believed to know."""
         return bool(getattr(self.activation_post_process, "observed", True))
@@ -140,7 +145,7 @@ class FakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer_enabled[0] == 1:
             self._observe(x.detach())
-        if self.fake_quant_enabled[0] == 1:
+        if self.fake_quant_enabled[0] == 1 and not self.marks_never:
             self._need_data()
             size = getattr(self.activation_post_process, "group_size", None) or None
             axis = self.ch_axis if self.is_per_channel and size is None else None
@@ -250,6 +255,8 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         whole = not self.is_per_channel
         if x.dtype != torch.float32 or x.numel() == 0 or observer.frozen or x.device != self.scale.device:
             return None
+        if observer.never is not None:
+            return None  # the kernel knows no values apart
         if not whole and self.ch_axis != 0:
             return None  # the kernel takes the first axis only
         kept = [buffer.clone() for buffer in (observer.min_val, observer.max_val)]

@@ -77,7 +77,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
     def forward(self, x: Tensor) -> Tensor:
         if self.observer_enabled[0] == 1 or not self._initialized:
             self._observe(x.detach())
-        if self.fake_quant_enabled[0] == 1:
+        if self.fake_quant_enabled[0] == 1 and not self.marks_never:
             self._need_data()
             assert self.scale is not None
             assert self.zero_point is not None
@@ -96,7 +96,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         self.activation_post_process(x)
-        if not self._observed():
+        if not self._observed() or self.marks_never:
             return
         scale, zero_point = self.activation_post_process.calculate_qparams()
         if self.scale is None or self.zero_point is None:

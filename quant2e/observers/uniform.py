@@ -20,6 +20,7 @@ from quant2e.observers.native.update import kernel_of, native_update
 from quant2e.ranges.histogram import HistogramState
 from quant2e.ranges.minmax import MinMaxState, Range
 from quant2e.ranges.qparams import FLOAT32_EPS, NumberFormat, plain_dtype
+from quant2e.ranges.sentinels import hide_sentinels
 
 S = TypeVar("S", bound="MinMaxState | HistogramState")
 
@@ -98,8 +99,11 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
     for.
 
     ``frozen``: statistics are final and ``forward`` only returns its input. ``statistics``: names of the buffers that
-    hold them, in the order of the state's fields.
+    hold them, in the order of the state's fields. ``never``: where readers of the tensor may take far values for
+    "never", the magnitudes from which these are counted as masked, see `sentinels`; preparation sets it.
     """
+
+    never: tuple[float, float] | None = None
 
     min_val: Tensor
     max_val: Tensor
@@ -158,8 +162,13 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
 
     @property
     def masked_count(self) -> int:
-        """How many values were mask sentinels: -inf, or huge (`minmax.SENTINEL`)."""
+        """How many values were mask sentinels: -inf, or huge (`minmax.SENTINEL`), or found as such (``never``)."""
         return int(self.counts[3])
+
+    @property
+    def marks_never(self) -> bool:
+        """Sentinels were seen, and readers of the tensor tell them from data: no integer can stand for them."""
+        return self.never is not None and self.masked_count > 0
 
     @property
     def observed(self) -> bool:
@@ -167,8 +176,10 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         return self.total > self.nan_count + self.posinf_count + self.masked_count
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.frozen and not native_update(self, x):
-            self._update(x)
+        if not self.frozen:
+            data = x if self.never is None else hide_sentinels(x, self.never)
+            if not native_update(self, data):
+                self._update(data)
         return x
 
     @torch.no_grad()

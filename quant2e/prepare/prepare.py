@@ -29,6 +29,7 @@ from quant2e.passes import run
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.train_batch_norm import FUSED
 from quant2e.prepare.insert_observers import make_observers, observe
+from quant2e.prepare.masks import watch_sentinels
 from quant2e.prepare.observer_callback import call_back
 from quant2e.prepare.qat import Trained, ready_to_learn, train_through_norms, training_report
 from quant2e.report.float_ops import list_float_ops
@@ -98,6 +99,7 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, trai
     device = next((t.device for t in (*gm.parameters(), *gm.buffers())), torch.device("cpu"))
     for observer in observers.values():
         observer.to(device)
+    watch_sentinels(gm, plan, observers)
     _observe_constants(gm, plan, observers, constants | trained.scaled(gm))
     names = observe(gm, plan, observers, uncalled=trained.uncalled)
     if training:

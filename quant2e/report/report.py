@@ -75,6 +75,14 @@ class Report:
                 return verdict
         raise KeyError(name)
 
+    def with_float(self, reasons: Mapping[str, str]) -> Report:
+        """A copy in which the quantized ops that ``reasons`` names are float, for the reason that it gives."""
+        verdicts = tuple(
+            replace(v, kind=FLOAT, reason=reasons[v.op.name]) if v.quantized and v.op.name in reasons else v
+            for v in self.verdicts
+        )
+        return replace(self, verdicts=verdicts)
+
     def with_notes(self, notes: Iterable[str]) -> Report:
         """A copy with further notes, each once."""
         return replace(self, notes=tuple(dict.fromkeys((*self.notes, *notes))))

@@ -407,7 +407,12 @@ def test_data_that_is_not_finite(value, observer):
     prepared = prepare_pt2e(capture(linear(), DATA[0]), products(act=spec, output=None))
     bad = DATA[0].clone()
     bad[0, 0] = value
-    calibrate(prepared, [DATA[0], bad])
+    found = "NaN" if math.isnan(value) else r"\+inf"
+    with pytest.raises(
+        CalibrationError, match=rf"calibration batch 1 holds {found} in its input \[0\]: clean the data"
+    ):
+        calibrate(prepared, [DATA[0], bad])
+    prepared(bad)
     with pytest.raises(CalibrationError, match=r"'input_1', read by 'linear'.*saw \d NaN and \d \+inf"):
         convert_pt2e(prepared)
 
@@ -462,12 +467,12 @@ def test_all_zero_data_is_exact():
     assert torch.allclose(gm(zeros), linear()(zeros))
 
 
-def test_a_mask_is_noted_not_measured():
-    class Masked(nn.Module):
+def test_infinities_that_no_reader_takes_for_a_mask_are_left_out_of_the_range():
+    class Logs(nn.Module):
         def forward(self, x):
-            return (x.masked_fill(x > 1, float("-inf")) + 0).softmax(-1)
+            return x.relu().log().tanh() + x
 
-    gm = converted(Masked().eval(), on(aten.add.Tensor, [ACT]))
+    gm = converted(Logs().eval(), on(aten.tanh.default, [ACT]), [torch.tensor([[1.0, 2.0, -1.0]])])
     notes = record_of(gm).report.notes
     assert any("masked values (-inf or a mask's sentinel) left out of the range" in note for note in notes)
 
