@@ -22,7 +22,7 @@ from quant2e.errors import CalibrationError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.mutation import written_attributes
 from quant2e.observers.native import ops as native
-from quant2e.report.record import RECORD_KEY
+from quant2e.report.record import RECORD_KEY, GraphRecord
 
 Progress = Callable[[int, int | None], None]
 """Called after each batch with the number done and, where it is known, the total."""
@@ -98,9 +98,12 @@ def calibrate(
 def _check_prepared(prepared: Any) -> None:
     if not isinstance(prepared, GraphModule):
         raise CalibrationError(f"calibrate takes what prepare_pt2e returned, not a {type(prepared).__name__}")
-    if getattr(prepared, "converted", False):
+    if observers_of(prepared):
+        return
+    record = prepared.meta.get(RECORD_KEY)
+    if isinstance(record, GraphRecord) and record.report.quantized_bytes is not None:
         raise CalibrationError("this model is converted already: its ranges are fixed; calibrate the prepared one")
-    if RECORD_KEY not in prepared.meta and not observers_of(prepared):
+    if not isinstance(record, GraphRecord):
         raise CalibrationError(
             "this model was not prepared, so nothing in it learns a range: call prepare_pt2e(model, quantizer) on it, "
             "and calibrate what that returns"

@@ -225,5 +225,5 @@ def test_nothing_is_left_to_quantize():
 
 
 def test_data_that_is_not_a_number():
-    with pytest.raises(CalibrationError, match="saw 864 NaN and 0 \\+inf among 864 values"):
+    with pytest.raises(CalibrationError, match="calibration batch 0 holds NaN in its input"):
         quantize(two_parts(), IMAGE, xnnpack(), [IMAGE[0] * float("nan")])
