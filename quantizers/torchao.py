@@ -24,9 +24,10 @@ from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import evaluate
 from quant2e.observers.base import ObserverBase
+from quant2e.observers.derived import DerivedObserver
 from quant2e.observers.encodings import PerGroupEncoding, RoundedConstant, encode
 from quant2e.passes.fold_weights import attribute_path
-from quant2e.prepare.insert_observers import DerivedObserver, make_observers
+from quant2e.prepare.insert_observers import make_observers
 
 
 def as_torchao(quantizer: Quantizer) -> TorchaoQuantizer:

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.convert.legality import check_legality
+from quant2e.convert.moved_biases import moved_biases
 from quant2e.errors import CalibrationError, Quant2eError, where
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
@@ -69,7 +70,7 @@ def convert_pt2e(
     with searched_together(searchable(prepared.modules())):
         encodings = _encode_all(gm, calls, floats.observers)
     constants = Constants(gm.graph)
-    notes += _notes(gm, calls, encodings)
+    notes += [*_notes(gm, calls, encodings), *map(str, moved_biases(gm, calls, encodings, constants))]
     fake_values = FakeValueCache()
     for call in calls:
         encoding = encodings[str(call.target)]

@@ -27,6 +27,7 @@ from quant2e.observers.encodings import (
     PerTensorEncoding,
     RoundedConstant,
 )
+from quant2e.observers.straight_through import round_to_grid
 
 aten = torch.ops.aten
 
@@ -52,14 +53,8 @@ def _parameters(
 
 
 def round_at(gm: GraphModule, observer_call: Node, value: torch.Tensor, encoding: RoundedConstant, prefix: str) -> None:
-    """Replace an observed constant by ``round(value / scale) * scale``, ties to even; erases the call.
-
-    The quotient is rounded as ExecuTorch rounds a bias for XNNPACK: ``value * (1 / scale)`` in float32.
-    """
-    low, high = -(2**31), 2**31 - 1
-    scale = encoding.scale.to(value.device)
-    steps = torch.round(value.detach().float() * (1.0 / scale)).double().clamp(low, high)
-    rounded = (steps * scale.double()).to(value.dtype)
+    """Replace an observed constant by its values on the grid (`round_to_grid`); erases the call."""
+    rounded = round_to_grid(value.detach(), encoding.scale.to(value.device))
     replace(observer_call, emit_constant(gm, observer_call, f"{prefix}_on_grid", rounded))
 
 

@@ -17,7 +17,10 @@ from torch.fx import GraphModule, Node
 from quant2e.graph.attributes import attribute, register_tensor
 from quant2e.graph.fake_values import fake_mode, faked, value_of_call
 
-ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "seq_nr", "custom")
+NO_GRAD = "quant2e_no_grad"
+"""Metadata of what ``torch.no_grad()`` covered in the user's forward: True; False for ``enable_grad`` inside of it."""
+
+ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "seq_nr", "custom", NO_GRAD)
 """Metadata that says where a node came from, and what the user wrote on it: copied to the nodes made on its behalf."""
 
 FROM_NODE = "from_node"

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.errors import AnnotationError
 from quant2e.ranges.minmax import as_rows
 
@@ -71,6 +72,15 @@ def learned_fake_quantize(
     return _apply(_Learned, rows, scales, zeros, numbers, factor)
 
 
+def round_to_grid(x: Tensor, scale: Tensor) -> Tensor:
+    """The nearest multiples of ``scale`` that an int32 accumulator holds, ties to even; differentiable in ``x``.
+
+    ``scale``: one value, or one for each value of the last dimension. Quotients are rounded as ExecuTorch rounds a bias
+    for XNNPACK: ``x * (1 / scale)`` in float32. Same shape and dtype as ``x``.
+    """
+    return _apply(_Grid, x, scale)
+
+
 def _broadcast(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, group_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,6 +117,22 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None, None
+
+
+class _Grid(torch.autograd.Function):
+    """Straight through where the multiple fits int32, zero outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        low, high = INTEGER_BOUNDS[torch.int32]
+        steps = torch.round(x.to(torch.float32) * (1.0 / scale)).to(torch.float64)
+        ctx.save_for_backward((steps >= low) & (steps <= high))
+        return (steps.clamp(low, high) * scale.to(torch.float64)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None
 
 
 class _Learned(torch.autograd.Function):

@@ -173,14 +173,18 @@ def producer(norm: Node) -> Node | None:
     while isinstance(node, Node) and len(node.users) == 1 and isinstance(node.meta.get("val"), Tensor):
         rank = node.meta["val"].dim()
         if node.target in _MACS:
-            spatial = 0 if node.target in LINEAR else _weight_rank(node) - 2
-            channels = rank - 1 if node.target in LINEAR else rank - spatial - 1
-            return node if rank >= 2 and channels == axis else None
+            return node if rank >= 2 and channel_axis(node) == axis else None
         source = _axis_before(node, axis, rank)
         if source is None:
             return None
         axis, node = source, operand(node, "self")
     return None
+
+
+def channel_axis(mac: Node) -> int:
+    """Which axis of the result of a convolution, transposed convolution or linear is that of its channels."""
+    rank = int(mac.meta["val"].dim())
+    return rank - 1 if mac.target in LINEAR else rank - (_weight_rank(mac) - 2) - 1
 
 
 def _weight_rank(mac: Node) -> int:

@@ -1,14 +1,16 @@
-"""Batch norm in quantization-aware training: what is fake-quantized is the weight that will be deployed.
+"""Batch norm in quantization-aware training: what is trained is what will be deployed.
 
-    batch_norm(mac(x, w, b))  =  batch_norm(mac(x, w·s, 0) / s + b),      s = g / sqrt(v + eps)
+    batch_norm(mac(x, w, b))  =  mac(x, w·s, (b - m)·s + h)                in evaluation, s = g / sqrt(v + eps)
+                              =  batch_norm(mac(x, w·s, 0) / s + b)        in training
 
-so that a fake-quantizer of ``w·s`` sees the weight with the norm folded in, by its running statistics, while the norm
-itself still normalises by those of the batch (Jacob et al., arXiv:1712.05877, section 3.2; Krishnamoorthi,
-arXiv:1806.08342, section 3.2.2, with one pass over the data). `unfuse` is the way back, at conversion:
-``mac(x, w·s, (b - m)·s + h)``.
+In evaluation, and in training once statistics are frozen (`freeze_batch_norm`), the graph has the form that conversion
+writes: weight and bias are computed from the norm's parameters and running statistics, and fake-quantized. While the
+norm normalises by the statistics of the batch, a fake-quantizer still sees the weight that would be deployed (Jacob et
+al., arXiv:1712.05877, section 3.2; Krishnamoorthi, arXiv:1806.08342, section 3.2.2, with one pass over the data).
+`graph.captured.norm_forms` goes from the one to the other; `unfuse` makes the first final.
 
-Where ``g`` has zeros (residual branches are often initialised so) the division would have no result; there ``s`` is
-computed with ones in their place, and the norm multiplies by zero afterwards.
+Where ``s`` is zero (residual branches are often initialised so, and training can bring ``g`` there) the division would
+have no result: in training ``s`` is ``1 / sqrt(v + eps)`` there, and the norm multiplies by zero afterwards.
 """
 
 from __future__ import annotations
@@ -22,16 +24,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.attributes import attribute, free_path, replace_tensor
+from quant2e.graph.attributes import free_path, replace_tensor
+from quant2e.graph.captured.norm_forms import record_forms, set_form
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand, set_operand
-from quant2e.graph.edit import emit, emit_read, insert_call, set_origin, stands_for
+from quant2e.graph.edit import emit, emit_read, insert_call, stands_for
 from quant2e.graph.effects import aten
+from quant2e.graph.fake_values import node_tensor
 from quant2e.passes.fold_batch_norm import (
     FOLDED,
     GENERAL,
     LINEAR,
     TRANSPOSED,
+    channel_axis,
     label_of,
     producer,
 )
@@ -40,109 +45,262 @@ FUSED = "quant2e_fused_batch_norms"
 """Key in ``gm.meta`` of a prepared graph: the `FusedNorm` records of its rewritten batch norms."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrainableNorm:
+    """A batch norm with running statistics right behind an op with a constant weight, which nothing else reads.
+
+    ``result``: the node with the normalised result in the layout of the op: the norm, or the exchange of axes behind it
+    where another one stands in front of it (`norms_behind_products`).
+    """
+
+    mac: Node
+    norm: Node
+    result: Node
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FusedNorm:
     """One rewritten pair, by node names.
 
-    ``scaled``: the weight times ``s``. ``old_weight``, ``old_bias``: the operands before. ``unscaled``: the nodes that
-    undo the scaling behind ``mac``. ``bias_observer``: the submodule that will give the folded bias its encoding, if
-    any will.
+    ``scaled``, ``shifted``: weight and bias with the norm folded in. ``old_weight``, ``old_bias``: the operands before.
+    ``zero``: the bias in training, if there was one. ``factor``: the node that reads ``scale``, or ``safe``, which has
+    no zeros, in training; all None for a norm without scale. ``tail``: what stands behind ``mac`` in training, in
+    order, the first two undo the scaling. ``written``: all new nodes that read the old operands.
     """
 
     mac: str
     norm: str
     scaled: str
+    shifted: str
     old_weight: str
     old_bias: str | None
-    unscaled: tuple[str, ...]
-    bias_observer: str | None = None
+    zero: str | None
+    factor: tuple[str, str, str] | None
+    tail: tuple[str, ...]
+    written: frozenset[str]
 
 
-def trainable_norms(gm: GraphModule) -> Iterator[tuple[Node, Node]]:
-    """``(mac, norm)`` for every batch norm with running statistics that directly follows an op with a constant weight.
-
-    Nothing else reads the op's result. In training and in evaluation mode.
-    """
+def trainable_norms(gm: GraphModule) -> Iterator[TrainableNorm]:
+    """Every norm that can train as it will be deployed, in training and in evaluation mode."""
     norms = [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]
     constants = Constants(gm.graph) if norms else ()
     for norm in norms:
-        statistics = [operand(norm, name) for name in ("running_mean", "running_var")]
-        affine = [operand(norm, name) for name in ("weight", "bias")]
-        if not all(_is_attribute(node) for node in statistics):
+        if (mac := _product_before(norm, constants)) is None:
             continue
-        if not all(node is None or _is_attribute(node) for node in affine):
-            continue
-        mac = producer(norm)
-        if mac is None or mac is not operand(norm, "input"):
-            continue
-        weight, bias = operand(mac, "weight"), operand(mac, "bias")
-        if weight in constants and (bias is None or bias in constants):
-            yield mac, norm
+        if operand(norm, "input") is mac:
+            yield TrainableNorm(mac, norm, norm)
+        elif (result := _exchanged_back(norm, mac)) is not None:
+            yield TrainableNorm(mac, norm, result)
+
+
+def _product_before(norm: Node, constants: Any) -> Node | None:
+    """The op with a constant weight whose channels a norm with running statistics normalises."""
+    statistics = [operand(norm, name) for name in ("running_mean", "running_var")]
+    affine = [operand(norm, name) for name in ("weight", "bias")]
+    if not all(map(_is_attribute, statistics)) or not all(node is None or _is_attribute(node) for node in affine):
+        return None
+    mac = producer(norm)
+    if mac is None:
+        return None
+    weight, bias = operand(mac, "weight"), operand(mac, "bias")
+    return mac if weight in constants and (bias is None or bias in constants) else None
 
 
 def _is_attribute(node: Any) -> bool:
     return isinstance(node, Node) and node.op == "get_attr"
 
 
-def fuse(gm: GraphModule, pairs: Sequence[tuple[Node, Node]]) -> tuple[FusedNorm, ...]:
-    """Rewrite ``pairs`` of ``gm`` in place, and say what went where. Linear in their number.
+def _exchanged_back(norm: Node, mac: Node) -> Node | None:
+    """The node behind a norm that undoes the exchange of axes in front of it."""
+    before, users = operand(norm, "input"), list(norm.users)
+    if before.target is not aten.transpose.int or operand(before, "self") is not mac or len(users) != 1:
+        return None
+    rank = mac.meta["val"].dim()
+    axes = [
+        {operand(node, name) % rank for name in ("dim0", "dim1")}
+        for node in (before, *users)
+        if node.target is aten.transpose.int
+    ]
+    return users[0] if axes == [{1, channel_axis(mac)}] * 2 else None
 
-    A pair that is called twice has its weight scaled once. Values in ``meta["val"]`` are set where others look for
-    them.
+
+def norms_behind_products(gm: GraphModule) -> int:
+    """A pass, for training: norm(moves(mac(x)))  =  moves(swap(norm(swap(mac(x))))), where moves only move axes.
+
+    ``swap`` exchanges the axis of the channels with axis 1, where the norm wants them. Returns how many norms moved.
     """
-    made: dict[tuple[Any, ...], tuple[Node, Node]] = {}
+    norms = [node for node in gm.graph.nodes if node.target is aten.batch_norm.default]
+    constants = Constants(gm.graph) if norms else ()
+    count = 0
+    for norm in norms:
+        mac = _product_before(norm, constants)
+        if mac is None or operand(norm, "input") is mac or _exchanged_back(norm, mac) is not None:
+            continue
+        last = operand(norm, "input")
+        (first,) = mac.users
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            set_operand(norm, name, _before(gm, operand(norm, name), first))
+        norm.replace_all_uses_with(last)
+        axis, source = channel_axis(mac), mac
+        first.prepend(norm)
+        if axis != 1:
+            source = emit(norm, aten.transpose.int, mac, 1, axis)
+        set_operand(norm, "input", source)
+        norm.meta["val"] = source.meta["val"]
+        result = norm
+        if axis != 1:
+            result = insert_call(first, aten.transpose.int, (norm, 1, axis), value=mac.meta["val"], origin=norm)
+        first.replace_input_with(mac, result)
+        count += 1
+    return count
+
+
+def fuse(gm: GraphModule, pairs: Sequence[TrainableNorm]) -> tuple[FusedNorm, ...]:
+    """Write the form for evaluation of ``pairs`` into ``gm``, in place, and beside it what training needs.
+
+    What reads a norm's result reads its op's instead; a pair that is called twice is folded once. `begin` follows, when
+    the graph is complete. Linear in their number.
+    """
+    made: dict[tuple[Any, ...], _Folded] = {}
     with torch.no_grad():
-        return tuple(_fuse(gm, mac, norm, made) for mac, norm in pairs)
+        return tuple(_fuse(gm, pair, made) for pair in pairs)
 
 
-def _fuse(gm: GraphModule, mac: Node, norm: Node, made: dict[tuple[Any, ...], tuple[Node, Node]]) -> FusedNorm:
+@dataclass(frozen=True, slots=True)
+class _Folded:
+    """Nodes that a pair needs, and that pairs of the same parameters share."""
+
+    scaled: Node
+    shifted: Node
+    safe: Node
+    factor: tuple[Node, Node, Node] | None
+    nodes: tuple[Node, ...]
+
+
+def _fuse(gm: GraphModule, pair: TrainableNorm, made: dict[tuple[Any, ...], _Folded]) -> FusedNorm:
+    mac, norm, result = pair.mac, pair.norm, pair.result
     weight, bias = operand(mac, "weight"), operand(mac, "bias")
-    key = (weight, *(operand(norm, name) for name in ("weight", "running_var", "eps")), _layout(mac))
+    parameters = {name: _before(gm, operand(norm, name), mac) for name in _PARAMETERS}
+    for name, node in parameters.items():
+        set_operand(norm, name, node)
+    key = (weight, bias, *parameters.values(), operand(norm, "eps"), _layout(mac))
     if key not in made:
-        made[key] = _scale(gm, mac, norm, weight)
-    scaled, scale = made[key]
+        before = mac.prev
+        scale, safe = _scales(mac, norm)
+        scaled, factor = _scaled_weight(mac, weight, safe)
+        shifted = _shifted_bias(mac, norm, bias)
+        factors = None if scale is safe else (factor, safe, scale)
+        made[key] = _Folded(scaled, shifted, safe, factors, tuple(_between(before, mac)))
+    folded = made[key]
     zero = None if bias is None else emit(mac, aten.zeros_like.default, bias)
-    set_operand(mac, "weight", scaled)
-    value = mac.meta.get("val")
-    rank = value.dim() if isinstance(value, Tensor) else 2
-    along = [1, -1] + [1] * (rank - 2)
-    behind = mac.next
-    shaped = insert_call(behind, aten.reshape.default, (scale, along), origin=mac)
-    last = insert_call(behind, aten.div.Tensor, (mac, shaped), value=value, origin=mac)
-    unscaled: tuple[Node, ...] = (shaped, last)
-    if bias is not None:
-        set_operand(mac, "bias", zero)
-        shift = insert_call(behind, aten.reshape.default, (bias, along), origin=mac)
-        last = insert_call(behind, aten.add.Tensor, (last, shift), value=value, origin=mac)
-        unscaled = (*unscaled, shift, last)
-    norm.replace_input_with(mac, last)
+    result.replace_all_uses_with(mac)
+    tail = _tail(pair, folded.safe, bias)
+    set_operand(mac, "weight", folded.scaled)
+    set_operand(mac, "bias", folded.shifted)
+    written = (*folded.nodes, *tail, *(() if zero is None else (zero,)))
     return FusedNorm(
         mac=mac.name,
         norm=norm.name,
-        scaled=scaled.name,
+        scaled=folded.scaled.name,
+        shifted=folded.shifted.name,
         old_weight=weight.name,
         old_bias=None if bias is None else bias.name,
-        unscaled=tuple(node.name for node in unscaled),
+        zero=None if zero is None else zero.name,
+        factor=None if folded.factor is None else tuple(node.name for node in folded.factor),  # type: ignore[arg-type]
+        tail=tuple(node.name for node in tail),
+        written=frozenset(node.name for node in written),
     )
 
 
-def _scale(gm: GraphModule, mac: Node, norm: Node, weight: Node) -> tuple[Node, Node]:
-    """Nodes of ``w·s`` and of ``s``, in front of ``mac``."""
-    variance, gain = (_before(gm, operand(norm, name), mac) for name in ("running_var", "weight"))
-    assert variance is not None
+_PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _tail(pair: TrainableNorm, scale: Node, bias: Node | None) -> list[Node]:
+    """The nodes from the op to the result in training, right behind the op; until then they read no large tensor."""
+    mac, norm, value = pair.mac, pair.norm, pair.mac.meta.get("val")
+    along = [1] * (value.dim() if isinstance(value, Tensor) else 2)
+    along[channel_axis(mac)] = -1
+    behind = mac.next
+    shaped = insert_call(behind, aten.reshape.default, (scale, along), origin=mac)
+    last = insert_call(behind, aten.div.Tensor, (shaped, shaped), value=value, origin=mac)
+    tail = [shaped, last]
+    if bias is not None:
+        shift = insert_call(behind, aten.reshape.default, (bias, along), origin=mac)
+        last = insert_call(behind, aten.add.Tensor, (last, shift), value=value, origin=mac)
+        tail += [shift, last]
+    (operand(norm, "input") if pair.result is not norm else norm).replace_input_with(mac, last)
+    return [*tail, norm] if pair.result is norm else [*tail, operand(norm, "input"), norm, pair.result]
+
+
+def begin(gm: GraphModule, fused: Sequence[FusedNorm]) -> None:
+    """Give the norms of ``fused`` the form of their mode, in place, once observers are in the graph."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for record in fused:
+        mac, norm = nodes[record.mac], nodes[record.norm]
+        _put_behind(nodes[record.tail[-1]], mac, set(record.tail))
+        unscaled, shaped = nodes[record.tail[1]], nodes[record.tail[0]]
+        zero = None if record.zero is None else nodes[record.zero]
+        operands = [(mac, "bias", zero, operand(mac, "bias")), (unscaled, "self", mac, shaped)]
+        if record.factor is not None:
+            factor, safe, scale = (nodes[name] for name in record.factor)
+            operands.append((factor, "self", safe, scale))
+        record_forms(norm, mac, nodes[record.tail[-1]], operands)
+        set_form(norm, bool(operand(norm, "training")), nodes)
+    gm.recompile()
+
+
+def _put_behind(result: Node, mac: Node, tail: set[str]) -> None:
+    """Let what came to read the op's result, observers above all, stand behind what gives the result in training."""
+    early: dict[Node, None] = {}
+    for node in _between(mac, result):
+        if node.name not in tail and any(source is mac or source in early for source in node.all_input_nodes):
+            early[node] = None
+    for node in reversed(early):
+        result.append(node)
+
+
+def _scales(mac: Node, norm: Node) -> tuple[Node, Node]:
+    """``s``, in front of ``mac``, and the same without zeros."""
+    gain, variance = operand(norm, "weight"), operand(norm, "running_var")
     deviation = emit(mac, aten.sqrt.default, emit(mac, aten.add.Tensor, variance, operand(norm, "eps")))
+    inverse = emit(mac, aten.reciprocal.default, deviation)
     if gain is None:
-        scale = emit(mac, aten.reciprocal.default, deviation)
-    else:
-        if bool((attribute(gm, str(gain.target)) == 0).any()):
-            gain = emit(mac, aten.where.ScalarSelf, emit(mac, aten.eq.Scalar, gain, 0), 1.0, gain)
-        scale = emit(mac, aten.div.Tensor, gain, deviation)
+        return inverse, inverse
+    scale = emit(mac, aten.div.Tensor, gain, deviation)
+    return scale, emit(mac, aten.where.self, emit(mac, aten.eq.Scalar, scale, 0), inverse, scale)
+
+
+def _scaled_weight(mac: Node, weight: Node, scale: Node) -> tuple[Node, Node]:
+    """Nodes of ``w·s``, in front of ``mac``, and of what reads ``s`` for it."""
     shape, view = _weight_shape(mac)
     factor = emit(mac, aten.reshape.default, scale, shape)
     if view is None:
-        return emit(mac, aten.mul.Tensor, weight, factor), scale
+        return emit(mac, aten.mul.Tensor, weight, factor), factor
     grouped = emit(mac, aten.mul.Tensor, emit(mac, aten.reshape.default, weight, view), factor)
-    return emit(mac, aten.reshape.default, grouped, list(_sizes(mac))), scale
+    return emit(mac, aten.reshape.default, grouped, list(_sizes(mac))), factor
+
+
+def _shifted_bias(mac: Node, norm: Node, bias: Node | None) -> Node:
+    """``(b - m)·s + h`` in front of ``mac``, in the order of ``torch.nn.utils.fusion``."""
+    gain, shift, mean, variance = (operand(norm, name) for name in _PARAMETERS)
+    moved = emit(mac, aten.neg.default, mean) if bias is None else emit(mac, aten.sub.Tensor, bias, mean)
+    inverse = emit(mac, aten.rsqrt.default, emit(mac, aten.add.Tensor, variance, operand(norm, "eps")))
+    moved = emit(mac, aten.mul.Tensor, moved, inverse)
+    if gain is not None:
+        moved = emit(mac, aten.mul.Tensor, moved, gain)
+    if shift is not None:
+        moved = emit(mac, aten.add.Tensor, moved, shift)
+    result, wanted = node_tensor(moved), node_tensor(operand(mac, "weight") if bias is None else bias)
+    if result is not None and wanted is not None and result.dtype != wanted.dtype:
+        moved = emit(mac, aten.to.dtype, moved, wanted.dtype)
+    return moved
 
 
 def _layout(mac: Node) -> tuple[bool, int]:
@@ -181,107 +339,56 @@ def _before(gm: GraphModule, node: Node | None, place: Node) -> Node | None:
     return read
 
 
-# ---------------------------------------------------------------- the way back
+# ---------------------------------------------------------------- conversion
 
 
 def unfuse(gm: GraphModule, fused: Sequence[FusedNorm]) -> None:
-    """Fold the norms of ``fused`` into their ops by the running statistics, in place. Observers of weights stay in
-    place.
+    """Make the form for evaluation, in which the graph is, the only one: folded weights and biases become constants.
 
-    Raises `Quant2eError` when nodes that `fuse` wrote are gone.
+    They are computed by the nodes of the graph, so they are the very numbers of ``prepared.eval()``. Observers stay in
+    place; what nothing reads any more is left to dead code elimination.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
     folded: dict[str, Node] = {}
     with torch.inference_mode(False), torch.no_grad():
         for record in fused:
-            missing = [n for n in (record.mac, record.norm, record.scaled, *record.unscaled) if n not in nodes]
-            if missing:
+            needed = (record.mac, record.scaled, record.shifted, *record.tail)
+            if (gone := next((name for name in needed if name not in nodes), None)) is not None:
                 raise Quant2eError(
-                    f"the prepared graph was edited: '{missing[0]}', with which '{record.mac}' trains its batch norm "
+                    f"the prepared graph was edited: '{gone}', with which '{record.mac}' trains its batch norm "
                     f"'{record.norm}', is gone. Convert the graph as prepare_qat_pt2e made it, trained or not."
                 )
-            _unfuse(gm, record, nodes, folded)
+            for role, name in (("weight", record.scaled), ("bias", record.shifted)):
+                if name not in folded:
+                    alike = [r for r in fused if name in (r.scaled, r.shifted)]
+                    folded[name] = _make_constant(gm, record, role, nodes, alike)
+        for record in fused:
+            for name in reversed(record.tail):
+                gm.graph.erase_node(nodes[name])
+            mac = nodes[record.mac]
+            mac.meta[FOLDED] = [*mac.meta.get(FOLDED, ()), record.norm]
 
 
-def _unfuse(gm: GraphModule, record: FusedNorm, nodes: Mapping[str, Node], folded: dict[str, Node]) -> None:
-    mac, norm, scaled, weight = (nodes[name] for name in (record.mac, record.norm, record.scaled, record.old_weight))
-    bias = None if record.old_bias is None else nodes[record.old_bias]
-    values: dict[str, Any] = {
-        name: None if node is None else evaluate(gm, node).detach()
-        for name, node in (
-            ("w", weight),
-            ("b", bias),
-            *((name, operand(norm, name)) for name in ("weight", "bias", "running_mean", "running_var")),
-        )
-    }
-    if record.scaled not in folded:
-        # The very operations of the graph: the integers are those that were trained with.
-        deviation = torch.sqrt(values["running_var"] + operand(norm, "eps"))
-        scale = torch.reciprocal(deviation) if values["weight"] is None else values["weight"] / deviation
-        tensor = _scaled_weight(mac, values["w"], scale)
-        folded[record.scaled] = _place(gm, weight, weight, norm, mac, "weight", tensor, {scaled}, scaled)
-        scaled.replace_all_uses_with(folded[record.scaled])
-    readers = {nodes[name] for name in record.unscaled} | set(mac.all_input_nodes)
-    tensor = _folded_bias(values, operand(norm, "eps"))
-    moved = _place(gm, bias, weight, norm, mac, "bias", tensor, readers, mac)
-    if record.bias_observer is not None:
-        with gm.graph.inserting_before(mac):
-            observed = gm.graph.call_module(record.bias_observer, (moved,))
-        set_origin(observed, mac, value=moved.meta.get("val"))
-        moved = observed
-    set_operand(mac, "bias", moved)
-    norm.replace_all_uses_with(mac)
-    gm.graph.erase_node(norm)
-    for name in reversed(record.unscaled):
-        gm.graph.erase_node(nodes[name])
-    mac.meta[FOLDED] = [*mac.meta.get(FOLDED, ()), norm.name]
-
-
-def _scaled_weight(mac: Node, weight: Tensor, scale: Tensor) -> Tensor:
-    transposed, groups = _layout(mac)
-    kernel = [1] * (weight.dim() - 2)
-    if not transposed:
-        return weight * scale.reshape([-1, 1, *kernel])
-    if groups == 1:
-        return weight * scale.reshape([1, -1, *kernel])
-    view = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    return (view * scale.reshape([groups, 1, weight.shape[1], *kernel])).reshape(weight.shape)
-
-
-def _folded_bias(values: Mapping[str, Any], eps: float) -> Tensor:
-    """``(b - m)·s + h``, in the order of ``torch.nn.utils.fusion``."""
-    mean, var = values["running_mean"], values["running_var"]
-    bias = torch.zeros_like(mean) if values["b"] is None else values["b"]
-    gain = torch.ones_like(mean) if values["weight"] is None else values["weight"]
-    shift = torch.zeros_like(mean) if values["bias"] is None else values["bias"]
-    moved: Tensor = (bias - mean) * torch.rsqrt(var + eps) * gain + shift
-    return moved.to(mean.dtype if values["b"] is None else bias.dtype)
-
-
-def _place(
-    gm: GraphModule,
-    old: Node | None,
-    weight: Node,
-    norm: Node,
-    mac: Node,
-    role: str,
-    tensor: Tensor,
-    readers: set[Node],
-    before: Node,
+def _make_constant(
+    gm: GraphModule, record: FusedNorm, role: str, nodes: Mapping[str, Node], alike: Sequence[FusedNorm]
 ) -> Node:
-    """Register a folded tensor, under the path of the old one where ``readers`` are all that reads it;
-    a node for it.
-    """
+    """A parameter in place of a computed weight or bias; under the path of the old one, where nothing else reads it."""
+    computed = nodes[record.scaled if role == "weight" else record.shifted]
+    weight, mac = nodes[record.old_weight], nodes[record.mac]
+    old = weight if role == "weight" else None if record.old_bias is None else nodes[record.old_bias]
+    tensor = evaluate(gm, computed).detach()
     path = None
     if old is not None and old.op == "get_attr":
-        alike = list(gm.graph.find_nodes(op="get_attr", target=old.target))
-        if alike == [old] and readers.issuperset(old.users):
-            path = str(old.target)
-        else:
-            path = free_path(gm, f"{old.target}_{label_of(norm)}")
+        readers = {nodes[name] for other in alike for name in other.written}
+        alone = list(gm.graph.find_nodes(op="get_attr", target=old.target)) == [old]
+        path = str(old.target)
+        if not alone or not readers.issuperset(old.users):
+            path = free_path(gm, f"{path}_{label_of(nodes[record.norm])}")
     elif weight.op == "get_attr":
         path = free_path(gm, (str(weight.target).rpartition(".")[0] + f".{role}").removeprefix("."))
     if path is None:
         path = free_path(gm, f"{mac.name}_{role}")
     replace_tensor(gm, path, torch.nn.Parameter(tensor, requires_grad=False))
-    return emit_read(gm, before, path, origin=mac)
+    read = emit_read(gm, computed, path, origin=mac)
+    computed.replace_all_uses_with(read)
+    return read

@@ -11,44 +11,23 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError
 from quant2e.graph.attributes import first_free
-from quant2e.graph.edit import set_origin, stands_for
+from quant2e.graph.edit import NO_GRAD, set_origin, stands_for
 from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.derived import DerivedFakeQuantize, DerivedObserver, is_fake_quantizer
 from quant2e.observers.fake_quant import FixedQParamsFakeQuantize
 from quant2e.observers.measuring import FixedQParamsObserver
-
-
-class DerivedObserver(nn.Module):
-    """Parameters computed from those of other observers. Observes nothing itself."""
-
-    def __init__(self, spec: DerivedFrom, sources: Sequence[nn.Module]) -> None:
-        super().__init__()
-        # A plain list: the sources are already registered under their own names.
-        self.sources = list(sources)
-        self.derive = spec.derive
-        self.dtype = spec.dtype
-        self.quant_min, self.quant_max = spec.quant_min, spec.quant_max
-        self.qscheme, self.ch_axis = spec.qscheme, spec.ch_axis
-        self.is_dynamic = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """``(scale, zero_point)`` from the sources' observers, by the author's function."""
-        scale, zero_point = self.derive(self.sources)
-        return scale, zero_point
 
 
 def _constructor_arguments(spec: Any) -> dict[str, Any]:
@@ -90,7 +69,8 @@ def _make_plain(spec: Any, points: Sequence[Point]) -> nn.Module:
 def make_observers(plan: Plan, *, training: bool = False) -> list[nn.Module]:
     """One observer per group of the plan, in its order. Sources of derived groups are made first.
 
-    ``training``: parameters known in advance are fake-quantized with, as in PT2E.
+    ``training``: parameters known in advance are fake-quantized with, as in PT2E, and so are derived ones where their
+    sources fake-quantize.
     """
     made: dict[int, nn.Module] = {}
     pending = list(reversed(range(len(plan.groups))))
@@ -111,7 +91,8 @@ def make_observers(plan: Plan, *, training: bool = False) -> list[nn.Module]:
 def _make(group: Group, sources: list[nn.Module], training: bool) -> nn.Module:
     spec = group.spec
     if isinstance(spec, DerivedFrom):
-        return DerivedObserver(spec, sources)
+        rounds = training and all(map(is_fake_quantizer, sources))
+        return (DerivedFakeQuantize if rounds else DerivedObserver)(spec, sources)
     if hasattr(spec, "observer_or_fake_quant_ctr"):
         return _make_plain(spec, group.points)
     fixed = FixedQParamsObserver.with_args(
@@ -135,20 +116,24 @@ class _Inserter:
         self.names: dict[int, str] = {}
         self._first_op = next((n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr")), None)
 
-    def insert(self, after: Node, group: int, origin: Node) -> Node:
+    def insert(self, after: Node, group: int, origin: Node, *, before: Node | None = None) -> Node:
+        """Observe ``after``, right behind it or right in front of ``before``."""
         graph = self._gm.graph
-        name = self.register(group)
-        if after.op == "placeholder" and self._first_op is not None:
+        name = self._register(group)
+        if before is not None:
+            place = graph.inserting_before(before)
+        elif after.op == "placeholder" and self._first_op is not None:
             place = graph.inserting_before(self._first_op)
         else:
             place = graph.inserting_after(after)
         with place:
             call = graph.call_module(name, (after,))
         set_origin(call, origin, value=after.meta.get("val"))
+        call.meta.pop(NO_GRAD, None)  # what it hands on may be read outside of the region, too
         stands_for(call, after)
         return call
 
-    def register(self, group: int) -> str:
+    def _register(self, group: int) -> str:
         """The name of a group's observer, which becomes a submodule when it has none yet."""
         if group not in self.names:
             # The same instance may stand for several groups when a quantizer's callback merged them.
@@ -159,47 +144,45 @@ class _Inserter:
         return self.names[group]
 
 
-def observe(
-    gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module], *, uncalled: Collection[int] = ()
-) -> dict[int, str]:
+def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> dict[int, str]:
     """Insert an observer call for every group at every tensor it is used on. Changes ``gm`` in place.
 
-    ``observers``: group index → observer; a group that is missing stays float. ``uncalled``: groups whose observer
-    becomes a submodule and is called nowhere. Returns the name under which each group's observer is registered.
+    ``observers``: group index → observer; a group that is missing stays float. Derived parameters are those of other
+    operands of a consumer, so their call stands right in front of it, behind those. Returns the name under which each
+    group's observer is registered.
     """
     nodes = list(gm.graph.nodes)
     named = {node.name: node for node in nodes}
     inserter = _Inserter(gm, observers)
-    called = {index for index in observers if index not in uncalled}
     head = dict(named)
     on_edge: dict[tuple[str, int], Node] = {}
     own = {
         point.node: index
         for index, group in enumerate(plan.groups)
-        if index in called
+        if index in observers
         for point in group.points
         if isinstance(point, Output)
     }
     edges: dict[str, list[tuple[Node, int]]] = defaultdict(list)
     for index, group in enumerate(plan.groups):
         for point in group.points:
-            if isinstance(point, Edge) and index in called and own.get(point.src) != index:
+            if isinstance(point, Edge) and index in observers and own.get(point.src) != index:
                 edges[point.dst].append((named[point.src], index))
+    derived = {index for index in observers if isinstance(plan.groups[index].spec, DerivedFrom)}
     for node in nodes:
         order = {src: i for i, src in enumerate(_sources(node))} if node.name in edges else {}
         for src, index in sorted(edges[node.name], key=lambda pair: order.get(pair[0].name, 0)):
             key = (src.name, index)
             if key not in on_edge:
                 origin = node if src.op in ("get_attr", "placeholder") else src
-                on_edge[key] = inserter.insert(head[src.name], index, origin)
+                before = node if index in derived else None
+                on_edge[key] = inserter.insert(head[src.name], index, origin, before=before)
             node.replace_input_with(head[src.name], on_edge[key])
         if node.name in own:
             users = list(node.users)
             head[node.name] = inserter.insert(node, own[node.name], node)
             for user in users:
                 user.replace_input_with(node, head[node.name])
-    for index in uncalled:
-        inserter.register(index)
     gm.recompile()
     return dict(inserter.names)
 

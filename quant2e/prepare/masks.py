@@ -33,9 +33,7 @@ def watch_sentinels(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Modu
             continue
         wanted: Marks = {}
         for point in plan.groups[index].points:
-            node = named.get(point.dst if isinstance(point, Edge) else point.node)
-            if node is None:
-                continue  # the bias of a norm in training, which exists once that is folded
+            node = named[point.dst if isinstance(point, Edge) else point.node]
             own = asked.get(node, {})
             if isinstance(point, Edge):
                 own = _all(part for source, part in asked_of(node, own) if source.name == point.src)

@@ -16,7 +16,7 @@ from quant2e.annotation.plan import Edge, Group, Output, Plan, Point
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import EdgeOrNode, QuantizationSpec
 from quant2e.errors import AnnotationError, PlanError
-from quant2e.prepare.insert_observers import DerivedObserver
+from quant2e.observers.derived import DerivedObserver
 
 
 def call_back(

@@ -21,13 +21,15 @@ from quant2e.graph.captured.capture import as_graph_module
 from quant2e.graph.captured.inline_regions import opaque_regions
 from quant2e.graph.captured.modes import check_eval
 from quant2e.graph.captured.module import CapturedModule, copy_graph
+from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.derived import DerivedFakeQuantize
 from quant2e.passes import run
 from quant2e.passes.fold_batch_norm import fold_batch_norm
-from quant2e.passes.train_batch_norm import FUSED
+from quant2e.passes.train_batch_norm import FUSED, begin, norms_behind_products
 from quant2e.prepare.insert_observers import make_observers, observe
 from quant2e.prepare.masks import watch_sentinels
 from quant2e.prepare.observer_callback import call_back
@@ -77,9 +79,9 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, trai
     if RECORD_KEY in gm.meta:  # converted before: the annotations of that time are about other nodes
         for node in gm.graph.nodes:
             node.meta.pop(ANNOTATION, None)
+    set_all_detached(gm, False)  # quantizers look across the borders of regions without gradients
     ops, float_bytes, inputs = list_float_ops(gm), tensor_bytes(gm), own.inputs
-    if not training:
-        run(gm, (fold_batch_norm,), compiled=False)
+    run(gm, (norms_behind_products if training else fold_batch_norm,), compiled=False)
     gm = _annotate(gm, quantizer)
     plan = read_plan(gm)  # before a copy: annotations refer to nodes, the plan to names
     if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one
@@ -100,12 +102,14 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, trai
     for observer in observers.values():
         observer.to(device)
     watch_sentinels(gm, plan, observers)
-    _observe_constants(gm, plan, observers, constants | trained.scaled(gm))
-    names = observe(gm, plan, observers, uncalled=trained.uncalled)
+    _observe_constants(gm, plan, observers, constants | trained.computed(gm))
+    names = observe(gm, plan, observers)
     if training:
+        begin(gm, trained.fused)
         ready_to_learn(observers)
         report = training_report(report, trained)
-        gm.meta[FUSED] = trained.records(names)
+        gm.meta[FUSED] = trained.fused
+        set_all_detached(gm, gm.training)
     gm.meta[RECORD_KEY] = GraphRecord(plan, tuple(names.get(i, "") for i in range(len(plan.groups))), report)
     return gm
 
@@ -167,6 +171,8 @@ def _observe_constants(
     for index, observer in observers.items():
         group = plan.groups[index]
         tensors = dict.fromkeys(point.tensor for point in group.points)
+        if isinstance(observer, DerivedFakeQuantize):
+            observer.of_constant = all(name in fixed for name in tensors)
         if isinstance(group.spec, DerivedFrom) or getattr(group.spec, "is_dynamic", False):
             continue
         with torch.no_grad():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,16 +19,17 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.errors import CaptureError, where
 from quant2e.graph.captured.modes import set_training, training_nodes
+from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand
 from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.derived import DerivedObserver, is_fake_quantizer
 from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.observers.learned_fake_quant import LearnableFakeQuantize
 from quant2e.passes import run
 from quant2e.passes.dead_code import remove_dead_code
 from quant2e.passes.fold_batch_norm import fold_batch_norm
-from quant2e.passes.train_batch_norm import FUSED, FusedNorm, fuse, trainable_norms, unfuse
-from quant2e.prepare.insert_observers import DerivedObserver
+from quant2e.passes.train_batch_norm import FUSED, FusedNorm, TrainableNorm, fuse, trainable_norms, unfuse
 from quant2e.report.report import FOLDED, Report
 
 
@@ -38,23 +40,11 @@ class Trained:
     plan: Plan
     observers: Mapping[int, nn.Module]
     fused: tuple[FusedNorm, ...] = ()
-    biases: Mapping[str, int] = field(default_factory=dict)
-    """Norm → the group of the bias that it will be folded into."""
 
-    @property
-    def uncalled(self) -> frozenset[int]:
-        """Groups of biases, which exist only once the norms are folded."""
-        return frozenset(self.biases.values())
-
-    def scaled(self, gm: GraphModule) -> frozenset[Node]:
-        """Nodes of the weights that are fake-quantized, which depend on parameters and statistics only."""
-        names = {record.scaled for record in self.fused}
+    def computed(self, gm: GraphModule) -> frozenset[Node]:
+        """Nodes of the folded weights and biases, which depend on parameters and statistics only."""
+        names = {name for record in self.fused for name in (record.scaled, record.shifted)}
         return frozenset(node for node in gm.graph.nodes if node.name in names) if names else frozenset()
-
-    def records(self, names: Mapping[int, str]) -> tuple[FusedNorm, ...]:
-        """The records with ``names``, under which the observers of their biases are registered."""
-        found = {norm: names[index] for norm, index in self.biases.items()}
-        return tuple(replace(record, bias_observer=found.get(record.norm)) for record in self.fused)
 
 
 def train_through_norms(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> Trained:
@@ -62,43 +52,52 @@ def train_through_norms(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.
 
     Left alone: a norm behind an op whose weight stays float, or whose own output is quantized before the norm.
     """
-    pairs = [(mac, norm) for mac, norm in trainable_norms(gm) if _belongs(mac, norm, plan)]
+    pairs = [pair for pair in trainable_norms(gm) if _belongs(pair, plan)]
+    shifts = [operand(pair.norm, "bias") for pair in pairs]
+    readers = {pair.result.name: list(pair.result.users) for pair in pairs}
     fused = fuse(gm, pairs)
-    biases = {}
     moves: dict[Point, Point] = {}
-    for record, (mac, norm) in zip(fused, pairs, strict=True):
-        moves[Edge(record.old_weight, mac.name)] = Edge(record.scaled, mac.name)
+    for record, pair, shift in zip(fused, pairs, shifts, strict=True):
+        moves[Edge(record.old_weight, record.mac)] = Edge(record.scaled, record.mac)
         moves[Output(record.old_weight)] = Output(record.scaled)
-        shift = operand(norm, "bias")
-        candidates = [Edge(record.old_bias, mac.name)] if record.old_bias is not None else []
-        candidates += [Edge(shift.name, norm.name)] if shift is not None else []
-        if (point := next((p for p in candidates if p in plan), None)) is not None:
-            biases[record.norm] = point
-    plan, observers = _moved(plan, observers, moves, frozenset(biases.values()))
-    groups = {norm: plan.group_of(point) for norm, point in biases.items()}
-    return Trained(plan, observers, fused, {norm: i for norm, i in groups.items() if i is not None and i in observers})
+        candidates = [Edge(record.old_bias, record.mac)] if record.old_bias is not None else []
+        candidates += [Edge(shift.name, record.norm)] if shift is not None else []
+        if (bias := next((point for point in candidates if point in plan), None)) is not None:
+            moves[bias] = Edge(record.shifted, record.mac)
+        result = pair.result.name
+        moves[Output(result)] = Output(record.mac)
+        moves |= {Edge(result, reader.name): Edge(record.mac, reader.name) for reader in readers[result]}
+    computed = frozenset(name for record in fused for name in (record.scaled, record.shifted))
+    plan, observers = _moved(plan, observers, moves, computed)
+    return Trained(plan, observers, fused)
 
 
-def _belongs(mac: Node, norm: Node, plan: Plan) -> bool:
-    weight = operand(mac, "weight")
-    own = Edge(weight.name, mac.name) in plan or (Output(weight.name) in plan and len(weight.users) == 1)
-    return own and Output(mac.name) not in plan and Edge(mac.name, norm.name) not in plan
+def _belongs(pair: TrainableNorm, plan: Plan) -> bool:
+    weight, between = operand(pair.mac, "weight"), [pair.mac]
+    while between[-1] is not pair.result:
+        between += between[-1].users
+    own = Edge(weight.name, pair.mac.name) in plan or (Output(weight.name) in plan and len(weight.users) == 1)
+    inside: list[Point] = [
+        *(Output(node.name) for node in between[:-1]),
+        *(Edge(a.name, b.name) for a, b in pairwise(between)),
+    ]
+    return own and not any(point in plan for point in inside)
 
 
 def _moved(
-    plan: Plan, observers: Mapping[int, nn.Module], moves: Mapping[Point, Point], alone: frozenset[Point]
+    plan: Plan, observers: Mapping[int, nn.Module], moves: Mapping[Point, Point], computed: frozenset[str]
 ) -> tuple[Plan, Mapping[int, nn.Module]]:
-    """``plan`` with its points moved. What was one tensor and is several now gets a group, and an observer, for
-    each.
+    """``plan`` with its points moved. What was one tensor and is several ``computed`` ones now gets a group, and an
+    observer, for each.
     """
     groups: list[Group] = []
     made: dict[int, nn.Module] = {}
     extra: list[tuple[Group, nn.Module]] = []
     for index, group in enumerate(plan.groups):
-        parts: dict[Any, list[Point]] = {}
+        parts: dict[str, list[Point]] = {}
         for point in group.points:
             new = moves.get(point, point)
-            parts.setdefault((new.tensor if new is not point else "", point in alone and point), []).append(new)
+            parts.setdefault(new.tensor if new.tensor in computed else "", []).append(new)
         first, *others = parts.values()
         spec = group.spec
         if isinstance(spec, DerivedFrom):
@@ -134,16 +133,11 @@ def training_report(report: Report, trained: Trained) -> Report:
         for v in report.verdicts
     )
     notes = []
-    if not any(isinstance(observer, FakeQuantizeBase) or _fakes(observer) for observer in trained.observers.values()):
+    if not any(map(is_fake_quantizer, trained.observers.values())):
         notes.append(
             "WARNING: nothing is fake-quantized, so training is float training; use a configuration with is_qat=True"
         )
     return replace(report, verdicts=verdicts).with_notes(notes)
-
-
-def _fakes(observer: Any) -> bool:
-    """Another library's fake-quantizer, by its shape."""
-    return hasattr(observer, "fake_quant_enabled")
 
 
 # ---------------------------------------------------------------- conversion
@@ -165,6 +159,7 @@ def end_training(gm: GraphModule) -> list[str]:
             "conversion makes the model that is deployed, and this one is in training mode: call "
             f"prepared.eval(), or move_exported_model_to_eval(prepared), first. In training mode:\n{listed}{more}"
         )
+    set_all_detached(gm, False)
     for module in gm.modules():
         module.training = False
         if isinstance(module, GraphModule):
@@ -188,6 +183,7 @@ def _measure_again(gm: GraphModule) -> None:
     for call in gm.graph.nodes:
         if call.op == "call_module" and str(call.target).startswith(OBSERVER_PREFIX):
             seen.setdefault(str(call.target), []).append(call.all_input_nodes[0])
+    exchanged: dict[nn.Module, nn.Module] = {}
     for name, tensors in seen.items():
         observer: Any = gm.get_submodule(name)
         plain = callable(getattr(observer, "reset_min_max_vals", None)) and not isinstance(observer, FakeQuantizeBase)
@@ -200,3 +196,7 @@ def _measure_again(gm: GraphModule) -> None:
             for tensor in tensors:
                 fresh(evaluate(gm, tensor))
         setattr(gm, name, fresh)
+        exchanged[observer] = fresh
+    for observer in gm.modules():
+        if isinstance(observer, DerivedObserver):
+            observer.sources = [exchanged.get(source, source) for source in observer.sources]

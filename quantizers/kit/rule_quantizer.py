@@ -98,9 +98,8 @@ class RuleQuantizer(Quantizer):
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Annotate all matches."""
-        self._folded = {
-            norm: op for op, norm in trainable_norms(model) if ANNOTATION not in op.meta and ANNOTATION not in norm.meta
-        }
+        pairs = [(pair.result, pair.mac) for pair in trainable_norms(model)]
+        self._folded = {norm: op for norm, op in pairs if ANNOTATION not in op.meta and ANNOTATION not in norm.meta}
         run = _Pass(self, model, self._folded)
         self._why, self.trials = run.run(), run.trials
         return model

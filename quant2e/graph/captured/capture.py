@@ -26,6 +26,7 @@ from quant2e.graph.captured.inline_regions import inline_regions
 from quant2e.graph.captured.inputs import distinct, read_inputs
 from quant2e.graph.captured.modes import is_training_graph
 from quant2e.graph.captured.module import CapturedModule, copy_graph
+from quant2e.graph.captured.no_grad import set_all_detached
 
 _DIALECTS = ("TRAINING", "ATEN")
 _NOISE = ("Caused by:", "For ", "If you suspect", "The error above occurred")
@@ -62,7 +63,8 @@ def capture(
     if not isinstance(model, Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}: give an nn.Module, whose forward is captured")
     _check_signature(model, args, keywords)
-    with _untouched(model):
+    # With gradients, whatever the caller's mode: where there are none, export does not see who switches them off.
+    with _untouched(model), torch.inference_mode(False), torch.enable_grad():
         try:
             args, keywords = distinct(args, keywords)
             program = torch.export.export(model, args, keywords, dynamic_shapes=dynamic_shapes)
@@ -109,10 +111,10 @@ def is_captured(model: Any) -> bool:
 
 def _own(gm: GraphModule, compiled: bool = True) -> CapturedModule:
     captured = copy_graph(gm, compiled=False)
+    inline_regions(captured)
     if not isinstance(gm, CapturedModule):
         captured.inputs = read_inputs(gm)
         _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
-    inline_regions(captured)
     captured.graph.lint()
     if compiled:
         captured.recompile()
@@ -122,6 +124,7 @@ def _own(gm: GraphModule, compiled: bool = True) -> CapturedModule:
 def _set_flags(captured: CapturedModule, training: bool) -> None:
     for module in captured.modules():
         module.training = training
+    set_all_detached(captured, training)
 
 
 def _not_aten(gm: GraphModule, node: Node) -> str | None:

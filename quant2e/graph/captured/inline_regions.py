@@ -4,11 +4,13 @@ wrap_with_set_grad_enabled(_, body, *x)            =  body(*x)
 wrap_with_autocast(_, _, False, _, body, *x)       =  body(*x)   outside of an enabled autocast region
 
 ``torch.no_grad()`` in a forward is exported as the first: a call that hides every op of the region from a quantizer.
+What is inlined from there is marked (`NO_GRAD`), and stays without gradients in training: `graph.captured.no_grad`.
 A region under enabled autocast computes in another dtype, so it stays, as do the bodies of control flow.
 """
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator
 
@@ -19,6 +21,7 @@ from torch.fx.node import Argument, map_arg
 
 from quant2e.errors import PassError, where
 from quant2e.graph.attributes import attribute, free_path
+from quant2e.graph.edit import NO_GRAD
 from quant2e.graph.effects import subgraphs
 
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -81,8 +84,10 @@ def _rebuild(gm: GraphModule, regions: dict[Node, tuple[Node, tuple[Argument, ..
             continue
         if node in regions:
             body, operands = regions[node]
-            module = getattr(gm, str(body.target))
+            module, last = getattr(gm, str(body.target)), next(iter(reversed(graph.nodes)), None)
             results[node] = _copy_body(gm, module, [map_arg(x, new.__getitem__) for x in operands], graph)
+            if node.target is _GRAD:
+                _mark(graph, last, not node.args[0])
         elif node.target is operator.getitem and node.args[0] in results:
             new[node] = results[node.args[0]][node.args[1]]
         elif any(operand in results for operand in node.all_input_nodes):
@@ -109,6 +114,13 @@ def _copy_body(gm: GraphModule, body: GraphModule, operands: list[Argument], gra
                 copied.target = _adopt(gm, body, str(node.target))
             new[node] = copied
     return []
+
+
+def _mark(graph: Graph, before: Node | None, no_grad: bool) -> None:
+    """Note on the last nodes of ``graph``, up to ``before``, that they came from a grad-mode region."""
+    for node in itertools.takewhile(lambda node: node is not before, reversed(graph.nodes)):
+        if node.op != "get_attr":
+            node.meta.setdefault(NO_GRAD, no_grad)  # an inner region has had its say
 
 
 def _adopt(gm: GraphModule, body: GraphModule, path: str) -> str:

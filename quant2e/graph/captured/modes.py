@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch.fx import Graph, GraphModule, Node
 
 from quant2e.errors import CaptureError, Quant2eError, where
+from quant2e.graph.captured.norm_forms import has_forms, set_form
 from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.edit import set_origin
 from quant2e.graph.effects import BATCH_NORMS, aten, flag_of, trains
@@ -36,7 +37,9 @@ def set_training(graph: Graph, mode: bool) -> bool:
     """
     changed = False
     counts: dict[str, Node] = {}
-    for node in list(graph.nodes):
+    nodes = list(graph.nodes)
+    named = {node.name: node for node in nodes}
+    for node in nodes:
         if (path := _counted(node)) is not None:
             counts[path] = node
             continue
@@ -48,6 +51,8 @@ def set_training(graph: Graph, mode: bool) -> bool:
             continue
         set_operand(node, name, wanted)
         changed = True
+        if has_forms(node):
+            set_form(node, wanted, named)
         if (path := _count_path(node)) is not None:
             if wanted:
                 if (increment := _restore_count(node, path, counts.get(path))) is not None:

@@ -15,6 +15,7 @@ from torch.nn import Module
 from quant2e.errors import CaptureError
 from quant2e.graph.captured.inputs import Inputs, guard_calls, read_inputs
 from quant2e.graph.captured.modes import set_training
+from quant2e.graph.captured.no_grad import set_detached
 from quant2e.graph.captured.serialized import GraphState, graph_from_state, graph_state
 
 _MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
@@ -77,7 +78,8 @@ class CapturedModule(GraphModule):
 
     def train(self, mode: bool = True) -> CapturedModule:
         """Switch to training (or evaluation) mode, in place: the flag, and the literals of the graph."""
-        if set_training(self.graph, mode):
+        detached, switched = set_detached(self.graph, mode), set_training(self.graph, mode)
+        if detached or switched:
             self.recompile()
         super().train(mode)
         return self
@@ -171,6 +173,7 @@ def _copy(
     new = CapturedModule({}, Graph()) if compiled else _uncompiled()
     memo[id(gm)] = new
     _fill(gm, new, leaf, memo)
+    _relink(new, memo)
     for name, value in vars(gm).items():
         if name not in _MACHINERY:
             new.__dict__[name] = leaf(value) if name != "inputs" else value
@@ -217,6 +220,14 @@ def _fill(old: Module, new: Module, leaf: Callable[[Any], Any], memo: dict[int, 
         if child is None or type(child).__name__ == "GuardsFn":
             continue
         new._modules[name] = memo[id(child)] if id(child) in memo else _copy_child(child, leaf, memo)
+
+
+def _relink(new: Module, memo: dict[int, Any]) -> None:
+    """Let copied modules that hold others in lists, as observers hold what they derive from, hold the copies."""
+    for module in new.modules():
+        for name, value in vars(module).items():
+            if type(value) is list and any(isinstance(item, Module) for item in value):
+                vars(module)[name] = [memo.get(id(item), item) for item in value]
 
 
 def _copy_child(child: Module, leaf: Callable[[Any], Any], memo: dict[int, Any]) -> Module:

@@ -381,9 +381,21 @@ def test_what_would_be_silent_is_an_error():
     with pytest.raises(Quant2eError, match="converted already"):
         prepare_qat_pt2e(converted, quantizer())
     edited = copy.deepcopy(prepared)
-    plus = next(n for n in edited.graph.nodes if n.name == edited.meta[FUSED][0].unscaled[-1])
-    plus.replace_all_uses_with(plus.args[0])
-    edited.graph.erase_node(plus)
+    norm = next(n for n in edited.graph.nodes if n.name == edited.meta[FUSED][0].norm)
+    norm.replace_all_uses_with(norm.args[0])
+    edited.graph.erase_node(norm)
+    with pytest.raises(Quant2eError, match="the prepared graph was edited"):
+        convert_pt2e(edited)
+    edited = copy.deepcopy(prepared)
+    unscaled = next(n for n in edited.graph.nodes if n.name == edited.meta[FUSED][0].tail[1])
+    unscaled.replace_all_uses_with(unscaled.args[0])
+    edited.graph.erase_node(unscaled)
+    with pytest.raises(Quant2eError, match="the prepared graph was edited: 'div"):
+        edited.train()
+    edited = copy.deepcopy(prepared)
+    scaled = next(n for n in edited.graph.nodes if n.name == edited.meta[FUSED][0].scaled)
+    scaled.replace_all_uses_with(scaled.args[0])
+    edited.graph.erase_node(scaled)
     with pytest.raises(Quant2eError, match="the prepared graph was edited"):
         convert_pt2e(edited)
 
