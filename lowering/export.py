@@ -14,6 +14,7 @@ from torch.fx import Graph
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.edit import FROM_NODE
+from quant2e.isolation import tracing
 from quant2e.quantized_model import QuantizedModel
 
 Lowerable = QuantizedModel | torch.nn.Module
@@ -60,7 +61,7 @@ def dynamic_shapes_of(model: Any, given: Any) -> Any:
 def export(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProgram:
     """``torch.export``, not strict. Raises `LoweringError` when it cannot trace the graph."""
     try:
-        with torch.no_grad():
+        with tracing(), torch.no_grad():
             return torch.export.export(
                 module, example.args, example.kwargs, dynamic_shapes=dynamic_shapes, strict=False
             )

@@ -9,6 +9,7 @@ graph does not quantize stays float, and `QuantizedIO.floats` says why.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from quant2e.errors import FileFormatError, Quant2eError
+from quant2e.annotation.specs import INTEGER_BOUNDS
+from quant2e.documents.schema import from_record
+from quant2e.errors import AnnotationError, Quant2eError
 from quant2e.graph.captured.inputs import Inputs, inputs_of, leaf_paths
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.edit import insert_call
@@ -55,6 +58,17 @@ class Port:
     quant_max: int
     dtype: torch.dtype
     float_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < math.inf:
+            raise AnnotationError(f"{self.name}: the scale {self.scale} is not a positive, finite number")
+        if self.index < 0 or self.quant_min > self.quant_max:
+            raise AnnotationError(f"{self.name}: place {self.index}, range [{self.quant_min}, {self.quant_max}]")
+        if self.dtype not in INTEGER_BOUNDS or not self.float_dtype.is_floating_point:
+            raise AnnotationError(f"{self.name}: {self.dtype} does not hold integers that stand for {self.float_dtype}")
+        low, high = INTEGER_BOUNDS[self.dtype]
+        if not low <= self.quant_min <= self.quant_max <= high:
+            raise AnnotationError(f"{self.name}: the range [{self.quant_min}, {self.quant_max}] is not of {self.dtype}")
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -121,11 +135,7 @@ class QuantizedIO:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> QuantizedIO:
         """The inputs and outputs that `as_dict` described. Raises `FileFormatError` for anything else."""
-        try:
-            inputs, outputs = (tuple(_port(item) for item in data[side]) for side in ("inputs", "outputs"))
-            return cls(inputs, outputs, dict(data["floats"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"the record of integer inputs and outputs is damaged: {error}") from error
+        return from_record(cls, data, "the record of integer inputs and outputs")
 
     def notes(self) -> Iterator[str]:
         """One line per input and output, for the report."""
@@ -137,13 +147,6 @@ class QuantizedIO:
 def _plain(port: Port) -> dict[str, Any]:
     dtypes = {name: str(getattr(port, name)).removeprefix("torch.") for name in ("dtype", "float_dtype")}
     return {**asdict(port), **dtypes}
-
-
-def _port(data: Mapping[str, Any]) -> Port:
-    dtypes = {name: getattr(torch, str(data[name])) for name in ("dtype", "float_dtype")}
-    if not all(isinstance(dtype, torch.dtype) for dtype in dtypes.values()):
-        raise TypeError(f"{data['dtype']}, {data['float_dtype']}: not dtypes")
-    return Port(**{**data, **dtypes})
 
 
 def quantized_io_of(gm: GraphModule) -> QuantizedIO:
@@ -200,7 +203,7 @@ def _open_inputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
         if not is_float(node):
             continue
         value = node.meta["val"]
-        grids = Counter(user.args[1:] for user in node.users if user.target is _QUANTIZE)
+        grids = Counter(user.args[1:] for user in node.users if user.target is _QUANTIZE and _is_integer(user))
         if node in written or not grids:
             floats[f"input {name}"] = "it is written in place" if node in written else _why_float(node)
             continue
@@ -213,6 +216,11 @@ def _open_inputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
             dtype=grid[4], float_dtype=value.dtype,
         )  # fmt: skip
     gm.inputs = Inputs(convention.names, convention.spec, (*convention.conditions, *checks))
+
+
+def _is_integer(call: Node) -> bool:
+    """Whether what a quantize makes, or a dequantize reads, are integers: there are floats of 8 bits as well."""
+    return call.args[5] in INTEGER_BOUNDS
 
 
 def _why_float(node: Node) -> str:
@@ -243,7 +251,7 @@ def _open_outputs(gm: CapturedModule, floats: dict[str, str]) -> Iterator[Port]:
     for index, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
         if not is_float(leaf):
             continue
-        if leaf.target is not _DEQUANTIZE:
+        if leaf.target is not _DEQUANTIZE or not _is_integer(leaf):
             floats[name] = f"'{leaf.name}' computes it in float"
             continue
         scale, zero_point, low, high, dtype = leaf.args[1:6]

@@ -7,8 +7,8 @@ from quant2e.annotation.pattern import Arg, Condition, Either, NodeEdge, Pattern
 from quant2e.annotation.plan import Group, Ignored, Point
 from quant2e.calibration.calibrate import Progress
 from quant2e.calibration.data_checks import DataFinding, DataReport
+from quant2e.calibration.plausibility import State
 from quant2e.calibration.range_selection import RangeChoice
-from quant2e.calibration.statistics import State
 from quant2e.graph.captured.inputs import Inputs
 from quant2e.quantized_io import Port
 from quant2e.report.encodings import GroupEncoding

@@ -20,6 +20,8 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "errors",
         "files",
         "cpu",
+        "isolation",
+        "documents",
         "graph",
         "graph/captured",
         "annotation",

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lowering.signature import TensorInput
+from quant2e.documents.arrays import read_archive, read_array
 from quant2e.errors import FileFormatError, LoweringError
 from quant2e.quantized_model import QuantizedModel
 
@@ -65,11 +65,8 @@ def _noise(one: TensorInput) -> Tensor:
 
 def read_arrays(path: Path) -> tuple[Tensor, ...]:
     """The arrays of an ``.npz`` file in their order. Raises `FileFormatError`; pickled objects are refused."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return tuple(torch.from_numpy(np.ascontiguousarray(arrays[name])) for name in arrays.files)
-    except (ValueError, EOFError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{path} is not an .npz file of plain arrays (numpy.savez): {error}") from error
+    members = read_archive(path, ".npz file of plain arrays (numpy.savez)")
+    return tuple(torch.from_numpy(read_array(raw, f"{name} in {path}")) for name, raw in members.items())
 
 
 def open_program(path: Path, method: str | None = None) -> OpenProgram:

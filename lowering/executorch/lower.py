@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
 from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
-from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends, undisturbed
+from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
 from lowering.executorch.xnnpack.limits import check_limits
 from lowering.executorch.xnnpack.partitioner import is_xnnpack, xnnpack_partitioner
@@ -38,6 +38,7 @@ from lowering.verify import LEEWAY_DB, Bound, compare, compare_within_noise
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.effects import is_in_place
+from quant2e.isolation import quietly, tracing
 from quant2e.passes import Pass
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
@@ -64,6 +65,7 @@ class _Prepared:
     quantized_io: QuantizedIO
 
 
+@tracing()
 def to_executorch(
     model: Lowerable | Mapping[str, Lowerable],
     example_inputs: Any = None,
@@ -95,7 +97,7 @@ def to_executorch(
         "verify_inputs": verify_inputs,
     }
     per_method = _per_method(model, given)
-    with undisturbed():
+    with quietly():
         require_executorch()
         chosen = list(partitioners) if partitioners is not None else [xnnpack_partitioner()]
         xnnpack = is_xnnpack(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,19 +28,21 @@ Execute = Callable[[Sequence[Any]], Sequence[Any]]
 
 @dataclass(slots=True)
 class LoadedFile:
-    """The bytes of a program, and the runtime's view of them once something is called."""
+    """The bytes of a program, and the runtime's view of them once something is called, by one thread at a time."""
 
     buffer: bytes
     program: Any = None
     methods: dict[str, Any] = field(default_factory=dict)
+    busy: threading.Lock = field(default_factory=threading.Lock)
 
     def execute(self, name: str, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run the method of that name. Raises RuntimeError where the runtime refuses the inputs."""
-        if self.program is None:
-            self.program = load_program(self.buffer)
-        if name not in self.methods:
-            self.methods[name] = load_method(self.program, name)
-        outputs: Sequence[Any] = self.methods[name].execute(inputs)
+        with self.busy:  # a method has one place in memory for its inputs
+            if self.program is None:
+                self.program = load_program(self.buffer)
+            if name not in self.methods:
+                self.methods[name] = load_method(self.program, name)
+            outputs: Sequence[Any] = self.methods[name].execute(inputs)
         return outputs
 
 

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +9,7 @@ import torch
 
 from lowering.signature import TensorInput
 from quant2e.errors import LoweringError
+from quant2e.isolation import quietly, tracing
 
 _DTYPES = {
     0: torch.uint8,
@@ -45,28 +41,12 @@ def require_executorch(*, runtime_only: bool = False) -> None:
         raise LoweringError(f"ExecuTorch is not installed ({error}): pip install quant2e[executorch]") from error
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Importing and running ExecuTorch leaves logging handlers, warning filters and the environment as they were."""
-    root = logging.getLogger()
-    handlers, level, environment = list(root.handlers), root.level, dict(os.environ)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            root.handlers[:] = handlers
-            root.setLevel(level)
-            for name in set(os.environ) - set(environment):
-                del os.environ[name]
-
-
 def load_program(source: bytes | Path) -> Any:
     """A program from its bytes, which it keeps alive, or from a file. Raises `LoweringError` when it is damaged.
 
     The runtime interprets the program: a delegate's blob and a list of kernels to call. No code of the file is run.
     """
-    with undisturbed():
+    with tracing(), quietly():
         require_executorch(runtime_only=True)
         from executorch.runtime import Runtime, Verification
 
@@ -79,7 +59,7 @@ def load_program(source: bytes | Path) -> Any:
 
 def load_method(program: Any, name: str) -> Any:
     """A method of a loaded program, ready to run. Raises `LoweringError`, with the backends that are missing here."""
-    with undisturbed():
+    with tracing(), quietly():
         try:
             return program.load_method(name)
         except RuntimeError as error:

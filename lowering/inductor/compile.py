@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lowering.signature import ProgramInput
 from quant2e.errors import LoweringError
+from quant2e.isolation import quietly, tracing
 
 Flat = Callable[..., Sequence[Any]]
 """A compiled graph: flat tensors in, flat tensors out."""
@@ -121,7 +121,6 @@ def _flags(inspect: Callable[[Graph], None]) -> Iterator[None]:
     import torch._functorch.config
     import torch._inductor.config
 
-    directory = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     before = torch._inductor.config.post_grad_custom_post_pass
     passes = [*before] if isinstance(before, list | tuple) else [before] if before is not None else []
 
@@ -137,22 +136,13 @@ def _flags(inspect: Callable[[Graph], None]) -> Iterator[None]:
         "post_grad_custom_post_pass": after_all,
     }
     with ExitStack() as stack:
-        stack.callback(_restore_variable, "TORCHINDUCTOR_CACHE_DIR", directory)  # Inductor writes its default there
+        stack.enter_context(tracing())
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch._inductor.config.patch(inductor))
         stack.enter_context(torch._functorch.config.patch({"enable_autograd_cache": False}))
-        stack.enter_context(torch.random.fork_rng(devices=[]))  # tracing patterns draws random numbers
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        stack.enter_context(quietly())
         stack.enter_context(_writable_cache())
         yield
-
-
-def _restore_variable(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
 
 
 @contextmanager
@@ -215,7 +205,8 @@ def load_package(path: Path) -> Callable[..., Any]:
     """A package as something to call, as ``torch._inductor.aoti_load_package`` gives it."""
     from torch._inductor import aoti_load_package
 
-    loaded: Callable[..., Any] = aoti_load_package(path)
+    with tracing():
+        loaded: Callable[..., Any] = aoti_load_package(path)
     return loaded
 
 

@@ -31,6 +31,7 @@ from lowering.signature import Signature
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.calls import Call
+from quant2e.isolation import tracing
 
 MOST_CORNERS = 8
 """How many combinations of smallest and largest dynamic sizes a package is compared at."""
@@ -72,6 +73,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
             shutil.copyfile(self.path, part)
 
 
+@tracing()
 def package_inductor(
     model: Lowerable,
     example_inputs: Any = None,

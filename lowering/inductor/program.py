@@ -22,6 +22,7 @@ from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
 from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.program import LoweredProgram
+from quant2e.isolation import tracing
 
 
 class InductorProgram(LoweredProgram[InductorReport]):
@@ -56,7 +57,8 @@ class InductorProgram(LoweredProgram[InductorReport]):
         sizes = self._signature.sizes(values)
         run = self._runs.get(sizes)
         if run is None:
-            run = self._runs[sizes] = self._program_for(sizes, values)
+            with tracing():
+                run = self._runs[sizes] = self._runs.get(sizes) or self._program_for(sizes, values)
         laid_out = zip(self._signature.inputs, self._signature.laid_out(values), strict=True)
         with torch.no_grad():
             return self._signature.unflatten(run(*[value for spec, value in laid_out if spec.taken]))
@@ -66,7 +68,8 @@ class InductorProgram(LoweredProgram[InductorReport]):
 
         A program that was compared with its graph is compared again, as it stands in the file.
         """
-        write_package(self._source, Path(path), self._engines, verify=self.verification is not None)
+        with tracing():
+            write_package(self._source, Path(path), self._engines, verify=self.verification is not None)
 
     def _verify(self, batches: Iterable[Any]) -> None:
         found = verified(self, self._source.graph, self._source.batches(batches), "the program that Inductor made")
@@ -81,6 +84,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
         return compile_flat(self._rewritten.flat(self._signature), inputs.values, inspect)
 
 
+@tracing()
 def to_inductor(
     model: Lowerable,
     example_inputs: Any = None,

@@ -20,6 +20,7 @@ from lowering.signature import Signature
 from lowering.verify import Bound, Verification, compare, compare_within_noise
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
+from quant2e.isolation import tracing
 
 BOUND = Bound(steps=1.0, sqnr_db=30.0)
 """What a program must reach. Fused float ops differ from eager ones in the last bit, which moves some numbers over
@@ -67,7 +68,7 @@ def _with_dynamic_shapes(graph: GraphModule, example: Call | None, dynamic_shape
     if example is None:
         raise LoweringError("dynamic_shapes needs example_inputs, to capture the graph again with sizes that vary")
     try:
-        with torch.no_grad():
+        with tracing(), torch.no_grad():
             exported = torch.export.export(_without_checks(graph), *example, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         raise LoweringError(

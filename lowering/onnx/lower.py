@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +22,13 @@ from lowering.verify import compare_within_noise
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.calls import Call, call_of
+from quant2e.isolation import quietly, tracing
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 
 _PROTOBUF_LIMIT = 2**31 - 1
 
 
+@tracing()
 def to_onnx(
     model: Lowerable,
     example_inputs: Any = None,
@@ -59,7 +58,7 @@ def to_onnx(
     reference = graph_of(model)
     inputs = needed_example_of(model, example_inputs, "to_onnx")
     shapes = dynamic_shapes_of(model, dynamic_shapes)
-    with _undisturbed():
+    with quietly("torch.onnx", "onnxscript", "onnx_ir"):
         _require(verify)
         module = export(reference, inputs, shapes).module(check_guards=False)
         in_form(module, CONVENTIONS[target])
@@ -127,23 +126,3 @@ def _require(verify: bool) -> None:
             import onnxruntime  # noqa: F401
     except ImportError as error:
         raise LoweringError(f"ONNX export needs {error.name}: pip install quant2e[onnx]") from error
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Exporting leaves logging handlers and levels, warning filters and the environment as they were."""
-    root, quiet = logging.getLogger(), [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    handlers, level, levels, environment = list(root.handlers), root.level, [x.level for x in quiet], dict(os.environ)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in quiet:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            root.handlers[:] = handlers
-            root.setLevel(level)
-            for logger, before in zip(quiet, levels, strict=True):
-                logger.setLevel(before)
-            for name in set(os.environ) - set(environment):
-                del os.environ[name]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.graph.captured.calls import call_of
+from quant2e.isolation import IsolatedRandomness
 from quant2e.ranges.sqnr import sqnr_db
 
 

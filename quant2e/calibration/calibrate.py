@@ -21,27 +21,12 @@ from quant2e.calibration.statistics import SAMPLES, Statistics, measuring, obser
 from quant2e.errors import CalibrationError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.mutation import written_attributes
+from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.native import ops as native
 from quant2e.report.record import RECORD_KEY, GraphRecord
 
 Progress = Callable[[int, int | None], None]
 """Called after each batch with the number done and, where it is known, the total."""
-
-
-class IsolatedRandomness:
-    """Runs code on a random stream of its own, so that the caller's stream is as it was."""
-
-    def __init__(self) -> None:
-        self._own = torch.get_rng_state()
-        self._callers = self._own
-
-    def __enter__(self) -> None:
-        self._callers = torch.get_rng_state()
-        torch.set_rng_state(self._own)
-
-    def __exit__(self, *exc: object) -> None:
-        self._own = torch.get_rng_state()
-        torch.set_rng_state(self._callers)
 
 
 def batch_count(data: Any) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.dataflow import operand, readers
 from quant2e.graph.effects import is_view
+from quant2e.isolation import tracing
 
 aten = torch.ops.aten
 
@@ -28,16 +29,18 @@ def compiled_graph(prepared: GraphModule) -> Callable[..., Any]:
     """
     grouped = any((operand(node, "groups") or 1) != 1 for node in _convolutions(prepared))
     options: dict[str, Any] = {"layout_optimization": grouped}
-    if not _only_linears_are_packed(prepared):
-        return torch.compile(prepared, dynamic=False, options=options)
-    # a graph of its own: torch keeps programs by the code they were made of, and would run one with the weights of
-    # before
-    own = copy_graph(prepared)
-    own._modules = prepared._modules  # the observers themselves
+    packed = _only_linears_are_packed(prepared)
+    own = prepared
+    if packed:
+        # a graph of its own: torch keeps programs by the code they were made of, and would run one with the weights of
+        # before
+        own = copy_graph(prepared)
+        own._modules = prepared._modules  # the observers themselves
     run = torch.compile(own, dynamic=False, options=options)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with constant_weights():
+        # the model draws from the caller's random streams
+        with tracing(streams=False), constant_weights() if packed else nullcontext():
             return run(*args, **kwargs)
 
     return call

@@ -16,11 +16,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
 from quant2e.calibration.batches import FEW_SAMPLES, check_count, check_iterable, sample_count
-from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.capture import as_graph_module
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.mutation import own_written_tensors
+from quant2e.isolation import IsolatedRandomness
 from quant2e.ranges.minmax import SENTINEL
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data

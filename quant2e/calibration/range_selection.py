@@ -18,13 +18,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.calibration.batches import check_batch, check_iterable
-from quant2e.calibration.calibrate import IsolatedRandomness
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.effects import is_random, writes
 from quant2e.graph.mutation import own_written_tensors
+from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.measuring import HistogramObserver
 from quant2e.ranges.qparams import fake_quantize_per_tensor

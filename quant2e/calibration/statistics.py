@@ -1,7 +1,8 @@
 """Calibration statistics as a value: collected, saved, merged, put back, and the source of other parameters.
 
-A statistics file is a zip of one JSON document and one ``.npy`` array per buffer: reading it runs no code. It is bound
-to the graph and the plan it was collected on; for another model the error shows the first lines that differ.
+A statistics file is a zip of one JSON document and one ``.npy`` array per buffer: reading it runs no code, and whatever
+could not have been measured is refused. It is bound to the graph and the plan it was collected on; for another model
+the error shows the first lines that differ.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import difflib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from quant2e.calibration.plausibility import ESTIMATORS, State, implausible, observed_values, unfit
+from quant2e.documents.arrays import read_archive, read_array, write_archive
+from quant2e.documents.json_text import read_json
+from quant2e.documents.schema import from_record, of_format
 from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.module import copy_graph
@@ -29,8 +33,6 @@ from quant2e.observers.measuring import (
     PerChannelHistogramObserver,
     UniformQuantizationObserverBase,
 )
-from quant2e.ranges.histogram import Histogram
-from quant2e.ranges.minmax import MinMax, MovingAverage
 from quant2e.ranges.search import check_method
 
 FORMAT = 2
@@ -44,12 +46,6 @@ SAMPLES = "quant2e_samples"
 """Key of a prepared graph's ``meta``: how many samples `calibrate` showed it, where that is known."""
 
 _DIFFERENCE_LINES = 24
-
-_ESTIMATORS: Mapping[str, Any] = {kind.__name__: kind() for kind in (MinMax, MovingAverage, Histogram)}
-"""What makes and merges states, whose shapes say the rest: whole tensors, channels or groups, and how many bins."""
-
-State = Mapping[str, Tensor]
-"""Buffers of one observer, by name."""
 
 
 def observers_of(prepared: GraphModule) -> dict[str, Any]:
@@ -96,8 +92,11 @@ class Statistics:
     """Statistics of every observer of one prepared model.
 
     ``bound_to``: `fingerprint` of that model. ``states``: buffers by observer. ``constant``: observers of weights,
-    whose statistics come from the model and not from data. ``estimators``: what made each state, of `_ESTIMATORS`.
+    whose statistics come from the model and not from data. ``estimators``: what made each state, of `ESTIMATORS`.
     ``batches``: how many batches were seen.
+
+    Every state is one that its estimator can have made (`quant2e.calibration.plausibility`); what is not so raises
+    `CalibrationError`.
     """
 
     bound_to: str
@@ -105,6 +104,17 @@ class Statistics:
     constant: frozenset[str]
     estimators: Mapping[str, str]
     batches: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.batches) is not int or self.batches < 0:
+            raise CalibrationError(f"batches={self.batches!r}: a number of batches is 0 or more")
+        if not isinstance(self.bound_to, str):
+            raise CalibrationError(f"bound_to is the fingerprint of a model, not a {type(self.bound_to).__name__}")
+        if set(self.states) != set(self.estimators) or not self.constant <= set(self.states):
+            raise CalibrationError("states, estimators and constants are not of the same observers")
+        for name, state in self.states.items():
+            if (reason := implausible(self.estimators[name], state)) is not None:
+                raise CalibrationError(f"the statistics of {name} cannot have been measured: {reason}")
 
     def __repr__(self) -> str:
         weights = len(self.constant)
@@ -132,10 +142,16 @@ class Statistics:
 
     def check_bound_to(self, prepared: GraphModule, origin: str = "these statistics") -> None:
         """Raise `CalibrationError`, with the difference, unless they were collected on a model like ``prepared``."""
-        own = fingerprint(prepared)
+        own, observers = fingerprint(prepared), measuring(prepared)
         if own != self.bound_to:
             raise CalibrationError(_difference(self.bound_to, own, origin, "this model"))
-        for name, observer in measuring(prepared).items():
+        if set(observers) != set(self.states):
+            names = ", ".join(sorted(set(observers) ^ set(self.states))[:5])
+            raise CalibrationError(f"{origin} are not of the observers of this model, which differ in {names}")
+        values = observed_values(prepared)
+        for name, observer in observers.items():
+            if (reason := unfit(observer, values.get(name), self.estimators[name], self.states[name])) is not None:
+                raise CalibrationError(f"{origin} do not fit {name} of this model: {reason}")
             if name in self.constant and observer.frozen and not _equal(self.states[name], observer):
                 raise CalibrationError(
                     f"{origin} were collected with other weights: {name} saw the range "
@@ -157,12 +173,14 @@ class Statistics:
         """
         if self.bound_to != other.bound_to:
             raise CalibrationError(_difference(self.bound_to, other.bound_to, "the first statistics", "the second"))
+        if self.estimators != other.estimators or self.constant != other.constant:
+            raise CalibrationError("the first statistics and the second are not of the same observers")
         merged = {}
         for name, state in self.states.items():
             if name in self.constant:
                 merged[name] = state
                 continue
-            estimator = _ESTIMATORS[self.estimators[name]]
+            estimator = ESTIMATORS[self.estimators[name]]
             made = estimator.merge(_state(estimator, state), _state(estimator, other.states[name]))
             merged[name] = {part: getattr(made, part) for part in state}
         return replace(self, states=merged, batches=self.batches + other.batches)
@@ -178,69 +196,57 @@ class Statistics:
             "batches": self.batches,
             "states": {name: list(state) for name, state in self.states.items()},
         }
-        with atomic_file(Path(path)) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-            file.writestr(RECORD, json.dumps(record))
-            for name, state in self.states.items():
-                for buffer, value in state.items():
-                    raw = io.BytesIO()
-                    np.lib.format.write_array(raw, value.numpy(), allow_pickle=False)
-                    file.writestr(f"{name}/{buffer}.npy", raw.getvalue())
+        members = {RECORD: json.dumps(record).encode()}
+        for name, state in self.states.items():
+            for buffer, value in state.items():
+                raw = io.BytesIO()
+                np.lib.format.write_array(raw, value.numpy(), allow_pickle=False)
+                members[_member(name, buffer)] = raw.getvalue()
+        with atomic_file(Path(path)) as part:
+            write_archive(part, members)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote. Raises `FileFormatError` for a file that is missing, damaged or of another kind."""
+        """Read what `save` wrote. Raises `FileFormatError` for a file that is missing, damaged or of another kind, and
+        for numbers that no observer can have measured.
+        """
         source = Path(path)
-        if not source.is_file():
-            raise FileFormatError(f"{source} does not exist, or is not a file")
+        members = read_archive(source, "statistics file")
+        if RECORD not in members:
+            raise FileFormatError(f"{source} is no statistics file: it holds no {RECORD}")
+        data = read_json(members.pop(RECORD), f"{RECORD} in {source}")
+        if isinstance(data, dict) and data.get("kind") != _KIND:
+            raise FileFormatError(f"{source} is no statistics file: its record is of another kind")
+        of_format(data, _READABLE, f"the statistics file {source}")
+        record = from_record(_Record, data, f"{RECORD} in {source}", besides=("format", "kind"))
+        named = {_member(name, part): (name, part) for name, parts in record.states.items() for part in parts}
+        if set(named) != set(members):
+            raise FileFormatError(f"{source} is damaged: its record does not name the arrays that it holds")
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in record.states}
+        for member, (name, part) in named.items():
+            if part not in _FORMER_BUFFERS:
+                states[name][part] = torch.from_numpy(read_array(members.pop(member), f"{member} in {source}"))
+        # format 1 also says how each was configured, behind its name: ``Histogram(bins=2048, ...)``
+        estimators = {name: text.partition("(")[0] for name, text in record.estimators.items()}
         try:
-            with zipfile.ZipFile(source) as file:
-                record = json.loads(file.read(RECORD))
-                if record["kind"] != _KIND or record["format"] not in _READABLE:
-                    raise FileFormatError(
-                        f"{source} holds {record['kind']} of format {record['format']!r}; this version reads "
-                        f"{_KIND} of formats {' and '.join(str(known) for known in _READABLE)}"
-                    )
-                states = {
-                    name: {
-                        buffer: _array(file, f"{name}/{buffer}.npy")
-                        for buffer in buffers
-                        if buffer not in _FORMER_BUFFERS
-                    }
-                    for name, buffers in record["states"].items()
-                }
-                # format 1 also says how each was configured, behind its name: ``Histogram(bins=2048, ...)``
-                estimators = {str(name): str(text).partition("(")[0] for name, text in record["estimators"].items()}
-                constant = frozenset(record["constant"])
-                loaded = cls(str(record["bound_to"]), states, constant, estimators, int(record["batches"]))
-        except FileFormatError:
-            raise
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError, OSError) as error:
-            raise FileFormatError(f"{source} is no statistics file, or is damaged: {error}") from error
-        for name in loaded.states:
-            _checked(loaded, name, source)
-        return loaded
+            return cls(record.bound_to, states, frozenset(record.constant), estimators, record.batches)
+        except CalibrationError as error:
+            raise FileFormatError(f"{source} is damaged: {error}") from error
 
 
-def _array(file: zipfile.ZipFile, name: str) -> Tensor:
-    # np.array: a writable copy, in native byte order, of what came from the file
-    read = np.lib.format.read_array(io.BytesIO(file.read(name)), allow_pickle=False)
-    return torch.from_numpy(np.array(read))
+@dataclass(frozen=True)
+class _Record:
+    """The JSON document of a statistics file, beside its kind and format; ``states``: buffers by observer."""
+
+    bound_to: str
+    constant: tuple[str, ...]
+    estimators: Mapping[str, str]
+    batches: int
+    states: Mapping[str, tuple[str, ...]]
 
 
-def _checked(loaded: Statistics, name: str, source: Path) -> None:
-    """Raise `FileFormatError` unless a state has the buffers, dtypes and shapes of its estimator."""
-    kind = loaded.estimators.get(name, "")
-    if kind not in _ESTIMATORS:
-        raise FileFormatError(f"{source}: the estimator of {name}, '{kind[:80]}', is none of {', '.join(_ESTIMATORS)}")
-    wanted, state = vars(_ESTIMATORS[kind].init()), loaded.states[name]
-    if set(wanted) != set(state) or any(state[part].dtype != value.dtype for part, value in wanted.items()):
-        raise FileFormatError(f"{source} is damaged: the statistics of {name} are not those of a {kind}")
-    channels = state["min_val"].shape
-    same = state["max_val"].shape == channels and state["counts"].shape == wanted["counts"].shape
-    if "histogram" in state:
-        same = same and state["histogram"].dim() == len(channels) + 1 and state["histogram"].shape[:-1] == channels
-    if not same:
-        raise FileFormatError(f"{source} is damaged: the statistics of {name} do not have the shapes of a {kind}")
+def _member(observer: str, buffer: str) -> str:
+    return f"{observer}/{buffer}.npy"
 
 
 def _state(estimator: Any, state: State) -> Any:
@@ -265,6 +271,8 @@ def _equal(state: State, observer: UniformQuantizationObserverBase[Any]) -> bool
 
 
 def _extent(state: State) -> str:
+    if state["min_val"].numel() == 0:
+        return "of no values"
     return f"[{float(state['min_val'].min()):g}, {float(state['max_val'].max()):g}]"
 
 

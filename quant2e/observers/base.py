@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant2e.observers.keywords import check_keywords, check_when_made
+
 OBSERVER_PREFIX = "activation_post_process_"
 """Submodules of this name are observers: the name that tools of the ecosystem look for."""
 
@@ -17,6 +19,7 @@ OBSERVER_PREFIX = "activation_post_process_"
 class ObserverFactory:
     """Makes observers with given keyword arguments; what ``with_args`` returns.
 
+    Raises `AnnotationError` for a keyword that the class does not take, with the nearest that it does.
     Two factories are equal, and have equal hashes, when they make the same class with equal arguments; so specs
     that hold equal factories are equal.
     """
@@ -30,6 +33,7 @@ class ObserverFactory:
         self._make = make
         self._kwargs = dict(kwargs or {})
         self._callable_args = dict(callable_args or {})
+        check_keywords(make, {**self._kwargs, **self._callable_args})
 
     @property
     def p(self) -> partial[Any]:
@@ -75,6 +79,10 @@ class ObserverBase(nn.Module, ABC):
     quant_max: int | None = None
     qscheme: torch.qscheme | None = None
     ch_axis: int | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_when_made(cls)
 
     def __init__(self, dtype: torch.dtype, is_dynamic: bool = False) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.observers.base import ObserverFactory
+from quant2e.observers.keywords import check_when_made
 from quant2e.observers.measuring import MovingAverageMinMaxObserver, UniformQuantizationObserverBase
 from quant2e.observers.straight_through import fake_quantize
 from quant2e.ranges.minmax import SENTINEL
@@ -41,6 +42,10 @@ class FakeQuantizeBase(nn.Module, ABC):
     quant_max: int
     qscheme: torch.qscheme
     ch_axis: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_when_made(cls)
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from quant2e.annotation.plan import Group
 from quant2e.annotation.specs import spec_text
-from quant2e.errors import FileFormatError
+from quant2e.documents.json_text import read_json
+from quant2e.documents.schema import from_record, of_format
+from quant2e.errors import AnnotationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.observers.encodings import (
     CustomEncoding,
@@ -28,6 +31,8 @@ from quant2e.report.record import GraphRecord
 
 ENCODINGS_FORMAT = 1
 
+ENCODINGS = ("per_tensor", "per_channel", "per_group", "dynamic", "float16", "on_grid", "custom", "float")
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class GroupEncoding:
@@ -36,7 +41,8 @@ class GroupEncoding:
     ``spec``: the numbers asked for, as text. ``encoding``: what they became: ``per_tensor``, ``per_channel``,
     ``per_group`` (of ``group_size`` neighbours in a row; rows first), ``dynamic``, ``float16``, ``on_grid`` (a float
     constant rounded to multiples of a derived scale), ``custom`` or ``float``. ``scale``/``zero_point``: one per tensor
-    or per channel; empty when they are found at run time.
+    or per channel; empty when they are found at run time. Scales are positive and finite, zero points finite, and there
+    are as many of both.
     """
 
     points: tuple[str, ...]
@@ -47,8 +53,20 @@ class GroupEncoding:
     quant_max: int = 0
     axis: int | None = None
     scale: tuple[float, ...] = ()
-    zero_point: tuple[int, ...] = ()
+    zero_point: tuple[int | float, ...] = ()
     group_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.encoding not in ENCODINGS:
+            raise AnnotationError(f"'{self.encoding[:80]}' is none of the encodings {', '.join(ENCODINGS)}")
+        if self.quant_min > self.quant_max:
+            raise AnnotationError(f"the range [{self.quant_min}, {self.quant_max}] is empty")
+        if not all(0 < scale < math.inf for scale in self.scale):
+            raise AnnotationError("a scale is not a positive, finite number")
+        if not all(abs(point) < math.inf for point in self.zero_point):
+            raise AnnotationError("a zero point is not finite")
+        if len(self.scale) != len(self.zero_point):
+            raise AnnotationError(f"{len(self.scale)} scales and {len(self.zero_point)} zero points do not pair up")
 
     def __repr__(self) -> str:
         """One line, whatever the number of scales."""
@@ -93,29 +111,9 @@ class Encodings:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Encodings:
-        """The encodings that `as_dict` described. Raises `FileFormatError` for another format."""
-        if not isinstance(data, dict):
-            raise FileFormatError(f"a record of encodings is a JSON object, and this is a {type(data).__name__}")
-        if data.get("format") != ENCODINGS_FORMAT:
-            raise FileFormatError(
-                f"encodings format {data.get('format')!r}: this version reads format {ENCODINGS_FORMAT}"
-            )
-        groups = tuple(
-            GroupEncoding(
-                points=tuple(g["points"]),
-                spec=g["spec"],
-                encoding=g["encoding"],
-                dtype=g["dtype"],
-                quant_min=g["quant_min"],
-                quant_max=g["quant_max"],
-                axis=g["axis"],
-                scale=tuple(g["scale"]),
-                zero_point=tuple(g["zero_point"]),
-                group_size=g.get("group_size", 0),
-            )
-            for g in data["groups"]
-        )
-        return cls(str(data["quantizer"]), groups)
+        """The encodings that `as_dict` described. Raises `FileFormatError` for anything else."""
+        of_format(data, (ENCODINGS_FORMAT,), "the record of encodings")
+        return from_record(cls, data, "the record of encodings", besides=("format",), absent=("group_size",))
 
     def to_file(self, path: str | Path) -> None:
         """Write as JSON; an existing file is replaced only once the new one is complete."""
@@ -126,8 +124,8 @@ class Encodings:
     def from_file(cls, path: str | Path) -> Encodings:
         """Read what `to_file` wrote. Raises `FileFormatError` when it is not a record of encodings."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            return cls.from_dict(read_json(Path(path).read_bytes(), str(path)))
+        except FileFormatError as error:
             raise FileFormatError(f"{path} is not a record of encodings: {error}") from error
 
 

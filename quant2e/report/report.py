@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.documents.schema import from_record
 from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.html import html_table
@@ -30,11 +31,15 @@ KINDS = (STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One float op and what became of it. ``reason``: the rule that quantized it, or why it is float."""
+    """One float op and what became of it (see `KINDS`). ``reason``: the rule that quantized it, or why it is float."""
 
     op: FloatOp
     kind: str
     reason: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"'{self.kind[:80]}' is no verdict: {', '.join(KINDS)}")
 
     @property
     def quantized(self) -> bool:
@@ -93,11 +98,8 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The report that `as_dict` described."""
-        verdicts = tuple(Verdict(FloatOp(**v["op"]), v["kind"], v["reason"]) for v in data["verdicts"])
-        known = {k: data[k] for k in ("float_bytes", "quantized_bytes", "sqnr_source")}
-        sqnr_db = None if data["sqnr_db"] is None else float(data["sqnr_db"])
-        return cls(verdicts=verdicts, notes=tuple(data["notes"]), sqnr_db=sqnr_db, **known)
+        """The report that `as_dict` described. Raises `FileFormatError` for anything else."""
+        return from_record(cls, data, "the report", besides=("int8_mac_share",))
 
     def summary(self, title: str) -> str:
         """``title`` with the counts of verdicts, then shares, sizes, accuracy and the first notes, a line each."""

@@ -23,6 +23,7 @@ from quant2e.errors import FileFormatError, Quant2eError, user_frame
 from quant2e.files import atomic_file
 from quant2e.graph.captured.capture import as_graph_module
 from quant2e.graph.captured.inputs import distinct
+from quant2e.isolation import tracing
 from quant2e.quantized_io import QUANTIZED_IO, QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report
@@ -48,6 +49,7 @@ class Pt2Contents:
     dynamic_shapes: Any
 
 
+@tracing()
 def write_pt2(path: str | Path, contents: Pt2Contents) -> None:
     """Write ``contents`` to ``path``; the suffix is ``.pt2``.
 
@@ -114,6 +116,7 @@ def _as_record(contents: Pt2Contents) -> dict[str, Any]:
     return record
 
 
+@tracing()
 def read_pt2(path: str | Path) -> Pt2Contents:
     """Read what `write_pt2` wrote; the outputs are bit-identical.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import EdgeOrNode
 from quant2e.cpu import LANE, extreme_weights, pair_sums, pairs_fit
 from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
+from quant2e.observers.uniform import ObserverOptions
 from quant2e.ranges.qparams import NumberFormat, quantize_per_channel
 from quant2e.ranges.quantization_error import expected, filling
 from quant2e.ranges.search import mse
@@ -48,7 +49,7 @@ class PairedWeightObserver(PerChannelMinMaxObserver):
     energy: Tensor
     """``[channels]``: the sum of squares."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Unpack[ObserverOptions]) -> None:
         super().__init__(**options)
         self.agreement: Agreement | None = None
         self.layers: tuple[str, ...] = ()

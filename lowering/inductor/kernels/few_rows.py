@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant2e.isolation import ALONE
 from quant2e.observers.native.build import built, warn_unbuilt
 from quant2e.observers.native.ops import OP
 
@@ -33,7 +34,6 @@ BLOCK = 32
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Tensor]
 
 
-@cache
 def load_kernel() -> Linear | None:
     """``torch.ops.quant2e.few_rows_linear.default``, built and registered now; None where there is no C++ compiler.
 
@@ -41,6 +41,12 @@ def load_kernel() -> Linear | None:
     ``scale``, ``zero_point``: float32 ``[outputs, groups]``. ``bias``: float32 ``[outputs]``. Returns float32
     ``[..., outputs]``. A compiler that fails is a RuntimeWarning.
     """
+    with ALONE:
+        return _load_kernel()
+
+
+@cache
+def _load_kernel() -> Linear | None:
     try:
         library = built(SOURCE, OP, flags=FLAGS)
         if library is None:

@@ -27,6 +27,7 @@ from quant2e.graph.captured.inputs import distinct, read_inputs
 from quant2e.graph.captured.modes import is_training_graph
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.captured.no_grad import set_all_detached
+from quant2e.isolation import tracing
 
 _DIALECTS = ("TRAINING", "ATEN")
 _NOISE = ("Caused by:", "For ", "If you suspect", "The error above occurred")
@@ -64,7 +65,7 @@ def capture(
         raise CaptureError(f"cannot capture a {type(model).__name__}: give an nn.Module, whose forward is captured")
     _check_signature(model, args, keywords)
     # With gradients, whatever the caller's mode: where there are none, export does not see who switches them off.
-    with _untouched(model), torch.inference_mode(False), torch.enable_grad():
+    with tracing(), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         try:
             args, keywords = distinct(args, keywords)
             program = torch.export.export(model, args, keywords, dynamic_shapes=dynamic_shapes)
@@ -90,7 +91,8 @@ def as_graph_module(model: Module | ExportedProgram, *, compiled: bool = True) -
                 f"this ExportedProgram is in the {model.dialect} dialect: quantize first, on what torch.export.export "
                 "returns, and lower to a backend afterwards"
             )
-        return _own(model.module(), compiled)
+        with tracing():
+            return _own(model.module(), compiled)
     if not isinstance(model, GraphModule):
         raise CaptureError(
             f"a captured model is needed and this is a {type(model).__name__}: call capture(model, "
@@ -179,22 +181,20 @@ def _export_failure(model: Module, error: Exception) -> str:
 
 @contextmanager
 def _untouched(model: Module) -> Iterator[None]:
-    """Put back what running ``forward`` for export may change: attributes of the modules, and the random state.
+    """Put back what running ``forward`` for export may change: attributes of the modules.
 
     Tensors need no such care: export runs on fake ones.
     """
     saved = [(vars(module), dict(vars(module)), _contents(module)) for module in model.modules()]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            for live, attributes, contents in saved:
-                live.clear()
-                live.update(attributes)
-                for container, items in contents:
-                    container.clear()
-                    (container.extend if isinstance(container, list) else container.update)(items)
+    try:
+        yield
+    finally:
+        for live, attributes, contents in saved:
+            live.clear()
+            live.update(attributes)
+            for container, items in contents:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(items)
 
 
 def _contents(module: Module) -> list[tuple[Any, Any]]:

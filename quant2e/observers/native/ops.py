@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from quant2e.isolation import ALONE
 from quant2e.observers.native.build import built, warn_unbuilt
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -43,13 +44,18 @@ def loaded() -> Mapping[str, Any] | None:
     return _ready[0] if _ready else None
 
 
-@cache
 def load_ops() -> Mapping[str, Any] | None:
     """The ops by name, built now if this machine has not built them before; None where that is not possible.
 
     A compiler that fails is a RuntimeWarning. Asked once per process. Takes about a second the first time on a
     machine, and a millisecond after that.
     """
+    with ALONE:
+        return _load_ops()
+
+
+@cache
+def _load_ops() -> Mapping[str, Any] | None:
     try:
         library = built(SOURCE, KERNEL, OP)
         if library is None:

@@ -19,6 +19,7 @@ import quant2e
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
 from quant2e.calibration.statistics import Statistics, load_statistics, measuring, rederive, save_statistics
+from quant2e.documents.arrays import read_archive, write_archive
 from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.observers.measuring import (
     HistogramObserver,
@@ -229,9 +230,9 @@ def test_files_that_are_wrong_are_refused_in_words(tmp_path):
     save_statistics(quant2e.calibrate(prepared(), data()), path)
     target = prepared()
     changes = {
-        "format": (lambda r: r.update(format=3), "format 3; this version reads quant2e statistics of formats 1 and 2"),
-        "kind": (lambda r: r.update(kind="a poem"), "holds a poem"),
-        "state": (lambda r: r.pop("states"), "is no statistics file, or is damaged"),
+        "format": (lambda r: r.update(format=3), "has format 3; this version reads format 1 and 2"),
+        "kind": (lambda r: r.update(kind="a poem"), "of another kind"),
+        "state": (lambda r: r.pop("states"), "has no states"),
         "estimator": (lambda r: r["estimators"].update(activation_post_process_0="exit()"), "is none of MinMax"),
         "other": (
             lambda r: r["estimators"].update(activation_post_process_0="MinMax"),
@@ -241,12 +242,6 @@ def test_files_that_are_wrong_are_refused_in_words(tmp_path):
     for name, (change, message) in changes.items():
         with pytest.raises(FileFormatError, match=message):
             load_statistics(target, rewritten(path, tmp_path / name, change))
-    found = Statistics.load(path)
-    for part, value in {"max_val": torch.zeros(2), "histogram": torch.zeros(2, 8, dtype=torch.int64)}.items():
-        state = {**found.states["activation_post_process_0"], part: value}
-        replace(found, states={**found.states, "activation_post_process_0": state}).save(tmp_path / "shape")
-        with pytest.raises(FileFormatError, match="do not have the shapes of a Histogram"):
-            load_statistics(target, tmp_path / "shape")
     cut = tmp_path / "cut"
     cut.write_bytes(path.read_bytes()[:-40])
     evil = tmp_path / "evil"
@@ -257,6 +252,179 @@ def test_files_that_are_wrong_are_refused_in_words(tmp_path):
     assert not any(o.observed for o in measuring(target).values() if not o.frozen)
     with pytest.raises(CalibrationError, match="at least one"):
         load_statistics(target)
+
+
+FIRST = "activation_post_process_0"
+"""An observer with a histogram of 2048 bins over 8 × 12 values and more."""
+
+
+def state_with(state, **parts):
+    return {**state, **{name: change(state[name].clone()) for name, change in parts.items()}}
+
+
+def put_at(place, value):
+    def change(tensor):
+        tensor[place] = value
+        return tensor
+
+    return change
+
+
+NEVER_MEASURED = {
+    "NaN": ({"min_val": lambda t: t * float("nan")}, r"are \[nan"),
+    "an infinite range": ({"max_val": lambda t: t + float("inf")}, "inf"),
+    "min > max": ({"min_val": lambda t: t + 1e6}, "the smallest and the largest value are"),
+    "no range, and values": (
+        {"min_val": lambda t: t + float("inf"), "max_val": lambda t: t - float("inf")},
+        "no range",
+    ),
+    "negative counts": ({"counts": lambda t: -t}, "the counts are"),
+    "more NaN than values": ({"counts": put_at(1, 1 << 40)}, "more are not data than there are"),
+    "too many": ({"counts": put_at(0, 1 << 60)}, "the counts are"),
+    "a negative bin": ({"histogram": put_at(0, -5)}, "the histogram does not count"),
+    "a bin too much": ({"histogram": lambda t: t + 1}, "the histogram does not count"),
+    "two ranges": ({"max_val": lambda t: torch.zeros(2)}, "do not have the shapes of a Histogram"),
+    "a matrix": (
+        {"histogram": lambda t: torch.zeros(2, 8, dtype=torch.int64)},
+        "do not have the shapes of a Histogram",
+    ),
+    "floats": ({"histogram": lambda t: t.double()}, "are not those of a Histogram"),
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    path = tmp_path_factory.mktemp("statistics") / "a.stats"
+    save_statistics(quant2e.calibrate(prepared(), data()), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", NEVER_MEASURED)
+def test_numbers_that_were_never_measured_are_refused_in_memory_and_from_files(seen, tmp_path, kind):
+    parts, message = NEVER_MEASURED[kind]
+    found = Statistics.load(seen)
+    wrong = state_with(found.states[FIRST], **parts)
+    with pytest.raises(CalibrationError, match=message):
+        replace(found, states={**found.states, FIRST: wrong})
+    raw = {}
+    for name, value in wrong.items():
+        file = io.BytesIO()
+        np.lib.format.write_array(file, value.numpy())
+        raw[f"{FIRST}/{name}.npy"] = file.getvalue()
+    with pytest.raises(FileFormatError, match=message):
+        Statistics.load(with_members(seen, tmp_path / "wrong.stats", raw))
+
+
+def with_members(path, target, raw):
+    """The same archive with other bytes in some members."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, raw.get(name, old.read(name)))
+    return target
+
+
+def header(text, numbers=b""):
+    text = text.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + numbers
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (header("{'descr': '<i8', 'fortran_order': False, 'shape': (549755813888,), }"), "holds 0 bytes of numbers"),
+        (header("{'descr': '<i8', 'fortran_order': False, 'shape': (4,), }", b"\0" * 31), "holds 31 bytes of numbers"),
+        (header("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"x" * 8), "no array of plain numbers"),
+        (header("{'descr': [('a', '<i8')], 'fortran_order': False, 'shape': (1,), }", b"x" * 8), "no array of plain"),
+        (header("__import__('os').system('true')"), "no array of plain numbers"),
+        (header("(" * 60000), "no array of plain numbers"),
+        (
+            header("{'descr': '<i8', 'fortran_order': False, 'shape': (0, 900000000000000, 900000000000000), }"),
+            "damaged",
+        ),
+        (b"\x93NUMPY\x01\x00\xff\xff", "no array file"),
+        (b"\x93NUMPY\x01\x00\xff\xff  {}", "was cut off"),
+        (b"", "no array file"),
+    ],
+)
+def test_arrays_are_no_larger_than_their_bytes(seen, tmp_path, raw, message):
+    with pytest.raises(FileFormatError, match=message):
+        Statistics.load(with_members(seen, tmp_path / "wrong.stats", {f"{FIRST}/counts.npy": raw}))
+
+
+def test_what_unpacks_to_far_more_than_it_is_is_not_unpacked(seen, tmp_path):
+    bomb = with_members(seen, tmp_path / "bomb.stats", {f"{FIRST}/counts.npy": b"\0" * (100 << 20)})
+    assert bomb.stat().st_size < 1 << 20
+    with pytest.raises(FileFormatError, match="was made to fill the memory"):
+        Statistics.load(bomb)
+
+
+def test_sparse_histograms_are_written_so_that_they_are_read_again(tmp_path):
+    path = tmp_path / "sparse.zip"
+    members = {"a.npy": b"\0" * (100 << 20), "b.npy": bytes(range(256)) * 8}
+    write_archive(path, members)
+    assert read_archive(path, "archive") == members
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"kind": "quant2e statistics", "format": 2, "format": 2}', "stands twice"),
+        (b'{"kind": "quant2e statistics", "format": NaN}', "NaN is no number of JSON"),
+        (b'{"kind": "quant2e statistics", "format": 1' + b"0" * 9000 + b"}", "digits"),
+        (b'{"kind": "quant2e statistics", "format": 1e999}', "larger than a float holds"),
+        (b'{"kind": "\\ud800"}', "is not JSON"),
+        (b"\xff\xfe{", "is not JSON"),
+        (b"3", "must be an object"),
+    ],
+)
+def test_records_are_strict_json(seen, tmp_path, record, message):
+    with pytest.raises(FileFormatError, match=message):
+        Statistics.load(with_members(seen, tmp_path / "wrong.stats", {"statistics.json": record}))
+
+
+WRONG_RECORDS = {
+    "batches": (lambda r: r.update(batches=-1), "batches=-1"),
+    "half a batch": (lambda r: r.update(batches=2.5), "batches is 2.5, and must be an integer"),
+    "a list of states": (lambda r: r.update(states=[]), "states is a list, and must be an object"),
+    "one more observer": (lambda r: r["estimators"].update(other="MinMax"), "not of the same observers"),
+    "a constant that is none": (lambda r: r["constant"].append("other"), "not of the same observers"),
+    "one more buffer": (lambda r: r["states"][FIRST].append("sum"), "does not name the arrays that it holds"),
+    "one more key": (lambda r: r.update(author="me"), "'author', which is no part of it"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_RECORDS)
+def test_records_say_what_their_arrays_are(seen, tmp_path, kind):
+    change, message = WRONG_RECORDS[kind]
+    with pytest.raises(FileFormatError, match=message):
+        Statistics.load(rewritten(seen, tmp_path / "wrong.stats", change))
+
+
+def test_statistics_are_put_into_observers_of_their_shape_only():
+    model = quant2e.calibrate(prepared(), data())
+    found, target = Statistics.of(model), prepared()
+    weights = next(iter(found.constant))
+    fewer = state_with(found.states[FIRST], histogram=lambda t: t.reshape(-1, 2).sum(1))
+    for states, message in (
+        ({**found.states, FIRST: fewer}, "1024 bins, and it has 2048"),
+        (
+            {
+                **found.states,
+                weights: state_with(
+                    found.states[weights], min_val=lambda t: t[:0], max_val=lambda t: t[:0], counts=torch.zeros_like
+                ),
+            },
+            "collected with other weights",
+        ),
+        ({name: state for name, state in found.states.items() if name != FIRST}, "not of the observers of this model"),
+    ):
+        estimators = {name: found.estimators[name] for name in states}
+        with pytest.raises(CalibrationError, match=message):
+            replace(found, states=states, estimators=estimators).restore(target)
+    assert not any(o.observed for o in measuring(target).values() if not o.frozen)
+    with pytest.raises(CalibrationError, match="not of the same observers"):
+        found.merge(replace(found, constant=frozenset()))
 
 
 # ------------------------------------------------------------------------------------------- several processes

@@ -25,7 +25,7 @@ from quant2e.graph.printer import graph_text
 from quant2e.pipeline import quantize
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_model import load, save
-from quant2e.report.encodings import Encodings, GroupEncoding
+from quant2e.report.encodings import ENCODINGS, Encodings, GroupEncoding
 from quant2e.storage import pt2 as storage
 from quant2e.storage.archive_check import check_archive
 from tests.quant2e.annotators import DYNAMIC, products
@@ -523,19 +523,28 @@ def test_a_record_that_is_not_ours(saved, tmp_path, record, message):
 # ------------------------------------------------------------------------------------------------------------- recipe
 
 NAMES = st.text(st.characters(codec="utf-8"), max_size=12)
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-GROUPS = st.builds(
-    GroupEncoding,
-    points=st.lists(NAMES, max_size=3).map(tuple),
-    spec=NAMES,
-    encoding=st.sampled_from(["per_tensor", "per_channel", "dynamic", "float16", "custom", "float"]),
-    dtype=NAMES,
-    quant_min=st.integers(-(2**31), 2**31),
-    quant_max=st.integers(-(2**31), 2**31),
-    axis=st.none() | st.integers(0, 5),
-    scale=st.lists(FLOATS, max_size=3).map(tuple),
-    zero_point=st.lists(st.integers(-256, 256), max_size=3).map(tuple),
-)
+SCALES = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
+POINTS = st.integers(-256, 256) | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@st.composite
+def group_encodings(draw):
+    low, high = sorted([draw(st.integers(-(2**31), 2**31)), draw(st.integers(-(2**31), 2**31))])
+    numbers = draw(st.lists(st.tuples(SCALES, POINTS), max_size=3))
+    return GroupEncoding(
+        points=tuple(draw(st.lists(NAMES, max_size=3))),
+        spec=draw(NAMES),
+        encoding=draw(st.sampled_from(ENCODINGS)),
+        dtype=draw(NAMES),
+        quant_min=low,
+        quant_max=high,
+        axis=draw(st.none() | st.integers(0, 5)),
+        scale=tuple(scale for scale, _ in numbers),
+        zero_point=tuple(point for _, point in numbers),
+    )
+
+
+GROUPS = group_encodings()
 
 
 @given(st.builds(Encodings, quantizer=NAMES, groups=st.lists(GROUPS, max_size=3).map(tuple)))
