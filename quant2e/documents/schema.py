@@ -20,6 +20,9 @@ from quant2e.errors import FileFormatError
 
 T = TypeVar("T")
 
+LATER: Mapping[str, Any] = {"later": True}
+"""Metadata of a field with a default that earlier versions did not have: their records are read without it."""
+
 _Read = Callable[[Any], Any]
 """A value of JSON in, the value of a field out; raises `_Misfit`."""
 
@@ -37,17 +40,15 @@ class _Misfit(Exception):  # noqa: N818  # never leaves this file
         self.path: list[str] = []
 
 
-def from_record(
-    kind: type[T], data: Any, what: str, *, besides: Collection[str] = (), absent: Collection[str] = ()
-) -> T:
+def from_record(kind: type[T], data: Any, what: str, *, besides: Collection[str] = ()) -> T:
     """The dataclass ``kind`` from its record. ``what`` names the record in errors.
 
-    ``besides``: keys that the record holds too, which are left to the caller. ``absent``: fields with a default that
-    earlier versions did not write. Any other key that is missing or unknown, a value of another type, and what the
-    dataclass itself refuses raise `FileFormatError`, which says where in the record it is.
+    ``besides``: keys that the record holds too, which are left to the caller. Any other key that is unknown, one that
+    is missing (but for fields that are `LATER`), a value of another type, and what the dataclass itself refuses raise
+    `FileFormatError`, which says where in the record it is.
     """
     try:
-        return typing.cast("T", _described(kind, data, frozenset(besides), frozenset(absent)))
+        return typing.cast("T", _described(kind, data, frozenset(besides)))
     except _Misfit as misfit:
         place = "".join(reversed(misfit.path)).lstrip(".")
         raise FileFormatError(f"{what} is damaged: {place or 'it'} {misfit}") from misfit.__cause__
@@ -64,11 +65,11 @@ def of_format(data: Any, readable: Iterable[int], what: str) -> int:
     return found
 
 
-def _described(kind: Any, data: Any, besides: frozenset[str], absent: frozenset[str]) -> Any:
+def _described(kind: Any, data: Any, besides: frozenset[str]) -> Any:
     if not isinstance(data, Mapping):
         raise _Misfit(f"is {_shown(data)}, and must be an object")
     readers = _fields(kind)
-    if missing := [name for name in readers if name not in data and name not in absent]:
+    if missing := [name for name in readers if name not in data and name not in _later(kind)]:
         raise _Misfit(f"has no {', '.join(missing)}")
     if unknown := [key for key in data if key not in readers and key not in besides]:
         raise _Misfit(f"has {_shown(unknown[0])}, which is no part of it")
@@ -98,6 +99,11 @@ def _fields(kind: Any) -> Mapping[str, _Read]:
     return {field.name: _reader(hints[field.name]) for field in own}
 
 
+@cache
+def _later(kind: Any) -> frozenset[str]:
+    return frozenset(field.name for field in fields(kind) if field.metadata == LATER)
+
+
 def _reader(hint: Any) -> _Read:
     """What reads a value of this type."""
     origin, of = typing.get_origin(hint), typing.get_args(hint)
@@ -111,7 +117,7 @@ def _reader(hint: Any) -> _Read:
         return _mapping(_reader(of[1]))
     assert isinstance(hint, type), hint
     assert is_dataclass(hint), hint
-    return lambda data: _described(hint, data, frozenset(), frozenset())
+    return lambda data: _described(hint, data, frozenset())
 
 
 def _exactly(kind: type[Any], name: str) -> _Read:

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from quant2e.annotation.plan import Group
 from quant2e.annotation.specs import spec_text
 from quant2e.documents.json_text import read_json
-from quant2e.documents.schema import from_record, of_format
+from quant2e.documents.schema import LATER, from_record, of_format
 from quant2e.errors import AnnotationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.observers.encodings import (
@@ -54,7 +54,7 @@ class GroupEncoding:
     axis: int | None = None
     scale: tuple[float, ...] = ()
     zero_point: tuple[int | float, ...] = ()
-    group_size: int = 0
+    group_size: int = field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
@@ -113,7 +113,7 @@ class Encodings:
     def from_dict(cls, data: Mapping[str, Any]) -> Encodings:
         """The encodings that `as_dict` described. Raises `FileFormatError` for anything else."""
         of_format(data, (ENCODINGS_FORMAT,), "the record of encodings")
-        return from_record(cls, data, "the record of encodings", besides=("format",), absent=("group_size",))
+        return from_record(cls, data, "the record of encodings", besides=("format",))
 
     def to_file(self, path: str | Path) -> None:
         """Write as JSON; an existing file is replaced only once the new one is complete."""
