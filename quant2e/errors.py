@@ -74,9 +74,15 @@ def user_frame(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """The user's source line, as ``file:line `code` ``; empty when the graph does not record it."""
+    """The user's source line, as ``file:line `code` ``; empty when the graph does not record it.
+
+    A graph from a file knows the name of the file and the line, and not the code.
+    """
     frame = _user_frame(node)
-    return f"{frame['file']}:{frame['line']} `{frame['code'].strip()}`" if frame else ""
+    if frame is None:
+        return ""
+    code = frame["code"].strip()
+    return f"{frame['file']}:{frame['line']}" + (f" `{code}`" if code else "")
 
 
 def where(node: Node) -> str:

@@ -22,7 +22,8 @@ class QuantizedModel:
     """A Q/DQ graph with everything known about it.
 
     ``module``: the graph. ``example_inputs``, ``example_kwargs``, ``dynamic_shapes``: what it was captured with, and
-    what saving and lowering need. Calling the object calls the graph; ``repr`` summarises the report.
+    what saving and lowering need. ``stand_ins``: the example inputs are noise that looks like them, since the file that
+    the model was loaded from does not hold them. Calling the object calls the graph; ``repr`` summarises the report.
     """
 
     module: GraphModule
@@ -31,6 +32,7 @@ class QuantizedModel:
     example_inputs: tuple[Any, ...]
     example_kwargs: dict[str, Any] = field(default_factory=dict)
     dynamic_shapes: Any = None
+    stand_ins: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -51,9 +53,9 @@ class QuantizedModel:
         """The inputs and outputs that carry integers, and their parameters."""
         return quantized_io_of(self.module)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, with_example_inputs: bool = False) -> None:
         """Write an ExportedProgram with report and encodings to ``path`` (``.pt2``); see `quant2e.save`."""
-        save(self, path)
+        save(self, path, with_example_inputs=with_example_inputs)
 
 
 def save(
@@ -62,14 +64,18 @@ def save(
     example_inputs: tuple[Any, ...] | None = None,
     *,
     dynamic_shapes: Any = None,
+    with_example_inputs: bool = False,
 ) -> None:
     """Write a quantized model to ``path``; the suffix is ``.pt2``.
 
     A `QuantizedModel` remembers its example inputs and dynamic shapes; give them for a converted GraphModule. The file
-    appears under ``path`` only when it is complete. Raises `Quant2eError` when inputs are missing or the graph cannot
-    be exported, OSError when the file cannot be written; ``path`` is then as it was.
+    says what they look like; their data is in it only ``with_example_inputs``. Of the user's files it has names and
+    line numbers, neither folders nor text. It appears under ``path`` only when it is complete. Raises `Quant2eError`
+    when inputs are missing or do not fit, or the graph cannot be saved, OSError when the file cannot be written;
+    ``path`` is then as it was.
     """
-    write_pt2(path, _contents(model, example_inputs, dynamic_shapes))
+    contents = _contents(model, example_inputs, dynamic_shapes)
+    write_pt2(path, contents, with_example_inputs=with_example_inputs)
 
 
 def _contents(

@@ -49,6 +49,7 @@ OPTIONAL: Mapping[str, str] = {
     "hypothesis": "quantizers/conformance/",
     "torchao": "quantizers/torchao.py",
     "rich": "quant2e/calibration/progress.py",
+    "sympy": "quant2e/storage/",  # comes with torch
 }
 """Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place.
 """

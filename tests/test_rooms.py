@@ -38,6 +38,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "integer",
         "convert",
         "quantized_io",
+        "storage/writer",
         "storage",
         "quantized_model",
         "pipeline",

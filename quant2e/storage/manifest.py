@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from quant2e.errors import FileFormatError
+from quant2e.storage.writer.values import Bytes
 
 MANIFEST = "extra/quant2e_manifest.json"
 """Name of the record, without the folder around all records of an archive."""
@@ -22,8 +23,6 @@ MANIFEST = "extra/quant2e_manifest.json"
 MANIFEST_FORMAT = 1
 _NAMED = 3
 """How many records a message names."""
-
-Bytes: TypeAlias = bytes | bytearray | memoryview
 
 
 def sha256(data: Bytes) -> str:
@@ -35,6 +34,15 @@ def manifest_text(hashes: Mapping[str, str]) -> bytes:
     """The manifest for records with these hashes, by name; its own name is not among them."""
     listed = {name: hashes[name] for name in sorted(hashes)}
     return json.dumps({"format": MANIFEST_FORMAT, "sha256": listed}, separators=(",", ":")).encode("ascii")
+
+
+def with_manifest(records: Iterable[tuple[str, Bytes]]) -> Iterator[tuple[str, Bytes]]:
+    """``records``, and behind the last of them their manifest."""
+    hashes = {}
+    for name, data in records:
+        hashes[name] = sha256(data)
+        yield name, data
+    yield MANIFEST, manifest_text(hashes)
 
 
 def check_manifest(records: Mapping[str, Bytes]) -> bool:

@@ -7,8 +7,7 @@ The file is one that ``torch.export.load`` reads, in any process where torch's o
 
 from __future__ import annotations
 
-import io
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,20 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from quant2e.errors import FileFormatError, Quant2eError, user_frame
+from quant2e.errors import FileFormatError, Quant2eError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.capture import as_graph_module
-from quant2e.graph.captured.inputs import distinct
+from quant2e.graph.captured.inputs import inputs_of
 from quant2e.isolation import tracing
-from quant2e.quantized_io import QUANTIZED_IO, QuantizedIO, quantized_io_of
+from quant2e.quantized_io import QUANTIZED_IO
 from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report
 from quant2e.storage.archive_check import check_archive
-from quant2e.storage.parameters import name_buffers, read_buffers
-
-RECORD = "quant2e.json"
-"""Name of the extra file that holds report, encodings, and the parameters of integer inputs and outputs."""
-
-RECORD_FORMAT = 2
-_READABLE = (1, RECORD_FORMAT)
+from quant2e.storage.manifest import with_manifest
+from quant2e.storage.record import RECORD, read_example_inputs, read_record, read_results, record_text
+from quant2e.storage.writer.archive import write_records
+from quant2e.storage.writer.program import program_records
+from quant2e.storage.writer.savable import savable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,73 +44,32 @@ class Pt2Contents:
     example_inputs: tuple[Any, ...]
     example_kwargs: dict[str, Any]
     dynamic_shapes: Any
+    stand_ins: bool = False
+    """Whether the example inputs only look like those that the model was captured with."""
 
 
 @tracing()
-def write_pt2(path: str | Path, contents: Pt2Contents) -> None:
-    """Write ``contents`` to ``path``; the suffix is ``.pt2``.
+def write_pt2(path: str | Path, contents: Pt2Contents, *, with_example_inputs: bool = False) -> None:
+    """Write ``contents`` to ``path``; the suffix is ``.pt2``. Example inputs are described, or kept when asked for.
 
-    The file appears under ``path`` only when it is complete. Raises `Quant2eError` when the graph cannot be exported,
-    OSError when the file cannot be written; ``path`` is then as it was.
+    The file appears under ``path`` only when it is complete. Raises `Quant2eError` when the graph cannot be saved or
+    does not fit the example inputs, OSError when the file cannot be written; ``path`` is then as it was.
     """
     target = Path(path)
     if target.suffix != ".pt2":
         raise Quant2eError(f"'{target.name}': the suffix of an exported program is .pt2")
-    module, record = contents.module, _as_record(contents)
-    try:
-        args, kwargs = distinct(contents.example_inputs, contents.example_kwargs)
-        program = torch.export.export(module, args, kwargs, dynamic_shapes=contents.dynamic_shapes, strict=False)
-    except Exception as error:
-        raise Quant2eError(f"the quantized graph cannot be exported with these inputs: {error}") from error
-    _trim(program.graph_module)
+    args, kwargs = contents.example_inputs, contents.example_kwargs
+    module = savable(contents.module, args, kwargs, contents.dynamic_shapes)
+    record = record_text(
+        contents.report, contents.encodings, module, inputs_of(module).flat(args, kwargs), with_data=with_example_inputs
+    )
     with atomic_file(target) as part:
-        # Not the path: torch writes its name into the file. And torch aborts the process when a write fails.
-        with _PatientFile(part, "wb") as file:
-            torch.export.save(program, file, extra_files={RECORD: json.dumps(record)})
+        with part.open("wb") as file:
+            write_records(file, with_manifest([*program_records(module), (f"extra/{RECORD}", record)]))
         try:
             check_archive(part)
         except FileFormatError as error:
             raise Quant2eError(f"this program could be saved, but not loaded again: {error}") from error
-
-
-def _trim(gm: GraphModule) -> None:
-    """Keep, of what nodes say about their origin, the module and the user's own line: the rest is a tenth of a file."""
-    for node in gm.graph.nodes:
-        node.meta.pop("from_node", None)
-        if frame := user_frame(node):
-            node.meta["stack_trace"] = frame
-        if stack := node.meta.get("nn_module_stack"):
-            # torch's keys are its own spelling of the path beside them
-            node.meta["nn_module_stack"] = {str(entry[0]) or "L__self__": entry for entry in stack.values()}
-
-
-class _PatientFile(io.FileIO):
-    """A file whose writes never fail: the first failure is kept, and raised when the file is closed."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        rest = memoryview(data)
-        while rest and self.failure is None:
-            try:
-                rest = rest[super().write(rest) :]
-            except OSError as error:
-                self.failure = error
-        return len(data)
-
-    def close(self) -> None:
-        super().close()
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
-
-
-def _as_record(contents: Pt2Contents) -> dict[str, Any]:
-    encodings = name_buffers(contents.encodings.as_dict(), contents.module)
-    record = {"format": RECORD_FORMAT, "report": contents.report.as_dict(), "recipe": encodings}
-    if quantized_io := quantized_io_of(contents.module):
-        record["boundary"] = quantized_io.as_dict()
-    return record
 
 
 @tracing()
@@ -130,38 +86,41 @@ def read_pt2(path: str | Path) -> Pt2Contents:
         program = torch.export.load(source, extra_files=extra)
     except Exception as error:
         raise FileFormatError(f"{source} cannot be read as an exported program: {error}") from error
-    args, kwargs = program.example_inputs or ((), {})
-    module = as_graph_module(program)
-    report, encodings, quantized_io = _record(source, extra[RECORD], module)
+    try:
+        record = read_record(extra[RECORD])
+        args, kwargs, stand_ins = _example_inputs(program, record)
+        if "example_inputs" in record:
+            program._example_inputs = (args, kwargs)  # torch checks the conditions on inputs only where it has some
+        module = as_graph_module(program)
+        report, encodings, quantized_io = read_results(record, module)
+    except FileFormatError as error:
+        raise FileFormatError(f"{source} is damaged: {error}") from error
     if quantized_io:
         module.meta[QUANTIZED_IO] = quantized_io
     return Pt2Contents(
         module=module,
         report=report,
         encodings=encodings,
-        example_inputs=tuple(args),
-        example_kwargs=dict(kwargs),
+        example_inputs=args,
+        example_kwargs=kwargs,
         dynamic_shapes=_dynamic_shapes(program),
+        stand_ins=stand_ins,
     )
 
 
-def _record(source: Path, text: str | bytes, module: GraphModule) -> tuple[Report, Encodings, QuantizedIO]:
-    if not text:
-        return Report(verdicts=()), Encodings("", ()), QuantizedIO()
-    try:
-        record = json.loads(text)
-        if record["format"] not in _READABLE:
-            raise FileFormatError(
-                f"{source} has a record of format {record['format']!r}; this version reads "
-                f"formats {' and '.join(str(known) for known in _READABLE)}"
-            )
-        quantized_io = QuantizedIO.from_dict(record["boundary"]) if "boundary" in record else QuantizedIO()
-        encodings = Encodings.from_dict(read_buffers(record["recipe"], module))
-        return Report.from_dict(record["report"]), encodings, quantized_io
-    except FileFormatError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileFormatError(f"the report inside {source} is not readable: {error}") from error
+def _example_inputs(
+    program: ExportedProgram, record: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+    found = read_example_inputs(record)
+    if found is None:
+        args, kwargs = program.example_inputs or ((), {})
+        return tuple(args), dict(kwargs), False
+    leaves, stand_ins = found
+    spec = program.call_spec.in_spec
+    if spec.num_leaves != len(leaves):
+        raise FileFormatError(f"it describes {len(leaves)} example inputs, and its graph takes {spec.num_leaves}")
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    return tuple(args), dict(kwargs), stand_ins
 
 
 def _dynamic_shapes(program: ExportedProgram) -> Any:
