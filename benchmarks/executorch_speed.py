@@ -20,7 +20,7 @@ from benchmarks.programs import ours, theirs
 from benchmarks.shapes import SHAPES
 from benchmarks.timing import machine
 from lowering.bench.command import bench, table
-from lowering.bench.program_file import open_program
+from lowering.files import open_program
 
 LABELS = ("executorch_int8", "quant2e_int8", "float")
 
@@ -42,7 +42,7 @@ def programs(name: str, scheme: str, batch: int, folder: Path, *, small: bool) -
 
 def signal_to_noise(paths: list[Path]) -> dict[str, float]:
     """SQNR of each program's first output against the last one's, the float program's, in dB, on noise."""
-    opened = [open_program(path) for path in paths]
+    opened = [open_program(path, isolated=False) for path in paths]
     outputs = [one.run(opened[0].tensors())[0].double() for one in opened]
     power = outputs[-1].square().sum()
     return {

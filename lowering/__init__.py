@@ -8,6 +8,7 @@ from lowering.executorch import ExecuTorchProgram, Method, to_executorch
 from lowering.executorch.program import Execute
 from lowering.executorch.report import ExecuTorchReport, Leftover, Partition
 from lowering.export import Lowerable
+from lowering.files import OpenProgram, open_program
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import KernelChoice, Product
 from lowering.inductor.package import InductorPackage, package_inductor
@@ -16,8 +17,9 @@ from lowering.inductor.report import InductorReport, LoweredOp
 from lowering.inductor.source import InductorSource
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.program import LoweredProgram, LoweringReport, Table
-from lowering.signature import ProgramInput, Signature
+from lowering.signature import ProgramInput, Signature, TensorInput
 from lowering.verify import Bound, Verification, verify
+from quant2e.checksum import check_file
 
 __all__ = [
     "Bound",
@@ -38,12 +40,16 @@ __all__ = [
     "Method",
     "OnnxProgram",
     "OnnxReport",
+    "OpenProgram",
     "Partition",
     "Product",
     "ProgramInput",
     "Signature",
     "Table",
+    "TensorInput",
     "Verification",
+    "check_file",
+    "open_program",
     "package_inductor",
     "to_executorch",
     "to_inductor",

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowering.bench.program_file import read_arrays
+from lowering.files.program_file import read_arrays
 from quant2e import Encodings, QuantizedIO, Report
 from quant2e.calibration.statistics import Statistics
 from quant2e.documents.arrays import read_archive

@@ -19,6 +19,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "quant2e": (
         "errors",
         "files",
+        "checksum",
         "cpu",
         "isolation",
         "documents",
@@ -75,6 +76,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "executorch/xnnpack",
         "executorch",
         "onnx",
+        "files",
         "__init__",
         "bench",
     ),

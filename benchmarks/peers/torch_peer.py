@@ -135,11 +135,11 @@ def build_ours_executorch(job: Job) -> float:
 
 def load_executorch(job: Job) -> Loaded:
     """A ``.pte`` in the runtime."""
-    from lowering.bench.program_file import open_program
     from lowering.executorch.runtime import set_threads
+    from lowering.files import open_program
 
     set_threads(job.threads)  # before a program is loaded: it keeps the pool it finds
-    program = open_program(job.file(".pte"))
+    program = open_program(job.file(".pte"), isolated=False)
     inputs = inputs_of(job.place)
     program.run(inputs)
     return Loaded(

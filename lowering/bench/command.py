@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ _EXAMPLE = textwrap.dedent("""\
       numpy.savez("x.npz", ids, mask)       # one array per tensor, in the order in which the programs take them
       quant2e bench model_int8.pte model_int8.pt2 --inputs x.npz
 
-    A .pte runs in the ExecuTorch runtime, a .pt2 in eager torch. Ratios are to the first program: above 1 is faster.
+    A .pte runs in the ExecuTorch runtime, an .onnx in onnxruntime, a .pt2 in eager torch. Ratios are to the first
+    program: above 1 is faster. Each program runs in a process of its own, which a file that crashes its runtime ends.
 """)
 
 
@@ -50,7 +52,7 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``quant2e bench``."""
     parser.epilog = _EXAMPLE
-    parser.add_argument("programs", nargs="+", type=Path, metavar="PROGRAM", help=".pte or .pt2 file")
+    parser.add_argument("programs", nargs="+", type=Path, metavar="PROGRAM", help=".pte, .onnx or .pt2 file")
     parser.add_argument(
         "--inputs", type=Path, metavar="X.npz", help="arrays to run on (default: the file's own, or noise)"
     )
@@ -67,6 +69,10 @@ def run(options: argparse.Namespace) -> int:
         options.programs, inputs=options.inputs, threads=options.threads, rounds=options.rounds, method=options.method
     )
     print(table(rows))  # noqa: T201  # this is a command line
+    for row in rows:
+        if row.path.suffix != ".pt2" and not row.footprint.unchanged:
+            note = f"note: {row.path} carries no checksum of quant2e, so nothing tells whether it is as it was written"
+            print(note, file=sys.stderr)  # noqa: T201  # this is a command line
     return 0
 
 
@@ -80,7 +86,8 @@ def bench(
 ) -> list[Row]:
     """Size, load time, memory and interleaved times of program files. Arguments: as of the command line.
 
-    Raises `LoweringError` for a program that does not load or run, `FileFormatError` for a file of another kind.
+    Raises `LoweringError` for a program that does not load or run, `FileFormatError` for a file of another kind, one
+    that has changed since it was written, and one that crashes its runtime.
     """
     sizes = [path.stat().st_size for path in programs]
     footprints = [in_child(measure_footprint, path, inputs, method, threads[0]) for path in programs]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowering.bench.program_file import OpenProgram, open_program, read_arrays
-from quant2e.errors import LoweringError, Quant2eError
+from lowering.files.program_file import OpenProgram, opened, read_arrays, read_program
+from quant2e.errors import FileFormatError, LoweringError, Quant2eError
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _PRELOADED = ["lowering.bench.worker", "executorch.runtime", "executorch.kernels.quantized"]
@@ -29,12 +30,15 @@ SECONDS, LEAST, MOST = 2.0, 9, 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """``load_ms``: from the file to a program that can be called. ``peak_mb``: by how much loading it and running it
-    raised the process's peak of resident memory, in 10⁶ bytes.
+    """``load_ms``: from the bytes of a file (a ``.pt2``: from the file) to a program that can be called.
+
+    ``peak_mb``: by how much reading, loading and running it raised the process's peak of resident memory, in 10⁶ bytes.
+    ``unchanged``: the file carries a checksum, and matches it.
     """
 
     load_ms: float
     peak_mb: float
+    unchanged: bool = False
 
 
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
@@ -50,7 +54,13 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         good, value = receiving.recv()
     except EOFError:
         process.join()
-        named = ", ".join(str(arg) for arg in args if isinstance(arg, Path)) or "the programs"
+        paths = [path for arg in args for path in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(path, Path)]
+        named = ", ".join(map(str, paths)) or "the programs"
+        if process.exitcode is not None and process.exitcode < 0:  # by a signal: a runtime that crashed
+            name = signal.Signals(-process.exitcode).name
+            raise FileFormatError(
+                f"the process that ran {named} was ended by {name}: damaged, or made for another runtime"
+            ) from None
         raise LoweringError(
             f"the process that ran {named} ended without an answer (exit code {process.exitcode})"
         ) from None
@@ -72,13 +82,14 @@ def measure_footprint(path: Path, inputs: Path | None, method: str | None, threa
     _use(threads, [path])
     gc.collect()
     before = _peak()
+    source = read_program(path)
     start = time.perf_counter()
-    program = open_program(path, method)
+    program = opened(source, method)
     load_ms = (time.perf_counter() - start) * 1e3
     tensors = _tensors(program, inputs)
     for _ in range(WARM_UP):
         program.run(tensors)
-    return Footprint(load_ms=load_ms, peak_mb=(_peak() - before) / 1e6)
+    return Footprint(load_ms=load_ms, peak_mb=(_peak() - before) / 1e6, unchanged=program.unchanged)
 
 
 def measure_times(
@@ -86,7 +97,7 @@ def measure_times(
 ) -> list[list[float]]:
     """Seconds of each call, a list per program of one length; neighbours in time at the same place."""
     _use(threads, paths)
-    programs = [open_program(path, method) for path in paths]
+    programs = [opened(read_program(path), method) for path in paths]
     calls = [(program, _tensors(program, inputs)) for program in programs]
     for program, tensors in calls * WARM_UP:
         program.run(tensors)

@@ -35,6 +35,7 @@ from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.signature import check_bounded, signature_of
 from lowering.verify import LEEWAY_DB, Bound, compare, compare_within_noise
+from quant2e.checksum import BLANK, WORD, sealed
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.effects import is_in_place
@@ -220,11 +221,12 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
             name: report_on(edge.exported_program(name).graph_module, rejections.reasons, one.rewrites)
             for name, one in prepared.items()
         }
+        edge._named_data_store.add_named_data(WORD, BLANK.encode())
         made = edge.to_executorch()
     except Exception as error:
         raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
     check_program(made.executorch_program)
-    buffer = bytes(made.buffer)
+    buffer = sealed(bytes(made.buffer))
     loaded = LoadedFile(buffer)
     methods = {
         name: Method(

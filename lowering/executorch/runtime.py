@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowering.executorch.pte import check_structure
 from lowering.signature import TensorInput
-from quant2e.errors import LoweringError
+from quant2e.errors import FileFormatError, LoweringError
 from quant2e.isolation import quietly, tracing
 
 _DTYPES = {
@@ -41,20 +41,20 @@ def require_executorch(*, runtime_only: bool = False) -> None:
         raise LoweringError(f"ExecuTorch is not installed ({error}): pip install quant2e[executorch]") from error
 
 
-def load_program(source: bytes | Path) -> Any:
-    """A program from its bytes, which it keeps alive, or from a file. Raises `LoweringError` when it is damaged.
+def load_program(content: bytes) -> Any:
+    """A program from its bytes, which it keeps alive. Raises `FileFormatError` when they are damaged.
 
     The runtime interprets the program: a delegate's blob and a list of kernels to call. No code of the file is run.
     """
+    check_structure(content, "this program")
     with tracing(), quietly():
         require_executorch(runtime_only=True)
         from executorch.runtime import Runtime, Verification
 
         try:
-            return Runtime.get().load_program(source, verification=Verification.InternalConsistency)
+            return Runtime.get().load_program(content, verification=Verification.InternalConsistency)
         except RuntimeError as error:
-            what = f"{source}" if isinstance(source, Path) else "these bytes"
-            raise LoweringError(f"the ExecuTorch runtime cannot read {what}: {error}") from error
+            raise FileFormatError(f"the ExecuTorch runtime cannot read this program: {error}") from error
 
 
 def load_method(program: Any, name: str) -> Any:
@@ -108,6 +108,8 @@ def input_tensors(program: Any, method: str) -> tuple[TensorInput, ...]:
         infos = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
     except RuntimeError as error:
         raise LoweringError(f"the method '{method}' takes something that is not a tensor: {error}") from error
+    if unknown := sorted({info.dtype() for info in infos} - set(_DTYPES)):
+        raise LoweringError(f"the method '{method}' takes tensors of dtype number {unknown}, which torch here lacks")
     return tuple(
         TensorInput(
             name=f"input {index}",

@@ -7,7 +7,6 @@ nothing for Dynamo to trace or to guard, nothing recompiles behind the caller's 
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.utils import _pytree as pytree
 
+from lowering.inductor.package_file import archive
 from lowering.signature import ProgramInput
 from quant2e.errors import LoweringError
 from quant2e.isolation import quietly, tracing
@@ -178,36 +178,25 @@ def package_flat(
     inputs: Sequence[Any],
     inspect: Callable[[Graph], None],
     specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
-    path: Path,
+    part: Path,
 ) -> None:
-    """Compile as `compile_flat` does, ahead of time, and write an AOTInductor package.
+    """Compile as `compile_flat` does, ahead of time, and write an AOTInductor package to ``part``.
 
     ``specs``: structure of the inputs and outputs that the loaded package takes and returns. Raises `LoweringError` as
     well when the program calls an op that torch alone does not have.
     """
     from torch._inductor.compile_fx import compile_fx_aot
-    from torch._inductor.package import package_aoti
 
     options = {
         "aot_inductor.package": True,
         "aot_inductor.serialized_in_spec": pytree.treespec_dumps(specs[0]),
         "aot_inductor.serialized_out_spec": pytree.treespec_dumps(specs[1]),
+        "aot_inductor.enable_line_tables": False,  # they hold the paths of this machine, and are most of a small file
     }
     with _explained(), _flags(inspect), _checked_inputs():
         files: Any = compile_fx_aot(gm, list(inputs), config_patches=options)
     _check_files([Path(file) for file in files if isinstance(file, str)])
-    content = io.BytesIO()  # written to a buffer, a package holds no trace of the name of a file
-    package_aoti(content, files)
-    path.write_bytes(content.getvalue())
-
-
-def load_package(path: Path) -> Callable[..., Any]:
-    """A package as something to call, as ``torch._inductor.aoti_load_package`` gives it."""
-    from torch._inductor import aoti_load_package
-
-    with tracing():
-        loaded: Callable[..., Any] = aoti_load_package(path)
-    return loaded
+    part.write_bytes(archive(files))
 
 
 _TORCHS_OWN = frozenset({"aten", "mkl", "mkldnn", "onednn", "prims", "quantized"})

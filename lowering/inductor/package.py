@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lowering.export import Lowerable
-from lowering.inductor.compile import FakeInputs, load_package, package_flat
+from lowering.inductor.compile import FakeInputs, package_flat
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
+from lowering.inductor.package_file import load_package
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
 from lowering.inductor.source import InductorSource, source_of, verified
@@ -57,7 +58,11 @@ class InductorPackage(LoweredProgram[InductorReport]):
         return self._report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the package. Raises `LoweringError` when the inputs are not what the graph was captured for."""
+        """Run the package.
+
+        Raises `LoweringError` when the inputs are not what the graph was captured for, and `FileFormatError` when the
+        file has changed since it was written.
+        """
         values = self._signature.flatten(args, kwargs)
         self._signature.sizes(values)
         if self._loaded is None:

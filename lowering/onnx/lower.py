@@ -19,6 +19,7 @@ from lowering.onnx.qdq_form import CONVENTIONS, in_form
 from lowering.onnx.translation import OPSET, translations
 from lowering.signature import signature_of
 from lowering.verify import compare_within_noise
+from quant2e.checksum import BLANK, WORD, sealed
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.calls import Call, call_of
@@ -72,7 +73,7 @@ def to_onnx(
     return OnnxProgram(Path(path), report, signature)
 
 
-def _write(exported: ExportedProgram, path: Path, target: str, quantized_io: QuantizedIO) -> OnnxReport:
+def _write(exported: ExportedProgram, part: Path, target: str, quantized_io: QuantizedIO) -> OnnxReport:
     from onnxscript import ir
 
     onnx_model = _to_onnx_ir(exported)
@@ -81,9 +82,11 @@ def _write(exported: ExportedProgram, path: Path, target: str, quantized_io: Qua
     if sum(held.values()) > _PROTOBUF_LIMIT:
         raise LoweringError(f"the constants have {sum(held.values()):,} bytes; an ONNX file holds 2 GiB")
     onnx_model.metadata_props["quant2e.target"] = target
+    onnx_model.metadata_props[WORD] = BLANK
     onnx_model.metadata_props.update({name: str(value) for name, value in constants("forward", quantized_io).items()})
-    ir.save(onnx_model, path)
-    return OnnxReport(opset=OPSET, convention=target, size=path.stat().st_size, constants=held)
+    ir.save(onnx_model, part)
+    part.write_bytes(sealed(part.read_bytes()))
+    return OnnxReport(opset=OPSET, convention=target, size=part.stat().st_size, constants=held)
 
 
 def _to_onnx_ir(exported: ExportedProgram) -> Any:

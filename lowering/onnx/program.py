@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lowering.onnx.session import run, session
 from lowering.program import LoweredProgram, LoweringReport, Table
 from lowering.signature import Signature
 from lowering.verify import Verification
-from quant2e.errors import LoweringError
+from quant2e.checksum import check_content
+from quant2e.errors import FileFormatError, LoweringError
 from quant2e.files import atomic_file
 
 INTEGER_KERNELS = frozenset(
@@ -48,10 +49,6 @@ INTEGER_KERNELS = frozenset(
 FLOAT_PRODUCTS = frozenset({"Conv", "FusedConv", "ConvTranspose", "FusedGemm", "FusedMatMul", "Gemm", "MatMul"})
 """onnxruntime's ops that multiply floats."""
 
-EXACT = {"session.x64quantprecision": "1", "session.qdq_matmulnbits_accuracy_level": "1"}
-"""Session options: kernels of u8 × s8 that do not saturate where the processor has no VNNI, and activations that stay
-float where weights have four bits in blocks."""
-
 _WHY = {
     "MatMulNBits": (
         "MatMulNBits quantizes activations to 8 bits, which the graph does not say, unless the session option "
@@ -59,7 +56,7 @@ _WHY = {
     ),
     "": (
         "on x86 without VNNI, u8 × s8 kernels of onnxruntime saturate unless the session option "
-        "session.x64quantprecision is 1, as it is here"
+        "session.x64quantprecision is 1, as it is in our own sessions on such machines"
     ),
 }
 
@@ -129,36 +126,22 @@ class OnnxProgram(LoweredProgram[OnnxReport]):
         return self._report
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on positional inputs and inputs by name, in any order. Raises `LoweringError` on other inputs."""
+        """Run on positional inputs and inputs by name, in any order.
+
+        Raises `LoweringError` on other inputs, and `FileFormatError` when the file has changed since it was written.
+        """
         flat = self._signature.plain(args, kwargs)
         if self._session is None:
-            self._session = session(self.path)
+            content = self.path.read_bytes()
+            if not check_content(content, str(self.path)):
+                raise FileFormatError(f"{self.path} is not the file that was written here: it carries no checksum")
+            self._session = session(content)
         return run_session(self._session, flat, self._signature)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Copy the file to ``path``."""
         with atomic_file(Path(path)) as part:
             shutil.copyfile(self.path, part)
-
-
-def session(path: Path, optimized: Path | None = None) -> Any:
-    """An onnxruntime session on the CPU, with kernels that do not saturate; ``optimized``: where to write its graph.
-
-    Raises `LoweringError` when onnxruntime cannot load the file.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    for name, setting in EXACT.items():
-        options.add_session_config_entry(name, setting)
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise LoweringError(f"onnxruntime cannot load {path}: {error}") from error
 
 
 def run_session(loaded: Any, flat: list[Any], signature: Signature) -> Any:
@@ -172,12 +155,8 @@ def run_session(loaded: Any, flat: list[Any], signature: Signature) -> Any:
         by_name = dict(zip(wanted, (value for _, value in pairs), strict=True))
     if missing := [name for name in wanted if name not in by_name]:
         raise LoweringError(f"the ONNX model takes {wanted}, and {missing} are no inputs of the graph: {list(by_name)}")
-    feeds = {name: by_name[name].numpy() for name in wanted}
-    try:
-        results = loaded.run(None, feeds)
-    except Exception as error:
-        raise LoweringError(f"onnxruntime refused the inputs: {error}") from error
-    return pytree.tree_unflatten([torch.from_numpy(result) for result in results], signature.out_spec)
+    results = run(loaded, [by_name[name] for name in wanted])
+    return pytree.tree_unflatten(list(results), signature.out_spec)
 
 
 def kernels_of(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -186,7 +165,7 @@ def kernels_of(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
 
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        session(path, optimized)
+        session(path.read_bytes(), optimized)
         graph = onnx.load(os.fspath(optimized), load_external_data=False).graph
     return _integers(graph), tuple(_floats(graph))
 

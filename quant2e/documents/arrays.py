@@ -110,9 +110,9 @@ def _dtype_of(text: str, what: str) -> np.dtype[Any]:
     return dtype
 
 
-def write_archive(path: Path, members: Mapping[str, bytes]) -> None:
+def write_archive(part: Path, members: Mapping[str, bytes]) -> None:
     """Write what `read_archive` reads: deflated, except for what deflate would make more than `RATIO` times smaller."""
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(part, "w") as archive:
         for name, raw in members.items():
             sparse = len(zlib.compress(raw, 1)) * RATIO < len(raw)
             archive.writestr(name, raw, zipfile.ZIP_STORED if sparse else zipfile.ZIP_DEFLATED, compresslevel=1)

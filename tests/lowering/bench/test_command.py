@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import zipfile
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import nn
 
 import lowering.bench.command
 from lowering.bench.command import Row, bench, table
-from lowering.bench.program_file import open_program, read_arrays
 from lowering.bench.worker import Footprint, in_child, measure_times
+from lowering.files.program_file import open_program, read_arrays
 from quant2e.cli import main
 from quant2e.errors import FileFormatError, LoweringError
 
@@ -37,7 +38,8 @@ def here(monkeypatch):
 def test_a_program_file_runs_on_its_own_inputs(pt2):
     program = open_program(pt2)
     (x,) = program.tensors()
-    torch.testing.assert_close(program.run([x]), nn.functional.softplus(x))
+    (y,) = program.run([x])
+    torch.testing.assert_close(y, nn.functional.softplus(x))
 
 
 def test_rounds_are_interleaved_and_as_many_as_asked(pt2, here):
@@ -113,7 +115,7 @@ def test_opening_a_file_runs_nothing_of_it(tmp_path, pt2):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("model.onnx", b"", r"program files end in .pte \(ExecuTorch\) or .pt2 \(torch.export\)"),
+        ("model.gguf", b"", r"program files end in .pte \(ExecuTorch\), .onnx or .pt2 \(torch.export\)"),
         ("model.pt2", b"no archive", r"model.pt2 is not a .pt2 file"),
         ("none.pte", None, r"No such file or directory: .*none.pte"),
     ],
@@ -162,6 +164,15 @@ def test_a_process_that_dies_is_told(pt2):
         in_child(die, pt2)
 
 
+def crash(*_):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_file_that_crashes_its_runtime_is_named(pt2):
+    with pytest.raises(FileFormatError, match=r"the process that ran .*double.pt2 was ended by SIGSEGV: damaged"):
+        in_child(crash, (pt2,))
+
+
 @pytest.mark.slow
 def test_programs_for_the_runtime_and_for_torch_side_by_side(tmp_path, pt2, capsys):
     pytest.importorskip("executorch")
@@ -178,4 +189,4 @@ def test_programs_for_the_runtime_and_for_torch_side_by_side(tmp_path, pt2, caps
     assert "no method 'encode'; its methods are forward: choose one with --method" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:200])
     assert main(["bench", str(path)]) == 1
-    assert "the ExecuTorch runtime cannot read" in capsys.readouterr().err
+    assert "model.pte is damaged: what is left of its checksum cannot be read" in capsys.readouterr().err

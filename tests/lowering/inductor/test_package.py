@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import tempfile
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -13,9 +15,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import lowering.inductor.package
-from lowering import package_inductor, to_inductor
+from lowering import InductorPackage, check_file, package_inductor, to_inductor
 from lowering.inductor.compile import _check_files
-from quant2e.errors import LoweringError
+from quant2e.errors import FileFormatError, LoweringError
 from tests.lowering.graphs import Cnn, Weight, on_dynamic_grid
 
 F = torch.nn.functional
@@ -89,6 +91,13 @@ def test_a_process_without_our_code_runs_the_same_int8_program(tmp_path):
     loaded = torch._inductor.aoti_load_package(str(tmp_path / "saved.pt2"))
     assert same(outputs[2], loaded(calls[2][0], 3, shift=calls[2][1]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["calls.pt", "model.pt2", "outputs.pt", "saved.pt2"]
+    content = package.path.read_bytes()
+    assert check_file(package.path)
+    here = [Path(__file__).parent, Path.cwd(), Path.home(), Path(torch.__file__).parent, tempfile.gettempdir()]
+    assert [folder for folder in here if f"{folder}/".encode() in content] == []
+    package.path.write_bytes(content.replace(b"aoti_torch_cpu__qconv", b"aoti_torch_cpu__qcomv", 1))
+    with pytest.raises(FileFormatError, match="was damaged, or edited"):
+        InductorPackage(package.path, package.report, package._signature)(*calls[0][:1], 3, shift=shift)
 
 
 def same(one, other):

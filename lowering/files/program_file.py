@@ -1,0 +1,230 @@
+"""Program files as callables: ``.pte`` in the ExecuTorch runtime, ``.onnx`` in onnxruntime, ``.pt2`` in eager torch.
+
+Opening and running a file executes no code of the file: a ``.pte`` or ``.onnx`` is data that a runtime interprets, and
+a ``.pt2`` is read by `quant2e.load`. The runtimes are written in C++ and trust the data that they are given, so a file
+that does not carry a checksum of ours is run in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lowering.executorch.pte import check_structure
+from lowering.files.child import ChildProgram
+from lowering.signature import TensorInput
+from quant2e.checksum import check_content
+from quant2e.documents.arrays import read_archive, read_array
+from quant2e.errors import FileFormatError, LoweringError
+from quant2e.quantized_model import QuantizedModel
+
+_SUFFIXES = (".pte", ".onnx", ".pt2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenProgram:
+    """A loaded program. ``call`` takes a flat list of tensors and returns one; ``inputs`` says which it takes, and
+    ``example`` holds some.
+
+    ``unchanged``: the file carries a checksum, and matches it; False where it has none, and nothing tells.
+    ``isolated``: it runs in a process of its own, which ends with this object.
+    """
+
+    path: Path
+    inputs: tuple[TensorInput, ...]
+    call: Callable[[Sequence[Tensor]], Sequence[Any]]
+    example: tuple[Tensor, ...] | None = None
+    unchanged: bool = False
+    isolated: bool = False
+
+    def run(self, tensors: Sequence[Tensor]) -> Sequence[Any]:
+        """Run once; flat outputs.
+
+        Raises `LoweringError` for other tensors than the program takes, and `FileFormatError` when a program in a
+        process of its own ends it.
+        """
+        if len(tensors) != len(self.inputs):
+            raise LoweringError(
+                f"{self.path.name} takes {len(self.inputs)} tensor(s), not {len(tensors)}: {self._takes()}"
+            )
+        for expected, tensor in zip(self.inputs, tensors, strict=True):
+            if not expected.takes(tensor):
+                raise LoweringError(f"{self.path.name} takes {expected}, not {_described(tensor)}")
+        try:
+            return self.call(tensors)
+        except (FileFormatError, LoweringError):
+            raise
+        except Exception as error:
+            shapes = [list(tensor.shape) for tensor in tensors]
+            raise LoweringError(f"{self.path.name} does not run on tensors of shapes {shapes}: {error}") from error
+
+    def _takes(self) -> str:
+        return ", ".join(map(str, self.inputs))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Inputs to run with: those the file holds, or noise of the largest sizes; integers are 0 or 1.
+
+        Raises `LoweringError` where they do not fit into memory.
+        """
+        if self.example is not None:
+            return self.example
+        try:
+            return tuple(_noise(one) for one in self.inputs)
+        except (RuntimeError, MemoryError) as error:
+            raise LoweringError(f"no memory for what {self.path.name} takes, {self._takes()}: {error}") from error
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+
+
+def _noise(one: TensorInput) -> Tensor:
+    shape = [high for _, high in one.sizes]
+    generator = torch.Generator().manual_seed(0)
+    if one.dtype.is_floating_point:
+        return torch.randn(shape, generator=generator).to(one.dtype)
+    return torch.randint(0, 2, shape, generator=generator).to(one.dtype)
+
+
+def read_arrays(path: Path) -> tuple[Tensor, ...]:
+    """The arrays of an ``.npz`` file in their order. Raises `FileFormatError`; pickled objects are refused."""
+    members = read_archive(path, ".npz file of plain arrays (numpy.savez)")
+    return tuple(torch.from_numpy(read_array(raw, f"{name} in {path}")) for name, raw in members.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramBytes:
+    """What a ``.pte`` or ``.onnx`` holds, read once. ``unchanged``: it carries a checksum of ours, and matches it."""
+
+    path: Path
+    content: bytes
+    unchanged: bool
+
+
+def read_program(path: Path) -> ProgramBytes:
+    """Read a program file and check its checksum, if it has one.
+
+    Raises `FileFormatError` for a file of another kind, or that was changed since it was written; OSError when it
+    cannot be read.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise FileFormatError(f"{path}: program files end in .pte (ExecuTorch), .onnx or .pt2 (torch.export)")
+    if path.suffix == ".pt2":  # `quant2e.load` reads and checks it
+        path.stat()
+        return ProgramBytes(path=path, content=b"", unchanged=False)
+    content = path.read_bytes()
+    unchanged = check_content(content, str(path))
+    if path.suffix == ".pte":
+        check_structure(content, str(path))
+    return ProgramBytes(path=path, content=content, unchanged=unchanged)
+
+
+def open_program(
+    path: str | os.PathLike[str], method: str | None = None, *, isolated: bool | None = None
+) -> OpenProgram:
+    """Open a ``.pte``, ``.onnx`` or ``.pt2`` file, whoever made it, to run it on this machine.
+
+    ``method``: which one of a ``.pte``; "forward" unless given. ``isolated``: whether the file is run in a process of
+    its own, so that one that crashes its runtime raises here. None: where it is a file for a runtime and carries no
+    checksum of ours (`OpenProgram.unchanged`).
+
+    Raises `FileFormatError` for a file of another kind, for one that was damaged or edited since it was written, and
+    for one that ends the process it was opened in; `LoweringError` when its runtime is not installed or cannot run it;
+    OSError when it cannot be read.
+    """
+    source = read_program(Path(path))
+    if isolated is None:
+        isolated = not source.unchanged and source.path.suffix != ".pt2"
+    if not isolated:
+        return opened(source, method)
+    child = ChildProgram(source.path, method)
+    return OpenProgram(
+        path=source.path,
+        inputs=child.inputs,
+        call=child,
+        example=child.example,
+        unchanged=source.unchanged,
+        isolated=True,
+    )
+
+
+def opened(source: ProgramBytes, method: str | None = None) -> OpenProgram:
+    """A program in this process. Raises `FileFormatError`, `LoweringError`."""
+    kinds = {".pte": _open_pte, ".onnx": _open_onnx, ".pt2": _open_pt2}
+    return kinds[source.path.suffix](source, method)
+
+
+def _open_pte(source: ProgramBytes, method: str | None) -> OpenProgram:
+    from lowering.executorch.runtime import input_tensors, load_method, load_program
+
+    path, method = source.path, method or "forward"
+    program = load_program(source.content)
+    if method not in program.method_names:
+        names = ", ".join(sorted(program.method_names))
+        raise LoweringError(f"{path} has no method '{method}'; its methods are {names}: choose one with --method")
+    inputs = input_tensors(program, method)
+    loaded = load_method(program, method)
+
+    def call(tensors: Sequence[Tensor], _owner: object = program) -> Sequence[Any]:
+        # the program, which owns what its methods run on, lives as long as this function
+        outputs: Sequence[Any] = loaded.execute(list(tensors))
+        return outputs
+
+    return OpenProgram(path=path, inputs=inputs, call=call, unchanged=source.unchanged)
+
+
+def _open_onnx(source: ProgramBytes, _: str | None) -> OpenProgram:
+    from lowering.onnx.session import run, session, tensor_inputs
+
+    loaded = session(source.content if source.unchanged else source.path)
+    inputs = tensor_inputs(loaded)
+    # of a size that varies, the file does not say the largest
+    example = tuple(_noise(replace(one, sizes=tuple((low, max(low, 1)) for low, _ in one.sizes))) for one in inputs)
+    return OpenProgram(
+        path=source.path,
+        inputs=inputs,
+        call=lambda tensors: run(loaded, tensors),
+        example=example,
+        unchanged=source.unchanged,
+    )
+
+
+def _open_pt2(source: ProgramBytes, _: str | None) -> OpenProgram:
+    from quant2e.quantized_model import load
+
+    path = source.path
+    model: QuantizedModel = load(path)
+    leaves, spec = pytree.tree_flatten((model.example_inputs, model.example_kwargs))
+    if not leaves:
+        raise FileFormatError(
+            f"{path} holds no example inputs, so nothing says what it takes: save it with quant2e.save"
+        )
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    dynamic = model.dynamic_shapes is not None
+
+    def call(tensors: Sequence[Tensor]) -> Sequence[Any]:
+        values = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            values[place] = tensor
+        args, kwargs = pytree.tree_unflatten(values, spec)
+        with torch.no_grad():
+            return pytree.tree_leaves(model(*args, **kwargs))
+
+    example = tuple(leaves[place] for place in places)
+    inputs = tuple(_like(f"input {index}", tensor, dynamic=dynamic) for index, tensor in enumerate(example))
+    return OpenProgram(path=path, inputs=inputs, call=call, example=example)
+
+
+def _like(name: str, tensor: Tensor, *, dynamic: bool) -> TensorInput:
+    # which sizes vary is the graph's own knowledge: it checks them on each call
+    sizes = tuple((0, 1 << 62) if dynamic else (size, size) for size in tensor.shape)
+    return TensorInput(name=name, dtype=tensor.dtype, sizes=sizes)
