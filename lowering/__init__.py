@@ -5,7 +5,7 @@ from.
 """
 
 from lowering.executorch import ExecuTorchProgram, Method, to_executorch
-from lowering.executorch.program import Execute
+from lowering.executorch.program import LoadedFile
 from lowering.executorch.report import ExecuTorchReport, Leftover, Partition
 from lowering.export import Lowerable
 from lowering.files import OpenProgram, open_program
@@ -18,7 +18,8 @@ from lowering.inductor.source import InductorSource
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.program import LoweredProgram, LoweringReport, Table
 from lowering.signature import ProgramInput, Signature, TensorInput
-from lowering.verify import Bound, Verification, verify
+from lowering.state import KeepsState, State
+from lowering.verify import Bound, OutputDifference, Verification, verify
 from quant2e.checksum import check_file
 
 __all__ = [
@@ -26,13 +27,14 @@ __all__ = [
     "Engines",
     "ExecuTorchProgram",
     "ExecuTorchReport",
-    "Execute",
     "InductorPackage",
     "InductorProgram",
     "InductorReport",
     "InductorSource",
+    "KeepsState",
     "KernelChoice",
     "Leftover",
+    "LoadedFile",
     "Lowerable",
     "LoweredOp",
     "LoweredProgram",
@@ -41,10 +43,12 @@ __all__ = [
     "OnnxProgram",
     "OnnxReport",
     "OpenProgram",
+    "OutputDifference",
     "Partition",
     "Product",
     "ProgramInput",
     "Signature",
+    "State",
     "Table",
     "TensorInput",
     "Verification",

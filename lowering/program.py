@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
+from lowering.state import KeepsState
 from lowering.verify import Verification
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
@@ -62,8 +63,12 @@ class LoweringReport(ABC):
 ReportT_co = TypeVar("ReportT_co", bound=LoweringReport, covariant=True)
 
 
-class LoweredProgram(ABC, Generic[ReportT_co]):
-    """A program that computes what its Q/DQ graph says, made by one of the functions of `lowering`."""
+class LoweredProgram(KeepsState, ABC, Generic[ReportT_co]):
+    """A program that computes what its Q/DQ graph says, made by one of the functions of `lowering`.
+
+    Where the graph writes to its buffers, so does the program, to buffers of its own: they begin with the values that
+    the graph had when it was lowered, and `reset` puts those back.
+    """
 
     @property
     @abstractmethod

@@ -19,9 +19,11 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lowering.export import Lowerable, graph_of
+from lowering.state import Apart, from_start, initial_state_of
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.data_movement import Effect, movements
+from quant2e.graph.fake_values import is_float, node_tensor
 from quant2e.graph.qdq_ops import qd
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
@@ -29,6 +31,7 @@ from quant2e.report.plain_data import plain_data
 _CUTS = movements(Effect.SPLIT)
 _MOVES = movements() - _CUTS - movements(Effect.JOIN)
 """Ops behind which a scale is still that of the integers in front of them."""
+_CASTS = (torch.ops.aten.to, torch.ops.aten._to_copy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +49,27 @@ class Bound:
         return f"at most {self.steps:g} step(s), or SQNR of at least {self.sqnr_db:.1f} dB"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputDifference:
+    """How far one output is from the graph's: see `Verification`."""
+
+    max_steps: float
+    sqnr_db: float
+    mismatches: float = 0.0
+
+    def within(self, bound: Bound) -> bool:
+        """Whether a bound holds. Integers that are not numbers (places, truth values) have to be the same."""
+        return not self.mismatches and (self.max_steps <= bound.steps or self.sqnr_db >= bound.sqnr_db)
+
+
 LAST_BIT = 2.0**-23
 """Relative size of the last bit of a float32."""
 
 NOISE_DRAWS = 4
 """How many neighbours of a graph its own noise is measured on."""
+
+CALLS = 3
+"""How many calls, at least, a graph with state is compared over: what one leaves behind shows in the next."""
 
 LEEWAY_DB = 6.0
 """How much more noise than its own a graph's lowered program may have: twice the amplitude."""
@@ -62,9 +81,12 @@ class Verification:
 
     ``max_steps``: largest difference, in steps of ``step_rule``. ``max_abs_diff``: the same in the output's unit.
     ``sqnr_db``: 10·log10(Σ reference² / Σ difference²), over every float output and batch; ``inf`` when bit-equal.
-    ``mismatches``: share of differing elements among integer and boolean outputs (0 when there are none).
-    ``batches``: how many inputs were compared. ``own_noise_db``: SQNR of the graph against itself with the last bits
-    of its floats moved, where that was needed to judge; see `own_noise_db`.
+    ``mismatches``: share of differing elements among outputs that are integers and no numbers: places, tokens, truth
+    values (0 when there are none). ``choices``: ops that chose otherwise than the graph among values that are within
+    the bound of each other, topk among ties say; the comparison is then with the graph given these choices.
+    ``batches``: how many inputs were compared. ``outputs``: the same for each output, every one of which has to be
+    within the bound: an output of many large numbers does not hide one of small ones. ``own_noise_db``: SQNR of the
+    graph against itself with the last bits of its floats moved, where that was needed to judge; see `own_noise_db`.
     """
 
     max_steps: float
@@ -75,11 +97,14 @@ class Verification:
     step_rule: str
     bound: Bound
     own_noise_db: float | None = None
+    outputs: tuple[OutputDifference, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether the bound holds."""
-        return self.max_steps <= self.bound.steps or self.sqnr_db >= self.bound.sqnr_db
+        """Whether the bound holds, for every output."""
+        whole = OutputDifference(max_steps=self.max_steps, sqnr_db=self.sqnr_db, mismatches=self.mismatches)
+        return all(output.within(self.bound) for output in self.outputs or (whole,))
 
     def __str__(self) -> str:
         verdict = "passed" if self.passed else "FAILED"
@@ -89,9 +114,10 @@ class Verification:
             if self.own_noise_db is not None
             else ""
         )
+        choices = f", given what {', '.join(self.choices)} chose among values as good" if self.choices else ""
         return (
             f"{verdict}: {self.max_steps:.3g} step(s) at most ({self.step_rule}), max abs difference "
-            f"{self.max_abs_diff:.3g}, SQNR {self.sqnr_db:.1f} dB over {self.batches} batch(es){integers}; "
+            f"{self.max_abs_diff:.3g}, SQNR {self.sqnr_db:.1f} dB over {self.batches} batch(es){integers}{choices}; "
             f"required: {self.bound}{noise}"
         )
 
@@ -109,22 +135,23 @@ class Verification:
     def check(self, what: str) -> None:
         """Raise `LoweringError` unless the bound holds. ``what`` names the lowered program."""
         if not self.passed:
-            raise LoweringError(
-                f"{what} does not compute what its Q/DQ graph says: {self}. Pass verify=False to get the program "
-                f"anyway, and report this with the model"
-            )
+            raise LoweringError(f"{what} does not compute what its Q/DQ graph says: {self}")
 
 
 def output_scales(model: Any) -> list[float | None]:
-    """Scale of the quantize/dequantize pair that ends each output of a graph; None where an output ends in float."""
+    """Scale of the quantize/dequantize pair that ends each output of a graph; None where an output ends in float.
+
+    Of floats that become integers the scale is 1.
+    """
     if not isinstance(model, GraphModule):
         return []
     outputs = [node for node in model.graph.nodes if node.op == "output"]
     flat = pytree.tree_leaves(outputs[0].args[0]) if outputs else []
-    return [_scale_at(leaf) if isinstance(leaf, Node) else None for leaf in flat]
+    return [scale_at(leaf) if isinstance(leaf, Node) else None for leaf in flat]
 
 
-def _scale_at(node: Node) -> float | None:
+def scale_at(node: Node) -> float | None:
+    """The scale of the values of a node, which are moved or not; None where no quantize tells it."""
     while node.op == "call_function" and _moves(node) and isinstance(node.args[0], Node):
         node = node.args[0]
     if node.op != "call_function":
@@ -132,7 +159,10 @@ def _scale_at(node: Node) -> float | None:
     if node.target in (qd.dequantize_per_tensor.default, qd.quantize_per_tensor.default):
         scale = node.args[1]
         return float(scale) if isinstance(scale, int | float) else None
-    return None
+    value = node_tensor(node)
+    rounds = getattr(node.target, "overloadpacket", None) in _CASTS and is_float(node.args[0])
+    numbers = value is not None and value.dtype is not torch.bool and not value.is_floating_point()
+    return 1.0 if rounds and numbers else None
 
 
 def _moves(node: Node) -> bool:
@@ -143,7 +173,7 @@ def _moves(node: Node) -> bool:
 
 
 @dataclass(slots=True)
-class _Tally:
+class Tally:
     """Running sums of a comparison."""
 
     steps: float = 0.0
@@ -169,13 +199,29 @@ class _Tally:
 
     def add_integer(self, got: Tensor, expected: Tensor, quantized: bool) -> None:
         diff = (got.to(torch.int64) - expected.to(torch.int64)).abs()
-        self.integers += diff.numel()
-        self.mismatches += int((diff != 0).sum())
-        if quantized and diff.numel():
+        if not quantized:
+            self.integers += diff.numel()
+            self.mismatches += int((diff != 0).sum())
+        elif diff.numel():
             self.steps = max(self.steps, float(diff.max()))
             self.abs_diff = max(self.abs_diff, float(diff.max()))
             self.signal += float(expected.double().square().sum())
             self.noise += float(diff.double().square().sum())
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            steps=max(self.steps, other.steps),
+            abs_diff=max(self.abs_diff, other.abs_diff),
+            signal=self.signal + other.signal,
+            noise=self.noise + other.noise,
+            integers=self.integers + other.integers,
+            mismatches=self.mismatches + other.mismatches,
+        )
+
+    def difference(self) -> OutputDifference:
+        """What was summed up."""
+        share = self.mismatches / self.integers if self.integers else 0.0
+        return OutputDifference(max_steps=self.steps, sqnr_db=self.sqnr_db(), mismatches=share)
 
     def sqnr_db(self) -> float:
         if self.noise == 0:
@@ -201,35 +247,68 @@ def compare(
     lowered: Callable[..., Any], reference: Any, batches: Iterable[Call], *, bound: Bound | None = None
 ) -> Verification:
     """`verify`, on calls and on the graph itself."""
+    return measure(lowered, Apart(reference, initial_state_of(lowered)), reference, batches, bound=bound)
+
+
+def measure(
+    lowered: Callable[..., Any], own: Apart, reference: Any, batches: Iterable[Call], *, bound: Bound | None = None
+) -> Verification:
+    """`compare`, where ``own`` computes what ``reference`` says, apart from it."""
     scales = output_scales(reference)
-    tally, count = _Tally(), 0
-    with torch.no_grad():
-        for call in batches:
-            # the reference may write to its inputs; each side gets its own copy
-            args, kwargs = call.copied()
-            expected = pytree.tree_leaves(reference(*args, **kwargs))
-            args, kwargs = call.copied()
-            got = pytree.tree_leaves(lowered(*args, **kwargs))
+    tallies: dict[int, Tally] = {}
+    count = 0
+    with from_start(lowered), torch.no_grad():
+        for got, expected in _runs(lowered, own, batches):
             for g, e, scale, place in _paired(got, expected, scales):
-                _compare(tally, g, e, scale, place)
+                _compare(tallies.setdefault(place, Tally()), g, e, scale, place)
             count += 1
     if not count:
         raise LoweringError("nothing to verify on: the data has no batches")
     found = any(scale is not None for scale in scales)
+    outputs = [tallies[place] for place in sorted(tallies)]
+    whole = sum(outputs, Tally())
     return Verification(
-        max_steps=tally.steps,
-        max_abs_diff=tally.abs_diff,
-        sqnr_db=tally.sqnr_db(),
-        mismatches=tally.mismatches / tally.integers if tally.integers else 0.0,
+        max_steps=whole.steps,
+        max_abs_diff=whole.abs_diff,
+        sqnr_db=whole.sqnr_db(),
+        mismatches=whole.difference().mismatches,
         batches=count,
         step_rule="steps of the output's scale" if found else "steps of 1/255 of the output's range",
         bound=bound or Bound(),
+        outputs=tuple(one.difference() for one in outputs),
     )
 
 
-def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int = NOISE_DRAWS) -> float:
-    """SQNR of a graph against itself with every float parameter and buffer moved by about its last bit, in dB.
+def _runs(lowered: Callable[..., Any], graph: Apart, batches: Iterable[Call]) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Outputs of both sides, call by call.
 
+    Where calls leave state behind, the first batch is repeated until there were `CALLS`, or the graph can do no more.
+    """
+    program, first, count = Apart(lowered), None, 0
+    for call in batches:
+        first = first or call
+        count += 1
+        expected = _leaves(graph, call)
+        yield _leaves(program, call), expected
+    while first is not None and graph.stateful and count < CALLS:
+        try:
+            expected = _leaves(graph, first)
+        except (IndexError, RuntimeError):  # a cache that is full
+            return
+        count += 1
+        yield _leaves(program, first), expected
+
+
+def _leaves(run: Callable[..., Any], call: Call) -> list[Any]:
+    """What a call returns, flat. The model may write to its inputs: it gets copies."""
+    args, kwargs = call.copied()
+    return pytree.tree_leaves(run(*args, **kwargs))
+
+
+def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int = NOISE_DRAWS) -> float:
+    """SQNR, in dB, of a graph against itself with every float parameter and buffer moved by about its last bit.
+
+    Of several outputs, that of the worst.
     Where a value lies close to the middle between two integers, the last bit of a float decides which it becomes, and
     what follows sees a difference of a whole step. In a deep graph with activations quantized at many places this
     noise is far above that of float arithmetic; two correct programs that add in another order differ by it.
@@ -238,31 +317,38 @@ def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int
     measure anything from 27 to 130 dB. The worst of ``draws`` is returned, which is steady.
     """
     generator = torch.Generator().manual_seed(0)
-    tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
     kept = list(batches)
 
     def draw() -> float:
-        moved = {
-            name: tensor.detach() * (1 + LAST_BIT * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
-            for name, tensor in tensors.items()
-            if tensor.is_floating_point()
-        }
+        own = Apart(reference).model
+        assert isinstance(own, torch.nn.Module)
+        tensors = {**dict(own.named_parameters()), **dict(own.named_buffers())}
+        moved = {name: _moved(tensor.detach(), generator) for name, tensor in tensors.items()}
 
         def neighbour(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(reference, moved, args, kwargs)
+            return torch.func.functional_call(own, moved, args, kwargs)
 
-        return compare(neighbour, reference, kept).sqnr_db
+        return min((output.sqnr_db for output in compare(neighbour, reference, kept).outputs), default=math.inf)
 
     return min(draw() for _ in range(draws))
 
 
-def compare_within_noise(lowered: Callable[..., Any], reference: Any, batches: Sequence[Call]) -> Verification:
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy with the last bits of floats moved."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    return tensor * (1 + LAST_BIT * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+
+
+def compare_within_noise(
+    lowered: Callable[..., Any], reference: Any, batches: Sequence[Call], bound: Bound | None = None
+) -> Verification:
     """`compare` with the bound that the graph itself allows.
 
-    The bound is `Bound()`'s where the program meets it. Where it does not, it is the graph's own noise less
-    `LEEWAY_DB`, if that asks for less.
+    The bound is ``bound`` (`Bound()` by default) where the program meets it. Where it does not, it is the graph's own
+    noise less `LEEWAY_DB`, if that asks for less.
     """
-    found = compare(lowered, reference, batches)
+    found = compare(lowered, reference, batches, bound=bound)
     if found.passed or not isinstance(reference, torch.nn.Module):
         return found
     noise = own_noise_db(reference, batches)
@@ -279,7 +365,7 @@ def _paired(
         yield g, e, scales[place] if len(scales) == len(expected) else None, place
 
 
-def _compare(tally: _Tally, got: Any, expected: Any, scale: float | None, place: int) -> None:
+def _compare(tally: Tally, got: Any, expected: Any, scale: float | None, place: int) -> None:
     if not isinstance(expected, Tensor) or not isinstance(got, Tensor):
         if isinstance(expected, Tensor) or isinstance(got, Tensor):
             raise LoweringError(f"output {place}: {type(got).__name__} instead of {type(expected).__name__}")

@@ -14,6 +14,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from lowering.check import checked
+from lowering.choices import Lower
 from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
 from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends
@@ -34,10 +36,12 @@ from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.signature import check_bounded, signature_of
-from lowering.verify import LEEWAY_DB, Bound, compare, compare_within_noise
+from lowering.state import State, state_of
+from lowering.verify import LEEWAY_DB, Bound, compare
 from quant2e.checksum import BLANK, WORD, sealed
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.effects import is_in_place
 from quant2e.isolation import quietly, tracing
 from quant2e.passes import Pass
@@ -46,24 +50,30 @@ from quant2e.quantized_io import QuantizedIO, quantized_io_of
 FORWARD = "forward"
 """Name of the method of a program made of one model."""
 
+OTHERWISE = "With partitioners=[] every op runs on ExecuTorch's own kernels, without XNNPACK"
+"""What to do with a wrong program, where no op is to blame that could be left in float."""
+
 PORTABLE: tuple[Pass, ...] = (decompose_embedding_bags, gather_then_dequantize)
 """What every ExecuTorch target needs: no runtime has a kernel for bags, and a table stays integers in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Prepared:
-    """One method on its way: what it came from, and the legal graph with what was done to it.
+    """One method on its way: what it came from, as it was given and as a graph, and the legal graph with what was done.
 
     ``per_row``: the graph with a scale per row of dynamic activations, where there are any.
     """
 
     reference: Any
+    graph: GraphModule
     example: Call
+    shapes: Any
     exported: ExportedProgram
     per_row: GraphModule | None
     rewrites: Mapping[str, int]
     notes: tuple[str, ...]
     quantized_io: QuantizedIO
+    state: State
 
 
 @tracing()
@@ -115,8 +125,16 @@ def to_executorch(
         )
     if verify:
         for name, method in program.methods.items():
-            batches = [prepared[name].example, *map(call_of, per_method[name]["verify_inputs"])]
-            method.report = _verified(method, prepared[name], batches)
+            one = prepared[name]
+            batches = [one.example, *map(call_of, per_method[name]["verify_inputs"])]
+            lower = partial(
+                to_executorch,
+                example_inputs=one.example,
+                dynamic_shapes=one.shapes,
+                partitioners=partitioners,
+                verify=False,
+            )
+            method.report = _verified(method, one, batches, lower)
     return program
 
 
@@ -153,32 +171,37 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     exported = _functional(reference, example, shapes)
     check_bounded(exported)
     module = exported.module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
     rewrites = legalize(module, EXACT) if xnnpack else apply(module, PORTABLE)
     notes = check_limits(module) if xnnpack else ()
     declared = legalize(module, DECLARED) if xnnpack else {}
     known = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
     return _Prepared(
         reference=reference,
+        graph=graph,
         example=example,
+        shapes=shapes,
         exported=_functional(module, example, shapes),
         per_row=module if declared else None,
         rewrites={**rewrites, **declared},
         notes=notes,
         quantized_io=known or quantized_io_in(module),
+        state=state_of(module),
     )
 
 
-def _verified(method: Method, prepared: _Prepared, batches: list[Call]) -> ExecuTorchReport:
-    """The report with the comparisons; raises `LoweringError` when one is beyond its bound."""
+def _verified(method: Method, prepared: _Prepared, batches: list[Call], lower: Lower) -> ExecuTorchReport:
+    """The report with the comparisons; raises `LoweringError` when one is beyond its bound. ``lower``: of a part."""
     what = "the ExecuTorch program"
     if method.name != FORWARD:
         what = f"the method '{method.name}' of {what}"
     if prepared.per_row is None:
-        verification = compare_within_noise(method, prepared.reference, batches)
-        verification.check(what)
+        reference, graph = prepared.reference, prepared.graph
+        verification = checked(what, method, reference, batches, lower, graph=graph, otherwise=OTHERWISE)
         return replace(method.report, verification=verification)
-    rows = compare_within_noise(method, prepared.per_row, batches)
-    rows.check(f"{what} (reference: the graph with a scale per row of each dynamic activation)")
+    whole = f"{what} (reference: the graph with a scale per row of each dynamic activation)"
+    rows = checked(whole, method, prepared.per_row, batches, lower, graph=prepared.per_row, otherwise=OTHERWISE)
     # the step from a scale per tensor to one per row is the target's; the program may add no more than its noise
     declared = compare(prepared.per_row, prepared.reference, batches).sqnr_db
     bound = Bound(sqnr_db=min(rows.bound.sqnr_db, declared) - LEEWAY_DB)
@@ -221,6 +244,8 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
             name: report_on(edge.exported_program(name).graph_module, rejections.reasons, one.rewrites)
             for name, one in prepared.items()
         }
+        for name in prepared:
+            _write_initial_values(edge.exported_program(name))
         edge._named_data_store.add_named_data(WORD, BLANK.encode())
         made = edge.to_executorch()
     except Exception as error:
@@ -234,8 +259,18 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
             replace(reports[name], size=len(buffer), notes=one.notes),
             signatures[name],
             one.quantized_io,
-            partial(loaded.execute, name),
+            loaded,
+            one.state,
         )
         for name, one in prepared.items()
     }
     return ExecuTorchProgram(buffer, methods), unavailable_backends(made.executorch_program)
+
+
+def _write_initial_values(exported: ExportedProgram) -> None:
+    """Ask for the values of the buffers that calls write to: without that a file holds their sizes only, and zeros."""
+    signature = exported.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    for node in exported.graph.nodes:
+        if node.op == "placeholder" and signature.inputs_to_buffers.get(node.name) in written:
+            node.meta["et_init_buffer"] = True

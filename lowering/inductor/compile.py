@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from lowering.inductor.package_file import archive
@@ -193,7 +193,7 @@ def package_flat(
         "aot_inductor.serialized_out_spec": pytree.treespec_dumps(specs[1]),
         "aot_inductor.enable_line_tables": False,  # they hold the paths of this machine, and are most of a small file
     }
-    with _explained(), _flags(inspect), _checked_inputs():
+    with _explained(), _flags(inspect), _checked_inputs(), _state_kept():
         files: Any = compile_fx_aot(gm, list(inputs), config_patches=options)
     _check_files([Path(file) for file in files if isinstance(file, str)])
     part.write_bytes(archive(files))
@@ -225,6 +225,30 @@ def _checked_inputs() -> Iterator[None]:
         yield
     finally:
         generator.generate_input_output_runtime_checks = original
+
+
+@contextmanager
+def _state_kept() -> Iterator[None]:
+    """Buffers that a graph writes to are no constants: ahead of time, freezing folds what is computed from them."""
+    from torch._inductor.constant_folding import ConstantFolder
+
+    folder: Any = ConstantFolder
+    original = folder.run_node
+
+    def run_node(self: Any, node: Node) -> Any:
+        return self.unknown_value if _is_written(node) else original(self, node)
+
+    folder.run_node = run_node
+    try:
+        yield
+    finally:
+        folder.run_node = original
+
+
+def _is_written(node: Node) -> bool:
+    """Whether the functional graph that Inductor folds ends by copying a result into this attribute."""
+    written = (user.args[0] for user in node.users if user.target is torch.ops.aten.copy_.default)
+    return node.op == "get_attr" and any(target is node for target in written)
 
 
 def _check_files(files: Sequence[Path]) -> None:

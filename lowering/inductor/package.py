@@ -9,14 +9,17 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from lowering.export import Lowerable
@@ -26,9 +29,10 @@ from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
 from lowering.inductor.package_file import load_package
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
-from lowering.inductor.source import InductorSource, source_of, verified
+from lowering.inductor.source import InductorSource, chosen_in, source_of, verified
 from lowering.program import LoweredProgram
 from lowering.signature import Signature
+from lowering.state import State
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.calls import Call
@@ -47,15 +51,24 @@ class InductorPackage(LoweredProgram[InductorReport]):
     ``report``: which ops run as int8 kernels, what to know, and how far the program in the file is from its Q/DQ graph.
     """
 
-    def __init__(self, path: Path, report: InductorReport, signature: Signature) -> None:
+    def __init__(self, path: Path, report: InductorReport, signature: Signature, state: State | None = None) -> None:
         self.path = path
         self._report = report
         self._signature = signature
+        self._state = state or {}
         self._loaded: Callable[..., Any] | None = None
 
     @property
     def report(self) -> InductorReport:
         return self._report
+
+    @property
+    def initial_state(self) -> State:
+        return self._state
+
+    def _exchange_state(self, state: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        before, self._loaded = self._loaded, state
+        return before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the package.
@@ -132,10 +145,18 @@ def write_package(
             example, *more = source.batches(verify_inputs)
             corners = list(_corners(source, example))
             batches = [*_batches(source, example, corners), *more]
-            in_file = InductorPackage(part, report, source.signature)
-            report = replace(report, verification=verified(in_file, source.graph, batches, "the package"))
+            in_file = InductorPackage(part, report, source.signature, source.state)
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                lower = partial(_lower_part, source=source, report=report, folder=Path(folder))
+                found = verified(in_file, source.graph, batches, "the package", lower)
+            report = replace(report, verification=found)
     notes = (*report.notes, *_notes(source.signature, inputs, corners))
-    return InductorPackage(path, replace(report, notes=notes), source.signature)
+    return InductorPackage(path, replace(report, notes=notes), source.signature, source.state)
+
+
+def _lower_part(part: GraphModule, *, source: InductorSource, report: InductorReport, folder: Path) -> InductorPackage:
+    path = folder / f"{len(list(folder.iterdir()))}.pt2"
+    return write_package(source.part(part), path, chosen_in(part, report), verify=False)
 
 
 def _check_suffix(path: Path) -> None:

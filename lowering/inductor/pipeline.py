@@ -25,22 +25,24 @@ _TOLD_APART = Promise(waived=frozenset({"a dequantize undoes its quantize"}))
 class Rewritten:
     """``model``, which stays as it is, rewritten for Inductor. ``wanted``: the engines asked for, of ``engines``.
 
+    ``graph``: the rewritten copy. Every program made from it writes to the tensors that it writes to.
+
     Raises `LoweringError` for engines that do not exist.
     """
 
     def __init__(self, model: GraphModule, wanted: Engines, engines: Sequence[Engine] = ENGINES) -> None:
         self._original = private_copy(model)
-        self._graph = private_copy(model)
-        run(self._graph, REWRITES, compiled=False)
-        self._refused = keep_from_patterns(self._graph)
-        self._choices, self._float_bytes = choose(self._graph, self._refused, wanted, engines)
+        self.graph = private_copy(model)
+        run(self.graph, REWRITES, compiled=False)
+        self._refused = keep_from_patterns(self.graph)
+        self._choices, self._float_bytes = choose(self.graph, self._refused, wanted, engines)
         # last: the guard compares quant_min
-        run(self._graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
+        run(self.graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
 
     def flat(self, signature: Signature) -> GraphModule:
         """A copy that Inductor may consume, of tensors: it takes the inputs that ``signature`` says are taken."""
         graph = Graph()
-        outputs: Any = graph.graph_copy(self._graph.graph, {})
+        outputs: Any = graph.graph_copy(self.graph.graph, {})
         graph.output(tuple(leaf for leaf in outputs if isinstance(leaf, Node)))
         places = [node for node in graph.nodes if node.op == "placeholder"]
         for node, spec in zip(places, signature.inputs, strict=True):
@@ -49,7 +51,7 @@ class Rewritten:
         for node in graph.nodes:
             # values of the captured graph: other symbols, another shape environment
             node.meta = {key: value for key, value in node.meta.items() if key != "val"}
-        return GraphModule(self._graph, graph)
+        return GraphModule(self.graph, graph)
 
     def report(self, kernels: Sequence[Kernel]) -> InductorReport:
         """What became of each quantized op, given the kernels in the graph that Inductor generated code for."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from lowering.export import Lowerable
 from lowering.inductor.compile import FakeInputs, Flat, compile_flat
@@ -20,8 +20,10 @@ from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.package import write_package
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
-from lowering.inductor.source import InductorSource, source_of, verified
+from lowering.inductor.source import InductorSource, chosen_in, source_of, verified
 from lowering.program import LoweredProgram
+from lowering.state import State, state_of
+from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import tracing
 
 
@@ -43,6 +45,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
         self._signature = source.signature
         self._inputs = FakeInputs(self._signature.inputs, self._signature.symbols)
         self._runs: dict[tuple[int, ...], Flat] = {}
+        self._start = state_of(self._rewritten.graph)
         kernels: list[Kernel] = []
         self._general = self._compile(self._inputs, lambda graph: kernels.extend(int8_kernels(graph)))
         self._report = self._rewritten.report(kernels)
@@ -50,6 +53,17 @@ class InductorProgram(LoweredProgram[InductorReport]):
     @property
     def report(self) -> InductorReport:
         return self._report
+
+    @property
+    def initial_state(self) -> State:
+        return self._source.state
+
+    def _exchange_state(self, state: State | None) -> State:
+        before = state_of(self._rewritten.graph)
+        with torch.no_grad():
+            for path, tensor in written_attributes(self._rewritten.graph).items():
+                tensor.copy_((state or self._start)[path])
+        return before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program. Raises `LoweringError` when the inputs are not what the graph was captured for."""
@@ -72,8 +86,12 @@ class InductorProgram(LoweredProgram[InductorReport]):
             write_package(self._source, Path(path), self._engines, verify=self.verification is not None)
 
     def _verify(self, batches: Iterable[Any]) -> None:
-        found = verified(self, self._source.graph, self._source.batches(batches), "the program that Inductor made")
+        graph, what = self._source.graph, "the program that Inductor made"
+        found = verified(self, graph, self._source.batches(batches), what, self._lower_part)
         self._report = replace(self._report, verification=found)
+
+    def _lower_part(self, part: GraphModule) -> InductorProgram:
+        return InductorProgram(self._source.part(part), chosen_in(part, self._report))
 
     def _program_for(self, sizes: tuple[int, ...], values: Sequence[Any]) -> Flat:
         if self._inputs.accept(sizes):

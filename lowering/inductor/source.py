@@ -15,9 +15,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from lowering.check import checked
+from lowering.choices import Lower
 from lowering.export import Lowerable, example_of, graph_of
+from lowering.inductor.report import InductorReport
 from lowering.signature import Signature
-from lowering.verify import Bound, Verification, compare, compare_within_noise
+from lowering.state import Apart, State, from_start, own_graph, state_of
+from lowering.verify import Bound, Verification
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.isolation import tracing
@@ -30,19 +34,37 @@ saturated kernels measure 10 to 22 dB, a wrong pattern less than 10. A graph who
 (`lowering.verify.compare_within_noise`)."""
 
 
+OTHERWISE = "The Q/DQ graph itself runs as it is, without a compiler"
+"""What to do with a wrong program, where no op is to blame that could be left in float."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InductorSource:
-    """A graph to compile. ``example``: inputs of one call, where there are any."""
+    """A graph to compile. ``example``: inputs of one call, where there are any.
+
+    ``state``: what the graph wrote to, as it was when the source was made.
+    """
 
     graph: GraphModule
     signature: Signature
     example: Call | None
+    state: State
 
     def batches(self, more: Iterable[Any] = ()) -> list[Call]:
         """The example and ``more``, to run the program on. Raises `LoweringError` when there is no example."""
         if self.example is None:
             raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
         return [self.example, *map(call_of, more)]
+
+    def part(self, graph: GraphModule) -> InductorSource:
+        """The source of a part of the graph, which has the same inputs."""
+        return source_of(graph, self.example, None, "a part of the graph")
+
+
+def chosen_in(part: GraphModule, report: InductorReport) -> dict[str, str]:
+    """The engines that were chosen for the ops of a part of a graph."""
+    names = {node.name for node in part.graph.nodes}
+    return {name: choice.engine for name, choice in report.engines.items() if name in names}
 
 
 def source_of(model: Lowerable, example_inputs: Any, dynamic_shapes: Any, asker: str) -> InductorSource:
@@ -57,7 +79,8 @@ def source_of(model: Lowerable, example_inputs: Any, dynamic_shapes: Any, asker:
     if dynamic_shapes is not None:
         graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
     leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
-    return InductorSource(graph=graph, signature=Signature(graph, leaves), example=example)
+    graph = own_graph(graph)  # calls of the user's graph from now on change nothing that is compiled
+    return InductorSource(graph=graph, signature=Signature(graph, leaves), example=example, state=state_of(graph))
 
 
 def _with_dynamic_shapes(graph: GraphModule, example: Call | None, dynamic_shapes: Any) -> GraphModule:
@@ -90,16 +113,16 @@ def _without_checks(graph: GraphModule) -> GraphModule:
     return GraphModule(graph, nodes)
 
 
-def verified(program: Callable[..., Any], graph: GraphModule, batches: Sequence[Call], what: str) -> Verification:
+def verified(
+    program: Callable[..., Any], graph: GraphModule, batches: Sequence[Call], what: str, lower: Lower
+) -> Verification:
     """Compare ``program`` with ``graph``; raises `LoweringError` beyond `BOUND`, calling the program ``what``.
 
-    The first batch is run twice: a program that wrote to its constants in the first call computes something else then.
+    ``lower``: lowers a part of the graph, without comparing it. The first batch is run twice: a program that wrote to
+    its constants in the first call computes something else then.
     """
     batches = [batches[0], *batches]
-    found = compare(program, graph, batches, bound=BOUND)
-    if not found.passed:
-        found = compare_within_noise(program, graph, batches)
-    found.check(what)
+    found = checked(what, program, graph, batches, lower, graph=graph, otherwise=OTHERWISE, bound=BOUND)
     _check_inputs_kept(program, graph, what, batches[0])
     return found
 
@@ -109,11 +132,11 @@ def _check_inputs_kept(program: Callable[..., Any], graph: GraphModule, what: st
 
     def after(run: Callable[..., Any]) -> list[Any]:
         own = call.copied()
-        with torch.no_grad():
+        with from_start(run), torch.no_grad():
             run(*own.args, **own.kwargs)
         return [leaf for leaf in pytree.tree_leaves(own) if isinstance(leaf, Tensor)]
 
-    for place, (got, wanted) in enumerate(zip(after(program), after(graph), strict=True)):
+    for place, (got, wanted) in enumerate(zip(after(program), after(Apart(graph)), strict=True)):
         if not torch.equal(got.nan_to_num(), wanted.nan_to_num()):
             raise LoweringError(
                 f"{what} writes to tensor {place} of its inputs, and the Q/DQ graph does not: report this with the "

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from lowering.check import checked
+from lowering.choices import Lower
 from lowering.export import Lowerable, dynamic_shapes_of, export, graph_of, needed_example_of
 from lowering.io_parameters import constants
 from lowering.onnx.integer_types import sizes, use_integers
@@ -18,13 +22,17 @@ from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
 from lowering.onnx.qdq_form import CONVENTIONS, in_form
 from lowering.onnx.translation import OPSET, translations
 from lowering.signature import signature_of
-from lowering.verify import compare_within_noise
 from quant2e.checksum import BLANK, WORD, sealed
-from quant2e.errors import LoweringError
+from quant2e.errors import LoweringError, where
 from quant2e.files import atomic_file
 from quant2e.graph.captured.calls import Call, call_of
+from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.mutation import first_writer, written_attributes
 from quant2e.isolation import quietly, tracing
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
+
+OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
+"""What to do with a wrong file, where no op is to blame that could be left in float."""
 
 _PROTOBUF_LIMIT = 2**31 - 1
 
@@ -62,6 +70,9 @@ def to_onnx(
     with quietly("torch.onnx", "onnxscript", "onnx_ir"):
         _require(verify)
         module = export(reference, inputs, shapes).module(check_guards=False)
+        assert isinstance(module, GraphModule)
+        graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
+        _check_stateless(module)
         in_form(module, CONVENTIONS[target])
         exported = export(module, inputs, shapes)
         quantized_io = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
@@ -69,8 +80,23 @@ def to_onnx(
             signature, report = signature_of(exported), _write(exported, part, target, quantized_io)
             if verify:
                 in_file = OnnxProgram(part, report, signature)
-                report = _verified(in_file, reference, [inputs, *map(call_of, verify_inputs)])
+                with tempfile.TemporaryDirectory() as folder:
+                    lower = partial(_lower_part, example=inputs, shapes=shapes, target=target, folder=Path(folder))
+                    batches = [inputs, *map(call_of, verify_inputs)]
+                    report = _verified(in_file, reference, batches, lower, graph)
     return OnnxProgram(Path(path), report, signature)
+
+
+def _check_stateless(graph: GraphModule) -> None:
+    """Raise `LoweringError` for a graph that writes to its buffers, naming them and what writes."""
+    writer = first_writer(graph)
+    if writer is None:
+        return
+    raise LoweringError(
+        f"an ONNX file keeps nothing from one call to the next, and this graph writes to "
+        f"{', '.join(sorted(written_attributes(graph)))}, as in {where(writer)}: let the model take its state as an "
+        f"input and return the new one, or lower it with to_inductor or to_executorch, whose programs keep it"
+    )
 
 
 def _write(exported: ExportedProgram, part: Path, target: str, quantized_io: QuantizedIO) -> OnnxReport:
@@ -102,10 +128,16 @@ def _to_onnx_ir(exported: ExportedProgram) -> Any:
     return made.model
 
 
-def _verified(program: OnnxProgram, reference: Any, batches: list[Call]) -> OnnxReport:
+def _lower_part(part: GraphModule, *, example: Call, shapes: Any, target: str, folder: Path) -> OnnxProgram:
+    path = folder / f"{len(list(folder.iterdir()))}.onnx"
+    return to_onnx(part, example, path=path, dynamic_shapes=shapes, target=target, verify=False)
+
+
+def _verified(
+    program: OnnxProgram, reference: Any, batches: list[Call], lower: Lower, graph: GraphModule
+) -> OnnxReport:
     """The report with what ran on integers and the comparison; raises `LoweringError` beyond the bound."""
-    verification = compare_within_noise(program, reference, batches)
-    verification.check("the ONNX file")
+    verification = checked("the ONNX file", program, reference, batches, lower, graph=graph, otherwise=OTHERWISE)
     if program.report.convention != "onnxruntime":
         note = f"compared in onnxruntime; {program.report.convention} was not run here"
         return replace(program.report, verification=verification, notes=(note,))

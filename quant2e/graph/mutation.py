@@ -180,6 +180,17 @@ def written_attributes(gm: GraphModule) -> dict[str, Tensor]:
     return {path: value for path, value in values.items() if isinstance(value, Tensor)}
 
 
+def first_writer(gm: GraphModule) -> Node | None:
+    """The first node that writes to a parameter or buffer of ``gm``; None where nothing does."""
+    memory = storages(gm.graph)
+    paths = written_attributes(gm)
+    state = frozenset[Storage]().union(
+        *(memory[node] for node in gm.graph.nodes if node.op == "get_attr" and str(node.target) in paths)
+    )
+    touched = ((node, operand) for node in gm.graph.nodes for operand in writes(node))
+    return next((node for node, operand in touched if not memory[operand].isdisjoint(state)), None)
+
+
 def clone_together(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
     """A detached copy of every tensor, by its id.
     Where tensors share memory (one is a view of another), so do the copies.

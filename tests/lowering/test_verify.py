@@ -105,7 +105,9 @@ def test_integer_outputs_are_counted_apart():
     reference = lambda_module(lambda x: (x, x > 0))
     found = verify(lambda x: (x, x > 0.5), reference, [X])
     assert found.mismatches == pytest.approx(2 / 9)
-    assert found.passed
+    assert not found.passed
+    assert "22.22% of the integer outputs differ" in str(found)
+    assert verify(lambda x: (x, x > 0.0), reference, [X]).passed
 
 
 def test_a_quantized_output_differs_in_integers():

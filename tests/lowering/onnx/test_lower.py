@@ -314,3 +314,21 @@ def test_inputs_by_keyword_and_inputs_that_nothing_reads(tmp_path):
     program = to_onnx(source, keywords, path=tmp_path / "k.onnx")
     swapped = {"c": rows[0], "b": rows[1], "unused": rows[2], "a": rows[3]}
     assert torch.equal(program(**swapped), source(**swapped))
+
+
+class BestBoxes(nn.Module):
+    """A detector's end: the boxes of the best of 20 candidates, whose scores are a few integers."""
+
+    def forward(self, scores, boxes):
+        best = on_grid(scores, (0.1, 0)).topk(8, dim=-1)
+        return best.values, boxes[best.indices]
+
+
+def test_ties_may_be_ordered_otherwise(tmp_path):
+    scores = torch.rand(20, generator=torch.Generator().manual_seed(0)).mul(1.2).sub(0.2)
+    boxes = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+    graph = torch.export.export(BestBoxes(), (scores, boxes)).module()
+    program = to_onnx(graph, (scores, boxes), path=tmp_path / "model.onnx")
+    assert program.verification.passed
+    assert program.verification.choices == ("topk",)
+    assert not torch.equal(program(scores, boxes)[1], graph(scores, boxes)[1])
