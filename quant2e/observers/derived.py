@@ -73,7 +73,7 @@ def is_fake_quantizer(observer: Any) -> bool:
 
 
 def _rounds(source: Any) -> bool:
-    return bool((source.fake_quant_enabled == 1).all())
+    return bool((source.fake_quant_enabled == 1).all()) and not getattr(source, "marks_never", False)
 
 
 class _InUse:

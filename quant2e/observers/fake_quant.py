@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.observers.base import ObserverFactory
+from quant2e.observers.data_parallel import is_distributed, observe_together, training_group
 from quant2e.observers.keywords import check_when_made
 from quant2e.observers.measuring import MovingAverageMinMaxObserver, UniformQuantizationObserverBase
 from quant2e.observers.straight_through import fake_quantize
@@ -42,6 +43,9 @@ class FakeQuantizeBase(nn.Module, ABC):
     quant_max: int
     qscheme: torch.qscheme
     ch_axis: int
+    is_dynamic: bool = False
+    of_constant: bool = False
+    """The tensor depends on parameters only, which are the same in all processes; preparation says so."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -109,6 +113,19 @@ class FakeQuantizeBase(nn.Module, ABC):
         """Whether there is anything to take a scale from; other libraries' observers are believed to know."""
         return bool(getattr(self.activation_post_process, "observed", True))
 
+    def _group(self) -> Any:
+        """The processes whose batches are one batch to this module; None for its own only."""
+        alone = self.of_constant or self.is_dynamic or not self.training
+        return None if alone or not is_distributed() else training_group()
+
+    def _show(self, x: Tensor) -> None:
+        """Let the observer look at ``x``, and at that of the other processes in data-parallel training."""
+        observer, group = self.activation_post_process, self._group()
+        if group is not None and isinstance(observer, UniformQuantizationObserverBase):
+            observe_together(observer, x, group)
+        else:
+            observer(x)
+
     def _need_data(self) -> None:
         if not self._observed():
             raise CalibrationError(
@@ -164,7 +181,7 @@ class FakeQuantize(FakeQuantizeBase):
         observer = self.activation_post_process
         if self.is_dynamic and isinstance(observer, UniformQuantizationObserverBase):
             observer.reset_min_max_vals()  # a + 1 * (b - a) is not quite b
-        observer(x)
+        self._show(x)
         if not self._observed():
             return
         if isinstance(observer, UniformQuantizationObserverBase):
@@ -260,8 +277,8 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         whole = not self.is_per_channel
         if x.dtype != torch.float32 or x.numel() == 0 or observer.frozen or x.device != self.scale.device:
             return None
-        if observer.never is not None:
-            return None  # the kernel knows no values apart
+        if observer.never is not None or self._group() is not None:
+            return None  # the kernel knows no values apart, and no other process
         if not whole and self.ch_axis != 0:
             return None  # the kernel takes the first axis only
         kept = [buffer.clone() for buffer in (observer.min_val, observer.max_val)]

@@ -95,7 +95,7 @@ class LearnableFakeQuantize(FakeQuantizeBase):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        self.activation_post_process(x)
+        self._show(x)
         if not self._observed() or self.marks_never:
             return
         scale, zero_point = self.activation_post_process.calculate_qparams()

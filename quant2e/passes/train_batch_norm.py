@@ -31,6 +31,7 @@ from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.edit import emit, emit_read, insert_call, stands_for
 from quant2e.graph.effects import aten
 from quant2e.graph.fake_values import node_tensor
+from quant2e.graph.snapshot import snapshot
 from quant2e.passes.fold_batch_norm import (
     FOLDED,
     GENERAL,
@@ -186,9 +187,10 @@ def _fuse(gm: GraphModule, pair: TrainableNorm, made: dict[tuple[Any, ...], _Fol
     key = (weight, bias, *parameters.values(), operand(norm, "eps"), _layout(mac))
     if key not in made:
         before = mac.prev
-        scale, safe = _scales(mac, norm)
+        mean, variance = (emit(mac, snapshot, parameters[name]) for name in ("running_mean", "running_var"))
+        scale, safe = _scales(mac, norm, variance)
         scaled, factor = _scaled_weight(mac, weight, safe)
-        shifted = _shifted_bias(mac, norm, bias)
+        shifted = _shifted_bias(mac, norm, bias, mean, variance)
         factors = None if scale is safe else (factor, safe, scale)
         made[key] = _Folded(scaled, shifted, safe, factors, tuple(_between(before, mac)))
     folded = made[key]
@@ -266,9 +268,9 @@ def _put_behind(result: Node, mac: Node, tail: set[str]) -> None:
         result.append(node)
 
 
-def _scales(mac: Node, norm: Node) -> tuple[Node, Node]:
+def _scales(mac: Node, norm: Node, variance: Node) -> tuple[Node, Node]:
     """``s``, in front of ``mac``, and the same without zeros."""
-    gain, variance = operand(norm, "weight"), operand(norm, "running_var")
+    gain = operand(norm, "weight")
     deviation = emit(mac, aten.sqrt.default, emit(mac, aten.add.Tensor, variance, operand(norm, "eps")))
     inverse = emit(mac, aten.reciprocal.default, deviation)
     if gain is None:
@@ -287,9 +289,9 @@ def _scaled_weight(mac: Node, weight: Node, scale: Node) -> tuple[Node, Node]:
     return emit(mac, aten.reshape.default, grouped, list(_sizes(mac))), factor
 
 
-def _shifted_bias(mac: Node, norm: Node, bias: Node | None) -> Node:
+def _shifted_bias(mac: Node, norm: Node, bias: Node | None, mean: Node, variance: Node) -> Node:
     """``(b - m)·s + h`` in front of ``mac``, in the order of ``torch.nn.utils.fusion``."""
-    gain, shift, mean, variance = (operand(norm, name) for name in _PARAMETERS)
+    gain, shift = operand(norm, "weight"), operand(norm, "bias")
     moved = emit(mac, aten.neg.default, mean) if bias is None else emit(mac, aten.sub.Tensor, bias, mean)
     inverse = emit(mac, aten.rsqrt.default, emit(mac, aten.add.Tensor, variance, operand(norm, "eps")))
     moved = emit(mac, aten.mul.Tensor, moved, inverse)

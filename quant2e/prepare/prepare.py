@@ -27,6 +27,7 @@ from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.derived import DerivedFakeQuantize
+from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.passes import run
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.train_batch_norm import FUSED, begin, norms_behind_products
@@ -171,7 +172,7 @@ def _observe_constants(
     for index, observer in observers.items():
         group = plan.groups[index]
         tensors = dict.fromkeys(point.tensor for point in group.points)
-        if isinstance(observer, DerivedFakeQuantize):
+        if isinstance(observer, DerivedFakeQuantize | FakeQuantizeBase):
             observer.of_constant = all(name in fixed for name in tensors)
         if isinstance(group.spec, DerivedFrom) or getattr(group.spec, "is_dynamic", False):
             continue

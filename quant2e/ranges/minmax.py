@@ -240,7 +240,10 @@ class MovingAverage:
         check_floating(x)
         if x.numel() == 0:
             return state
-        batch = _seen(x, self.axis, self.group_size)
+        return self.follow(state, _seen(x, self.axis, self.group_size))
+
+    def follow(self, state: MinMaxState, batch: MinMaxState) -> MinMaxState:
+        """The state after a batch whose own range and counts are ``batch``."""
         counts = state.counts + batch.counts
         if state.min_val.numel() == 0:
             return MinMaxState(batch.min_val, batch.max_val, counts)

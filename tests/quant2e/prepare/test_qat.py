@@ -686,6 +686,29 @@ def test_inductor_runs_a_trained_network_on_integers():
     assert "1 of 1 ops" in str(fast.report)
 
 
+@pytest.mark.slow  # a graph for each stretch between two fake-quantizers
+def test_norms_train_under_compilation():
+    torch.manual_seed(0)
+    model, x = Residual().train(), data(4, 3, 8, 8)
+    model.drop.p = 0.0
+    captured = capture(model, (x,))
+    eager, made = prepare_qat_pt2e(captured, quantizer()), prepare_qat_pt2e(captured, quantizer())
+    compiled = torch.compile(made, backend="aot_eager")
+    batches = [data(4, 3, 8, 8, seed=i) for i in range(3)]
+    losses = train(eager, batches)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.02)
+    for x, expected in zip(batches, losses, strict=True):
+        optimizer.zero_grad()
+        loss = (compiled(x) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss.item(), expected, rtol=1e-3, atol=0)
+    made.eval().apply(disable_observer)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), made(x), rtol=0, atol=1e-6)
+        assert torch.equal(convert_pt2e(made)(x), made(x))
+
+
 # ---------------------------------------------------------------- several processes
 
 
