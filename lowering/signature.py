@@ -200,6 +200,7 @@ class TensorInput:
         """Whether a value is such a tensor."""
         return (
             isinstance(value, Tensor)
+            and not unusual(value)
             and value.dtype is self.dtype
             and value.dim() == len(self.sizes)
             and all(low <= size <= high for size, (low, high) in zip(value.shape, self.sizes, strict=True))
@@ -262,12 +263,25 @@ def _symbols(inputs: Sequence[ProgramInput]) -> dict[Any, tuple[float, float]]:
 def _check_tensor(spec: ProgramInput, value: Any, found: dict[Any, int]) -> None:
     if not isinstance(value, Tensor):
         raise LoweringError(f"input '{spec.name}' is a {type(value).__name__}, and must be a tensor")
+    if kind := unusual(value):
+        raise LoweringError(f"input '{spec.name}' is {kind}, and must be an ordinary one with its data")
     if value.dtype is not spec.value.dtype:
         raise LoweringError(f"input '{spec.name}' has dtype {value.dtype}, and must have {spec.value.dtype}")
     if value.dim() != spec.value.dim():
         raise LoweringError(f"input '{spec.name}' has {value.dim()} dimension(s), and must have {spec.value.dim()}")
     for dim, (wanted, got) in enumerate(zip(spec.value.shape, value.shape, strict=True)):
         _check_size(f"dimension {dim} of input '{spec.name}'", wanted, got, found)
+
+
+def unusual(value: Tensor) -> str:
+    """What kind of tensor this is, where a runtime cannot be given its memory; empty for an ordinary one."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout is not torch.strided:
+        return f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+    return "a tensor without data" if value.is_meta or isinstance(value, FakeTensor) else ""
 
 
 def _check_size(what: str, wanted: int | torch.SymInt, got: int, found: dict[Any, int]) -> None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from lowering.executorch.pte import check_structure
 from lowering.files.child import ChildProgram
-from lowering.signature import TensorInput
+from lowering.signature import TensorInput, unusual
 from quant2e.checksum import check_content
 from quant2e.documents.arrays import read_archive, read_array
 from quant2e.errors import FileFormatError, LoweringError
@@ -62,8 +62,8 @@ class OpenProgram:
         except (FileFormatError, LoweringError):
             raise
         except Exception as error:
-            shapes = [list(tensor.shape) for tensor in tensors]
-            raise LoweringError(f"{self.path.name} does not run on tensors of shapes {shapes}: {error}") from error
+            given = ", ".join(map(_described, tensors))
+            raise LoweringError(f"{self.path.name} does not run on {given}: {error}") from error
 
     def _takes(self) -> str:
         return ", ".join(map(str, self.inputs))
@@ -84,7 +84,7 @@ class OpenProgram:
 def _described(value: object) -> str:
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return unusual(value) or f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def _noise(one: TensorInput) -> Tensor:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowering.signature import Signature, signature_of
+from lowering.signature import Signature, TensorInput, signature_of
 from quant2e.errors import LoweringError
 
 
@@ -46,6 +47,28 @@ def test_any_input_may_be_given_by_name(fixed):
     assert [v is w for v, w in zip(values, (X, GAIN, MASK, True), strict=True)] == [True] * 4
     call = fixed.structured(values)
     assert (len(call.args), list(call.kwargs)) == (2, ["mask", "flag"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda x: x.to("meta"), "a tensor without data"),
+        (lambda x: FakeTensorMode().from_tensor(x), "a tensor without data"),
+        (lambda x: x.to_sparse(), "a tensor of layout sparse_coo"),
+        (lambda x: x.to_sparse_csr(), "a tensor of layout sparse_csr"),
+        (lambda x: x.to_mkldnn(), "a tensor of layout _mkldnn"),
+        (lambda x: torch.nested.nested_tensor([x, x]), "a nested tensor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_whose_memory_no_runtime_can_be_given(fixed, change, said):
+    """Some of them ended the process in ExecuTorch's runtime."""
+    with pytest.raises(LoweringError, match=f"input 'x' is {said}, and must be an ordinary one"):
+        call(fixed, x=change(X))
+    takes = TensorInput(name="x", dtype=X.dtype, sizes=((4, 4), (3, 3)))
+    assert takes.takes(X)
+    assert not takes.takes(change(X))
 
 
 class Counted(nn.Module):

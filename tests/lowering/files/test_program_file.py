@@ -106,6 +106,8 @@ def test_no_path_of_this_machine_is_in_a_file(file):
         ((None,), "not a NoneType"),
         ((X,), "not a tuple"),
         (({"x": X[0]},), "not a dict"),
+        ((X[0].to("meta"),), "not a tensor without data"),
+        ((X[0].to_sparse(),), "not a tensor of layout sparse_coo"),
     ],
     ids=str,
 )
