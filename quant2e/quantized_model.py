@@ -95,7 +95,7 @@ def _contents(
     record = model.meta.get(RECORD_KEY)
     report, encodings = Report(verdicts=()), Encodings("", ())
     if isinstance(record, GraphRecord):
-        report, encodings = record.report, encodings_of(record, "")
+        report, encodings = record.report, encodings_of(record, "") if record.encodings else encodings
     return Pt2Contents(
         module=model,
         report=report,

@@ -248,9 +248,8 @@ class _GraphWriter:
                 return {f"as_{table}s": list(named)}
         if all(isinstance(item, (list, tuple)) for item in items):
             return self._lists(items)
-        raise Quant2eError(
-            f"a list of {', '.join(sorted({type(i).__name__ for i in items}))} is nothing a file can hold"
-        )
+        kinds = ", ".join(sorted({_kind(item) for item in items}))
+        raise Quant2eError(f"a list of {kinds} is nothing a file can hold")
 
     def _operands(self, items: Sequence[Node | None]) -> Json:
         entries = [None if item is None else self._operand(item) for item in items]
@@ -298,6 +297,11 @@ def _empty_list(kind: Any) -> str:
     return "as_tensors"
 
 
+def _kind(value: Any) -> str:
+    """What a value is, in the words of its user: fx has lists and dicts of its own."""
+    return type(value).__name__.removeprefix("immutable_")
+
+
 def _literal(value: Any) -> Json:
     """A value that is no node."""
     if value is None:
@@ -317,4 +321,4 @@ def _literal(value: Any) -> Json:
         return {"as_layout": LAYOUTS[value]}
     if isinstance(value, torch.memory_format):
         return {"as_memory_format": MEMORY_FORMATS[value]}
-    raise Quant2eError(f"an operand is a {type(value).__name__}, which a file cannot hold")
+    raise Quant2eError(f"an operand is a {_kind(value)}, which a file cannot hold")
