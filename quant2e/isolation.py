@@ -15,7 +15,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -60,24 +60,38 @@ class IsolatedRandomness:
     def __init__(self) -> None:
         self._own = RandomState.now()
         self._callers = self._own
+        self._block = ExitStack()
 
     def __enter__(self) -> None:
-        ALONE.acquire()
+        self._block.enter_context(ALONE)
+        self._block.enter_context(_without_monitor())
         self._callers = RandomState.now()
         self._own.restore()
 
     def __exit__(self, *exc: object) -> None:
-        try:
+        with self._block:
             self._own = RandomState.now()
             self._callers.restore()
-        finally:
-            ALONE.release()
+
+
+@contextmanager
+def _without_monitor() -> Iterator[None]:
+    """Torch's interpreter makes a bar of tqdm, shown or not, and tqdm starts a thread to watch bars, for good."""
+    bars = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    seconds = getattr(bars, "monitor_interval", 0)
+    if bars is not None:
+        bars.monitor_interval = 0
+    try:
+        yield
+    finally:
+        if bars is not None:
+            bars.monitor_interval = seconds
 
 
 @contextmanager
 def tracing(*, streams: bool = True) -> Iterator[None]:
     """One thread at a time; on exit, environment, logging, limits and, unless told otherwise, streams are as before."""
-    with ALONE:
+    with ALONE, _without_monitor():
         drawn = RandomState.now() if streams else None
         environment, limit = dict(os.environ), sys.getrecursionlimit()
         threads, filters = torch.get_num_threads(), list(warnings.filters)

@@ -1,6 +1,6 @@
-"""Makes one public call in a fresh process, twice, and prints as JSON what each changed of the process.
+"""Makes public calls in a fresh process, each twice, and prints as JSON what each changed of the process.
 
-``python public_calls.py NAME FOLDER``: what the call needs is made before, so the change is that of the call alone.
+``python public_calls.py FOLDER NAME...``: what a call needs is made before, so the change is that of the call alone.
 """
 
 from __future__ import annotations
@@ -210,14 +210,15 @@ CALLS: dict[str, Callable[[Path], Callable[[], Any]]] = {
 """What is called, by name: a function that makes what it needs, and returns the call."""
 
 
-def main(name: str, folder: str) -> None:
-    """Call twice and print both differences."""
-    call = CALLS[name](Path(folder))
-    found = []
-    for _ in range(2):
-        before = snapshot()
-        call()
-        found.append(difference(before, snapshot()))
+def main(folder: str, *names: str) -> None:
+    """Make the calls and print, by name, the differences after the first and the second time."""
+    found: dict[str, list[Any]] = {}
+    for name in names:
+        call = CALLS[name](Path(folder))
+        for _ in range(2):
+            before = snapshot()
+            call()
+            found.setdefault(name, []).append(difference(before, snapshot()))
     print(json.dumps(found))
 
 

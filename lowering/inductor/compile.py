@@ -189,6 +189,7 @@ def package_flat(
 
     options = {
         "aot_inductor.package": True,
+        "aot_inductor.metadata": {**torch._inductor.config.aot_inductor.metadata},  # torch writes into it
         "aot_inductor.serialized_in_spec": pytree.treespec_dumps(specs[0]),
         "aot_inductor.serialized_out_spec": pytree.treespec_dumps(specs[1]),
         "aot_inductor.enable_line_tables": False,  # they hold the paths of this machine, and are most of a small file

@@ -20,6 +20,7 @@ from lowering.io_parameters import constants
 from lowering.onnx.integer_types import sizes, use_integers
 from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
 from lowering.onnx.qdq_form import CONVENTIONS, in_form
+from lowering.onnx.session import import_onnxruntime
 from lowering.onnx.translation import OPSET, translations
 from lowering.signature import signature_of
 from quant2e.checksum import BLANK, WORD, sealed
@@ -158,6 +159,6 @@ def _require(verify: bool) -> None:
         import onnxscript  # noqa: F401
 
         if verify:
-            import onnxruntime  # noqa: F401
+            import_onnxruntime()
     except ImportError as error:
         raise LoweringError(f"ONNX export needs {error.name}: pip install quant2e[onnx]") from error

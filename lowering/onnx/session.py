@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from lowering.signature import TensorInput
 from quant2e.cpu import InstructionSet, detect
 from quant2e.errors import FileFormatError, LoweringError
+from quant2e.isolation import tracing
 
 _DAMAGED = frozenset({"InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile"})
 """Errors of onnxruntime that a file has to answer for; others are about what can be run."""
@@ -42,6 +44,17 @@ def exact_options(cpu: InstructionSet) -> dict[str, str]:
     return {**options, "session.x64quantprecision": "1"} if cpu.saturates else options
 
 
+def import_onnxruntime() -> Any:
+    """onnxruntime, without its telemetry: that would hold three files of the user's cache open, for good.
+
+    A process that imported it before, or that sets ORT_DISABLE_TELEMETRY, has decided itself. Raises ImportError.
+    """
+    with tracing():
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime
+    return onnxruntime
+
+
 def session(source: bytes | Path, optimized: Path | None = None) -> Any:
     """A session for a model, from its bytes or, with tensors in files beside it, from its path.
 
@@ -49,7 +62,7 @@ def session(source: bytes | Path, optimized: Path | None = None) -> Any:
     for one that onnxruntime cannot run here.
     """
     try:
-        import onnxruntime
+        onnxruntime = import_onnxruntime()
     except ImportError as error:
         raise LoweringError(f"onnxruntime is not installed ({error}): pip install quant2e[onnx]") from error
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from quant2e.graph.captured.inputs import flat_inputs
+from quant2e.isolation import IsolatedRandomness
 
 
 class Tap(Interpreter):
@@ -30,6 +31,6 @@ class Tap(Interpreter):
 def tensors(gm: GraphModule, names: Iterable[str], batch: Any) -> dict[str, Tensor]:
     """The tensors of the named nodes on one batch: a tensor, a tuple of inputs, or a dict of keyword inputs."""
     found: dict[str, Tensor] = {}
-    with torch.no_grad():
+    with torch.no_grad(), IsolatedRandomness():
         Tap(gm, names, found.__setitem__).run(*flat_inputs(gm, batch), enable_io_processing=False)
     return found
