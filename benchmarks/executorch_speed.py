@@ -21,6 +21,7 @@ from benchmarks.shapes import SHAPES
 from benchmarks.timing import machine
 from lowering.bench.command import bench, table
 from lowering.files import open_program
+from quant2e.files import atomic_file
 
 LABELS = ("executorch_int8", "quant2e_int8", "float")
 
@@ -36,7 +37,8 @@ def programs(name: str, scheme: str, batch: int, folder: Path, *, small: bool) -
     inputs = tuple(x.repeat(batch, *[1] * (x.dim() - 1)) for x in inputs)
     flows = (theirs(model, inputs, scheme), ours(model, inputs, scheme), ours(model, inputs, "float"))
     for path, program in zip(paths, flows, strict=True):
-        path.write_bytes(program.buffer)
+        with atomic_file(path) as part:
+            part.write_bytes(program.buffer)
     return paths
 
 

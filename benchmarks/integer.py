@@ -23,6 +23,7 @@ import lowering
 import quant2e
 from benchmarks import timing
 from benchmarks.demo import digits, minilm, topics
+from quant2e.files import write_text
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,
@@ -171,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(row)
     options.output.mkdir(parents=True, exist_ok=True)
     found = {"machine": asdict(timing.machine()), "limit": LIMIT, "rows": [asdict(row) for row in rows]}
-    (options.output / "integer.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(options.output / "integer.json", json.dumps(found, indent=1) + "\n")
     broken = [row for row in rows if row.ratio > LIMIT or row.runtime_differences]
     for row in broken:
         print(f"BEYOND ITS LIMIT: {row}")

@@ -22,6 +22,7 @@ from benchmarks.demo.minilm import MAX_TOKENS, SentenceEmbedder, model_folder
 from benchmarks.peers.models import MINILM
 from benchmarks.programs import FLOWS, Inputs
 from benchmarks.shapes import SHAPES, bert_base, mobilenet_v2, mobilenet_v3, resnet18, vit
+from quant2e.files import write_text
 
 RESULTS = Path(__file__).parent / "results" / "partitions.md"
 MODELS = (*SHAPES, MINILM)
@@ -125,9 +126,9 @@ def main() -> None:
                 row = measure(name, make, flow, scheme, size)
                 rows[name, scheme, size, flow] = row
                 print(name, scheme, flow, row.get("error") or (len(row["delegates"]), row["left"]), flush=True)
-                kept.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+                write_text(kept, json.dumps(list(rows.values()), indent=1) + "\n")
     listed = sorted(rows.values(), key=lambda row: (row["size"], MODELS.index(row["model"]), row["scheme"] != "static"))
-    chosen.out.write_text(table(listed))
+    write_text(chosen.out, table(listed))
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import quant2e
 from benchmarks.demo.digits import Digits, load
+from quant2e.files import write_text
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 EPOCHS, BATCH, RATE = 30, 64, 0.1
@@ -139,8 +140,8 @@ def main() -> None:
     print(f"{time.perf_counter() - start:.0f} s")
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "qat.json").write_text(json.dumps(result, indent=2) + "\n")
-        (arguments.output / "qat.md").write_text(table(result) + "\n")
+        write_text(arguments.output / "qat.json", json.dumps(result, indent=2) + "\n")
+        write_text(arguments.output / "qat.md", table(result) + "\n")
 
 
 if __name__ == "__main__":

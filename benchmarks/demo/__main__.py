@@ -21,6 +21,7 @@ from benchmarks.demo.outcome import Outcome
 from benchmarks.demo.progress import Phases
 from benchmarks.demo.table import markdown, table
 from benchmarks.timing import Machine, machine
+from quant2e.files import write_text
 
 MODELS = {"digits": digits.run, "minilm": minilm.run}
 
@@ -40,9 +41,9 @@ def write(folder: Path, outcomes: list[Outcome], where: Machine, seconds: dict[s
         "phases_s": seconds,
         "total_s": sum(seconds.values()),
     }
-    (folder / "demo.json").write_text(json.dumps(everything, indent=2) + "\n")
+    write_text(folder / "demo.json", json.dumps(everything, indent=2) + "\n")
     head = f"# Float against int8\n\nMeasured by `make demo` on {where}.\n\n"
-    (folder / "demo.md").write_text(head + markdown(outcomes))
+    write_text(folder / "demo.md", head + markdown(outcomes))
 
 
 def main(arguments: list[str] | None = None) -> int:

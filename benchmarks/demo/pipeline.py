@@ -21,6 +21,7 @@ import quant2e
 from benchmarks.demo.outcome import Int8
 from benchmarks.demo.progress import Advance, Phases
 from benchmarks.timing import Latency, compare
+from quant2e.files import write_text
 
 Call = Callable[..., torch.Tensor]
 Measures = Mapping[str, float]
@@ -139,7 +140,7 @@ def run_target(case: Case, target: Target, folder: Path, phases: Phases) -> Int8
     with phases.phase(f"{case.name}: compare {target.runtime} with the Q/DQ graph"):
         check = lowering.verify(program, best.result, case.held_out)
     report = f"{case.name} on {target.runtime}, {best.scheme}\n\n{best.result.report}\n\n{program.report}\n\n{check}\n"
-    (folder / f"{stem}_int8.report.txt").write_text(report)
+    write_text(folder / f"{stem}_int8.report.txt", report)
     latencies = []
     for what, inputs in case.workloads.items():
         with phases.phase(f"{case.name}: time {what} on {target.runtime}"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import Machine
+from quant2e.files import write_text
 
 
 def record(
@@ -35,11 +36,11 @@ def record(
     lines = [f"# {title}", "", f"`{command}`", "", f"{where}", ""]
     lines += [more, ""] if more else []
     lines += ["| " + " | ".join(line) + " |" for line in (heads, ["---"] * len(heads), *rows)]
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
     plain = {
         "title": title,
         "command": command,
         "machine": asdict(where),
         "rows": data if data is not None else [dict(zip(heads, row, strict=True)) for row in rows],
     }
-    path.with_suffix(".json").write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(plain, indent=2, ensure_ascii=False) + "\n")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.demo import topics
 from benchmarks.peers.worker import ONNX, TRANSFORMERS, Job, arrays, calibration
 from benchmarks.shapes import SHAPES
+from quant2e.files import atomic_file
 
 MINILM = "MiniLM"
 MODELS = ("ResNet-18", "MobileNetV2", "MobileNetV3", "BERT-base", MINILM)
@@ -92,12 +93,15 @@ def write(job: Job) -> None:
     """Write the data, the float model where it depends on data, and its output."""
     for place, tensors in enumerate(batches_of(job.model, job.batch)):
         name = "inputs.npz" if place == 0 else f"calibration_{place}.npz"
-        np.savez(job.place / name, *[tensor.numpy() for tensor in tensors])
+        with atomic_file(job.place / name) as part:
+            np.savez(part, *[tensor.numpy() for tensor in tensors])
     with torch.no_grad():
         model = _made(job.model)
         if _settle(model, calibration_of(job.place)):
-            torch.save(model.state_dict(), job.place / _STATE)
-        np.save(job.place / "reference.npy", model(*inputs_of(job.place)).numpy())
+            with atomic_file(job.place / _STATE) as part:
+                torch.save(model.state_dict(), part)
+        with atomic_file(job.place / "reference.npy") as part:
+            np.save(part, model(*inputs_of(job.place)).numpy())
 
 
 def export(job: Job) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.peers.worker import Job
+from quant2e.files import write_text
 
 ROOT = Path(__file__).parents[2]
 LEAST_MEMORY = 3e9
@@ -45,7 +46,7 @@ class Worker:
         if (left := available_memory()) < LEAST_MEMORY:
             raise WorkerError(f"not started: only {left / 1e9:.1f} GB of memory are available")
         described = job.file(f"_{job.threads}.job.json")
-        described.write_text(json.dumps(asdict(job)))
+        write_text(described, json.dumps(asdict(job)))
         self._log = log
         with log.open("a") as output:
             self._process = subprocess.Popen(
@@ -114,6 +115,6 @@ def build(python: Sequence[str], job: Job, log: Path, seconds: float) -> float:
     if not done.exists():
         with Worker(python, job, "build", log) as worker:
             spent = worker.wait(seconds)["seconds"]
-        done.write_text(json.dumps({"seconds": spent}))
+        write_text(done, json.dumps({"seconds": spent}))
     found: float = json.loads(done.read_text())["seconds"]
     return found

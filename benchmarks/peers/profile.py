@@ -32,6 +32,7 @@ from benchmarks.peers.process import build
 from benchmarks.peers.worker import Job
 from benchmarks.timing import machine
 from lowering.inductor.kernels.engines import Engine, Float, OneDnn, Product, timed
+from quant2e.files import write_text
 from quant2e.report.float_ops import count_macs
 
 RESULTS = Path(__file__).parents[1] / "results" / "peers_profile"
@@ -84,7 +85,7 @@ def measure(job: Job) -> None:
         group = "products" if product else "other ops" if "::" in event.key else "rest"
         groups[group] += event.self_cpu_time_total
     found = {"seconds": statistics.median(times[5:]), "macs": macs, "rate": rate, "calls": calls // CALLS} | groups
-    job.file(".profile.json").write_text(json.dumps(found))
+    write_text(job.file(".profile.json"), json.dumps(found))
 
 
 def row(job: Job, found: dict[str, Any]) -> list[str]:

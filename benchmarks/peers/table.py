@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from quant2e.files import atomic_file
+
 EAGER = "float eager"
 OURS = ("ours → Inductor", "ours → ExecuTorch")
 HEADS = (
@@ -189,5 +191,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.grid(axis="x", which="both", linewidth=0.3)
     axes.set_xlabel("time of a call over that of the float model in eager mode; to the left is faster")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    with atomic_file(path) as part:
+        figure.savefig(part, metadata={"Date": None})
     plt.close(figure)

@@ -16,6 +16,7 @@ import quant2e
 from benchmarks import programs
 from benchmarks.peers.models import Inputs, calibration_of, inputs_of, model_of
 from benchmarks.peers.worker import TRANSFORMERS, Job, Loaded
+from quant2e.files import atomic_file
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 
 
@@ -114,7 +115,8 @@ def _executorch(job: Job, flow: Callable[..., programs.Program], scheme: str) ->
     _threads(job)
     with torch.no_grad():
         made = flow(model_of(job), inputs_of(job.place), scheme, calibration_of(job.place))
-    job.file(".pte").write_bytes(made.buffer)
+    with atomic_file(job.file(".pte")) as part:
+        part.write_bytes(made.buffer)
     return made.seconds
 
 
