@@ -29,6 +29,7 @@ from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.derived import DerivedFakeQuantize
 from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.passes import run
+from quant2e.passes.empty_operands import drop_empty_operands
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.train_batch_norm import FUSED, begin, norms_behind_products
 from quant2e.prepare.insert_observers import make_observers, observe
@@ -82,7 +83,7 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, trai
             node.meta.pop(ANNOTATION, None)
     set_all_detached(gm, False)  # quantizers look across the borders of regions without gradients
     ops, float_bytes, inputs = list_float_ops(gm), tensor_bytes(gm), own.inputs
-    run(gm, (norms_behind_products if training else fold_batch_norm,), compiled=False)
+    run(gm, (drop_empty_operands, norms_behind_products if training else fold_batch_norm), compiled=False)
     gm = _annotate(gm, quantizer)
     plan = read_plan(gm)  # before a copy: annotations refer to nodes, the plan to names
     if not isinstance(gm, CapturedModule):  # a transform may rebuild the module as a plain one

@@ -20,6 +20,7 @@ from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObser
 from quant2e.passes import run
 from quantizers.kit.rule import ChosenConfig, Rule
 from quantizers.kit.rule_quantizer import RuleQuantizer
+from quantizers.rewrites.einsum_to_linear import einsums_as_linear
 from quantizers.rewrites.matmul_to_linear import products_as_linear
 from quantizers.settings.diagnostics import Coverage
 from quantizers.settings.edges import EdgeSettings, edge_scope
@@ -168,7 +169,8 @@ class ConfigurableQuantizer(RuleQuantizer):
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Spell products with a constant weight as linear, where a configuration covers them."""
         if self.has_linear:
-            run(model, (products_as_linear(model.graph, lambda node: self.choose(node).config is not None),))
+            rewrites = (products_as_linear, einsums_as_linear)
+            run(model, [kind(model.graph, lambda node: self.choose(node).config is not None) for kind in rewrites])
         return model
 
     def choose(self, node: Node) -> ChosenConfig:
