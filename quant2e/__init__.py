@@ -49,7 +49,7 @@ from quant2e.integer import to_integer
 from quant2e.pipeline import quantize
 from quant2e.prepare.prepare import prepare_pt2e, prepare_qat_pt2e
 from quant2e.quantized_io import QuantizedIO, quantized_io_of, with_quantized_io
-from quant2e.quantized_model import QuantizedModel, load, save
+from quant2e.quantized_model import QuantizedModel, load, load_trusted_program, save
 from quant2e.report.encodings import Encodings
 from quant2e.report.record import plan_of, report_of
 from quant2e.report.report import Report, Verdict
@@ -137,6 +137,7 @@ __all__ = [
     "graph_text",
     "load",
     "load_statistics",
+    "load_trusted_program",
     "op",
     "plan_of",
     "prepare_pt2e",

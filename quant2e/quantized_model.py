@@ -14,7 +14,7 @@ from quant2e.quantized_io import QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import Report
-from quant2e.storage.pt2 import Pt2Contents, read_pt2, write_pt2
+from quant2e.storage.pt2 import Pt2Contents, read_pt2, read_trusted, write_pt2
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -109,8 +109,25 @@ def _contents(
 def load(path: str | Path) -> QuantizedModel:
     """Read what `save` wrote; the outputs are bit-identical.
 
-    Also reads any other ``.pt2`` of torch.export, with an empty report. No code of the file is executed. Raises
-    `FileFormatError` for a file that is damaged, of another kind, or that could run code.
+    Nothing in the file is run, imported or called: its graph is built from a schema, of ops in a table and of names
+    that are plain identifiers, and conditions on its inputs are interpreted. Ops of other libraries are used when this
+    process has registered them. Each record matches the hash that `save` wrote beside it; that finds damage and
+    careless edits, not an edit by someone who writes new hashes. A file without hashes, by an older version, is read
+    too, and the report says so; so is a program of torch.export of the same ops, with an empty report.
+    Raises `FileFormatError` for anything else; `load_trusted_program` reads more, and trusts the file.
     """
-    contents = read_pt2(path)
+    return _model(read_pt2(path))
+
+
+def load_trusted_program(path: str | Path) -> QuantizedModel:
+    """Read a ``.pt2`` file with ``torch.export.load``, which can run code that the file holds.
+
+    Only for files that you trust as you trust a script: pickled objects in them are unpickled, names are resolved, and
+    conditions on their inputs are compiled and run. It reads what `load` refuses, custom classes say; the report is
+    empty. Raises `FileFormatError` when torch cannot read the file.
+    """
+    return _model(read_trusted(path))
+
+
+def _model(contents: Pt2Contents) -> QuantizedModel:
     return QuantizedModel(**{field.name: getattr(contents, field.name) for field in fields(contents)})

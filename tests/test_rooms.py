@@ -39,6 +39,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "integer",
         "convert",
         "quantized_io",
+        "storage/reader",
         "storage/writer",
         "storage",
         "quantized_model",

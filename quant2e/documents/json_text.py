@@ -1,4 +1,4 @@
-"""JSON text, read strictly: no key twice, no NaN or infinity, no number that 64 bits or a float cannot hold."""
+"""JSON text, read strictly: no key twice, no NaN, no number that 64 bits or a float cannot hold, no endless nesting."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from quant2e.errors import FileFormatError
 
+MOST_LEVELS = 200
+"""How deep lists and objects may be nested: enough for twenty branches of a program inside each other."""
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _WIDEST = 20
 """Digits, and a sign, of an integer of 64 bits."""
 
 
-def read_json(text: str | bytes, what: str) -> Any:
+def read_json(text: str | bytes | memoryview, what: str) -> Any:
     """The data that ``text`` describes; ``what`` names it in errors. Raises `FileFormatError`."""
     try:
         # not json's own guess: it takes UTF-16 and a byte order mark
         decoded = bytes(text).decode("utf-8") if not isinstance(text, str) else text
+        if _levels(decoded) > MOST_LEVELS:  # before json recurses: the limit of the process may be beyond its stack
+            raise FileFormatError(f"{what} is nested more than {MOST_LEVELS} levels deep")
         data = json.loads(
             decoded,
             object_pairs_hook=_object,
@@ -31,9 +39,20 @@ def read_json(text: str | bytes, what: str) -> Any:
             json.dumps(data, ensure_ascii=False).encode("utf-8")  # half of a character is no text
     except RecursionError as error:
         raise FileFormatError(f"{what} is nested too deeply") from error
+    except FileFormatError:
+        raise
     except ValueError as error:  # of json, of the codec, and of the functions below
         raise FileFormatError(f"{what} is not JSON: {error}") from error
     return data
+
+
+def _levels(text: str) -> int:
+    """The depth of the deepest list or object outside of strings."""
+    marks = np.frombuffer(_STRING.sub(b"", text.encode("utf-8", "surrogatepass")), dtype=np.uint8)
+    opened = (marks == ord("[")) | (marks == ord("{"))
+    closed = (marks == ord("]")) | (marks == ord("}"))
+    steps = opened.astype(np.int8) - closed.astype(np.int8)
+    return int(np.cumsum(steps, dtype=np.int64).max(initial=0))
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

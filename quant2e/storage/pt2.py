@@ -2,7 +2,8 @@
 
 The file is one that ``torch.export.load`` reads, in any process where torch's own q/dq ops are registered
 (``import torch.ao.quantization.fx._decomposed``). Importing this module registers them, through
-`quant2e.graph.qdq_ops`; `read_pt2` gives report and encodings back, and refuses files that could run code.
+`quant2e.graph.qdq_ops`; `read_pt2` gives report and encodings back, by the strict reader in
+`quant2e.storage.reader`, which runs nothing of a file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
@@ -26,12 +25,17 @@ from quant2e.isolation import tracing
 from quant2e.quantized_io import QUANTIZED_IO
 from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report
-from quant2e.storage.archive_check import check_archive
+from quant2e.storage.file import FileContents, read_file
 from quant2e.storage.manifest import with_manifest
 from quant2e.storage.record import RECORD, read_example_inputs, read_record, read_results, record_text
 from quant2e.storage.writer.archive import write_records
 from quant2e.storage.writer.program import program_records
 from quant2e.storage.writer.savable import savable
+
+NOT_HASHED = (
+    "the file carries no hashes: quant2e did not write it, or an older version did, and edits of it show nowhere"
+)
+"""Note in the report of a file that cannot say whether it is as it was written."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,75 +71,63 @@ def write_pt2(path: str | Path, contents: Pt2Contents, *, with_example_inputs: b
         with part.open("wb") as file:
             write_records(file, with_manifest([*program_records(module), (f"extra/{RECORD}", record)]))
         try:
-            check_archive(part)
+            read_file(part)
         except FileFormatError as error:
             raise Quant2eError(f"this program could be saved, but not loaded again: {error}") from error
 
 
 @tracing()
 def read_pt2(path: str | Path) -> Pt2Contents:
-    """Read what `write_pt2` wrote; the outputs are bit-identical.
-
-    Also reads any other ``.pt2`` of torch.export, with an empty report. No code of the file is executed. Raises
-    `FileFormatError` for a file that is damaged, of another kind, or that could run code.
-    """
+    """Read what `write_pt2` wrote, or another program of the ops that it writes; see `quant2e.load`."""
     source = Path(path)
-    check_archive(source)
-    extra: dict[str, Any] = {RECORD: ""}
+    contents = read_file(source)
+    program = contents.program
     try:
-        program = torch.export.load(source, extra_files=extra)
-    except Exception as error:
-        raise FileFormatError(f"{source} cannot be read as an exported program: {error}") from error
-    try:
-        record = read_record(extra[RECORD])
-        args, kwargs, stand_ins = _example_inputs(program, record)
-        if "example_inputs" in record:
-            program._example_inputs = (args, kwargs)  # torch checks the conditions on inputs only where it has some
-        module = as_graph_module(program)
-        report, encodings, quantized_io = read_results(record, module)
+        record = read_record(bytes(contents.extra.get(RECORD, b"")))
+        report, encodings, quantized_io = read_results(record, program.module)
+        args, kwargs, stand_ins = _example_inputs(contents, record)
     except FileFormatError as error:
         raise FileFormatError(f"{source} is damaged: {error}") from error
     if quantized_io:
-        module.meta[QUANTIZED_IO] = quantized_io
+        program.module.meta[QUANTIZED_IO] = quantized_io
     return Pt2Contents(
-        module=module,
-        report=report,
+        module=program.module,
+        report=report if contents.hashed else report.with_notes([NOT_HASHED]),
         encodings=encodings,
         example_inputs=args,
         example_kwargs=kwargs,
-        dynamic_shapes=_dynamic_shapes(program),
+        dynamic_shapes=program.dynamic_shapes,
         stand_ins=stand_ins,
     )
 
 
-def _example_inputs(
-    program: ExportedProgram, record: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
+def _example_inputs(contents: FileContents, record: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
     found = read_example_inputs(record)
     if found is None:
-        args, kwargs = program.example_inputs or ((), {})
-        return tuple(args), dict(kwargs), False
+        args, kwargs = contents.example_inputs or ((), {})
+        return args, kwargs, False
     leaves, stand_ins = found
-    spec = program.call_spec.in_spec
+    spec = contents.program.convention.inputs
     if spec.num_leaves != len(leaves):
         raise FileFormatError(f"it describes {len(leaves)} example inputs, and its graph takes {spec.num_leaves}")
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    return tuple(args), dict(kwargs), stand_ins
+    return args, kwargs, stand_ins
 
 
-def _dynamic_shapes(program: ExportedProgram) -> Any:
-    """Which dimensions of the inputs are dynamic, in the form ``torch.export`` takes; None when there are none."""
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    leaves = [_dynamic_sizes(values.get(str(name))) for name in program.graph_signature.user_inputs]
-    if not any(leaves):
-        return None
-    if len(leaves) != program.call_spec.in_spec.num_leaves:
-        return None
-    args, kwargs = pytree.tree_unflatten(leaves, program.call_spec.in_spec)
-    return (*args, *kwargs.values())
-
-
-def _dynamic_sizes(value: Any) -> dict[int, Any] | None:
-    if not isinstance(value, Tensor):
-        return None
-    return {i: Dim.AUTO for i, size in enumerate(value.shape) if type(size) is not int} or None
+@tracing()
+def read_trusted(path: str | Path) -> Pt2Contents:
+    """Read any program with torch's own loader, which can run code of the file; see `quant2e.load_trusted_program`."""
+    try:
+        program = torch.export.load(path)
+        module = as_graph_module(program)
+    except Exception as error:
+        raise FileFormatError(f"{path} cannot be read as an exported program: {error}") from error
+    args, kwargs = program.example_inputs or ((), {})
+    return Pt2Contents(
+        module=module,
+        report=Report(verdicts=()),
+        encodings=Encodings("", ()),
+        example_inputs=tuple(args),
+        example_kwargs=dict(kwargs),
+        dynamic_shapes=None,
+    )

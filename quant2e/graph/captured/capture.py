@@ -23,7 +23,7 @@ from torch.nn import Module
 from quant2e.errors import CaptureError, where
 from quant2e.graph.captured.calls import positional_inputs
 from quant2e.graph.captured.inline_regions import inline_regions
-from quant2e.graph.captured.inputs import distinct, read_inputs
+from quant2e.graph.captured.inputs import Inputs, distinct, read_inputs
 from quant2e.graph.captured.modes import is_training_graph
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.captured.no_grad import set_all_detached
@@ -113,14 +113,21 @@ def is_captured(model: Any) -> bool:
 
 def _own(gm: GraphModule, compiled: bool = True) -> CapturedModule:
     captured = copy_graph(gm, compiled=False)
-    inline_regions(captured)
-    if not isinstance(gm, CapturedModule):
-        captured.inputs = read_inputs(gm)
-        _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
+    if isinstance(gm, CapturedModule):
+        inline_regions(captured)
+    else:
+        complete(captured, read_inputs(gm))
     captured.graph.lint()
     if compiled:
         captured.recompile()
     return captured
+
+
+def complete(captured: CapturedModule, inputs: Inputs) -> None:
+    """Make a graph as torch.export leaves it one that `capture` returns: regions, calling convention and mode."""
+    inline_regions(captured)
+    captured.inputs = inputs
+    _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
 
 
 def _set_flags(captured: CapturedModule, training: bool) -> None:

@@ -3,7 +3,7 @@
 ``torch.export`` writes the conditions a graph depends on (a fixed size, "divisible by 8") as a ``_guards_fn`` call
 inside the graph. Quantizers, exporters, train and eval would all have to step around a module that computes nothing,
 and it can be neither pickled nor re-exported. So it is taken out of the graph, and its conditions are kept here as
-text.
+text, which `quant2e.graph.captured.conditions` interprets.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import inspect
 import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from types import CodeType
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -25,6 +24,7 @@ from torch.fx.graph import _PyTreeCodeGen
 
 from quant2e.errors import CaptureError
 from quant2e.graph.captured.calls import call_of
+from quant2e.graph.captured.conditions import Condition, ConditionError, Path, path_of
 from quant2e.graph.captured.serialized import spec_from_state, spec_state
 
 _GUARD_MESSAGE = "Guard failed: "
@@ -48,12 +48,22 @@ class Inputs:
     """Calling convention of a captured graph.
 
     ``names``: arguments of ``forward``, in order, flattened by ``spec`` (None: each argument is one input).
-    ``conditions``: Python expressions over those names that must hold, such as ``x.size()[0] == 1``.
+    ``conditions``: what must hold for the inputs, such as ``x.size()[0] == 1``.
+    Raises `CaptureError` for a condition that cannot be checked.
     """
 
     names: tuple[str, ...]
     spec: pytree.TreeSpec | None
     conditions: tuple[str, ...]
+    _read: tuple[Condition, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        paths = _readable(leaf_paths(self.names, self.spec)) if self.conditions else {}
+        try:
+            read = tuple(Condition(text, paths) for text in self.conditions)
+        except ConditionError as error:
+            raise CaptureError(f"the inputs of the graph have a condition that cannot be checked: {error}") from error
+        object.__setattr__(self, "_read", read)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.names, spec_state(self.spec), self.conditions)
@@ -64,14 +74,10 @@ class Inputs:
         leaves = self._flatten(bound)
         if any(isinstance(leaf, Proxy) for leaf in leaves):
             return  # symbolic tracing: there is no value to look at
-        for condition in self.conditions:
-            try:
-                holds = bool(eval(_compiled(condition), _namespace(), bound))  # noqa: S307  # torch's own conditions
-            except (AttributeError, IndexError, TypeError, KeyError):
-                holds = False
-            if not holds:
+        for condition in self._read:
+            if not condition.holds(leaves):
                 raise CaptureError(
-                    f"the graph was captured for inputs where {condition}; got {_describe(bound)}. "
+                    f"the graph was captured for inputs where {condition.text}; got {_describe(bound)}. "
                     "Capture the model again "
                     "with inputs like these, or with dynamic_shapes= when a size varies"
                 )
@@ -140,19 +146,6 @@ def _keys(spec: pytree.TreeSpec) -> list[Any]:
     return list(spec.context[1] if spec.type is defaultdict else spec.context)
 
 
-@cache
-def _namespace() -> dict[str, Any]:
-    """What conditions may mention besides the inputs: torch writes divisions and roundings of sizes as functions."""
-    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP  # loads sympy, which importing quant2e does not
-
-    return {**SYMPY_INTERP, "math": math, "inf": math.inf}
-
-
-@lru_cache(maxsize=4096)
-def _compiled(condition: str) -> CodeType:
-    return compile(condition, "<condition on the inputs>", "eval")
-
-
 class _Brief(str):
     """Text shown without quotes inside a container."""
 
@@ -180,8 +173,7 @@ def read_inputs(gm: GraphModule) -> Inputs:
     else:
         names, spec = tuple(str(node.target) for node in placeholders), None
         paths = names
-    own = [text for node, path in zip(placeholders, paths, strict=True) for text in _conditions(node, path)]
-    return Inputs(names, spec, tuple(dict.fromkeys([*own, *_guards(gm)])))
+    return Inputs(names, spec, tuple(dict.fromkeys([*value_conditions(placeholders, paths), *_guards(gm)])))
 
 
 def inputs_of(gm: GraphModule) -> Inputs:
@@ -213,6 +205,21 @@ def leaf_paths(names: Sequence[str], spec: pytree.TreeSpec | None) -> tuple[str,
         name = names[which.idx] if isinstance(which, pytree.SequenceKey) else keywords[getattr(which, "key", "")]
         paths.append(name + pytree.keystr(path[2:]))
     return tuple(paths)
+
+
+def _readable(paths: Sequence[str]) -> dict[Path, int]:
+    """Positions of the inputs by how they are reached, where that can be written in a condition."""
+    found = {}
+    for index, text in enumerate(paths):
+        with suppress(ConditionError):
+            found[path_of(text)] = index
+    return found
+
+
+def value_conditions(placeholders: Sequence[Node], paths: Sequence[str]) -> list[str]:
+    """What the values of placeholders say about the inputs at ``paths``: dimensions, fixed sizes, constants."""
+    known = _readable(paths).values()
+    return [text for index in known for text in _conditions(placeholders[index], paths[index])]
 
 
 def _conditions(node: Node, path: str) -> list[str]:

@@ -170,7 +170,7 @@ def _copy(
     gm: GraphModule, leaf: Callable[[Any], Any], memo: dict[int, Any], *, compiled: bool = True
 ) -> CapturedModule:
     """Copy ``gm``; ``leaf`` copies (or shares) everything that is not a graph."""
-    new = CapturedModule({}, Graph()) if compiled else _uncompiled()
+    new = CapturedModule({}, Graph()) if compiled else uncompiled()
     memo[id(gm)] = new
     _fill(gm, new, leaf, memo)
     _relink(new, memo)
@@ -186,9 +186,7 @@ def _copy(
     if compiled:
         new.graph = graph
     else:
-        new._graph = graph
-        graph.owning_module = new
-        vars(new).pop("_code", None)
+        own_graph(new, graph)
     return new
 
 
@@ -199,10 +197,18 @@ class _Postponed(CapturedModule):
         """Nothing, during construction."""
 
 
-def _uncompiled() -> CapturedModule:
+def uncompiled() -> CapturedModule:
+    """A module without a graph and without code, to be filled; see `own_graph`."""
     new = _Postponed({}, Graph())
     new.__class__ = type("GraphModuleImpl", (CapturedModule,), {})
     return new
+
+
+def own_graph(module: CapturedModule, graph: Graph) -> None:
+    """Give a module its graph; its code is made on the first call, or by ``recompile``."""
+    module._graph = graph
+    graph.owning_module = module
+    vars(module).pop("_code", None)
 
 
 def _shallow(value: Any) -> Any:

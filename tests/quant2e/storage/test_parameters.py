@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import base64
 import json
-import zipfile
 
 import numpy as np
 import pytest
@@ -21,7 +20,9 @@ from quant2e.observers.per_group import PerGroupMinMaxObserver
 from quant2e.ranges.qparams import FLOAT_QPARAMS
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import record_of
+from quant2e.storage.columns import from_columns
 from quant2e.storage.parameters import name_buffers, read_buffers
+from tests.quant2e.storage.archives import records_in, rewritten
 
 SPECS = {
     "channels": QuantizationSpec(torch.int8, PerChannelMinMaxObserver, -127, 127, torch.per_channel_symmetric, 0),
@@ -55,18 +56,11 @@ def converted(request):
     return convert_pt2e(prepare_pt2e(capture(model, torch.randn(2, 8)), Weights(SPECS[request.param])))
 
 
+RECORD = "extra/quant2e.json"
+
+
 def record_in(path):
-    with zipfile.ZipFile(path) as file:
-        (name,) = (name for name in file.namelist() if name.endswith("extra/quant2e.json"))
-        return name, file.read(name)
-
-
-def rewritten(path, target, record):
-    own, _ = record_in(path)
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as new:
-        for name in old.namelist():
-            new.writestr(name, json.dumps(record) if name == own else old.read(name))
-    return target
+    return records_in(path)[RECORD]
 
 
 def exact(encodings):
@@ -76,9 +70,9 @@ def exact(encodings):
 def test_a_file_names_the_buffers_and_gives_their_numbers_back(converted, tmp_path):
     path = tmp_path / "m.pt2"
     save(converted, path, (torch.randn(2, 8),))
-    _, text = record_in(path)
+    text = record_in(path)
     assert len(text) < 2000
-    (group,) = json.loads(text)["recipe"]["groups"]
+    (group,) = from_columns(json.loads(text)["recipe"]["groups"], "the groups")
     assert isinstance(group["scale"], str)
     assert isinstance(group["zero_point"], str)
     again = load(path)
@@ -100,11 +94,11 @@ def packed(values):
 
 def test_files_of_the_first_format_are_read(converted, tmp_path):
     save(converted, tmp_path / "m.pt2", (torch.randn(2, 8),))
-    _, text = record_in(tmp_path / "m.pt2")
-    encodings = encodings_of(record_of(converted), "").as_dict()
+    record = record_of(converted)
+    encodings = encodings_of(record, "").as_dict()
     groups = [{k: packed(v) if k in {"scale", "zero_point"} else v for k, v in g.items()} for g in encodings["groups"]]
-    record = {**json.loads(text), "format": 1, "recipe": {**encodings, "groups": groups}}
-    again = load(rewritten(tmp_path / "m.pt2", tmp_path / "old.pt2", record))
+    old = {"format": 1, "report": record.report.as_dict(), "recipe": {**encodings, "groups": groups}}
+    again = load(rewritten(tmp_path / "m.pt2", tmp_path / "old.pt2", **{RECORD: json.dumps(old).encode()}))
     assert exact(again.encodings) == json.dumps(encodings)
 
 

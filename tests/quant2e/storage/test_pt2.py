@@ -1,14 +1,11 @@
 """Files: what comes back is what was saved, a failed save harms nothing, and a hostile file runs nothing."""
 
-import io
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import textwrap
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -27,9 +24,9 @@ from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_model import load, save
 from quant2e.report.encodings import ENCODINGS, Encodings, GroupEncoding
 from quant2e.storage import pt2 as storage
-from quant2e.storage.archive_check import check_archive
 from quant2e.storage.record import RECORD_FORMAT
 from tests.quant2e.annotators import DYNAMIC, products
+from tests.quant2e.storage.archives import rewritten
 
 ROOT = Path(__file__).parents[3]
 
@@ -291,217 +288,7 @@ def test_permissions_of_the_old_file_are_kept(quantized, saved):
     assert saved.stat().st_mode & 0o777 == 0o640
 
 
-# ------------------------------------------------------------------------------------------------------ hostile files
-
-MARK = "QUANT2E_TEST_WAS_HERE"
-
-
-class Payload:
-    """Unpickled, it leaves a mark in the environment."""
-
-    def __reduce__(self):
-        return exec, (f"import os; os.environ[{MARK!r}] = '1'",)
-
-
-def rewritten(path, target, edit=None, **parts):
-    """A copy of an archive: ``edit`` changes the program's JSON in place, ``parts`` are replaced or added."""
-    with zipfile.ZipFile(path) as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    root = next(iter(content)).partition("/")[0]
-    if edit is not None:
-        program = json.loads(content[f"{root}/models/model.json"])
-        edit(program)
-        content[f"{root}/models/model.json"] = json.dumps(program).encode()
-    for name, data in parts.items():
-        content[name.removeprefix("/") if name.startswith("/") else f"{root}/{name}"] = data
-    with zipfile.ZipFile(target, "w") as archive:
-        for name, data in content.items():
-            archive.writestr(name, data)
-    return target
-
-
-def nodes(program):
-    return program["graph_module"]["graph"]["nodes"]
-
-
-def pickled_by_torch():
-    buffer = io.BytesIO()
-    torch.save(Payload(), buffer)
-    return buffer.getvalue()
-
-
-def config(path_name, use_pickle):
-    entry = {"path_name": path_name, "is_param": False, "use_pickle": use_pickle, "tensor_meta": None}
-    return json.dumps({"config": {"evil": entry}}).encode()
-
-
-WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
-HOSTILE = {
-    "a pickled weight": (
-        {WEIGHTS: config("weight_0", True), "data/weights/weight_0": pickled_by_torch()},
-        "pickled obj",
-    ),
-    "a pickled constant": ({CONSTANTS: config("tensor_0", True)}, "pickled objects"),
-    "pickle without saying so": (
-        {CONSTANTS: config("opaque_obj_0", False), "data/constants/opaque_obj_0": pickle.dumps(Payload())},
-        "opaque_obj_0",
-    ),
-    "a name that means pickle": ({CONSTANTS: config("opaque_obj_0", False)}, "not a plain tensor"),
-    "a script object": (
-        {CONSTANTS: config("custom_obj_0", True), "data/constants/custom_obj_0": pickle.dumps(Payload())},
-        "custom_obj_0",
-    ),
-    "weights of an older format": ({"data/weights/model.pt": pickled_by_torch()}, "no part of a plain program"),
-    "constants of an older format": ({"data/constants/model.pt": pickled_by_torch()}, "no part of a plain program"),
-    "an archive of an older format": (
-        {"/version": b"8.8", "/serialized_state_dict.pt": pickled_by_torch(), "archive_version": b"9"},
-        "not in a subdirectory",
-    ),
-    "example inputs": ({"data/sample_inputs/model.pt": pickled_by_torch()}, "example inputs that are not plain"),
-    "compiled code": ({"data/aotinductor/model/a.so": b""}, "no part of a plain program"),
-    "a path upwards": ({"../evil": b""}, "no part of a plain program"),
-    "JSON that is none": ({"models/model.json": b"{"}, "not JSON"),
-    "JSON without end": ({"models/model.json": b"[" * 100_000}, "not JSON"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_parts(saved, tmp_path, name):
-    parts, message = HOSTILE[name]
-    with pytest.raises(FileFormatError, match=message):
-        load(rewritten(saved, tmp_path / "evil.pt2", **parts))
-    assert MARK not in os.environ
-
-
-TARGETS = [
-    "torch.serialization.os.system",
-    "torch.os.system",
-    "torch.ops.os.system",
-    "torch.ops.aten.__class__.__init__",
-    "torch.ops.aten.add.__class__",
-    "torch.ops.load_library.__func__.__call__",
-    "torch.ops.aten.from_file.default",
-    "torch.hub.load",
-    "_operator.attrgetter",
-    "_operator.methodcaller",
-    "math.__loader__.load_module",
-    "#namespace:op",
-    "os.system",
-]
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("place", ["node", "argument"])
-def test_names_that_are_no_ops(saved, tmp_path, target, place):
-    def edit(program):
-        if place == "node":
-            nodes(program)[0]["target"] = target
-        else:
-            nodes(program)[0]["inputs"][0]["arg"] = {"as_operator": target}
-
-    with pytest.raises(FileFormatError, match="not an op that a quantized program uses"):
-        load(rewritten(saved, tmp_path / "evil.pt2", edit))
-
-
-EXPRESSIONS = [
-    "__import__('os').system('true')",
-    "().__class__",
-    "Symbol('x').__class__",
-    "Symbol('__import__(1)')",
-    "[1 for _ in x]",
-    "(lambda: 1)()",
-    "exec('1')",
-    "Lambda(x, 1)(2)",
-    "9**9**9",
-    "f'{x}'",
-    "x" + ".y",
-    "(" * 500 + ")" * 500,
-]
-
-
-@pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_expressions_with_code(saved, tmp_path, expression):
-    def edit(program):
-        texts = [program]
-        while texts:
-            current = texts.pop()
-            for key, value in list(current.items()) if isinstance(current, dict) else []:
-                if key == "expr_str":
-                    current[key] = expression
-                    return
-                texts.append(value)
-            texts += current if isinstance(current, list) else []
-        raise AssertionError("the program has no expression")
-
-    with pytest.raises(FileFormatError, match="not a plain shape formula"):
-        load(rewritten(saved, tmp_path / "evil.pt2", edit))
-
-
-STRUCTURES = [
-    {"__enum__": True, "fqn": "os:environ", "name": "PATH"},
-    {"default_factory_module": "os", "default_factory_name": "getcwd", "dict_context": []},
-    {"default_factory_module": "builtins", "default_factory_name": "breakpoint", "dict_context": []},
-]
-
-
-@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: s.get("fqn") or s["default_factory_name"])
-@pytest.mark.parametrize("escaped", [False, True])
-def test_structures_that_import(saved, tmp_path, structure, escaped):
-    text = json.dumps(structure)
-    if escaped:
-        text = text.replace("_", "\\u005f")
-    spec = json.dumps([1, {"type": "builtins.tuple", "context": text, "children_spec": []}])
-
-    def edit(program):
-        program["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = spec
-
-    with pytest.raises(FileFormatError, match="in the structure of its inputs"):
-        load(rewritten(saved, tmp_path / "evil.pt2", edit))
-
-
-def test_a_list_of_parts_that_two_readers_read_differently(saved, tmp_path):
-    evil = tmp_path / "evil.pt2"
-    evil.write_bytes(saved.read_bytes())
-    with zipfile.ZipFile(evil, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        archive.writestr("archive/models/model.json", b"{}")
-    with pytest.raises(FileFormatError, match="ambiguous"):
-        load(evil)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
-def test_files_that_were_cut_off(saved, tmp_path, keep):
-    data = saved.read_bytes()
-    (tmp_path / "cut.pt2").write_bytes(data[: keep if isinstance(keep, int) else int(len(data) * keep)])
-    with pytest.raises(FileFormatError):
-        load(tmp_path / "cut.pt2")
-
-
-def test_one_flipped_bit_in_a_weight(saved, tmp_path):
-    data = bytearray(saved.read_bytes())
-    with zipfile.ZipFile(saved) as archive:
-        info = archive.getinfo("archive/data/weights/weight_0")
-    data[info.header_offset + 256 + 64] ^= 1
-    (tmp_path / "bad.pt2").write_bytes(bytes(data))
-    with pytest.raises(FileFormatError):
-        load(tmp_path / "bad.pt2")
-
-
-@given(st.binary(max_size=300))
-@settings(max_examples=60, deadline=None)
-def test_random_bytes(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("random") / "random.pt2"
-    path.write_bytes(data)
-    with pytest.raises(FileFormatError):
-        load(path)
-    path.write_bytes(b"PK\x05\x06" + data)
-    with pytest.raises(FileFormatError):
-        check_archive(path)
-
-
-def test_what_is_no_file(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere.pt2"):
-        with pytest.raises(FileFormatError, match="does not exist, or is not a file"):
-            load(path)
+# ------------------------------------------------------------------------------------------------------------- record
 
 
 @pytest.mark.parametrize(
