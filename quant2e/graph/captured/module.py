@@ -186,7 +186,7 @@ def _copy(
     if compiled:
         new.graph = graph
     else:
-        own_graph(new, graph)
+        take_graph(new, graph)
     return new
 
 
@@ -198,13 +198,13 @@ class _Postponed(CapturedModule):
 
 
 def uncompiled() -> CapturedModule:
-    """A module without a graph and without code, to be filled; see `own_graph`."""
+    """A module without a graph and without code, to be filled; see `take_graph`."""
     new = _Postponed({}, Graph())
     new.__class__ = type("GraphModuleImpl", (CapturedModule,), {})
     return new
 
 
-def own_graph(module: CapturedModule, graph: Graph) -> None:
+def take_graph(module: CapturedModule, graph: Graph) -> None:
     """Give a module its graph; its code is made on the first call, or by ``recompile``."""
     module._graph = graph
     graph.owning_module = module

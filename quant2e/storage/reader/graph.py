@@ -16,7 +16,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
 from quant2e.errors import FileFormatError
-from quant2e.graph.captured.module import CapturedModule, own_graph, uncompiled
+from quant2e.graph.captured.module import CapturedModule, take_graph, uncompiled
 from quant2e.storage.reader.ops import Ops
 from quant2e.storage.reader.origins import Origins
 from quant2e.storage.reader.schema import is_identifier
@@ -148,7 +148,7 @@ class GraphReader:
         for each in self.graph.nodes:
             if bindings := self._shapes.unbacked_bindings(each.meta.get("val")):
                 each.meta["unbacked_bindings"] = bindings
-        own_graph(self.owner, self.graph)
+        take_graph(self.owner, self.graph)
 
     def returned(self, argument: Mapping[str, Any]) -> Any:
         """A result of the graph: a node, or a constant."""
