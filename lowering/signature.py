@@ -160,8 +160,10 @@ class Signature:
             if isinstance(spec.value, Tensor):
                 _check_tensor(spec, value, found)
             elif isinstance(spec.value, torch.SymInt):
+                if type(value) is not int:
+                    raise LoweringError(f"input '{spec.name}' is a {type(value).__name__}, and must be an integer")
                 _check_size(f"input '{spec.name}'", spec.value, value, found)
-            elif value != spec.value:
+            elif isinstance(value, Tensor) or value != spec.value:
                 raise LoweringError(
                     f"input '{spec.name}' is {value!r}, and the graph was captured with {spec.value!r}, "
                     "which is now part of it"

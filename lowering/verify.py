@@ -25,6 +25,7 @@ from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.fake_values import is_float, node_tensor
 from quant2e.graph.qdq_ops import qd
+from quant2e.isolation import IsolatedRandomness
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
 
@@ -257,7 +258,7 @@ def measure(
     scales = output_scales(reference)
     tallies: dict[int, Tally] = {}
     count = 0
-    with from_start(lowered), torch.no_grad():
+    with from_start(lowered), torch.no_grad(), IsolatedRandomness():
         for got, expected in _runs(lowered, own, batches):
             for g, e, scale, place in _paired(got, expected, scales):
                 _compare(tallies.setdefault(place, Tally()), g, e, scale, place)

@@ -31,7 +31,10 @@ FIRST_TIME = {
     "quantize": TRACE,
     "prepare, calibrate, convert": TRACE,
     "prepare, train, convert": TRACE,
-    "calibrate, compiled": INDUCTOR,
+    "calibrate, compiled": {
+        **INDUCTOR,
+        "nn.Module": "torch.compile marks modules as they are made, and puts its own constructor there to do so",
+    },
     "check_data": TRACE,
     "statistics": TRACE,
     "save and load": TRACE,

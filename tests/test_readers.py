@@ -11,19 +11,24 @@ import io
 import json
 import math
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.export import Dim
 
+import quant2e
 from lowering.files.program_file import read_arrays
+from lowering.signature import Signature
 from quant2e import Encodings, QuantizedIO, Report
 from quant2e.calibration.statistics import Statistics
 from quant2e.documents.arrays import read_archive
 from quant2e.documents.json_text import read_json
-from quant2e.errors import FileFormatError
+from quant2e.errors import FileFormatError, Quant2eError
 from quant2e.quantized_io import Port
 from quant2e.report.encodings import GroupEncoding
 from quant2e.report.float_ops import FloatOp
@@ -311,3 +316,57 @@ def test_arrays_are_read_as_numpy_reads_them(tmp_path):
     for found, wanted in zip(read_arrays(tmp_path / "a.npz"), arrays, strict=True):
         assert np.array_equal(found.numpy(), wanted)
         assert found.numpy().dtype == wanted.dtype.newbyteorder("=")
+
+
+# ------------------------------------------------------------------------------------------------------------- calls
+
+
+class Nested(nn.Module):
+    """Takes a tensor, a dict of a list and a tensor, a number and a keyword."""
+
+    def forward(self, x, batch, times=2, *, extra=None):
+        y = x + batch["a"][0] + batch["b"]
+        return y * times if extra is None else y + extra
+
+
+X = torch.ones(2, 3)
+BATCH = {"a": [X], "b": X}
+OTHER = [
+    None, 3, 2.5, math.nan, True, "x", b"x", X, [X], (X,), {}, BATCH, {"a": X, "b": [X]}, {"a": [X, X], "b": X},
+    {"a": [3], "b": X}, {**BATCH, "c": X}, {1: X}, object(), torch.ones(2, 3, 4), X.long(), torch.ones(0, 3), [[[]]],
+    torch.tensor(2), {"a": [None], "b": None}, range(3), "a" * 1000, OrderedDict(b=X, a=[X]), nn.Linear(2, 2),
+    torch.Size([2, 3]), 10**30, len, np.ones((2, 3)), {"a": (X,), "b": X},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def callables():
+    size = Dim("batch", min=1, max=8)
+    sizes = {"x": {0: size}, "batch": {"a": [{0: size}], "b": {0: size}}}
+    found = []
+    for times in (None, Dim.DYNAMIC):
+        shapes = {**sizes, "times": times}
+        graph = quant2e.capture(Nested(), (X, BATCH, 3), dynamic_shapes=shapes)
+        signature = Signature(graph)
+        found += [graph, lambda *args, own=signature, **kwargs: own.sizes(own.flatten(args, kwargs))]
+    return [quant2e.capture(Nested(), (X, BATCH, 3)), *found]
+
+
+KEYWORDS = st.dictionaries(st.sampled_from(["x", "batch", "times", "extra", "z"]), st.sampled_from(OTHER), max_size=2)
+
+
+@given(
+    place=st.integers(0, 2),
+    given=st.sampled_from(OTHER),
+    count=st.integers(0, 4),
+    keywords=KEYWORDS,
+)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_inputs_of_another_structure_are_an_error_of_ours(callables, place, given, count, keywords):
+    inputs = [X, BATCH, 3, 3]
+    inputs[place] = given
+    for call in callables:
+        try:
+            call(*inputs[:count], **keywords)
+        except Quant2eError:
+            continue

@@ -14,6 +14,7 @@ from quant2e.annotation.pattern import short_name
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operand
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
+from quant2e.isolation import IsolatedRandomness
 from quantizers.conformance.isolation_checks import WEIGHTED
 from quantizers.conformance.report import Finding
 
@@ -85,6 +86,6 @@ def suspects(gm: GraphModule, batch: Sequence[Tensor]) -> Node | None:
                     lost.append((sqnr(before, result), source))
             return result
 
-    with torch.no_grad():
+    with torch.no_grad(), IsolatedRandomness():
         Look(gm, garbage_collect_values=False).run(*batch)
     return min(lost, key=lambda pair: pair[0], default=(0.0, None))[1]

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
@@ -231,6 +232,8 @@ def _conditions(node: Node, path: str) -> list[str]:
     if isinstance(value, Tensor):
         fixed = [f"{path}.size()[{i}] == {size}" for i, size in enumerate(value.shape) if type(size) is int]
         return [f"{path}.dim() == {value.dim()}", *fixed]
+    if isinstance(value, torch.SymInt):
+        return [f"{path} // 1 == {path}"]  # a whole number
     if isinstance(value, float) and not math.isfinite(value):
         return [f"math.isnan({path})" if math.isnan(value) else f"{path} == {'-' if value < 0 else ''}math.inf"]
     return [f"{path} == {value!r}"] if isinstance(value, (int, float, str)) else []
