@@ -7,29 +7,38 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from quant2e.accuracy.output_error import output_sqnr
+from quant2e.accuracy.worst_places import NoisyOp, worst_places
 from quant2e.annotation.quantizer import Quantizer
+from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.calibration.calibrate import Progress, batch_count, calibrate
 from quant2e.calibration.range_selection import collapsed, select_ranges
-from quant2e.convert.convert import convert_pt2e
-from quant2e.errors import Quant2eError
-from quant2e.graph.captured.calls import Call, positional_inputs
+from quant2e.convert.convert import converted_graph
+from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
+from quant2e.graph.captured.calls import Call, call_of, positional_inputs
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_shapes import of_graph
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.mutation import own_written_tensors
+from quant2e.isolation import IsolatedRandomness
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_io import called_with_floats, quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel
 from quant2e.report.encodings import encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
+from quant2e.report.report import Report
 
 _HOLD_OUT_EVERY = 8
 _HOLD_OUT_AT_MOST = 8
+
+LEAST_SQNR_DB = 10.0
+"""Below, a tenth of the output's power is noise."""
 
 _SELECT_RANGES_ON = 2
 """Held-out batches on which candidate ranges are compared; each costs about four forwards."""
@@ -42,12 +51,7 @@ class _HoldOut:
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
-        if isinstance(data, (Tensor, str, Mapping)):
-            raise Quant2eError(
-                f"calibration_data is a {type(data).__name__}; give an iterable of batches, or wrap "
-                "a single batch in a "
-                "list: [batch]"
-            )
+        check_iterable(data, "calibration_data")
         self._data = data
         self.kept: list[Any] = []
         self.separate = False
@@ -86,6 +90,7 @@ def quantize(
     use_reference_representation: bool = False,
     int8_io: bool = False,
     allow_unquantized: bool = False,
+    min_sqnr_db: float | None = LEAST_SQNR_DB,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Capture, prepare, calibrate, convert; then measure against float.
@@ -96,12 +101,18 @@ def quantize(
     compared on them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``:
     the module computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it
     quantizes its inputs and outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`.
-    ``allow_unquantized``: accept a result in which no op is quantized. ``progress``: called with the number of batches
-    done and the total, where it is known.
+    ``allow_unquantized``: accept a result in which no op is quantized. ``min_sqnr_db``: the least SQNR that a result
+    must have, in dB; None accepts any. ``progress``: called with the number of batches done and the total, where it is
+    known.
 
-    ``model`` and its tensors are left untouched. Raises the errors of each step, and `Quant2eError` when nothing was
-    quantized.
+    ``model`` and its tensors are left untouched. Raises the errors of each step, `CalibrationError` for NaN or +inf in
+    any of the data, `Quant2eError` when nothing was quantized, and `AccuracyError`, which names the ops at which it was
+    lost, when the output keeps less than ``min_sqnr_db`` of its signal.
     """
+    if min_sqnr_db is not None and not isinstance(min_sqnr_db, int | float):
+        raise Quant2eError(f"min_sqnr_db={min_sqnr_db!r}: a number of dB, or None to accept any result")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise Quant2eError(f"kwargs is a {type(kwargs).__name__}: keyword inputs by name, a dict")
     positional = positional_inputs(example_inputs)
     captured = capture(model, positional, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     prepared = prepare_pt2e(captured, quantizer)
@@ -117,7 +128,7 @@ def quantize(
     if calibration_data is not None:
         stream = _HoldOut(calibration_data)
         calibrate(prepared, stream, progress=progress)
-        held_out = stream.kept
+        held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
         notes = collapsed(select_ranges(prepared, held_out[:_SELECT_RANGES_ON]))
         kind = "held-out batch" if stream.separate else "calibration batch"
         measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
@@ -125,6 +136,10 @@ def quantize(
     record = record_of(converted)
     sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out)
     report = replace(record.report.with_notes(notes), sqnr_db=sqnr, sqnr_source=measured_on)
+    if min_sqnr_db is not None and not sqnr >= min_sqnr_db:
+        _check_float(_bystander(captured), held_out, measured_on)
+        places = worst_places(prepared, converted_graph(prepared), held_out[0])
+        raise AccuracyError(_lost(report, min_sqnr_db, places))
     converted.meta[RECORD_KEY] = replace(record, report=report)
     example, keywords = _example(converted, positional, dict(kwargs or {}))
     return QuantizedModel(
@@ -139,11 +154,37 @@ def quantize(
 
 def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:
     if not int8_io:
-        return convert_pt2e(prepared, reference)
+        return converted_graph(prepared, reference)
     from quant2e.integer import to_integer
 
-    converted = with_quantized_io(convert_pt2e(prepared))
+    converted = with_quantized_io(converted_graph(prepared))
     return to_integer(converted) if reference else converted
+
+
+def _check_float(model: GraphModule, held_out: list[Any], source: str) -> None:
+    """Raise `CalibrationError` when the float model itself returns NaN: there is no signal to compare with."""
+    for index, call in enumerate(map(call_of, held_out)):
+        args, kwargs = call.copied()
+        with torch.no_grad(), IsolatedRandomness():
+            leaves = pytree.tree_leaves(model(*args, **kwargs))
+        if any(isinstance(x, Tensor) and x.is_floating_point() and bool(torch.isnan(x).any()) for x in leaves):
+            raise CalibrationError(
+                f"the float model returns NaN on batch {index} of {source}, so nothing can be measured on it; look at "
+                "that batch and at the model, or accept any result with min_sqnr_db=None"
+            )
+
+
+def _lost(report: Report, wanted: float, places: list[NoisyOp]) -> str:
+    head = (
+        f"the quantized model keeps too little of the float model's signal: SQNR {report.sqnr_db:.1f} dB on "
+        f"{report.sqnr_source}, and at least {wanted:g} dB were asked for. Most is lost at:"
+    )
+    advice = (
+        "Leave these ops float in the quantizer's configuration (by module name, say), or give their weights a scale "
+        "per channel; quant2e.check_data looks for outliers in the data. min_sqnr_db=None returns the model as it is."
+    )
+    found = [*map(str, places), *report.losses[: len(places)]]
+    return "\n".join([head, *(f"  {line}" for line in found), advice])
 
 
 def _example(

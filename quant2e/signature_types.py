@@ -1,6 +1,7 @@
 """Types of public signatures: what functions of `quant2e` take and return, for annotations of one's own.
 
-A script seldom names them; `quant2e` lists what it does name. All of them can be imported from `quant2e` as well.
+And what they raise or warn with that a script seldom names; `quant2e` lists what it does name. All of them can be
+imported from `quant2e` as well.
 """
 
 from quant2e.annotation.pattern import Arg, Condition, Either, NodeEdge, Pattern
@@ -9,12 +10,14 @@ from quant2e.calibration.calibrate import Progress
 from quant2e.calibration.data_checks import DataFinding, DataReport
 from quant2e.calibration.plausibility import State
 from quant2e.calibration.range_selection import RangeChoice
+from quant2e.errors import AccuracyError, QuantizationWarning
 from quant2e.graph.captured.inputs import Inputs
 from quant2e.quantized_io import Port
 from quant2e.report.encodings import GroupEncoding
 from quant2e.report.float_ops import FloatOp
 
 __all__ = [
+    "AccuracyError",
     "Arg",
     "Condition",
     "DataFinding",
@@ -30,6 +33,7 @@ __all__ = [
     "Point",
     "Port",
     "Progress",
+    "QuantizationWarning",
     "RangeChoice",
     "State",
 ]

@@ -39,17 +39,22 @@ def check_count(num_batches: Any) -> None:
         )
 
 
+def check_kind(batch: Any, name: str) -> None:
+    """Raise `CalibrationError` for something that is no input of a model: text, a number, an object."""
+    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
+        raise CalibrationError(
+            f"{name} is a {type(batch).__name__}; give a tensor, a tuple of positional inputs "
+            "or a dict of keyword inputs"
+        )
+
+
 def check_batch(batch: Any, name: str) -> Call:
     """``batch`` as a call. Raises `CalibrationError`, which begins with ``name``, for something that is no input of a
     model, and for NaN or +inf in one: neither has a range, nor an error that could be measured.
 
     -inf is an ordinary value of a mask. Tensors behind a device's queue are not read: their observers count.
     """
-    if not isinstance(batch, (Tensor, tuple, list, Mapping)):
-        raise CalibrationError(
-            f"{name} is a {type(batch).__name__}; give a tensor, a tuple of positional inputs "
-            "or a dict of keyword inputs"
-        )
+    check_kind(batch, name)
     call = call_of(batch)
     for place, leaf in _named_leaves(call):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() and on_host(leaf):

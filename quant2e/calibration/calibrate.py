@@ -20,6 +20,7 @@ from quant2e.calibration.early_stopping import EarlyStopping
 from quant2e.calibration.statistics import SAMPLES, Statistics, measuring, observers_of
 from quant2e.errors import CalibrationError
 from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.module import check_dtypes
 from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.native import ops as native
@@ -68,6 +69,10 @@ def calibrate(
     _check_prepared(prepared)
     check_iterable(data, "calibration data")
     check_count(num_batches)
+    if checkpoint is not None and not isinstance(checkpoint, str | Path):
+        raise CalibrationError(f"checkpoint is a {type(checkpoint).__name__}: the path of a statistics file")
+    if progress is not None and not callable(progress):
+        raise CalibrationError(f"progress is a {type(progress).__name__}: a function of batches done and their total")
     stopping = EarlyStopping(seconds, range_tolerance)
     run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), progress, compiled)
     known = batch_count(data)
@@ -140,7 +145,7 @@ class _Run:
         randomness = IsolatedRandomness()
         with _restored(self.prepared):
             for batch in batches:
-                call = _run_batch(model, batch, done, randomness)
+                call = _run_batch(self.prepared, model, batch, done, randomness)
                 samples = None if samples is None else samples + sample_count(pytree.tree_leaves(tuple(call)))
                 done += 1
                 if self.progress is not None:
@@ -172,9 +177,12 @@ class _Run:
         return found.batches
 
 
-def _run_batch(model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness) -> Call:
+def _run_batch(
+    prepared: GraphModule, model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness
+) -> Call:
     call = check_batch(batch, f"calibration batch {index}")
     try:
+        check_dtypes(prepared, call)
         with torch.no_grad(), randomness:
             model(*call.args, **call.kwargs)
     except CalibrationError:

@@ -32,11 +32,13 @@ class EarlyStopping:
     _calm: int = 0
 
     def __post_init__(self) -> None:
-        if self.seconds is not None and not self.seconds > 0:
-            raise CalibrationError(f"seconds={self.seconds}: a time budget is above 0; leave it out for all the data")
-        if self.range_tolerance is not None and not 0 <= self.range_tolerance < 1:
+        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
+            raise CalibrationError(f"seconds={self.seconds!r}: a time budget is above 0; leave it out for all the data")
+        if self.range_tolerance is not None and not (
+            _is_number(self.range_tolerance) and 0 <= self.range_tolerance < 1
+        ):
             raise CalibrationError(
-                f"range_tolerance={self.range_tolerance}: the part by which ranges may still grow, such as 0.01"
+                f"range_tolerance={self.range_tolerance!r}: the part by which ranges may still grow, such as 0.01"
             )
 
     def enough(self, prepared: GraphModule, done: int) -> bool:
@@ -57,6 +59,10 @@ class EarlyStopping:
         # an observer without data yet is not calm: its range may still come
         self._calm = 0 if grown or bool((extents < 0).any()) else self._calm + 1
         return self._calm >= CALM_LOOKS
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _extents(prepared: GraphModule) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
-from quant2e.documents.schema import from_record
+from quant2e.documents.schema import LATER, from_record
 from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.html import html_table
@@ -53,6 +53,7 @@ class Report:
 
     ``float_bytes``/``quantized_bytes``: tensors that the float and the quantized graph hold. ``sqnr_db``: signal to
     quantization noise of the output against float, in dB, on ``sqnr_source``; None when it was not measured.
+    ``losses``: tensors whose values integers turn into zero or clip, and what helps, the worst first.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -61,6 +62,7 @@ class Report:
     quantized_bytes: int | None = None
     sqnr_db: float | None = None
     sqnr_source: str = ""
+    losses: tuple[str, ...] = field(default=(), metadata=LATER)
 
     @property
     def int8_mac_share(self) -> float:
@@ -104,7 +106,7 @@ class Report:
     def summary(self, title: str) -> str:
         """``title`` with the counts of verdicts, then shares, sizes, accuracy and the first notes, a line each."""
         counts, *measures = self._headline()
-        return summary([f"{title}: {counts}", *measures], self.notes)
+        return summary([f"{title}: {counts}", *measures], (*self.losses, *self.notes))
 
     def html(self, title: str) -> str:
         """`summary`, and below it a table of the verdicts."""
@@ -129,7 +131,7 @@ class Report:
         return lines
 
     def __str__(self) -> str:
-        lines = self._headline()
+        lines = [*self._headline(), *(f"loss: {loss}" for loss in self.losses)]
         width = max((len(v.op.name) for v in self.verdicts), default=0)
         for v in self.verdicts:
             place = f"  [{v.op.module}]" if v.op.module else ""
@@ -173,6 +175,15 @@ def judge(
     return tuple(made.values())
 
 
+_LONGEST = 240
+"""Characters of a reason; what a quantizer says of the rest is in its ``explain``."""
+
+
+def _one_line(reason: str) -> str:
+    words = " ".join(reason.split())
+    return words if len(words) <= _LONGEST else words[: _LONGEST - 2].rstrip() + " …"
+
+
 def _operands(node: Node, plan: Plan, constants: frozenset[Node]) -> _Operands:
     activations: list[bool] = []
     fixed: list[bool] = []
@@ -202,7 +213,7 @@ def _judge_node(
         return Verdict(op, FOLDED, "a constant, computed from parameters")
     note = node.meta.get(ANNOTATION)
     if note is None:
-        return Verdict(op, FLOAT, explain(node))
+        return Verdict(op, FLOAT, _one_line(explain(node)))
     if node.target is operator.getitem and (whole := made.get(node.all_input_nodes[0].name)) is not None:
         return Verdict(op, whole.kind, whole.reason)
     rule = getattr(note, "rule", "") or "annotated"

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
-from quant2e.convert.convert import convert_pt2e
+from quant2e.convert.convert import converted_graph
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.module import copy_graph
@@ -257,10 +257,10 @@ def _flow(
         for batch in batches:
             _run(prepared, batch)
         stage = "convert_pt2e"
-        converted = convert_pt2e(prepared)
+        converted = converted_graph(prepared)
         stage = "the quantized graph"
         found = _run(converted, batches[2])
-        again = _run(convert_pt2e(prepared), batches[2])
+        again = _run(converted_graph(prepared), batches[2])
     except Exception as error:  # noqa: BLE001
         outcome.findings.append(_raised(stage, error))
         return

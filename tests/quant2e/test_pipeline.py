@@ -1,6 +1,7 @@
 """The one call: kinds of data, what is held out, the numbers of the report, and what is refused."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -10,15 +11,19 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import QuantizationSpec
-from quant2e.errors import CalibrationError, CaptureError, Quant2eError
+from quant2e.calibration.calibrate import calibrate
+from quant2e.convert.convert import convert_pt2e
+from quant2e.errors import AccuracyError, CalibrationError, CaptureError, Quant2eError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture
+from quant2e.observers.measuring import HistogramObserver
 from quant2e.pipeline import quantize
+from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.ranges.sqnr import sqnr_db
 from quant2e.report.float_ops import count_macs, list_float_ops
 from quant2e.report.report import DYNAMIC as DYNAMIC_KIND
 from quant2e.report.report import FLOAT, FOLDED, STATIC, WEIGHT_ONLY, Report
-from tests.quant2e.annotators import ACT, DYNAMIC, NOTHING, WEIGHT, aten, on, products
+from tests.quant2e.annotators import ACT, DYNAMIC, NOTHING, WEIGHT, WEIGHT_PER_TENSOR, aten, on, products
 
 
 class Two(nn.Module):
@@ -98,7 +103,7 @@ def test_keyword_and_several_inputs():
 )
 def test_held_out_batches_are_never_calibrated_on(count, held):
     watching = Watching()
-    result = quantize(model(), numbered(1)[0], watching, numbered(count))
+    result = quantize(model(), numbered(1)[0], watching, numbered(count), min_sqnr_db=None)
     assert watching.seen == [float(i) for i in range(count) if i not in held]
     kind = f"{len(held)} held-out batch{'es' if len(held) > 1 else ''}" if held else "1 calibration batch"
     assert result.report.sqnr_source == kind
@@ -167,6 +172,142 @@ def test_the_model_is_untouched():
     assert result.module.get_buffer("calls").item() == 0
     result(example)
     assert eager.calls.item() == 0
+
+
+# --------------------------------------------------------------------------------------------------- what has no signal
+
+
+def three_layers():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+
+
+def rows(count=10, **changed):
+    data = [torch.randn(16, 8) for _ in range(count)]
+    for at, value in changed.items():
+        data[int(at.removeprefix("batch"))][0, 0] = value
+    return data
+
+
+def per_tensor():
+    return products(weight=WEIGHT_PER_TENSOR)
+
+
+def test_one_huge_value_in_the_data():
+    spec = QuantizationSpec(torch.int8, HistogramObserver, -128, 127, torch.per_tensor_affine)
+    data = rows(batch3=1e30)
+    with pytest.raises(AccuracyError) as caught:
+        quantize(three_layers(), data[0], products(act=spec, output=None), data)
+    text = str(caught.value)
+    assert re.search(r"SQNR \d\.\d dB on 2 held-out batches, and at least 10 dB were asked for", text)
+    assert "'linear' (aten.linear.default) in module '0'" in text.splitlines()[1]
+    assert text.splitlines()[1].endswith("dB behind it, what it reads arrives intact")
+    assert "a few values own its range" in text
+    assert "min_sqnr_db=None" in text.splitlines()[-1]
+    kept = quantize(three_layers(), data[0], products(act=spec, output=None), data, min_sqnr_db=None)
+    assert kept.report.sqnr_db < 10.0
+
+
+def test_one_huge_row_of_a_weight():
+    """The row that owns the scale is read by a weight of zero: all that counts is lost."""
+    model = three_layers()
+    with torch.no_grad():
+        model[2].weight[3] *= 1e6
+        model[4].weight[:, 3] = 0.0
+    data = rows()
+    with pytest.raises(AccuracyError) as caught:
+        quantize(model, data[0], per_tensor(), data)
+    lines = str(caught.value).splitlines()
+    assert "'linear_2' (aten.linear.default) in module '4'" in lines[1]
+    assert any("7 of 8 channels (0, 1, 2, 4, 5, …) become all zero" in line for line in lines)
+
+
+def test_the_least_sqnr_is_a_parameter():
+    layers, data = three_layers(), rows()
+    found = quantize(layers, data[0], products(), data).report.sqnr_db
+    with pytest.raises(AccuracyError, match="at least 90 dB"):
+        quantize(layers, data[0], products(), data, min_sqnr_db=90)
+    assert quantize(layers, data[0], products(), data, min_sqnr_db=found - 0.1).report.sqnr_db == found
+    with pytest.raises(Quant2eError, match="min_sqnr_db='high': a number of dB"):
+        quantize(layers, data[0], products(), data, min_sqnr_db="high")
+
+
+@pytest.mark.parametrize(("batch", "name"), [("batch0", "calibration batch 0"), ("batch1", "held-out batch 0")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_data_that_is_not_finite(batch, name, value):
+    data = rows(**{batch: value})
+    with pytest.raises(CalibrationError, match=rf"{name} holds (NaN|\+inf) in its input \[0\]"):
+        quantize(three_layers(), torch.zeros(16, 8), products(), data)
+
+
+class Logs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x.log())
+
+
+def test_a_model_that_makes_nan_of_held_out_data():
+    """It reaches an observed tensor, where ranges are compared, or only the output."""
+    spec = QuantizationSpec(torch.int8, HistogramObserver, -8, 7, torch.per_tensor_affine)
+    data = [(batch**3).exp() for batch in rows()]
+    data[1][0, 0] = -1.0
+    with pytest.raises(CalibrationError, match="held-out batch 0 brings NaN or .* to the output of 'log'"):
+        quantize(Logs().eval(), data[0], products(act=spec, output=None), data)
+    with pytest.raises(CalibrationError, match="the float model returns NaN on batch 0 of 2 held-out batches"):
+        quantize(Logs().eval(), data[0], products(output=None), data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration_data": 7}, "calibration_data is an iterable of batches .*, and this is a int"),
+        ({"calibration_data": ["ab"]}, "calibration batch 0 is a str"),
+        (
+            {"calibration_data": [(torch.zeros(2, 4), None, torch.ones(1))]},
+            "got 3 positional inputs.*without labels",
+        ),
+        ({"calibration_data": [torch.zeros(2, 4, dtype=torch.int64)]}, "'x' has dtype torch.int64, .*float32"),
+        ({"calibration_data": numbered(2), "progress": 5}, "progress is a int"),
+        ({"calibration_data": numbered(2), "kwargs": 5}, "kwargs is a int"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(arguments, message):
+    with pytest.raises(Quant2eError, match=message):
+        quantize(model(), torch.randn(2, 4), products(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_batches": 2.5}, r"num_batches=2\.5: a whole number"),
+        ({"num_batches": True}, "num_batches=True: a whole number"),
+        ({"num_batches": 0}, "num_batches=0: a whole number, at least one"),
+        ({"seconds": "3"}, "seconds='3': a time budget"),
+        ({"range_tolerance": "small"}, "range_tolerance='small': the part"),
+        ({"checkpoint": 5}, "checkpoint is a int"),
+    ],
+)
+def test_options_of_the_wrong_kind(options, message):
+    prepared = prepare_pt2e(capture(model(), torch.randn(2, 4)), products())
+    with pytest.raises(CalibrationError, match=message):
+        calibrate(prepared, numbered(2), **options)
+
+
+def test_what_was_not_prepared_is_not_calibrated():
+    captured = capture(model(), torch.randn(2, 4))
+    with pytest.raises(CalibrationError, match="was not prepared.*call prepare_pt2e"):
+        calibrate(captured, numbered(2))
+    converted = convert_pt2e(calibrate(prepare_pt2e(captured, products()), numbered(2)))
+    with pytest.raises(CalibrationError, match="converted already"):
+        calibrate(converted, numbered(2))
+    assert calibrate(prepare_pt2e(captured, NOTHING), numbered(2)) is not None
+    for wrong in (torch.float64, torch.int64):
+        with pytest.raises(
+            CaptureError, match=f"input 'x' has dtype {wrong}, and the model was captured with .*float32"
+        ):
+            converted(torch.ones(2, 4, dtype=wrong))
 
 
 # ----------------------------------------------------------------------------------------------------------- accuracy

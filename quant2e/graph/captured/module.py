@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Module
 
 from quant2e.errors import CaptureError
+from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.inputs import Inputs, guard_calls, read_inputs
 from quant2e.graph.captured.modes import set_training
 from quant2e.graph.captured.no_grad import set_detached
@@ -62,6 +64,8 @@ class CapturedModule(GraphModule):
             )
         if self.inputs is not None and not torch.compiler.is_dynamo_compiling():
             self.inputs.check(args, kwargs)
+            if self.converted:
+                check_dtypes(self, Call(args, kwargs))
         return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +110,27 @@ class CapturedModule(GraphModule):
         own = {name: value for name, value in vars(self).items() if name not in _MACHINERY}
         tables = {name: vars(self)[name] for name in (*_TABLES, "_non_persistent_buffers_set", "training")}
         return _rebuild, (graph_state(self.graph), {**own, **tables, "meta": _picklable(self.meta)})
+
+
+_QUANTIZABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_dtypes(gm: GraphModule, call: Call) -> None:
+    """Raise `CaptureError`, naming the input, for a dtype that observers and quantize ops refuse: integers or float64
+    where float32 was captured, and floats where something else was.
+    """
+    inputs = getattr(gm, "inputs", None)
+    if not isinstance(inputs, Inputs):
+        return
+    for node, given in zip(gm.graph.find_nodes(op="placeholder"), inputs.flat(call.args, call.kwargs), strict=False):
+        captured = node.meta.get("val")
+        if not isinstance(captured, Tensor) or not isinstance(given, Tensor) or given.dtype == captured.dtype:
+            continue
+        if captured.dtype not in _QUANTIZABLE or given.dtype not in _QUANTIZABLE:
+            raise CaptureError(
+                f"input '{node.name}' has dtype {given.dtype}, and the model was captured with {captured.dtype}: "
+                f"pass {node.name}.to({captured.dtype}), or capture the model with inputs like these"
+            )
 
 
 def _picklable(meta: dict[str, Any]) -> dict[str, Any]:

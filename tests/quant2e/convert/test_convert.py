@@ -477,13 +477,6 @@ def test_infinities_that_no_reader_takes_for_a_mask_are_left_out_of_the_range():
     assert any("masked values (-inf or a mask's sentinel) left out of the range" in note for note in notes)
 
 
-def test_a_flushed_tensor_is_noted():
-    tiny = [torch.full((2, 4), 1e-12)]
-    spec = QuantizationSpec(torch.int8, MinMaxObserver, -128, 127, torch.per_tensor_symmetric)
-    gm = converted(linear(), products(act=spec, output=None), tiny)
-    assert any("every value rounds to 0" in note for note in record_of(gm).report.notes)
-
-
 def tag_of(spec_of_x):
     """A linear marked as pattern "here", with its weight; the relu behind it is not annotated, though marked."""
 

@@ -1,0 +1,142 @@
+"""Encodings of all observed tensors: what is wrong with some, what others lose, and what a reader should know."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from quant2e.convert.losses import Loss, activation_loss, constant_loss, vanishes
+from quant2e.errors import CalibrationError, where
+from quant2e.graph.constants import Constants, evaluate
+from quant2e.observers.encodings import (
+    Encoding,
+    PerChannelEncoding,
+    PerGroupEncoding,
+    PerTensorEncoding,
+    encode,
+)
+
+_NAMED = 5
+"""Tensors that an error names."""
+
+
+def encode_all(gm: GraphModule, calls: list[Node], floats: Collection[str]) -> dict[str, Encoding | None]:
+    """The encoding of each observer, by name; None for tensors that stay float, those of ``floats`` among them.
+
+    Raises `CalibrationError` that names the first tensors without one, in the order in which data reaches them.
+    """
+    encodings: dict[str, Encoding | None] = dict.fromkeys(floats)
+    failures: dict[Node, str] = {}
+    for call in calls:
+        name = str(call.target)
+        if name in encodings:
+            continue
+        encodings[name] = None
+        try:
+            encodings[name] = encode(gm.get_submodule(name))
+        except CalibrationError as error:
+            failures[call] = str(error)
+    _raise_for(gm, failures)
+    return encodings
+
+
+def _raise_for(gm: GraphModule, failures: Mapping[Node, str]) -> None:
+    if not failures:
+        return
+    position = {node: i for i, node in enumerate(gm.graph.nodes)}
+
+    def reached(call: Node) -> tuple[int, int]:
+        """A parameter is reached by its first reader."""
+        source = _source(call)
+        return (
+            (position[next(iter(call.users))], 0) if source.op == "get_attr" and call.users else (position[source], 1)
+        )
+
+    ordered = sorted(failures, key=reached)
+    lines = [f"  {_place(call)}: {failures[call]}" for call in ordered[:_NAMED]]
+    if (more := len(ordered) - _NAMED) > 0:
+        lines.append(f"  and {more} more, which may follow from the first")
+    count = f"{len(ordered)} tensor{'s' if len(ordered) > 1 else ''} cannot be quantized"
+    raise CalibrationError(f"{count}:\n" + "\n".join(lines))
+
+
+def losses_of(
+    gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None], constants: Constants
+) -> tuple[str, ...]:
+    """Tensors whose values integers turn into zero or clip, the worst first, a sentence for each.
+
+    Raises `CalibrationError` for tensors of which nothing is left.
+    """
+    found: list[tuple[Loss, str]] = []
+    gone: dict[Node, str] = {}
+    for call in _different(calls, constants):
+        encoding = encodings[str(call.target)]
+        if not isinstance(encoding, PerTensorEncoding | PerChannelEncoding | PerGroupEncoding):
+            continue
+        source, observer = call.all_input_nodes[0], _observer(gm, call)
+        constant = source in constants
+        loss = constant_loss(evaluate(gm, source), encoding) if constant else activation_loss(observer, encoding)
+        if (loss is not None and loss.gone) or (not constant and vanishes(observer, encoding)):
+            gone[call] = (
+                "every value rounds to 0 at the smallest scale its spec allows: give it a smaller eps, or leave the "
+                "ops that read it float"
+            )
+        elif loss is not None and loss.worth_a_word:
+            found.append((loss, f"{_place(call)}: {loss}"))
+    _raise_for(gm, gone)
+    found.sort(key=lambda item: item[0].severity, reverse=True)
+    return tuple(dict.fromkeys(text for _, text in found))
+
+
+def _different(calls: list[Node], constants: Constants) -> Iterable[Node]:
+    """One call for each observer, or for each constant that it observes."""
+    seen: dict[Any, Node] = {}
+    for call in calls:
+        source = call.all_input_nodes[0]
+        seen.setdefault((call.target, source if source in constants else None), call)
+    return seen.values()
+
+
+def notes_of(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None]) -> list[str]:
+    """What a reader should know: choices that observers made, and values left out of a range."""
+    notes = []
+    first: dict[str, Node] = {}
+    for call in calls:
+        first.setdefault(str(call.target), call)
+    for name, call in first.items():
+        observer = _observer(gm, call)
+        if encodings[name] is None:
+            continue
+        if callable(remark := getattr(observer, "remark", None)) and (said := remark()):
+            notes.append(said)
+        masked = getattr(observer, "masked_count", None)
+        if isinstance(masked, torch.Tensor):
+            masked = int(masked)
+        if isinstance(masked, int) and masked > 0:
+            notes.append(f"{_place(call)}: {masked} masked values (-inf or a mask's sentinel) left out of the range")
+    return notes
+
+
+def _observer(gm: GraphModule, call: Node) -> Any:
+    """The observer that is called, or the one inside a fake-quantize module."""
+    module: Any = gm.get_submodule(str(call.target))
+    return getattr(module, "activation_post_process", module)
+
+
+def _source(call: Node) -> Node:
+    source = call.all_input_nodes[0]
+    while source.op == "call_module" and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    return source
+
+
+def _place(call: Node) -> str:
+    """The observed tensor, and the ops on both sides of it."""
+    source = _source(call)
+    users = [user for user in call.users if user.op == "call_function"]
+    if source.op == "call_function" or not users:
+        return f"the output of {where(source)}"
+    return f"'{source.name}', read by {where(users[0])}"
