@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     )
     print(table(rows))  # noqa: T201  # this is a command line
     for row in rows:
-        if row.path.suffix != ".pt2" and not row.footprint.unchanged:
+        if not row.footprint.unchanged:
             note = f"note: {row.path} carries no checksum of quant2e, so nothing tells whether it is as it was written"
             print(note, file=sys.stderr)  # noqa: T201  # this is a command line
     return 0

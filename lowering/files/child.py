@@ -35,8 +35,8 @@ _DYING_SECONDS = 5.0
 class ChildProgram:
     """A program file, opened in a new process, which ends with this object.
 
-    ``inputs``: what it takes; ``example``: what the file holds of them. Raises `FileFormatError` when the process dies,
-    and what `open_program` raises.
+    ``inputs``, ``example`` and ``unchanged`` are those of an `OpenProgram`, as that process says. Raises
+    `FileFormatError` when it dies, and what `open_program` raises.
     """
 
     def __init__(self, path: Path, method: str | None) -> None:
@@ -54,6 +54,7 @@ class ChildProgram:
         self.close = weakref.finalize(self, _end, self._process, self._words)
         opened = {"path": str(path.resolve()), "method": method, "threads": torch.get_num_threads()}
         message, example = self._exchange(opened, ())
+        self.unchanged = message.get("unchanged") is True
         self.example = tuple(example) if message.get("example") else None
         try:
             self.inputs = tuple(

@@ -20,10 +20,11 @@ from torch.utils import _pytree as pytree
 from lowering.executorch.pte import check_structure
 from lowering.files.child import ChildProgram
 from lowering.signature import TensorInput, unusual
-from quant2e.checksum import check_content
+from quant2e.checksum import check_content, check_file
 from quant2e.documents.arrays import read_archive, read_array
 from quant2e.errors import FileFormatError, LoweringError
 from quant2e.quantized_model import QuantizedModel
+from quant2e.storage.pt2 import NOT_HASHED
 
 _SUFFIXES = (".pte", ".onnx", ".pt2")
 
@@ -119,7 +120,11 @@ def read_program(path: Path) -> ProgramBytes:
     if path.suffix not in _SUFFIXES:
         raise FileFormatError(f"{path}: program files end in .pte (ExecuTorch), .onnx or .pt2 (torch.export)")
     if path.suffix == ".pt2":  # `quant2e.load` reads and checks it
-        path.stat()
+        if check_file(path):
+            raise FileFormatError(
+                f"{path} is a package of AOTInductor, which is native code and not run from here: "
+                f"torch._inductor.aoti_load_package runs it, as you run a program"
+            )
         return ProgramBytes(path=path, content=b"", unchanged=False)
     content = path.read_bytes()
     unchanged = check_content(content, str(path))
@@ -152,7 +157,7 @@ def open_program(
         inputs=child.inputs,
         call=child,
         example=child.example,
-        unchanged=source.unchanged,
+        unchanged=child.unchanged if source.path.suffix == ".pt2" else source.unchanged,
         isolated=True,
     )
 
@@ -221,7 +226,8 @@ def _open_pt2(source: ProgramBytes, _: str | None) -> OpenProgram:
 
     example = tuple(leaves[place] for place in places)
     inputs = tuple(_like(f"input {index}", tensor, dynamic=dynamic) for index, tensor in enumerate(example))
-    return OpenProgram(path=path, inputs=inputs, call=call, example=example)
+    unchanged = NOT_HASHED not in model.report.notes
+    return OpenProgram(path=path, inputs=inputs, call=call, example=example, unchanged=unchanged)
 
 
 def _like(name: str, tensor: Tensor, *, dynamic: bool) -> TensorInput:

@@ -25,7 +25,8 @@ def serve() -> None:
         message, _ = read_frame(calls)
         program = _opened(message)
         inputs = [_described(one) for one in program.inputs]
-        write_frame(answers, {"inputs": inputs, "example": program.example is not None}, program.example or ())
+        about = {"inputs": inputs, "example": program.example is not None, "unchanged": program.unchanged}
+        write_frame(answers, about, program.example or ())
     except BrokenFrameError:
         return
     except Exception as error:  # noqa: BLE001 - whatever it is, it is told there

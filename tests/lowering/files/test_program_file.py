@@ -14,6 +14,8 @@ from torch import nn
 from lowering import check_file, open_program, to_executorch, to_onnx
 from lowering.executorch.pte import check_structure
 from lowering.files.program_file import read_program
+from lowering.inductor.package_file import archive
+from quant2e import capture, save
 from quant2e.checksum import BLANK, WORD
 from quant2e.errors import FileFormatError, LoweringError, Quant2eError
 
@@ -228,3 +230,21 @@ def test_other_kinds_of_files(tmp_path, suffix):
     path.write_bytes(b"")
     with pytest.raises(FileFormatError, match=r"program files end in \.pte .*, \.onnx or \.pt2"):
         read_program(path)
+
+
+def test_packages_of_native_code_are_not_run(tmp_path):
+    path = tmp_path / "package.pt2"
+    path.write_bytes(archive([]))
+    with pytest.raises(FileFormatError, match="a package of AOTInductor, which is native code and not run from here"):
+        open_program(path)
+
+
+def test_a_saved_model_says_whether_it_is_unchanged(tmp_path):
+    path, other = tmp_path / "model.pt2", tmp_path / "other.pt2"
+    save(capture(Net().eval(), X), path, X)
+    program = open_program(path)
+    assert (program.unchanged, program.isolated) == (True, False)
+    (output,) = program.run(program.tensors())
+    assert output.shape == (2, 4)
+    torch.export.save(torch.export.export(Net().eval(), X), other)
+    assert not open_program(other).unchanged
