@@ -61,7 +61,7 @@ def _program(gm: GraphModule, lifted: tuple[Lifted, ...], values: Values) -> Jso
     inputs, outputs = graph["inputs"], graph["outputs"]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     user_inputs = [_user_input(node.name, entry) for node, entry in zip(placeholders, inputs, strict=True)]
-    call = {"inputs": inputs, "outputs": outputs, **_convention(gm)}
+    call = {"inputs": [], "outputs": [], **_convention(gm)}  # torch names none here, and passes check those it finds
     graph["inputs"] = [{"as_tensor": {"name": item.name}} for item in lifted] + inputs
     graph["tensor_values"] |= {item.name: values.tensor(item.tensor) for item in lifted}
     signature = {
