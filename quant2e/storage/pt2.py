@@ -27,7 +27,7 @@ from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report
 from quant2e.storage.file import FileContents, read_file
 from quant2e.storage.manifest import with_manifest
-from quant2e.storage.record import RECORD, read_example_inputs, read_record, read_results, record_text
+from quant2e.storage.record import RECORD, RECORD_FORMAT, read_example_inputs, read_record, read_results, record_text
 from quant2e.storage.writer.archive import write_records
 from quant2e.storage.writer.program import program_records
 from quant2e.storage.writer.savable import savable
@@ -71,7 +71,7 @@ def write_pt2(path: str | Path, contents: Pt2Contents, *, with_example_inputs: b
         with part.open("wb") as file:
             write_records(file, with_manifest([*program_records(module), (f"extra/{RECORD}", record)]))
         try:
-            read_file(part)
+            read_pt2(part)
         except FileFormatError as error:
             raise Quant2eError(f"this program could be saved, but not loaded again: {error}") from error
 
@@ -84,6 +84,8 @@ def read_pt2(path: str | Path) -> Pt2Contents:
     program = contents.program
     try:
         record = read_record(bytes(contents.extra.get(RECORD, b"")))
+        if record.get("format") == RECORD_FORMAT and not contents.hashed:
+            raise FileFormatError("it has no manifest, and files of its format have one")
         report, encodings, quantized_io = read_results(record, program.module)
         args, kwargs, stand_ins = _example_inputs(contents, record)
     except FileFormatError as error:

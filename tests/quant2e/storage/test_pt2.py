@@ -24,9 +24,10 @@ from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_model import load, save
 from quant2e.report.encodings import ENCODINGS, Encodings, GroupEncoding
 from quant2e.storage import pt2 as storage
+from quant2e.storage.manifest import MANIFEST
 from quant2e.storage.record import RECORD_FORMAT
 from tests.quant2e.annotators import DYNAMIC, products
-from tests.quant2e.storage.archives import rewritten
+from tests.quant2e.storage.archives import records_in, rewritten, zipped
 
 ROOT = Path(__file__).parents[3]
 
@@ -305,6 +306,13 @@ def test_permissions_of_the_old_file_are_kept(quantized, saved):
 def test_a_record_that_is_not_ours(saved, tmp_path, record, message):
     with pytest.raises(FileFormatError, match=message):
         load(rewritten(saved, tmp_path / "m.pt2", **{"extra/quant2e.json": record}))
+
+
+def test_a_file_without_its_manifest(saved, tmp_path):
+    records = {name: data for name, data in records_in(saved).items() if name != MANIFEST}
+    (tmp_path / "m.pt2").write_bytes(zipped(records))
+    with pytest.raises(FileFormatError, match="has no manifest, and files of its format have one"):
+        load(tmp_path / "m.pt2")
 
 
 # ------------------------------------------------------------------------------------------------------------- recipe
