@@ -35,6 +35,7 @@ from lowering.io_parameters import constants, quantized_io_in
 from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
+from lowering.rewrites.experts import EXPERTS
 from lowering.signature import check_bounded, signature_of
 from lowering.state import State, state_of
 from lowering.verify import LEEWAY_DB, Bound, compare
@@ -53,8 +54,8 @@ FORWARD = "forward"
 OTHERWISE = "With partitioners=[] every op runs on ExecuTorch's own kernels, without XNNPACK"
 """What to do with a wrong program, where no op is to blame that could be left in float."""
 
-PORTABLE: tuple[Pass, ...] = (decompose_embedding_bags, gather_then_dequantize)
-"""What every ExecuTorch target needs: no runtime has a kernel for bags, and a table stays integers in the file."""
+PORTABLE: tuple[Pass, ...] = (*EXPERTS, decompose_embedding_bags, gather_then_dequantize)
+"""What every ExecuTorch target needs: no kernel is for bags or experts, and a table stays integers in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

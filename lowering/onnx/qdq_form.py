@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.rewrites.embedding import gather_then_dequantize
+from lowering.rewrites.experts import product_of_every_expert
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import literal, operand, operands, set_operand
@@ -76,9 +77,9 @@ def form_of(convention: Convention) -> tuple[Pass, ...]:
     """The pipeline of a convention."""
     unsigned = (unsigned_quantization, unsigned_inputs_and_outputs) if convention.unsigned else ()
     products = integer_products if convention.integer_bias else linear_to_matmul
-    return (
-        gather_then_dequantize, *unsigned, products, plain_constants, remove_dead_code, prune_unused_attributes,
-    )  # fmt: skip
+    experts_and_lookups = (product_of_every_expert, gather_then_dequantize)
+    cleaned = (plain_constants, remove_dead_code, prune_unused_attributes)
+    return (*experts_and_lookups, *unsigned, products, *cleaned)
 
 
 def _check_symmetric(module: GraphModule) -> None:

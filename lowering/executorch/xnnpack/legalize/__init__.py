@@ -41,6 +41,7 @@ from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
 from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
+from lowering.rewrites.experts import EXPERTS
 from quant2e.passes import Pass, Promise
 
 EXACT: tuple[Pass, ...] = (
@@ -52,6 +53,7 @@ EXACT: tuple[Pass, ...] = (
     pool_images,
     keep_mean_dims,
     decompose_reductions,
+    *EXPERTS,
     decompose_embedding_bags,
     gather_then_dequantize,
     fold_constants,
