@@ -103,9 +103,9 @@ def converted_graph(
     with searched_together(searchable(prepared.modules())):
         encodings = encode_all(gm, calls, floats.observers)
     constants = Constants(gm.graph)
-    losses = losses_of(gm, calls, encodings, constants)
     moved = map(str, moved_biases(gm, calls, encodings, constants))
-    notes += [*notes_of(gm, calls, encodings), *moved, *_few_samples(prepared)]
+    losses = (*losses_of(gm, calls, encodings, constants), *moved)
+    notes += [*notes_of(gm, calls, encodings), *_few_samples(prepared)]
     fake_values = FakeValueCache()
     for call in calls:
         encoding = encodings[str(call.target)]

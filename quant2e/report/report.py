@@ -53,7 +53,8 @@ class Report:
 
     ``float_bytes``/``quantized_bytes``: tensors that the float and the quantized graph hold. ``sqnr_db``: signal to
     quantization noise of the output against float, in dB, on ``sqnr_source``; None when it was not measured.
-    ``losses``: tensors whose values integers turn into zero or clip, and what helps, the worst first.
+    ``losses``: tensors whose values integers turn into zero or clip, and what helps, the worst first; then biases that
+    move by more than one step of the result.
     """
 
     verdicts: tuple[Verdict, ...]
