@@ -61,6 +61,12 @@ def methods(owner: type) -> dict[str, str]:
     return {name: repr(value) for name, value in vars(owner).items() if callable(value)}
 
 
+def settings(config: Any) -> dict[str, str]:
+    """Every setting of a compiler, as text; the order of a set is none."""
+    found = config.get_config_copy()
+    return {name: repr(sorted(value, key=repr) if isinstance(value, set) else value) for name, value in found.items()}
+
+
 def descriptors() -> dict[str, int]:
     """What the open file descriptors of this process are of, and how many of each; sockets and pipes by kind."""
     found: Counter[str] = Counter()
@@ -108,9 +114,9 @@ STATE: dict[str, Callable[[], Any]] = {
     "locale": lambda: locale.setlocale(locale.LC_ALL),
     "descriptors": descriptors,
     "children": children,
-    "inductor config": lambda: {name: repr(x) for name, x in torch._inductor.config.get_config_copy().items()},
+    "inductor config": lambda: settings(torch._inductor.config),
     "inductor passes": inductor_passes,
-    "dynamo config": lambda: {name: repr(x) for name, x in torch._dynamo.config.get_config_copy().items()},
+    "dynamo config": lambda: settings(torch._dynamo.config),
     "nn.Module": lambda: methods(torch.nn.Module),
     "fx.GraphModule": lambda: methods(torch.fx.GraphModule),
     "fx.Node": lambda: methods(torch.fx.Node),
