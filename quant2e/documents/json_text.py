@@ -27,7 +27,7 @@ def read_json(text: str | bytes | memoryview, what: str) -> Any:
         # not json's own guess: it takes UTF-16 and a byte order mark
         decoded = bytes(text).decode("utf-8") if not isinstance(text, str) else text
         if _levels(decoded) > MOST_LEVELS:  # before json recurses: the limit of the process may be beyond its stack
-            raise FileFormatError(f"{what} is nested more than {MOST_LEVELS} levels deep")
+            raise FileFormatError(f"{what} is nested too deeply: more than {MOST_LEVELS} levels")
         data = json.loads(
             decoded,
             object_pairs_hook=_object,

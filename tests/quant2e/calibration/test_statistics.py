@@ -368,7 +368,7 @@ def test_sparse_histograms_are_written_so_that_they_are_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (b"[" * 100_000, "levels deep"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"kind": "quant2e statistics", "format": 2, "format": 2}', "stands twice"),
         (b'{"kind": "quant2e statistics", "format": NaN}', "NaN is no number of JSON"),
         (b'{"kind": "quant2e statistics", "format": 1' + b"0" * 9000 + b"}", "digits"),

@@ -388,7 +388,7 @@ PARTS = {
     "a record that nothing names": ({"data/weights/weight_99": b""}, "no part of a plain program"),
     "a path upwards": ({"../evil": b""}, "no name of a record"),
     "JSON that is none": ({MODEL: b"{"}, "not JSON"),
-    "JSON without end": ({MODEL: b"[" * 100_000}, "nested more than"),
+    "JSON without end": ({MODEL: b"[" * 100_000}, "nested too deeply"),
     "JSON with a key twice": ({MODEL: b'{"graph_module": 1, "graph_module": 2}'}, "stands twice"),
     "a second program": ({"models/other.json": b"{}"}, "holds 2 programs"),
     "no program": ({MODEL: None}, "holds 0 programs"),
