@@ -34,14 +34,16 @@ def _column(values: list[Any]) -> Any:
     return {"values": distinct, "index": index} if _WORTH * len(distinct) <= len(values) else values
 
 
-def from_columns(columns: Any, what: str) -> list[dict[str, Any]]:
-    """The records that `to_columns` was given. Raises `FileFormatError`, which calls them ``what``."""
+def from_columns(columns: Any, what: str, most: int) -> list[dict[str, Any]]:
+    """The records that `to_columns` was given, at most so many. Raises `FileFormatError`, which calls them ``what``."""
     if not isinstance(columns, dict):
         raise FileFormatError(f"{what} are not written as columns")
     found = {key: _values(column, what) for key, column in columns.items()}
     counts = {len(values) for values in found.values()}
     if len(counts) > 1:
         raise FileFormatError(f"{what} are damaged: their columns differ in length")
+    if max(counts, default=0) > most:  # a row of two bytes in the file takes hundreds here
+        raise FileFormatError(f"{what} are damaged: they are {max(counts)}, and the graph is smaller than that")
     return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
 

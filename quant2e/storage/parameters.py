@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import FileFormatError
-from quant2e.graph.attributes import attribute, tensor_at
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operand
 from quant2e.report.encodings import scale_values, zero_point_values
 
 _READ_BY = {"scale": (scale_values, "scales"), "zero_point": (zero_point_values, "zero_points")}
 """Parameter → the numbers of its tensor, and the operand of the q/dq ops of channels and groups that holds it."""
 
-_MOST = 1 << 28
-"""More parameters than any tensor has channels: a larger count is a damaged file."""
+_SPARE = 10_000
+"""Numbers that a record may hold beyond those that lie in the tensors of its graph."""
 
 
 def name_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any]:
@@ -35,8 +35,24 @@ def name_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any
 
 
 def read_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any]:
-    """The inverse of `name_buffers`. Raises `FileFormatError` for a buffer that is not there, or a damaged list."""
-    return _mapped(encodings, lambda part, values: _read(gm, part, values))
+    """The inverse of `name_buffers`. Raises `FileFormatError` for a buffer that is not there, or a damaged list.
+
+    A few bytes can name a list of any length, many times over: all lists together are not much longer than the tensors
+    of the graph, each of whose numbers may be the parameter of two groups.
+    """
+    nodes = [node for node in gm.graph.nodes if node.op == "get_attr"]
+    tensors = {str(node.target): tensor for node in nodes if (tensor := tensor_at(gm, node)) is not None}
+    left = _SPARE + 4 * sum(tensor.numel() for tensor in tensors.values())
+
+    def read(part: str, values: Any) -> list[Any]:
+        nonlocal left
+        if not isinstance(values, list):
+            left -= _length(values, tensors)
+        if left < 0:
+            raise FileFormatError("its lists of numbers are longer than the tensors they belong to")
+        return _read(tensors, part, values)
+
+    return _mapped(encodings, read)
 
 
 def _mapped(encodings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
@@ -57,15 +73,22 @@ def _key(values: tuple[Any, ...]) -> Any:
     return tuple(values), {type(value) for value in values} == {float}
 
 
-def _read(gm: GraphModule, part: str, values: Any) -> list[Any]:
+def _length(values: Any, tensors: Mapping[str, Tensor]) -> int:
+    """How many numbers a list will have that is named, or packed as in format 1."""
+    if isinstance(values, str):
+        if values not in tensors:
+            raise FileFormatError(f"the record names the buffer '{values[:200]}', which the graph does not have")
+        return tensors[values].numel()
+    count = values.get("count", 0) if isinstance(values, dict) else 0
+    if type(count) is not int or count < 0:
+        raise FileFormatError("a list of numbers is damaged: it has no count")
+    return count
+
+
+def _read(tensors: Mapping[str, Tensor], part: str, values: Any) -> list[Any]:
     if isinstance(values, list):
         return values
-    if isinstance(values, str):
-        tensor = attribute(gm, values, None)
-        if not isinstance(tensor, Tensor):
-            raise FileFormatError(f"the record names the buffer '{values}', which the graph does not have")
-        return list(_READ_BY[part][0](tensor))
-    return _unpacked(values)
+    return list(_READ_BY[part][0](tensors[values])) if isinstance(values, str) else _unpacked(values)
 
 
 def _unpacked(values: Any) -> list[Any]:
@@ -77,6 +100,4 @@ def _unpacked(values: Any) -> list[Any]:
         value, count = int(values["integer"]), int(values["count"])
     except (TypeError, KeyError, ValueError, binascii.Error) as error:
         raise FileFormatError(f"a list of numbers is damaged: {error}") from error
-    if not 0 <= count <= _MOST:
-        raise FileFormatError(f"a list of numbers is damaged: it holds {count}")
     return [value] * count

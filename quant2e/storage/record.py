@@ -31,6 +31,10 @@ RECORD_FORMAT = 3
 _READABLE = (1, 2, RECORD_FORMAT)
 
 
+_SPARE = 10_000
+"""Verdicts and groups that a record may hold beyond four for each node of its graph."""
+
+
 def record_text(
     report: Report, encodings: Encodings, module: GraphModule, inputs: Sequence[Any], *, with_data: bool
 ) -> bytes:
@@ -53,8 +57,8 @@ def _verdicts_as_columns(report: Mapping[str, Any]) -> dict[str, Any]:
     return {**report, "verdicts": to_columns(verdicts)}
 
 
-def _verdicts_from_columns(report: Mapping[str, Any]) -> dict[str, Any]:
-    verdicts = from_columns(report["verdicts"], "the verdicts in the report")
+def _verdicts_from_columns(report: Mapping[str, Any], most: int) -> dict[str, Any]:
+    verdicts = from_columns(report["verdicts"], "the verdicts in the report", most)
     own = [field.name for field in fields(Verdict)]
     nested = [
         {**{name: row[name] for name in own}, "op": {key: value for key, value in row.items() if key not in own}}
@@ -67,8 +71,8 @@ def _groups_as_columns(encodings: Mapping[str, Any]) -> dict[str, Any]:
     return {**encodings, "groups": to_columns(encodings["groups"])}
 
 
-def _groups_from_columns(encodings: Mapping[str, Any]) -> dict[str, Any]:
-    return {**encodings, "groups": from_columns(encodings["groups"], "the groups of the encodings")}
+def _groups_from_columns(encodings: Mapping[str, Any], most: int) -> dict[str, Any]:
+    return {**encodings, "groups": from_columns(encodings["groups"], "the groups of the encodings", most)}
 
 
 def _without_folders(data: Any, files: Collection[str]) -> Any:
@@ -97,7 +101,8 @@ def read_results(record: Mapping[str, Any], module: GraphModule) -> tuple[Report
         quantized_io = QuantizedIO.from_dict(record["boundary"]) if "boundary" in record else QuantizedIO()
         report, encodings = record["report"], record["recipe"]
         if record["format"] == RECORD_FORMAT:
-            report, encodings = _verdicts_from_columns(report), _groups_from_columns(encodings)
+            most = _SPARE + 4 * len(module.graph.nodes)
+            report, encodings = _verdicts_from_columns(report, most), _groups_from_columns(encodings, most)
         return Report.from_dict(report), Encodings.from_dict(read_buffers(encodings, module)), quantized_io
     except FileFormatError:
         raise

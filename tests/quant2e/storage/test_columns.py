@@ -19,7 +19,7 @@ def test_the_form():
 def test_values_that_are_equal_and_not_the_same():
     records = [{"v": value} for value in (1, 1.0, True, 1, 1.0, True)]
     assert to_columns(records)["v"]["values"] == [1, 1.0, True]
-    assert repr(from_columns(to_columns(records), "they")) == repr(records)
+    assert repr(from_columns(to_columns(records), "they", 1000)) == repr(records)
 
 
 PLAIN = st.recursive(
@@ -35,7 +35,7 @@ RECORDS = st.lists(st.text(max_size=3), min_size=1, max_size=4, unique=True).fla
 @given(RECORDS)
 @settings(max_examples=200, deadline=None)
 def test_there_and_back(records):
-    assert from_columns(json.loads(json.dumps(to_columns(records))), "they") == records
+    assert from_columns(json.loads(json.dumps(to_columns(records))), "they", 1000) == records
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_there_and_back(records):
 )  # fmt: skip
 def test_damaged_columns(columns):
     with pytest.raises(FileFormatError, match="they are"):
-        from_columns(columns, "they")
+        from_columns(columns, "they", 1000)

@@ -72,7 +72,7 @@ def test_a_file_names_the_buffers_and_gives_their_numbers_back(converted, tmp_pa
     save(converted, path, (torch.randn(2, 8),))
     text = record_in(path)
     assert len(text) < 2000
-    (group,) = from_columns(json.loads(text)["recipe"]["groups"], "the groups")
+    (group,) = from_columns(json.loads(text)["recipe"]["groups"], "the groups", 9)
     assert isinstance(group["scale"], str)
     assert isinstance(group["zero_point"], str)
     again = load(path)
@@ -126,5 +126,5 @@ def test_what_no_buffer_holds_stays_a_list(converted):
 )
 def test_damage_is_an_error(damaged):
     gm = torch.fx.symbolic_trace(nn.ReLU())
-    with pytest.raises(FileFormatError, match="damaged|which the graph does not have"):
+    with pytest.raises(FileFormatError, match="damaged|which the graph does not have|longer than"):
         read_buffers({"groups": [{"scale": damaged}]}, gm)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from quant2e.errors import FileFormatError
 from quant2e.quantized_model import load
+from tests.quant2e.storage.archives import records_in, rewritten
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TENSORS = "7fc8a8b1b3800cf1a6fa68e3a50f98cfed20878a7bbd976e5a674f97a0bddc1e"
@@ -58,3 +61,18 @@ def test_files_of_older_formats(name):
     assert found["y"].double().sum().item() == pytest.approx(OUTPUTS, rel=1e-5)
     assert torch.equal(found["pair"][1], x)
     assert model.module.get_buffer("calls").item() == 1
+
+
+RECORD = "extra/quant2e.json"
+
+
+@pytest.mark.parametrize("packed", [{"integer": 0, "count": 1 << 27}, "third.weight_quantized"])
+@pytest.mark.parametrize("name", ["format_1", "format_2"])
+def test_a_few_bytes_do_not_become_a_long_list(tmp_path, name, packed):
+    """A list that is packed, or named, many times over: less is made of it than the graph holds."""
+    record = json.loads(records_in(GOLDEN / f"{name}.pt2")[RECORD])
+    group = next(group for group in record["recipe"]["groups"] if group["encoding"] == "per_channel")
+    record["recipe"]["groups"] = [{**group, "scale": packed, "zero_point": packed}] * 2000
+    path = rewritten(GOLDEN / f"{name}.pt2", tmp_path / "bomb.pt2", **{RECORD: json.dumps(record).encode()})
+    with pytest.raises(FileFormatError, match="longer than the tensors"):
+        load(path)

@@ -616,3 +616,25 @@ def test_integer_ranges_that_are_none(saved, tmp_path, operand, value):
 )
 def test_versions_that_are_not_read(saved, tmp_path, versions):
     refused(rewritten(saved, tmp_path / "evil.pt2", lambda program: program.update(versions)))
+
+
+def test_many_rows_of_two_bytes(saved, tmp_path):
+    record = json.loads(records_in(saved)["extra/quant2e.json"])
+    rows = {key: {"values": [0], "index": [0] * 100_000} for key in record["report"]["verdicts"]}
+    record["report"]["verdicts"] = rows
+    parts = {"extra/quant2e.json": json.dumps(record).encode()}
+    refused(rewritten(saved, tmp_path / "evil.pt2", **parts), "the graph is smaller than that")
+
+
+def test_many_modules_of_a_short_path(saved, tmp_path):
+    long = ".".join(["a"] * 60)
+    edits = {f"{long}.{old}": old for old in ("first.bias", "second.bias", "calls")}
+    records = records_in(saved)
+    weights = records[WEIGHTS].decode()
+    program = records[MODEL].decode()
+    for new, old in edits.items():
+        weights, program = (text.replace(json.dumps(old), json.dumps(new)) for text in (weights, program))
+    path = rewritten(saved, tmp_path / "deep.pt2", **{WEIGHTS: weights.encode(), MODEL: program.encode()})
+    assert load(path).module.get_parameter(f"{long}.first.bias").shape == (8,)
+    program, weights = (text.replace(long, ".".join(["a"] * 70)) for text in (program, weights))
+    refused(rewritten(saved, tmp_path / "deep.pt2", **{WEIGHTS: weights.encode(), MODEL: program.encode()}))
