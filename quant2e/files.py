@@ -62,7 +62,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         part.unlink(missing_ok=True)
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -94,15 +95,20 @@ def _replaced(target: Path) -> os.stat_result | None:
     return there
 
 
-def _temporary(target: Path, mode: int) -> tuple[Path, int]:
-    """A new, locked, empty file beside ``target``. Its mode is cut by the process's umask, as that of any file is."""
+def _temporary(target: Path, mode: int) -> tuple[Path, int | None]:
+    """A new, empty file beside ``target``, and the handle that locks it.
+
+    ``mode`` is cut by the process's umask, as that of any file is.
+    """
     suffix = target.suffix if len(target.suffix) <= _LONGEST_SUFFIX else ""
     while True:
         part = target.with_name(f"{_TEMPORARY}{_machine()}-{uuid4().hex[:12]}{suffix}")
         handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), mode)
-        if _locks is not None:
-            with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleaned either
-                _locks.flock(handle, _locks.LOCK_EX)
+        if _locks is None:
+            os.close(handle)
+            return part, None
+        with contextlib.suppress(OSError):  # a file system without locks, where nothing is cleaned either
+            _locks.flock(handle, _locks.LOCK_EX)
         if os.fstat(handle).st_nlink:  # another writer may have cleaned it before it was locked
             return part, handle
         os.close(handle)

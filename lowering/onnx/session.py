@@ -76,7 +76,8 @@ def session(source: bytes | Path, optimized: Path | None = None) -> Any:
         options.optimized_model_filepath = str(optimized)
     given: Any = source if isinstance(source, bytes) else str(source)
     try:
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        # no second try with the same provider, which it announces on standard output
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:
         what = f"{source}" if isinstance(source, Path) else "this model"
         kind = FileFormatError if type(error).__name__ in _DAMAGED else LoweringError
