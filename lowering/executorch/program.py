@@ -33,15 +33,16 @@ class LoadedFile:
     """
 
     buffer: bytes
-    methods: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     busy: threading.Lock = field(default_factory=threading.Lock)
 
     def execute(self, name: str, inputs: Sequence[Any]) -> Sequence[Any]:
         """Run the method of that name. Raises RuntimeError where the runtime refuses the inputs."""
         with self.busy:  # a method has one place in memory for its inputs
             if name not in self.methods:
-                self.methods[name] = load_method(load_program(self.buffer), name)
-            outputs: Sequence[Any] = self.methods[name].execute(inputs)
+                program = load_program(self.buffer)
+                self.methods[name] = program, load_method(program, name)
+            outputs: Sequence[Any] = self.methods[name][1].execute(inputs)
         return outputs
 
     def exchange(self, name: str, loaded: Any) -> Any:

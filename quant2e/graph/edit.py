@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.graph.attributes import attribute, register_tensor
 from quant2e.graph.fake_values import fake_mode, faked, value_of_call
+from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 
 NO_GRAD = "quant2e_no_grad"
 """Metadata of what ``torch.no_grad()`` covered in the user's forward: True; False for ``enable_grad`` inside of it."""
@@ -27,9 +28,23 @@ FROM_NODE = "from_node"
 """Metadata of torch.export: which op of the first exported graph a tensor is. Numeric debuggers match tensors by it."""
 
 
+_AROUND = QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS
+_NO_LAYER = "torch.nn.modules.module.Module"
+
+
 def set_origin(node: Node, source: Node, *, value: Any = None) -> None:
-    """Give a new node the origin of ``source``, and ``value`` as its ``val`` where it is known."""
+    """Give a new node the origin of ``source``, and ``value`` as its ``val`` where it is known.
+
+    Quantize and dequantize lie around a function and are no part of it, nor of a layer: they keep the path of the
+    module, and neither the function nor the type of the layer, by which torch's source partitions collect nodes.
+    """
     node.meta.update({key: source.meta[key] for key in ORIGIN if key in source.meta})
+    if node.target in _AROUND:
+        node.meta.pop("source_fn_stack", None)
+        node.meta.pop("torch_fn", None)
+        if stack := node.meta.get("nn_module_stack"):
+            last = next(reversed(stack))
+            node.meta["nn_module_stack"] = {**stack, last: (stack[last][0], _NO_LAYER)}
     if value is not None:
         node.meta["val"] = value
 
