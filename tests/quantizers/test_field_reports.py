@@ -227,3 +227,30 @@ def test_nothing_is_left_to_quantize():
 def test_data_that_is_not_a_number():
     with pytest.raises(CalibrationError, match="calibration batch 0 holds NaN in its input"):
         quantize(two_parts(), IMAGE, xnnpack(), [IMAGE[0] * float("nan")])
+
+
+def written_through_a_view(m, x):
+    m.w[0].add_(1)
+    return m.last(F.linear(x, m.w))
+
+
+def written_afterwards(m, x):
+    y = F.linear(x, m.w)
+    m.w[0].add_(1)
+    return m.last(y)
+
+
+def written_through_a_view_of_a_view(m, x):
+    m.w.t()[0].mul_(1.5)
+    return m.last(F.linear(x, m.w.t()))
+
+
+@pytest.mark.parametrize("quantizer", [xnnpack, x86])
+@pytest.mark.parametrize("function", [written_through_a_view, written_afterwards, written_through_a_view_of_a_view])
+def test_a_weight_that_the_model_changes_is_no_constant(function, quantizer):
+    torch.manual_seed(0)
+    model, x = Model(function, {"w": torch.randn(4, 4), "last": nn.Linear(4, 4)}).eval(), torch.randn(8, 4)
+    verdicts = quantize(copy.deepcopy(model), (x,), quantizer(), [x], min_sqnr_db=None).report
+    assert verdicts.of("linear_1").kind == "static"
+    assert "which changes a buffer" in verdicts.of("linear").reason
+    assert not any(verdict.reason.startswith("a constant") for verdict in verdicts.verdicts)

@@ -94,7 +94,7 @@ NETS = {
 
 CHANNELS = {
     "as initialised": None,
-    "small": lambda n: torch.full((n,), 1e-3),
+    "small": lambda n: torch.full((n,), 0.03),
     "spread": lambda n: torch.logspace(-3, 1, n),
 }
 
