@@ -56,7 +56,10 @@ def read_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any
 
 
 def _mapped(encodings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
-    groups = [{k: change(k, v) if k in _READ_BY else v for k, v in group.items()} for group in encodings["groups"]]
+    given = encodings.get("groups") if isinstance(encodings, Mapping) else None
+    if not isinstance(given, (list, tuple)) or not all(isinstance(group, Mapping) for group in given):
+        raise FileFormatError("the encodings in the record are damaged: they are no list of groups")
+    groups = [{k: change(k, v) if k in _READ_BY else v for k, v in group.items()} for group in given]
     return {**encodings, "groups": groups}
 
 

@@ -128,3 +128,10 @@ def test_damage_is_an_error(damaged):
     gm = torch.fx.symbolic_trace(nn.ReLU())
     with pytest.raises(FileFormatError, match="damaged|which the graph does not have|longer than"):
         read_buffers({"groups": [{"scale": damaged}]}, gm)
+
+
+@pytest.mark.parametrize("damaged", [None, [], {}, {"groups": None}, {"groups": {"a": 1}}, {"groups": [7]}], ids=str)
+def test_groups_that_are_none_are_an_error(damaged):
+    gm = torch.fx.symbolic_trace(nn.ReLU())
+    with pytest.raises(FileFormatError, match="no list of groups"):
+        read_buffers(damaged, gm)
