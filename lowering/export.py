@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
+from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
 from quant2e.graph.edit import FROM_NODE
 from quant2e.isolation import tracing
 from quant2e.quantized_model import QuantizedModel
@@ -54,8 +55,13 @@ def needed_example_of(model: Any, given: Any, asker: str) -> Call:
 
 
 def dynamic_shapes_of(model: Any, given: Any) -> Any:
-    """The dynamic shapes that were given, or those that a QuantizedModel remembers; None where there are none."""
-    return given if given is not None else getattr(model, "dynamic_shapes", None)
+    """The dynamic shapes that were given, those that a QuantizedModel remembers, or those of its graph; else None."""
+    if given is not None:
+        return given
+    if (remembered := getattr(model, "dynamic_shapes", None)) is not None:
+        return remembered
+    graph = graph_of(model)
+    return read_dynamic_shapes(graph) if isinstance(graph, GraphModule) else None
 
 
 def export(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProgram:

@@ -6,6 +6,8 @@ adds what compilers and runtimes ask: values of each input, symbols of the sizes
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,9 +101,12 @@ class Signature:
         return [value.detach().contiguous() if isinstance(value, Tensor) else value for value in values]
 
     def laid_out(self, values: Sequence[Any]) -> list[Any]:
-        """Flat inputs in the layout that the program is compiled for: tensors are copied where theirs differs."""
+        """Flat inputs in the layout that the program is compiled for: tensors are copied where theirs differs.
+
+        Strides are those of a new tensor also along dimensions of size 1, where they mean nothing and are compared.
+        """
         return [
-            value.contiguous(memory_format=spec.memory_format) if isinstance(value, Tensor) else value
+            _laid_out(value, spec.memory_format) if isinstance(value, Tensor) else value
             for spec, value in zip(self.inputs, values, strict=True)
         ]
 
@@ -180,10 +185,18 @@ def signature_of(exported: ExportedProgram) -> Signature:
     """How a program made from ``exported`` is called. Sizes vary within the bounds that its author gave."""
     signature = Signature(exported.module(check_guards=False))
     given = {symbol: exported.range_constraints.get(symbol) for symbol in signature.symbols}
-    signature.symbols |= {
-        symbol: (float(bounds.lower), float(bounds.upper)) for symbol, bounds in given.items() if bounds is not None
-    }
+    signature.symbols |= {symbol: _bounds(found) for symbol, found in given.items() if found is not None}
     return signature
+
+
+def _bounds(found: Any) -> tuple[float, float]:
+    """Inclusive bounds of a symbol, of what torch.export keeps about it.
+
+    It writes 2 for "no lower bound": sizes 0 and 1 are what it does not look at. And a number of its own, or the
+    largest that an index can be, for "no upper bound".
+    """
+    upper = float(found.upper) if found.upper < sys.maxsize - 1 else math.inf
+    return (float(found.lower) if found.lower != 2 else 0.0), upper
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,6 +247,17 @@ def _upper(exported: ExportedProgram, size: SymInt) -> Any:
     return found.upper if found is not None else size.node.shape_env.bound_sympy(size.node.expr).upper
 
 
+def _laid_out(value: Tensor, memory_format: torch.memory_format) -> Tensor:
+    value = value.contiguous(memory_format=memory_format)
+    if 1 not in value.shape:
+        return value
+    order = (0, 2, 3, 1) if memory_format is torch.channels_last else tuple(range(value.dim()))
+    strides, step = [0] * value.dim(), 1
+    for dim in reversed(order):
+        strides[dim], step = step, step * value.shape[dim]
+    return value.as_strided(value.shape, strides)
+
+
 def _resized(value: Tensor, shape: Sequence[int | torch.SymInt], known: Mapping[Any, int]) -> Tensor:
     for dim, size in enumerate(shape):
         if isinstance(size, torch.SymInt):
@@ -255,10 +279,7 @@ def _symbols(inputs: Sequence[ProgramInput]) -> dict[Any, tuple[float, float]]:
         for size in spec.value.shape if isinstance(spec.value, Tensor) else [spec.value]:
             if isinstance(size, torch.SymInt):
                 for symbol in sorted(size.node.expr.free_symbols, key=str):
-                    bounds = size.node.shape_env.var_to_range[symbol]
-                    # torch.export writes 2 for "no lower bound": sizes 0 and 1 are what it does not look at
-                    low = float(bounds.lower) if bounds.lower > 2 else 0.0
-                    found.setdefault(symbol, (low, float(bounds.upper)))
+                    found.setdefault(symbol, _bounds(size.node.shape_env.var_to_range[symbol]))
     return found
 
 

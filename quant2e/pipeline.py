@@ -23,7 +23,7 @@ from quant2e.convert.convert import converted_graph
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call, call_of, positional_inputs
 from quant2e.graph.captured.capture import capture
-from quant2e.graph.captured.dynamic_shapes import of_graph
+from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.isolation import IsolatedRandomness
@@ -148,7 +148,11 @@ def quantize(
         encodings=encodings_of(record, type(quantizer).__name__),
         example_inputs=example,
         example_kwargs=keywords,
-        dynamic_shapes=of_graph(dynamic_shapes, model, positional, kwargs or {}),
+        dynamic_shapes=(
+            read_dynamic_shapes(captured)
+            if dynamic_shapes is None
+            else of_graph(dynamic_shapes, model, positional, kwargs or {})
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.calls import positional_inputs
+from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, GraphRecord
@@ -102,7 +103,7 @@ def _contents(
         encodings=encodings,
         example_inputs=positional_inputs(example_inputs),
         example_kwargs={},
-        dynamic_shapes=dynamic_shapes,
+        dynamic_shapes=read_dynamic_shapes(model) if dynamic_shapes is None else dynamic_shapes,
     )
 
 

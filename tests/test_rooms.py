@@ -65,6 +65,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "lowering": (
         "signature",
+        "bounds",
         "io_parameters",
         "export",
         "state",

@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from lowering.bounds import calls_at_bounds, kept_ranges
 from lowering.check import checked
 from lowering.choices import Lower
 from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
@@ -36,7 +37,8 @@ from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.rewrites.experts import EXPERTS
-from lowering.signature import check_bounded, signature_of
+from lowering.rewrites.layouts import PLAIN_LAYOUTS, contiguous_call
+from lowering.signature import Signature, check_bounded, signature_of
 from lowering.state import State, state_of
 from lowering.verify import LEEWAY_DB, Bound, compare
 from quant2e.checksum import BLANK, WORD, sealed
@@ -54,8 +56,9 @@ FORWARD = "forward"
 OTHERWISE = "With partitioners=[] every op runs on ExecuTorch's own kernels, without XNNPACK"
 """What to do with a wrong program, where no op is to blame that could be left in float."""
 
-PORTABLE: tuple[Pass, ...] = (*EXPERTS, decompose_embedding_bags, gather_then_dequantize)
-"""What every ExecuTorch target needs: no kernel is for bags or experts, and a table stays integers in the file."""
+PORTABLE: tuple[Pass, ...] = (*PLAIN_LAYOUTS, *EXPERTS, decompose_embedding_bags, gather_then_dequantize)
+"""What every ExecuTorch target needs: contiguous tensors; no kernel is for bags or experts, and a table stays integers
+in the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,7 @@ class _Prepared:
     example: Call
     shapes: Any
     exported: ExportedProgram
+    signature: Signature
     per_row: GraphModule | None
     rewrites: Mapping[str, int]
     notes: tuple[str, ...]
@@ -127,7 +131,11 @@ def to_executorch(
     if verify:
         for name, method in program.methods.items():
             one = prepared[name]
-            batches = [one.example, *map(call_of, per_method[name]["verify_inputs"])]
+            batches = [
+                one.example,
+                *calls_at_bounds(one.signature, one.example),
+                *map(call_of, per_method[name]["verify_inputs"]),
+            ]
             lower = partial(
                 to_executorch,
                 example_inputs=one.example,
@@ -171,19 +179,21 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     shapes = dynamic_shapes_of(model, dynamic_shapes)
     exported = _functional(reference, example, shapes)
     check_bounded(exported)
-    module = exported.module(check_guards=False)
+    module, plain = exported.module(check_guards=False), contiguous_call(example)
     assert isinstance(module, GraphModule)
     graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
     rewrites = legalize(module, EXACT) if xnnpack else apply(module, PORTABLE)
     notes = check_limits(module) if xnnpack else ()
     declared = legalize(module, DECLARED) if xnnpack else {}
     known = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
+    legal = _functional(module, plain, shapes)
     return _Prepared(
         reference=reference,
         graph=graph,
         example=example,
         shapes=shapes,
-        exported=_functional(module, example, shapes),
+        exported=legal,
+        signature=signature_of(legal),  # before partitioners take constants out of the program
         per_row=module if declared else None,
         rewrites={**rewrites, **declared},
         notes=notes,
@@ -229,15 +239,13 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
     """The program, and the backends it needs that do not work in this process."""
     from executorch.exir import to_edge_transform_and_lower
 
-    # first: the partitioners take constants out of the exported program
-    signatures = {name: signature_of(one.exported) for name, one in prepared.items()}
     published: dict[str, Any] = {}
     for name, one in prepared.items():
         drop_from_node(one.exported.graph)
         published |= constants(name, one.quantized_io)
     try:
-        with Rejections().listening("executorch.backends") as rejections:
-            programs = {name: one.exported for name, one in prepared.items()}
+        programs = {name: one.exported for name, one in prepared.items()}
+        with kept_ranges(programs.values()), Rejections().listening("executorch.backends") as rejections:
             edge = to_edge_transform_and_lower(
                 programs, partitioner=list(partitioners), constant_methods=published or None
             )
@@ -248,7 +256,8 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
         for name in prepared:
             _write_initial_values(edge.exported_program(name))
         edge._named_data_store.add_named_data(WORD, BLANK.encode())
-        made = edge.to_executorch()
+        with kept_ranges(map(edge.exported_program, prepared)):
+            made = edge.to_executorch()
     except Exception as error:
         raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
     check_program(made.executorch_program)
@@ -258,7 +267,7 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
         name: Method(
             name,
             replace(reports[name], size=len(buffer), notes=one.notes),
-            signatures[name],
+            one.signature,
             one.quantized_io,
             loaded,
             one.state,

@@ -290,3 +290,13 @@ def _explained() -> Iterator[None]:
             f"Inductor could not compile the graph: {type(error).__name__}: {error}. The Q/DQ graph itself still runs; "
             f"set TORCH_LOGS=inductor to see where the compiler stopped"
         ) from error
+
+
+@contextmanager
+def explained_run(values: Sequence[Any]) -> Iterator[None]:
+    """Errors of the compiled program as `LoweringError`. ``values``: flat inputs of the call."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        shapes = [tuple(value.shape) if isinstance(value, torch.Tensor) else value for value in values]
+        raise LoweringError(f"the program that Inductor made failed on inputs {shapes}: {error}") from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import call
@@ -21,7 +22,7 @@ from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weigh
 from quant2e.cpu import detect, may_overflow
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
-from quant2e.graph.dataflow import operands
+from quant2e.graph.dataflow import operand, operands
 from quant2e.graph.edit import take_over
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 from quant2e.passes import run
@@ -100,6 +101,11 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
         return "int8 kernels take symmetric weights, and this one has zero points other than 0"
     if operands(activation)["dtype"] not in (torch.uint8, torch.int8):
         return f"int8 kernels take 8-bit activations, not {operands(activation)['dtype']}"
+    if _is_of_one_channel(node, value) and _varies(gm):
+        return (
+            "Inductor describes the result of an int8 convolution over one channel wrongly where a size varies: its "
+            "memory is laid out in channels last"
+        )
     depthwise = node.target in CONVOLUTION and value.shape[1] == 1  # its kernels add in 32 bits
     if detect().saturates and not depthwise and may_overflow(value, operands(activation)["quant_max"]):
         return (
@@ -107,6 +113,17 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
             "quantize with reduce_range=True"
         )
     return None
+
+
+def _is_of_one_channel(node: Node, weight: Tensor) -> bool:
+    """Whether a convolution reads one channel: such an image is contiguous and in channels last at the same time."""
+    return node.target in CONVOLUTION and weight.shape[1] * operand(node, "groups", 1) == 1
+
+
+def _varies(gm: GraphModule) -> bool:
+    """Whether a size of an input varies."""
+    values = (node.meta.get("val") for node in gm.graph.nodes if node.op == "placeholder")
+    return any(isinstance(value, Tensor) and not all(type(s) is int for s in value.shape) for value in values)
 
 
 def _requantizes(node: Node) -> list[Node]:

@@ -6,7 +6,6 @@ into place
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import tempfile
@@ -22,8 +21,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from lowering.bounds import corners
 from lowering.export import Lowerable
-from lowering.inductor.compile import FakeInputs, package_flat
+from lowering.inductor.compile import FakeInputs, explained_run, package_flat
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
 from lowering.inductor.package_file import load_package
@@ -35,14 +35,7 @@ from lowering.signature import Signature
 from lowering.state import State
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
-from quant2e.graph.captured.calls import Call
 from quant2e.isolation import tracing
-
-MOST_CORNERS = 8
-"""How many combinations of smallest and largest dynamic sizes a package is compared at."""
-
-LARGEST = 64
-"""What counts as the largest size where the bound is above it, and twice the example's is not."""
 
 
 class InductorPackage(LoweredProgram[InductorReport]):
@@ -81,7 +74,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
         if self._loaded is None:
             self._loaded = load_package(self.path)
         positional, keywords = self._signature.structured(self._signature.laid_out(values))
-        with torch.no_grad():
+        with torch.no_grad(), explained_run(values):
             return self._loaded(*positional, **keywords)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -140,17 +133,16 @@ def write_package(
             part,
         )
         report = rewritten.report(kernels)
-        corners: list[tuple[int, ...]] = []
+        compared: tuple[tuple[int, ...], ...] = ()
         if verify:
-            example, *more = source.batches(verify_inputs)
-            corners = list(_corners(source, example))
-            batches = [*_batches(source, example, corners), *more]
+            example, *_ = batches = source.batches(verify_inputs)
+            compared = corners(source.signature, source.signature.flatten(*example))
             in_file = InductorPackage(part, report, source.signature, source.state)
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 lower = partial(_lower_part, source=source, report=report, folder=Path(folder))
                 found = verified(in_file, source.graph, batches, "the package", lower)
             report = replace(report, verification=found)
-    notes = (*report.notes, *_notes(source.signature, inputs, corners))
+    notes = (*report.notes, *_notes(source.signature, inputs, compared))
     return InductorPackage(path, replace(report, notes=notes), source.signature, source.state)
 
 
@@ -193,31 +185,12 @@ def _types(spec: pytree.TreeSpec) -> Iterator[Any]:
             yield from _types(child)
 
 
-def _corners(source: InductorSource, example: Call) -> Iterator[tuple[int, ...]]:
-    """Values of the dynamic sizes to compare at: each as small as it may be, and as large."""
-    signature = source.signature
-    given = signature.sizes(signature.flatten(*example))
-    ends = [
-        (max(int(low), 1), int(min(high, max(LARGEST, 2 * size))))
-        for size, (low, high) in zip(given, signature.symbols.values(), strict=True)
-    ]
-    return itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS)
-
-
-def _batches(source: InductorSource, example: Call, corners: Sequence[tuple[int, ...]]) -> list[Call]:
-    signature = source.signature
-    values = signature.flatten(*example)
-    return [example, *(signature.structured(signature.resized(values, sizes)) for sizes in corners)]
-
-
-def _notes(signature: Signature, inputs: FakeInputs, corners: Sequence[tuple[int, ...]]) -> Iterator[str]:
+def _notes(signature: Signature, inputs: FakeInputs, compared: Sequence[tuple[int, ...]]) -> Iterator[str]:
     yield "the package checks dtype, sizes and strides of its inputs at each call"
     for spec in signature.inputs:
         if not isinstance(spec.value, Tensor):
             yield f"input '{spec.name}' is fixed to {spec.value!r}: what else is passed for it is ignored"
     if assumed := inputs.assumed(signature.size_names):
         sizes = ", ".join(signature.size_names.values())
-        compared = (
-            f"compared with the graph at ({sizes}) = {', '.join(map(str, corners))}" if corners else "not compared"
-        )
-        yield f"Inductor took for granted that {', '.join(assumed)}; {compared}"
+        said = f"compared with the graph at ({sizes}) = {', '.join(map(str, compared))}" if compared else "not compared"
+        yield f"Inductor took for granted that {', '.join(assumed)}; {said}"

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from lowering.export import Lowerable
-from lowering.inductor.compile import FakeInputs, Flat, compile_flat
+from lowering.inductor.compile import FakeInputs, Flat, compile_flat, explained_run
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.package import write_package
 from lowering.inductor.pipeline import Rewritten
@@ -74,7 +74,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
             with tracing():
                 run = self._runs[sizes] = self._runs.get(sizes) or self._program_for(sizes, values)
         laid_out = zip(self._signature.inputs, self._signature.laid_out(values), strict=True)
-        with torch.no_grad():
+        with torch.no_grad(), explained_run(values):
             return self._signature.unflatten(run(*[value for spec, value in laid_out if spec.taken]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -87,7 +87,8 @@ class InductorProgram(LoweredProgram[InductorReport]):
 
     def _verify(self, batches: Iterable[Any]) -> None:
         graph, what = self._source.graph, "the program that Inductor made"
-        found = verified(self, graph, self._source.batches(batches), what, self._lower_part)
+        calls = self._source.batches(batches, self._inputs.accept)
+        found = verified(self, graph, calls, what, self._lower_part)
         self._report = replace(self._report, verification=found)
 
     def _lower_part(self, part: GraphModule) -> InductorProgram:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from lowering.bounds import calls_at_bounds
 from lowering.check import checked
 from lowering.choices import Lower
 from lowering.export import Lowerable, example_of, graph_of
@@ -50,11 +51,14 @@ class InductorSource:
     example: Call | None
     state: State
 
-    def batches(self, more: Iterable[Any] = ()) -> list[Call]:
-        """The example and ``more``, to run the program on. Raises `LoweringError` when there is no example."""
+    def batches(self, more: Iterable[Any] = (), takes: Callable[[Sequence[int]], bool] = bool) -> list[Call]:
+        """What to run the program on: the example, also at the ends of the sizes that vary, and ``more``.
+
+        ``takes``: whether the program has code for such sizes. Raises `LoweringError` when there is no example.
+        """
         if self.example is None:
             raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
-        return [self.example, *map(call_of, more)]
+        return [self.example, *calls_at_bounds(self.signature, self.example, takes), *map(call_of, more)]
 
     def part(self, graph: GraphModule) -> InductorSource:
         """The source of a part of the graph, which has the same inputs."""

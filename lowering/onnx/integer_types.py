@@ -19,12 +19,15 @@ import numpy as np
 from lowering.onnx.qdq_form import INT4
 
 
-def use_integers(model: Any, *, unsigned: bool) -> None:
-    """Apply all rewrites to an ``onnx_ir.Model``, in place. ``unsigned``: the target takes u8 weights as well."""
+def use_integers(model: Any, *, unsigned: bool, four_bits: bool = True) -> None:
+    """Apply all rewrites to an ``onnx_ir.Model``, in place.
+
+    ``unsigned``: the target takes u8 weights as well. ``four_bits``: this version of ONNX has integers of four bits.
+    """
     for node in list(model.graph):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             _retype(node)
-        if node.op_type == "DequantizeLinear":
+        if four_bits and node.op_type == "DequantizeLinear":
             _pack(model.graph, node)
         if node.op_type == "QuantizeLinear":
             _reuse_dynamic(node)

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowering.rewrites.average_pools import plain_average_pools
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.experts import product_of_every_expert
+from lowering.rewrites.layouts import PLAIN_LAYOUTS
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import literal, operand, operands, set_operand
@@ -77,9 +79,10 @@ def form_of(convention: Convention) -> tuple[Pass, ...]:
     """The pipeline of a convention."""
     unsigned = (unsigned_quantization, unsigned_inputs_and_outputs) if convention.unsigned else ()
     products = integer_products if convention.integer_bias else linear_to_matmul
+    plain = (*PLAIN_LAYOUTS, plain_average_pools)
     experts_and_lookups = (product_of_every_expert, gather_then_dequantize)
     cleaned = (plain_constants, remove_dead_code, prune_unused_attributes)
-    return (*experts_and_lookups, *unsigned, products, *cleaned)
+    return (*plain, *experts_and_lookups, *unsigned, products, *cleaned)
 
 
 def _check_symmetric(module: GraphModule) -> None:

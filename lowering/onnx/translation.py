@@ -12,7 +12,9 @@ Arguments come by position, except for ``out_dtype``.
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,28 @@ import numpy as np
 from quant2e.graph.qdq_ops import qd
 
 OPSET = 21
-"""The first version of ONNX with 4-bit integers and blocked DequantizeLinear."""
+"""The first version of ONNX with 4-bit and 16-bit integers, and with DequantizeLinear in blocks: what files are
+written in unless another version is asked for."""
+
+OPSETS = range(17, 24)
+"""The versions that a file can be written in."""
+
+TORCHS_FIRST = 18
+"""The first version that torch's exporter writes; an earlier one is made of it."""
+
+_WRITTEN: ContextVar[int] = ContextVar("opset", default=OPSET)
 
 _BOUNDS = {"UINT8": (0, 255), "INT8": (-128, 127), "UINT16": (0, 65535), "INT16": (-32768, 32767)}
+
+
+@contextmanager
+def in_opset(version: int) -> Iterator[None]:
+    """Emit the ops of that version of ONNX inside of the block."""
+    token = _WRITTEN.set(version)
+    try:
+        yield
+    finally:
+        _WRITTEN.reset(token)
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -54,7 +75,7 @@ def _with_attributes(function: Callable[..., Any]) -> Callable[..., Any]:
 def _op() -> Any:
     import onnxscript
 
-    return onnxscript.opset21
+    return getattr(onnxscript, f"opset{max(_WRITTEN.get(), TORCHS_FIRST)}")
 
 
 def _numpy(dtype: int) -> Any:
@@ -127,9 +148,16 @@ def _dequantize_per_group(
     group_size: int,
     output_dtype: int = -1,
 ) -> Any:
-    zeros = () if zero_points is None else (zero_points,)
-    made = _op().DequantizeLinear(input, _as_float(scales), *zeros, axis=1, block_size=group_size)
-    return _cast(made, output_dtype)
+    op, scales = _op(), _as_float(scales)
+    if _WRITTEN.get() >= OPSET:
+        zeros = () if zero_points is None else (zero_points,)
+        return _cast(op.DequantizeLinear(input, scales, *zeros, axis=1, block_size=group_size), output_dtype)
+    # no blocks yet: each group is a row of its own, with one scale
+    flat = _constant([-1], np.int64)
+    zeros = () if zero_points is None else (op.Reshape(zero_points, flat),)
+    groups = op.Reshape(input, _constant([-1, group_size], np.int64))
+    made = op.DequantizeLinear(groups, op.Reshape(scales, flat), *zeros, axis=0)
+    return _cast(op.Reshape(made, op.Shape(input)), output_dtype)
 
 
 def _as_float(scales: Any) -> Any:

@@ -1,6 +1,7 @@
 """Mismatches: why a pattern does not match at a node, in the words that reports and errors show.
 
-Of several attempts the one that got furthest explains: it found the most ops, and of these lacks the fewest.
+Of several attempts the one that got furthest explains: it found the most ops, the next is of the kind it wants, and
+of these it lacks the fewest.
 """
 
 from __future__ import annotations
@@ -19,22 +20,26 @@ from quant2e.graph.mutation import seen_through
 class Mismatch:
     """Why a pattern does not match: the attempt that got furthest.
 
-    ``matched`` counts the ops that were found before, ``missing`` those of the pattern that were not.
+    ``matched`` counts the ops that were found before, ``missing`` those of the pattern that were not. ``known``: the op
+    is one that the pattern names there, and something about it does not fit.
     """
 
     node: Node
     reason: str
     matched: int
     missing: int
+    known: bool = False
 
     def __str__(self) -> str:
         return self.reason
 
     def or_nearer(self, earlier: Mismatch | None) -> Mismatch:
         """The one that got further; the earlier one where both got equally far."""
-        if earlier is None or (self.matched, -self.missing) > (earlier.matched, -earlier.missing):
-            return self
-        return earlier
+        return self if earlier is None or self._depth > earlier._depth else earlier
+
+    @property
+    def _depth(self) -> tuple[int, bool, int]:
+        return self.matched, self.known, -self.missing
 
 
 def no_tensor(node: Node, name: str, place: str, have: Any) -> str:

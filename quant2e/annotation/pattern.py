@@ -223,8 +223,8 @@ class _Search:
     size: int = 0
     """Ops in the alternative that is being tried."""
 
-    def miss(self, node: Node, found: _Found, reason: str) -> None:
-        mismatch = Mismatch(node, reason, len(found.nodes), self.size - len(found.nodes))
+    def miss(self, node: Node, found: _Found, reason: str, *, known: bool = False) -> None:
+        mismatch = Mismatch(node, reason, len(found.nodes), self.size - len(found.nodes), known)
         self.nearest = mismatch.or_nearer(self.nearest)
 
     def variation(self, producers: Sequence[Node]) -> Variation | None:
@@ -241,7 +241,7 @@ class _Search:
             if not self.explaining and node.target not in choice.targets:
                 continue
             if (reason := _head_mismatch(choice, node, result, inner=bool(found.nodes))) is not None:
-                self.miss(node, found, reason)
+                self.miss(node, found, reason, known=node.target in choice.targets)
                 continue
             grown = replace(found, nodes=(*found.nodes, node), results=(*found.results, result))
             keywords = [(want, *_read(node, name, result), name) for name, want in choice.keywords]

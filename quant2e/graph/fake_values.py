@@ -107,8 +107,8 @@ class FakeValueCache:
         """What a tensor like ``value`` of that dtype looks like; None when ``value`` is no tensor."""
         if not isinstance(value, Tensor):
             return None
-        if not all(type(size) is int for size in value.shape):
-            return empty_like(value, dtype)  # symbolic sizes are compared by guards
+        if not all(type(size) is int for size in (*value.shape, *value.stride())):
+            return empty_like(value, dtype)  # symbolic sizes have no hash; strides are such where a shape is fixed
         key = (type(value), value.device, dtype, tuple(value.shape), value.stride())
         if key not in self._made:
             self._made[key] = empty_like(value, dtype)

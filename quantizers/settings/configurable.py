@@ -20,6 +20,7 @@ from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObser
 from quant2e.passes import run
 from quantizers.kit.rule import ChosenConfig, Rule
 from quantizers.kit.rule_quantizer import RuleQuantizer
+from quantizers.rewrites.batches import BatchesOfOne
 from quantizers.rewrites.einsum_to_linear import einsums_as_linear
 from quantizers.rewrites.matmul_to_linear import products_as_linear
 from quantizers.settings.diagnostics import Coverage
@@ -167,10 +168,14 @@ class ConfigurableQuantizer(RuleQuantizer):
     # ------------------------------------------------------------ the quantizer's interface
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Spell products with a constant weight as linear, where a configuration covers them."""
-        if self.has_linear:
-            rewrites = (products_as_linear, einsums_as_linear)
-            run(model, [kind(model.graph, lambda node: self.choose(node).config is not None) for kind in rewrites])
+        """Spell products with a constant weight as linear, and put single images in batches; where settings say so."""
+
+        def is_covered(node: Node) -> bool:
+            return self.choose(node).config is not None
+
+        spellings = (products_as_linear, einsums_as_linear) if self.has_linear else ()
+        products = [kind(model.graph, is_covered) for kind in spellings]
+        run(model, (*products, BatchesOfOne(is_covered)))
         return model
 
     def choose(self, node: Node) -> ChosenConfig:

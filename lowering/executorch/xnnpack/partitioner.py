@@ -10,10 +10,13 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
+from torch.utils import _pytree as pytree
 
+from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS
 from lowering.executorch.xnnpack.stages import stages
 from lowering.export import drop_from_node
 
@@ -27,7 +30,8 @@ def xnnpack_partitioner() -> Any:
 
     def by_stages(exported: ExportedProgram) -> list[Partition]:
         drop_from_node(exported.graph)
-        groups = [_with_results(group) for group in partitioner.get_matched_nodes_from_configs(exported)]
+        matched = partitioner.get_matched_nodes_from_configs(exported)
+        groups = [_with_results(group) for group in matched if all(map(_fits, group))]
         found = stages(exported.graph, groups)
         if found is None:
             joined: list[Partition] = by_pairs(exported)
@@ -36,6 +40,12 @@ def xnnpack_partitioner() -> Any:
 
     partitioner.generate_partitions = by_stages
     return partitioner
+
+
+def _fits(node: Node) -> bool:
+    """Whether XNNPACK can hold what a node reads and makes; its partitioner does not ask."""
+    tensors = (x for each in (node, *node.all_input_nodes) for x in pytree.tree_leaves(each.meta.get("val")))
+    return all(not isinstance(x, Tensor) or x.dim() <= MOST_DIMENSIONS for x in tensors)
 
 
 def is_xnnpack(partitioners: Sequence[Any]) -> bool:

@@ -24,12 +24,14 @@ _MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
     "_in_spec",
     "_out_spec",
     "eval",
-    "range_constraints",
     "train",
     "validate_inputs",
 }
 """Attributes that torch gives to every GraphModule, or to every result of export: rebuilt, never copied."""
 
+
+BOUNDS = "range_constraints"
+"""Attribute of results of export: symbols of the sizes that vary, with their bounds. A pickle has no symbols."""
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -107,7 +109,7 @@ class CapturedModule(GraphModule):
         return _copy(self, leaf, memo)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        own = {name: value for name, value in vars(self).items() if name not in _MACHINERY}
+        own = {name: value for name, value in vars(self).items() if name not in _MACHINERY and name != BOUNDS}
         tables = {name: vars(self)[name] for name in (*_TABLES, "_non_persistent_buffers_set", "training")}
         return _rebuild, (graph_state(self.graph), {**own, **tables, "meta": _picklable(self.meta)})
 

@@ -332,3 +332,34 @@ def test_ties_may_be_ordered_otherwise(tmp_path):
     assert program.verification.passed
     assert program.verification.choices == ("topk",)
     assert not torch.equal(program(scores, boxes)[1], graph(scores, boxes)[1])
+
+
+SHAPES = ({0: torch.export.Dim("rows")},)
+
+
+@pytest.mark.parametrize("opset", [17, 20, 22, 23])
+def test_another_version_of_onnx(tmp_path, opset):
+    """Static, dynamic and grouped weights, with a number of rows that has no upper bound."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8), nn.LayerNorm(8))
+    rows = (torch.randn(4, 32),)
+    torch.manual_seed(0)
+    for quantizer in (xnnpack(), X86InductorQuantizer().set_global("w4-g32")):
+        result = quantize(model.eval(), rows, quantizer, [rows], dynamic_shapes=SHAPES)
+        program = to_onnx(result, path=tmp_path / "model.onnx", opset=opset, verify_inputs=[(torch.randn(9, 32),)])
+        assert program.report.opset == opset
+        assert program.verification.batches == 4  # the example, one row and many, and what was given
+        (imported,) = [each.version for each in onnx.load(program.path).opset_import if each.domain == ""]
+        assert imported == opset
+
+
+def test_versions_that_cannot_be_written(tmp_path):
+    with pytest.raises(LoweringError, match=r"opset 16: to_onnx writes the versions 17 to 23"):
+        to_onnx(nn.ReLU(), (torch.randn(2),), path=tmp_path / "model.onnx", opset=16)
+
+    class Wide(nn.Module):
+        def forward(self, x):
+            return on_grid(x, (0.01, 0), torch.int16)
+
+    with pytest.raises(LoweringError, match=r"integers of 16 bits from opset 21 on, not in 20: .*int16"):
+        to_onnx(Wide(), (torch.randn(2, 3),), path=tmp_path / "model.onnx", opset=20)
+    assert not (tmp_path / "model.onnx").exists()

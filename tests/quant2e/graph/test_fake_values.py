@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from quant2e.graph.fake_values import example_shape, is_float
+from quant2e.graph.fake_values import FakeValueCache, example_shape, is_float
 
 
 class Sums(torch.nn.Module):
@@ -53,3 +53,17 @@ def test_a_tensor_of_the_module_needs_no_record():
     (node, _) = gm.graph.nodes
     assert is_float(node)
     assert example_shape(node) == (2, 3)
+
+
+def test_values_whose_strides_alone_vary():
+    """``x[:, 0]`` of a sequence has a fixed shape, and the length in its strides."""
+
+    class Picks(torch.nn.Module):
+        def forward(self, x):
+            return x[:, 0]
+
+    shapes = ({1: torch.export.Dim("length", min=2)},)
+    graph = torch.export.export(Picks(), (torch.randn(3, 4, 5),), dynamic_shapes=shapes).graph
+    value = next(node.meta["val"] for node in graph.nodes if "select" in node.name)
+    assert type(value.stride()[0]) is not int
+    assert FakeValueCache()(value, torch.int8).dtype is torch.int8

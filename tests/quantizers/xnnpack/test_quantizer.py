@@ -107,7 +107,11 @@ CONV = nn.Conv2d(3, 4, 3)
         (nn.Conv1d(3, 4, 3), (torch.randn(1, 3, 9),), ["conv1d: input_1 a, weight w0 -> a  [conv]"]),
         (nn.Conv2d(3, 4, 3, padding="same"), IMAGE, ["conv2d: input_1 a, weight w0 -> a  [conv]"]),
         (nn.Conv3d(3, 4, 3), (torch.randn(1, 3, 5, 5, 5),), []),
-        (nn.Conv2d(3, 4, 3), (torch.randn(3, 8, 8),), []),  # a single image: export inserts a dimension
+        (nn.Conv2d(3, 4, 3), (torch.randn(3, 8, 8),), [  # a single image becomes a batch
+            "unsqueeze_default: input_1 a -> = input_1>unsqueeze_default  [moves]",
+            "conv2d: unsqueeze_default a, weight w0 -> a  [conv]",
+            "squeeze_dim: conv2d = conv2d -> = conv2d>squeeze_dim  [moves]",
+        ]),
         (nn.ConvTranspose2d(3, 4, 2), IMAGE, ["conv_transpose2d: input_1 a, weight w1 -> a  [conv_transpose2d]"]),
         (nn.ConvTranspose2d(4, 4, 2, groups=2), (torch.randn(1, 4, 5, 5),), []),
         (nn.ConvTranspose1d(3, 4, 2), (torch.randn(1, 3, 9),), []),

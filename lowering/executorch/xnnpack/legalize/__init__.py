@@ -19,7 +19,8 @@ from lowering.executorch.xnnpack.legalize.dynamic_quantization import (
     short_group_scales,
     spread_weight_scale,
 )
-from lowering.executorch.xnnpack.legalize.matmul import batched_matmul
+from lowering.executorch.xnnpack.legalize.matmul import batched_matmul, batched_matrices, rows_of_linear
+from lowering.executorch.xnnpack.legalize.padding import closed_pads, crops_as_slices
 from lowering.executorch.xnnpack.legalize.pointwise import decompose_activations, tensor_operands
 from lowering.executorch.xnnpack.legalize.pooling import (
     explicit_pooling,
@@ -42,11 +43,15 @@ from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.rewrites.experts import EXPERTS
+from lowering.rewrites.layouts import PLAIN_LAYOUTS
 from quant2e.passes import Pass, Promise
 
 EXACT: tuple[Pass, ...] = (
+    *PLAIN_LAYOUTS,
     plain_attention,
     batched_matmul,
+    batched_matrices,
+    rows_of_linear,
     scores_in_three_dimensions,
     decompose_normalizations,
     decompose_activations,
@@ -59,6 +64,7 @@ EXACT: tuple[Pass, ...] = (
     fold_constants,
     spread_weight_scale,
     pad_before_average,
+    crops_as_slices,
     explicit_pooling,
     repeat_nearest,
     slices_and_joins,
@@ -70,6 +76,7 @@ EXACT: tuple[Pass, ...] = (
     one_view,
     quantize_moves,
     one_grid,
+    closed_pads,
     distinct_operands,
 )
 """Rewrites that keep every result, bit for bit up to the order of float additions."""

@@ -14,6 +14,9 @@ from quant2e.graph.fake_values import node_tensor, shape_of
 
 X = Arg("x")
 
+MOST_DIMENSIONS = 6
+"""How many dimensions a tensor of XNNPACK has at most."""
+
 
 def unary(*targets: Callable[..., Any], when: Condition) -> Op:
     """A call of one of ``targets``, none of which writes in place, on a tensor ``x`` and literals."""

@@ -1,0 +1,74 @@
+"""Bounds of sizes that vary: inputs at both ends, and shape environments that keep what the author gave."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import SymInt, Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lowering.signature import Signature
+from quant2e.graph.captured.calls import Call
+
+MOST_CORNERS = 8
+"""How many combinations of smallest and largest sizes a program is compared at."""
+
+MOST_ELEMENTS = 2**20
+"""How many elements inputs at a largest size may have together, unless the example's have half as many already."""
+
+
+def corners(signature: Signature, values: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """Values of the sizes that vary to compare at: each as small as it may be, and as large. ``values``: flat inputs.
+
+    Instead of a largest size whose inputs would be too large to run on, one of twice the example's.
+    """
+    elements = sum(value.numel() for value in values if isinstance(value, Tensor))
+    most = max(MOST_ELEMENTS, 2 * elements)
+    ends = []
+    for size, (low, high) in zip(signature.sizes(values), signature.symbols.values(), strict=True):
+        candidates = (min(high, limit) for limit in (high, 64, 2 * size, size))
+        largest = next(n for n in candidates if elements * n <= most * max(size, 1))
+        ends.append(tuple(dict.fromkeys((max(int(low), 1), int(largest)))))
+    return tuple(itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS))
+
+
+def calls_at_bounds(signature: Signature, example: Call, wanted: Callable[[Sequence[int]], bool] = bool) -> list[Call]:
+    """``example`` with the sizes of each corner that is ``wanted``."""
+    values = signature.flatten(*example)
+    found = filter(wanted, corners(signature, values))
+    return [signature.structured(signature.resized(values, sizes)) for sizes in found]
+
+
+@contextmanager
+def kept_ranges(programs: Iterable[ExportedProgram]) -> Iterator[None]:
+    """Keep the bounds of sizes inside of the block, whatever a pass takes for granted on the example.
+
+    Which kernel torch's convolution would choose, for one, depends on whether a batch is below 16: asking narrows the
+    batch to that, and memory would be planned for no more.
+    """
+    environments = {
+        id(env): env for program in programs for env in _environments(program) if "_refine_ranges" not in vars(env)
+    }
+    for env in environments.values():
+        env._refine_ranges = _nothing
+    try:
+        yield
+    finally:
+        for env in environments.values():
+            del env._refine_ranges
+
+
+def _nothing(expr: Any) -> None:
+    pass
+
+
+def _environments(program: ExportedProgram) -> Iterator[Any]:
+    """The shape environments of the sizes in a program."""
+    for node in program.graph.nodes:
+        for leaf in pytree.tree_leaves(node.meta.get("val")):
+            sizes = leaf.shape if isinstance(leaf, Tensor) else (leaf,)
+            yield from (size.node.shape_env for size in sizes if isinstance(size, SymInt))
