@@ -5,16 +5,20 @@ model ─▶ `graph_of`, `example_of`, `dynamic_shapes_of` ─▶ `export` ─�
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
-from quant2e.errors import LoweringError
+from quant2e.errors import LoweringError, where
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
+from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import FROM_NODE
+from quant2e.graph.fake_values import node_tensor
+from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 from quant2e.isolation import tracing
 from quant2e.quantized_model import QuantizedModel
 
@@ -78,6 +82,27 @@ def export(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProgram:
 def untraceable(error: Exception) -> LoweringError:
     """The error for a graph that torch.export does not trace."""
     return LoweringError(f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}")
+
+
+def refuse_dtypes(graph: GraphModule, dtypes: Collection[torch.dtype], target: str) -> None:
+    """Raise `LoweringError` naming the tensors of one of ``dtypes`` that the graph quantizes, which ``target`` cannot."""
+    found = [
+        f"{where(node)} is {str(dtype).removeprefix('torch.')}"
+        for node in graph.graph.nodes
+        if node.target in QUANTIZE | DEQUANTIZE and (dtype := _float_dtype(node)) in dtypes
+    ]
+    if found:
+        more = f"; … {len(found) - 5} more" * (len(found) > 5)
+        raise LoweringError(
+            f"{target} computes beside integers in other floats only: {'; '.join(found[:5])}{more}. Quantize "
+            "model.float() instead; the inputs are float32 then"
+        )
+
+
+def _float_dtype(node: Node) -> torch.dtype | None:
+    """Dtype of the floats that a node makes integers of, or makes of integers."""
+    side = node_tensor(operand(node, 0) if node.target in QUANTIZE else node)
+    return None if side is None else side.dtype
 
 
 def drop_from_node(graph: Graph) -> None:

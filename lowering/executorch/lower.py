@@ -30,6 +30,7 @@ from lowering.export import (
     export,
     graph_of,
     needed_example_of,
+    refuse_dtypes,
     untraceable,
 )
 from lowering.io_parameters import constants, quantized_io_in
@@ -182,6 +183,8 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     module, plain = exported.module(check_guards=False), contiguous_call(example)
     assert isinstance(module, GraphModule)
     graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
+    if xnnpack:
+        refuse_dtypes(module, (torch.float16, torch.bfloat16), "XNNPACK")
     rewrites = legalize(module, EXACT) if xnnpack else apply(module, PORTABLE)
     notes = check_limits(module) if xnnpack else ()
     declared = legalize(module, DECLARED) if xnnpack else {}

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lowering.bounds import calls_at_bounds
 from lowering.check import checked
 from lowering.choices import Lower
-from lowering.export import Lowerable, example_of, graph_of
+from lowering.export import Lowerable, example_of, graph_of, refuse_dtypes
 from lowering.inductor.report import InductorReport
 from lowering.signature import Signature
 from lowering.state import Apart, State, from_start, own_graph, state_of
@@ -79,6 +79,7 @@ def source_of(model: Lowerable, example_inputs: Any, dynamic_shapes: Any, asker:
             f"{asker} takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "
             f"capture returned"
         )
+    refuse_dtypes(graph, (torch.float16,), "Inductor")
     example = example_of(model, example_inputs)
     if dynamic_shapes is not None:
         graph = _with_dynamic_shapes(graph, example, dynamic_shapes)

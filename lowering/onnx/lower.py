@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from lowering.bounds import calls_at_bounds
 from lowering.check import checked
 from lowering.choices import Lower
-from lowering.export import Lowerable, dynamic_shapes_of, export, graph_of, needed_example_of
+from lowering.export import Lowerable, dynamic_shapes_of, export, graph_of, needed_example_of, refuse_dtypes
 from lowering.io_parameters import constants
 from lowering.onnx.integer_types import sizes, use_integers
 from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
@@ -84,6 +84,7 @@ def to_onnx(
         assert isinstance(module, GraphModule)
         graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
         _check_stateless(module)
+        refuse_dtypes(module, (torch.float16, torch.bfloat16), "onnxruntime")
         if opset < OPSET:
             _check_integers(module, opset)
         in_form(module, CONVENTIONS[target])
