@@ -85,7 +85,7 @@ def untraceable(error: Exception) -> LoweringError:
 
 
 def refuse_dtypes(graph: GraphModule, dtypes: Collection[torch.dtype], target: str) -> None:
-    """Raise `LoweringError` naming the tensors of one of ``dtypes`` that the graph quantizes, which ``target`` cannot."""
+    """Raise `LoweringError` naming the tensors of ``dtypes`` that the graph quantizes, and ``target`` does not."""
     found = [
         f"{where(node)} is {str(dtype).removeprefix('torch.')}"
         for node in graph.graph.nodes
