@@ -92,10 +92,10 @@ def refuse_dtypes(graph: GraphModule, dtypes: Collection[torch.dtype], target: s
         if node.target in QUANTIZE | DEQUANTIZE and (dtype := _float_dtype(node)) in dtypes
     ]
     if found:
-        more = f"; … {len(found) - 5} more" * (len(found) > 5)
+        more = f" and {len(found) - 1} more" * (len(found) > 1)
         raise LoweringError(
-            f"{target} computes beside integers in other floats only: {'; '.join(found[:5])}{more}. Quantize "
-            "model.float() instead; the inputs are float32 then"
+            f"{target} does not run integers beside such floats: {found[0]}{more}. Quantize model.float() instead, on "
+            f"float32 inputs"
         )
 
 

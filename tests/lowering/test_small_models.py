@@ -11,7 +11,7 @@ from torch import nn
 from torch.export import Dim
 
 from lowering import package_inductor, to_executorch, to_inductor, to_onnx
-from quant2e import quantize
+from quant2e import LoweringError, quantize
 from quantizers import X86InductorQuantizer, XNNPACKQuantizer
 from tests.quantizers.models import Of
 
@@ -112,7 +112,9 @@ CASES: dict[str, Case] = {
 def quantized(case: Case, quantizer):
     torch.manual_seed(0)
     data = [tuple(image(*x.shape, seed=seed) for x in case.example) for seed in range(3)]
-    return quantize(case.model().eval(), case.example, quantizer.set_global("w8a8"), data, dynamic_shapes=case.shapes)
+    quantizer.set_global("w8a8")
+    # numbers at random keep little of their signal, and lose none in a lowering
+    return quantize(case.model().eval(), case.example, quantizer, data, dynamic_shapes=case.shapes, min_sqnr_db=None)
 
 
 def check(program, result, case: Case) -> None:
@@ -166,3 +168,13 @@ def test_a_package_over_one_channel(tmp_path):
     package = package_inductor(result, path=tmp_path / "model.pt2")
     for x in (image(7, 1, 8, 8), image(7, 8, 8, 1).permute(0, 3, 1, 2), image(1, 1, 8, 8)[:, :, :, :]):
         torch.testing.assert_close(package(x), result(x))
+
+
+@pytest.mark.parametrize("lower", [to_executorch, to_inductor, to_onnx])
+def test_a_model_in_half_precision_is_told_what_to_do(lower, tmp_path):
+    rows = image(4, 8).half()
+    quantizer = X86InductorQuantizer() if lower is not to_executorch else XNNPACKQuantizer()
+    result = quantize(nn.Linear(8, 8).eval().half(), rows, quantizer.set_global("w8a8"), [rows], min_sqnr_db=None)
+    path = {"path": tmp_path / "model.onnx"} if lower is to_onnx else {}
+    with pytest.raises(LoweringError, match=r"linear.* is float16.*Quantize model\.float\(\) instead"):
+        lower(result, **path)
