@@ -55,7 +55,7 @@ def read_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any
     return _mapped(encodings, read)
 
 
-def _mapped(encodings: Mapping[str, Any], change: Callable[[str, Any], Any]) -> dict[str, Any]:
+def _mapped(encodings: Any, change: Callable[[str, Any], Any]) -> dict[str, Any]:
     given = encodings.get("groups") if isinstance(encodings, Mapping) else None
     if not isinstance(given, (list, tuple)) or not all(isinstance(group, Mapping) for group in given):
         raise FileFormatError("the encodings in the record are damaged: they are no list of groups")

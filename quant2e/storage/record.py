@@ -21,6 +21,7 @@ from quant2e.report.report import Report, Verdict
 from quant2e.storage.columns import from_columns, to_columns
 from quant2e.storage.example_inputs import describe_inputs, restore_inputs
 from quant2e.storage.parameters import name_buffers, read_buffers
+from quant2e.storage.writer.lifting import lifted_tensors
 from quant2e.storage.writer.origins import source_file, without_folders
 from quant2e.storage.writer.program import as_json
 
@@ -42,7 +43,7 @@ def record_text(
     record = {
         "format": RECORD_FORMAT,
         "report": _verdicts_as_columns(report.as_dict()),
-        "recipe": _groups_as_columns(name_buffers(encodings.as_dict(), module)),
+        "recipe": _groups_as_columns(_with_file_paths(name_buffers(encodings.as_dict(), module), module)),
         "example_inputs": describe_inputs(inputs, data=with_data),
     }
     if quantized_io := quantized_io_of(module):
@@ -65,6 +66,17 @@ def _verdicts_from_columns(report: Mapping[str, Any], most: int) -> dict[str, An
         for row in verdicts
     ]
     return {**report, "verdicts": nested}
+
+
+def _with_file_paths(encodings: Mapping[str, Any], module: GraphModule) -> dict[str, Any]:
+    """Encodings whose buffers are named as the program in the file names them."""
+    paths = {item.source: item.path for item in lifted_tensors(module)}
+
+    def renamed(group: Mapping[str, Any]) -> dict[str, Any]:
+        buffers = {key: paths[group[key]] for key in ("scale", "zero_point") if isinstance(group[key], str)}
+        return {**group, **buffers}
+
+    return {**encodings, "groups": [renamed(group) for group in encodings["groups"]]}
 
 
 def _groups_as_columns(encodings: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def _functions() -> Mapping[str, Callable[..., Any]]:
 
     names = (
         "FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv",
-        "IntTrueDiv", "FloatTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt", "ToFloat", "Identity",
+        "IntTrueDiv", "FloatTrueDiv", "FloatPow", "TruncToFloat", "TruncToInt", "RoundToInt", "ToFloat", "Identity",
     )  # fmt: skip
     relations = ("Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan")
     logic = ("And", "Or", "Not")

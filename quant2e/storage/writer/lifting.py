@@ -1,10 +1,14 @@
 """Lifting: the tensors that a graph reads from its module become inputs of the program, under names of their own.
 
-get_attr layer.weight     =>    p_layer_weight, a parameter named "layer.weight"
+    get_attr layer.weight     =>    p_layer_weight, a parameter named "layer.weight"
+    get_attr a layer.weight   =>    p_a_layer_weight, a parameter named "a_layer.weight"
+
+A file spells paths in plain ASCII, and no part of one is a word of Python: readers put them into source text.
 """
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +30,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Lifted:
-    """A tensor of a module, and the name of the input that stands for it. ``path``: where the module holds it."""
+    """A tensor of a module, and the name of the input that stands for it. ``source``: where the module holds it;
+    ``path``: where the program in the file does.
+    """
 
     name: str
+    source: str
     path: str
     tensor: Tensor
     kind: Kind
@@ -42,12 +49,19 @@ class Lifted:
 
 def lifted_tensors(gm: GraphModule) -> tuple[Lifted, ...]:
     """Parameters, buffers and constants of ``gm``, in that order: all that it has, and all that its graph reads."""
-    taken = {node.name for node in gm.graph.nodes}
+    taken, paths = {node.name for node in gm.graph.nodes}, set[str]()
     found = sorted(_held(gm), key=lambda item: "pbc".index(item[1].value))
     volatile = set(_volatile_buffers(gm))
     return tuple(
-        Lifted(_free(f"{kind.value}_{path}", taken), path, tensor, kind, path not in volatile)
-        for path, kind, tensor in found
+        Lifted(
+            _free(re.sub(r"\W", "_", f"{kind.value}_{source}", flags=re.ASCII), taken),
+            source,
+            _free(".".join(map(_plain, source.split("."))), paths),
+            tensor,
+            kind,
+            source not in volatile,
+        )
+        for source, kind, tensor in found
     )
 
 
@@ -77,12 +91,19 @@ def _volatile_buffers(module: nn.Module) -> Iterator[str]:
         yield from (f"{prefix}.{name}" if prefix else name for name in owner._non_persistent_buffers_set)
 
 
+def _plain(part: str) -> str:
+    """A part of a path in plain ASCII: an identifier, or the key of a module list or dict."""
+    plain = re.sub(r"[^A-Za-z0-9_:/+-]|^(?=[:/+-])", "_", part)
+    if plain.startswith("__") and plain.endswith("__"):
+        plain = plain.strip("_") or "x"
+    return f"{plain}_" if keyword.iskeyword(plain) else plain
+
+
 def _free(name: str, taken: set[str]) -> str:
-    """``name`` as an identifier that is not taken; it then is."""
-    base = re.sub(r"\W", "_", name, flags=re.ASCII)
-    free, number = base, 0
+    """``name``, or with a number the first that is not taken; it then is."""
+    free, number = name, 0
     while free in taken:
         number += 1
-        free = f"{base}_{number}"
+        free = f"{name}_{number}"
     taken.add(free)
     return free

@@ -57,7 +57,7 @@ def as_json(data: Any) -> bytes:
 
 
 def _program(gm: GraphModule, lifted: tuple[Lifted, ...], values: Values) -> Json:
-    graph = write_graph(gm.graph, {item.path: item.name for item in lifted}, values, origin)
+    graph = write_graph(gm.graph, {item.source: item.name for item in lifted}, values, origin)
     inputs, outputs = graph["inputs"], graph["outputs"]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     user_inputs = [_user_input(node.name, entry) for node, entry in zip(placeholders, inputs, strict=True)]

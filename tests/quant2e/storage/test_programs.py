@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
@@ -129,6 +130,7 @@ class Sequence(nn.Module):
         b, t, d = x.shape
         half = x[:, : t // 2].reshape(b, -1)
         mask = torch.ones(t, t).tril() if t > 3 else torch.ones(t, t)
+        x = x * t**0.5 + (b / 2 - math.sqrt(d))
         return self.linear(x).view(b * t, d), half.sum(1), mask @ x, y[: t - 1], torch.ones(b) * t
 
 
@@ -154,6 +156,20 @@ class Own(nn.Module):
         return shifted(self.linear(x), 2.0)
 
 
+class Names(nn.Module):
+    """Modules under names that are no identifiers, or equal once they are spelled plainly."""
+
+    def __init__(self):
+        super().__init__()
+        names = ("a b", "a_b", "a:b", "conv-1", "\N{GREEK SMALL LETTER ALPHA}", "0", "it's", "-", "__x__")
+        self.parts = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+
+    def forward(self, x):
+        for part in self.parts.values():
+            x = part(x)
+        return x
+
+
 def layers(n=3):
     return nn.Sequential(*[module for _ in range(n) for module in (nn.Linear(4, 4), nn.ReLU())])
 
@@ -177,6 +193,7 @@ CASES = {
     "integers": (layers, (X,), {}, ({0: B},), INTEGER),
     "integers in and out": (layers, (X,), {}, ({0: B},), INTEGER_IO),
     "an op of the user": (Own, (X,), {}, None, products()),
+    "names": (Names, (X,), {}, None, products()),
     "one op": (nn.Identity, (X,), {}, None, NOTHING),
 }  # fmt: skip
 
