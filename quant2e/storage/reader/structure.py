@@ -43,7 +43,7 @@ def _spec(data: Any) -> pytree.TreeSpec:
     if type(name) is not str or type(children) is not list:
         raise FileFormatError(f"{_WHAT} has a form that is not read")
     specs = [_spec(child) for child in children]
-    kind, read = _CONTAINERS.get(name) or (_registered(name), _plain_context)
+    kind, read = _CONTAINERS.get(name) or _own_type(_registered(name))
     return pytree.TreeSpec(kind, read(context, len(specs)), specs)
 
 
@@ -56,6 +56,16 @@ def _registered(name: str) -> Any:
             "torch.utils._pytree: import the library that does, and load again"
         )
     return kind
+
+
+def _own_type(kind: Any) -> tuple[Any, Callable[[Any, int], Any]]:
+    """A registered type, and how it reads what is written about an instance: plain data, or by its own function."""
+    own = pytree.SUPPORTED_SERIALIZED_TYPES[kind].from_dumpable_context
+    if own is None:
+        return kind, lambda context, _: _plain(read_json(_string(context), _WHAT))
+    if own.__module__ == pytree.__name__:  # of a named tuple; that of a defaultdict would import what is named
+        return kind, _tuple_class
+    return kind, lambda context, _: own(_plain(context))
 
 
 def _none(context: Any, _: int) -> None:
@@ -98,9 +108,8 @@ def _tuple_class(context: Any, count: int) -> Any:
     return kind
 
 
-def _plain_context(context: Any, _: int) -> Any:
-    """What the type itself has written about an instance: plain data."""
-    found = read_json(_string(context), _WHAT)
+def _plain(found: Any) -> Any:
+    """What a type has written about an instance, when nothing in it names code."""
     pending = [found]
     while pending:
         value = pending.pop()

@@ -241,3 +241,26 @@ def test_a_named_tuple_and_an_op_of_a_library(tmp_path):
         found = load(tmp_path / "m.pt2").module(rand(2))
         assert type(found) is Point
         assert torch.equal(found.x, rand(2) * 2)
+
+
+class Range:
+    """A container that writes about itself what it likes."""
+
+    def __init__(self, value, unit):
+        self.value, self.unit = value, unit
+
+
+def test_a_container_with_its_own_way_of_writing(tmp_path):
+    pytree.register_pytree_node(
+        Range,
+        lambda found: ([found.value], found.unit),
+        lambda children, unit: Range(*children, unit),
+        serialized_type_name="quant2e_tests.Range",
+        to_dumpable_context=lambda unit: {"unit": unit},
+        from_dumpable_context=lambda data: data["unit"],
+    )
+    model = of(lambda self, x: Range(x * 2, "m"))
+    torch.export.save(torch.export.export(model, (rand(2),)), tmp_path / "m.pt2")
+    found = load(tmp_path / "m.pt2").module(rand(2))
+    assert found.unit == "m"
+    assert torch.equal(found.value, rand(2) * 2)
