@@ -33,7 +33,7 @@ def written(message, values=()):
         None,
         True,
     ],
-    ids=str,
+    ids=["transposed", "bfloat16", "empty", "bool", "with gradient", "int", "float", "text", "None", "True"],
 )
 def test_values_are_read_as_they_were_written(value):
     message, (got, last) = read_frame(io.BytesIO(written({"name": "x"}, [value, 7])))
@@ -47,7 +47,7 @@ def test_values_are_read_as_they_were_written(value):
         assert type(got) is type(value)
 
 
-@pytest.mark.parametrize("value", [torch.zeros(2, dtype=torch.complex64), [1], object()], ids=str)
+@pytest.mark.parametrize("value", [torch.zeros(2, dtype=torch.complex64), [1], object()], ids=["complex", "list", "object"])
 def test_what_frames_do_not_hold(value):
     stream = io.BytesIO()
     with pytest.raises(TypeError, match="cannot be passed on"):
