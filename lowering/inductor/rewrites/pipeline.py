@@ -27,6 +27,7 @@ from lowering.inductor.rewrites.weights import (
     weight_of,
     weights_by_output,
 )
+from lowering.rewrites.layouts import contiguous_constants
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
@@ -339,6 +340,7 @@ REWRITES: tuple[Pass, ...] = (
     gathered_rows,
     per_channel_weights,
     weights_by_output,
+    contiguous_constants,  # packing a weight that is a transposed view gives another one
     convert_after_dequantize,
     dynamic_parameters,
     narrow_ranges,
