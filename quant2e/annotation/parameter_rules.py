@@ -26,6 +26,8 @@ _DTYPE_ARGUMENT: dict[Any, int] = {
 }
 """Position of the storage dtype among the arguments; the two before it are the integer range."""
 
+_SCALE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def _dequantizes_its_dtype(node: Node) -> str | None:
     position = _DTYPE_ARGUMENT.get(node.target)
@@ -70,6 +72,10 @@ def _scales_fit_groups(node: Node) -> str | None:
     tensor, scales, size = node_tensor(node.args[0]), node_tensor(node.args[1]), node.args[6]
     if tensor is None or scales is None or not isinstance(size, int):
         return None
+    if size < 1:
+        return f"its groups have {size} values"
+    if any(type(number) is not int for number in tensor.shape):
+        return None
     if tensor.dim() != 2 or tensor.shape[1] % size:
         return f"groups of {size} do not divide the rows of '{node.args[0].name}', which is {list(tensor.shape)}"
     wanted = tensor.numel() // size
@@ -82,6 +88,8 @@ def _positive_scale(node: Node) -> str | None:
     if node.target in (*_PER_CHANNEL, *_PER_GROUP) and isinstance(node.args[1], Node):
         owner = node.graph.owning_module
         scales = None if owner is None else tensor_at(owner, node.args[1])
+        if scales is not None and scales.dtype not in _SCALE_DTYPES:
+            return f"its scales are {scales.dtype}"
         if scales is not None and not bool((torch.isfinite(scales) & (scales > 0)).all()):
             return "one of its scales is not a positive, finite number"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ MOST_LEVELS = 200
 
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_FEW, _CHARACTERS = 5_000, 8
+"""So many lists and objects may be in any text, and one for each so many characters: an empty one takes 20 times as
+much memory as its text."""
+
 _WIDEST = 20
 """Digits, and a sign, of an integer of 64 bits."""
 
@@ -26,8 +31,11 @@ def read_json(text: str | bytes | memoryview, what: str) -> Any:
     try:
         # not json's own guess: it takes UTF-16 and a byte order mark
         decoded = bytes(text).decode("utf-8") if not isinstance(text, str) else text
-        if _levels(decoded) > MOST_LEVELS:  # before json recurses: the limit of the process may be beyond its stack
+        levels, containers = _nesting(decoded)
+        if levels > MOST_LEVELS:  # before json recurses: the limit of the process may be beyond its stack
             raise FileFormatError(f"{what} is nested too deeply: more than {MOST_LEVELS} levels")
+        if containers > _FEW + len(decoded) // _CHARACTERS:
+            raise FileFormatError(f"{what} holds {containers} lists and objects, with next to nothing in them")
         data = json.loads(
             decoded,
             object_pairs_hook=_object,
@@ -46,20 +54,19 @@ def read_json(text: str | bytes | memoryview, what: str) -> Any:
     return data
 
 
-def _levels(text: str) -> int:
-    """The depth of the deepest list or object outside of strings."""
+def _nesting(text: str) -> tuple[int, int]:
+    """The depth of the deepest list or object outside of strings, and how many of them there are."""
     marks = np.frombuffer(_STRING.sub(b"", text.encode("utf-8", "surrogatepass")), dtype=np.uint8)
     opened = (marks == ord("[")) | (marks == ord("{"))
     closed = (marks == ord("]")) | (marks == ord("}"))
     steps = opened.astype(np.int8) - closed.astype(np.int8)
-    return int(np.cumsum(steps, dtype=np.int64).max(initial=0))
+    return int(np.cumsum(steps, dtype=np.int32).max(initial=0)), int(opened.sum())
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
     return found
 

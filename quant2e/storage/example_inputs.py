@@ -122,7 +122,7 @@ def _dtype(name: Any) -> torch.dtype:
 
 def _shape(sizes: Any) -> tuple[int, ...]:
     plain = type(sizes) is list and all(type(size) is int and size >= 0 for size in sizes)
-    if not plain or len(sizes) > 64 or math.prod(sizes) > _MOST_ELEMENTS:
+    if not plain or len(sizes) > 64 or math.prod(max(size, 1) for size in sizes) > _MOST_ELEMENTS:
         raise FileFormatError("an example input has a shape that no tensor has")
     return tuple(sizes)
 

@@ -86,9 +86,23 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
     "is": operator.is_, "is not": operator.is_not,
 }  # fmt: skip
-_SUMS: Mapping[str, Callable[[Any, Any], Any]] = {"+": operator.add, "-": operator.sub}
-_PRODUCTS: Mapping[str, Callable[[Any, Any], Any]] = {
-    "*": operator.mul, "//": operator.floordiv, "%": operator.mod, "/": operator.truediv,
+
+
+def _on_numbers(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The function, for numbers only: times and modulo of a text can make one of any length."""
+
+    def apply(a: Any, b: Any) -> Any:
+        if isinstance(a, (str, bytes, list, tuple)) or isinstance(b, (str, bytes, list, tuple)):
+            raise _UnfitError
+        return function(a, b)
+
+    return apply
+
+
+_SUMS = {"+": _on_numbers(operator.add), "-": _on_numbers(operator.sub)}
+_PRODUCTS = {
+    "*": _on_numbers(operator.mul), "//": _on_numbers(operator.floordiv), "%": _on_numbers(operator.mod),
+    "/": _on_numbers(operator.truediv),
 }  # fmt: skip
 _CONSTANTS: Mapping[str, Any] = {
     "None": None, "True": True, "False": False, "inf": math.inf, "math.inf": math.inf, "math.nan": math.nan,

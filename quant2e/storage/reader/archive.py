@@ -26,6 +26,9 @@ _DESCRIPTOR, _DESCRIPTOR64 = struct.Struct("<4s3I"), struct.Struct("<4sI2Q")
 _PLAIN, _UTF8, _DESCRIBED = 0, 0x0800, 0x0808
 """Flags: none; a name in UTF-8; and sizes behind the data as well, which torch writes for records that have data."""
 
+_MADE_BY, _ENDS64 = (0, 20, 45), ((798, 45), (45, 45))
+"""Versions of the format that torch and `quant2e.save` name in entries, and in an end of 64 bits."""
+
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 """What a field holds whose value is in a zip64 field."""
 
@@ -73,12 +76,17 @@ def records_of(data: bytes | memoryview) -> dict[str, memoryview]:
 def _read(path: Path) -> bytes:
     """The bytes of a regular file, all from one opening of it."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise FileFormatError(f"{path} does not exist, or is not a file")
             return file.read()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise FileFormatError(f"{path} does not exist, or is not a file") from error
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe without a writer would keep its reader for ever."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _records(data: memoryview) -> dict[str, memoryview]:
@@ -113,11 +121,11 @@ def _directory(data: memoryview) -> tuple[int, int, int]:
         _, on, end, disks = _LOCATOR64.unpack_from(data, locator)
         if on or disks != 1 or end + _END64.size != locator or not _at(data, end, b"PK\6\6"):
             raise FileFormatError("its end is damaged")
-        _, length, _, _, disk64, first64, *fields = _END64.unpack_from(data, end)
+        _, length, made_by, needed, disk64, first64, *fields = _END64.unpack_from(data, end)
         for given, real, full in zip(wide, fields, (_FULL16, _FULL16, _FULL32, _FULL32), strict=True):
             if given not in (real, full) or (given == full and real < full):
                 raise FileFormatError("its two ends say different things")
-        if length != _END64.size - 12 or disk64 or first64:
+        if length != _END64.size - 12 or disk64 or first64 or (made_by, needed) not in _ENDS64:
             raise FileFormatError("its end is damaged")
         wide = (fields[0], fields[1], fields[2], fields[3])
     here, count, size, start = wide
@@ -135,7 +143,9 @@ def _entries(directory: memoryview, count: int) -> Iterator[_Entry]:
     for _ in range(count):
         if position + _ENTRY.size > len(directory) or not _at(directory, position, b"PK\1\2"):
             raise FileFormatError("its directory is damaged")
-        _, _, needed, flags, method, time, date, crc, packed, size, *rest = _ENTRY.unpack_from(directory, position)
+        _, made_by, needed, flags, method, time, date, crc, packed, size, *rest = _ENTRY.unpack_from(
+            directory, position
+        )
         of_name, of_extra, of_comment, disk, internal, external, offset = rest
         position += _ENTRY.size
         name = _text(directory[position : position + of_name], of_name)
@@ -143,6 +153,8 @@ def _entries(directory: memoryview, count: int) -> Iterator[_Entry]:
         packed, size, offset = _wide(extra, (size, packed, offset))
         if method or packed != size:
             raise FileFormatError(f"its record '{name}' is compressed: only stored records are read")
+        if made_by not in _MADE_BY or needed not in _MADE_BY:
+            raise FileFormatError(f"its record '{name}' was written by no program that writes such files")
         if disk or internal or external or of_comment or flags not in (_PLAIN, _UTF8, _DESCRIBED):
             raise FileFormatError(f"its record '{name}' has attributes or flags, which no such record has")
         position += of_name + of_extra

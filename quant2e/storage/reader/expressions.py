@@ -3,13 +3,15 @@
     Add(Mul(Integer(2), Symbol('s0', positive=True, integer=True)), Integer(1))   =>   2*s0 + 1
 
 A formula is a number, a symbol, or one of a table of functions of formulas. Numbers have 64 bits, also those in
-between; powers have small exponents; a formula has so many parts and levels and no more.
+between; powers have small exponents; a formula has so many parts and levels and no more. Since sympy multiplies out
+what it compares and divides, the terms are counted that a formula would have then, before sympy sees it.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ _TOKEN = re.compile(
 )
 _LONGEST, _DEEPEST, _LARGEST = 10_000, 40, 1 << 63
 _EXPONENT, _MOST_ARGUMENTS = 8, 50
+_MOST_TERMS, _MOST_OPERAND_TERMS, _MOST_COMPARED = 512, 48, 24
+"""Terms of a formula that is multiplied out; of an operand of a division or the like; and of a maximum's operands."""
 _SYMBOL, _FLOAT = re.compile(r"[A-Za-z_]\w*", re.ASCII), re.compile(r"-?\d+(\.\d*)?(e[+-]?\d{1,3})?", re.ASCII)
 _ASSUMPTIONS = frozenset({"integer", "positive", "nonnegative", "real", "finite", "nonzero"})
 _VALUES: Mapping[str, Any] = {"True": True, "False": False, "None": None}
@@ -76,6 +80,7 @@ class _Reader:
             raise FileFormatError("it is too long")
         self._tokens = _tokens(text)
         self._next = 0
+        self._terms = 1
         self._symbols = symbols
 
     def formula(self) -> Any:
@@ -109,19 +114,24 @@ class _Reader:
         function = _functions().get(text)
         if function is None:
             raise FileFormatError(f"'{text}' is no function of such formulas")
-        found = function(*self._arguments(level))
+        arguments, terms = self._arguments(level)
+        self._terms = _terms(text, arguments, terms)
+        found = function(*arguments)
         if getattr(found, "is_Number", False) and not -_LARGEST <= found < _LARGEST:
             raise FileFormatError("a number in it has more than 64 bits")
         return found
 
-    def _arguments(self, level: int) -> list[Any]:
-        found = []
+    def _arguments(self, level: int) -> tuple[list[Any], list[int]]:
+        """Operands of a function, and how many terms each has when it is multiplied out."""
+        found, terms = [], []
         while True:
+            self._terms = 1
             found.append(self._expression(level + 1))
+            terms.append(self._terms)
             if len(found) > _MOST_ARGUMENTS:
                 raise FileFormatError("a function in it has too many arguments")
             if self._take() == _Token("mark", ")"):
-                return found
+                return found, terms
             if self._tokens[self._next - 1] != _Token("mark", ","):
                 raise FileFormatError("a comma is missing")
 
@@ -172,6 +182,29 @@ class _Reader:
         if token.kind != kind:
             raise FileFormatError(f"{token.text!r} is not expected there")
         return token.text
+
+
+def _terms(function: str, arguments: Sequence[Any], terms: Sequence[int]) -> int:
+    """How many terms the function of these arguments has when it is multiplied out. Raises `FileFormatError`."""
+    if function == "Add":
+        count = sum(terms)
+    elif function == "Mul":
+        count = math.prod(terms)
+    elif function in ("Pow", "PowByNatural"):
+        exponent: Any = arguments[1] if len(arguments) == 2 else None
+        whole = getattr(exponent, "is_Integer", False)
+        count = terms[0] ** min(abs(int(exponent)), _EXPONENT) if whole else terms[0]
+    elif function in ("Max", "Min"):
+        count = sum(terms)
+        if count > _MOST_COMPARED:
+            raise FileFormatError("a function in it has too many arguments")
+    else:
+        if max(terms) > _MOST_OPERAND_TERMS:
+            raise FileFormatError("a function in it has too large an argument")
+        count = 1
+    if count > _MOST_TERMS:
+        raise FileFormatError("it has too many terms")
+    return count
 
 
 def _tokens(text: str) -> list[_Token]:

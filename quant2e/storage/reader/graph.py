@@ -7,7 +7,7 @@ owner. A node has the name the file gives it; a value that several results come 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,8 +71,11 @@ class GraphReader:
         self._values: dict[str, tuple[Any, Any]] = {}
         self._legal: dict[str, str] = {}
 
-    def describe(self, data: Mapping[str, Any]) -> None:
-        """Take in what the file says about the values of the graph, and keep their names from being given to others."""
+    def describe(self, data: dict[str, Any]) -> None:
+        """Take in what the file says about the values of the graph, and keep their names from being given to others.
+
+        The descriptions are taken out of ``data``: each is freed once its node is made.
+        """
         kinds = {
             "tensor_values": self._shapes.tensor,
             "sym_int_values": self._shapes.integer,
@@ -80,7 +83,7 @@ class GraphReader:
             "sym_bool_values": self._shapes.boolean,
         }
         for kind, read in kinds.items():
-            for name, described in data.get(kind, {}).items():
+            for name, described in data.pop(kind, {}).items():
                 if name in self._values:
                     raise FileFormatError(f"the value '{name}' is described twice")
                 self._values[name] = (read, described)
@@ -197,7 +200,7 @@ class GraphReader:
             raise FileFormatError(f"a node reads '{name}', which nothing in front of it computes")
         return found
 
-    def _body(self, name: str, data: Mapping[str, Any]) -> Node:
+    def _body(self, name: str, data: dict[str, Any]) -> Node:
         """A branch or loop body: a graph of its own, in a module of the owner."""
         if hasattr(self.owner, name):
             raise FileFormatError(f"'{name}' cannot be the name of a branch: the module has such an attribute already")
@@ -299,12 +302,19 @@ class GraphReader:
             node.name = legal
 
 
-def read_graph(reader: GraphReader, data: Mapping[str, Any]) -> None:
+def taken(items: list[Any]) -> Iterator[Any]:
+    """The items of a list, each of which is taken out of it: the JSON of a node need not outlive the node's making."""
+    items.reverse()
+    while items:
+        yield items.pop()
+
+
+def read_graph(reader: GraphReader, data: dict[str, Any]) -> None:
     """Read a graph that is nothing but inputs, nodes and results: a branch, or the body of a loop."""
     reader.describe(data)
     for index, argument in enumerate(data["inputs"]):
         reader.placeholder(argument, f"arg{index}")
-    for node in data["nodes"]:
+    for node in taken(data["nodes"]):
         reader.node(node)
     single = data.get("is_single_tensor_return", False)
     reader.output([reader.returned(argument) for argument in data["outputs"]], single=single)

@@ -94,7 +94,7 @@ class Ops:
         if match is None:
             raise FileFormatError(f"it calls {shown}, which is not an op that a quantized program uses")
         namespace, name, overload = match.groups()
-        unknown = namespace in _TABLES and not _in_table(_TABLES[namespace], name, overload)
+        unknown = namespace in _TABLES and not _in_table(_TABLES[namespace], name)
         if namespace in _OF_TORCH or unknown or any(part.startswith("__") for part in (namespace, overload)):
             raise FileFormatError(f"it calls {shown}, which is not an op that a quantized program uses")
         registered = f"{namespace}::{name}" + ("" if overload == "default" else f".{overload}")
@@ -104,11 +104,13 @@ class Ops:
             raise FileFormatError(f"it calls '{registered}', which {advice} here{where}")
         op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
         assert isinstance(op, OpOverload), op
+        if any(argument.is_out for argument in op._schema.arguments):
+            raise FileFormatError(
+                f"it calls {shown}, which writes its result into an operand: not an op that a quantized program uses"
+            )
         return op
 
 
-def _in_table(table: frozenset[str], name: str, overload: str) -> bool:
-    """Ops that write their result into an argument (``out=``) are no part of a graph."""
-    if overload == "out" or overload.endswith("_out"):
-        return False
+def _in_table(table: frozenset[str], name: str) -> bool:
+    """Whether an op, or the one of which it is the form in place, is in a table."""
     return name in table or (name.endswith("_") and name.removesuffix("_") in table)

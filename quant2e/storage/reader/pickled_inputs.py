@@ -60,6 +60,7 @@ _FACTORIES: Mapping[Any, Any] = {
 class _Memory(NamedTuple):
     """Memory of tensors, and the dtype that its name gives it; None: the tensors say."""
 
+    name: str
     data: memoryview
     dtype: torch.dtype | None
 
@@ -105,12 +106,14 @@ class _Machine:
         self._records, self._size = records, size
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._memories: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._memories: dict[str, Tensor] = {}
 
     def run(self, pickle: memoryview) -> Any:
         """The value that a pickle stands for."""
+        made = 0
         for count, (opcode, argument, _) in enumerate(pickletools.genops(bytes(pickle))):
-            if count > 20 * _MOST_VALUES:
+            made += opcode.name.startswith("EMPTY_") or opcode.name in ("TUPLE", *_TUPLES)
+            if count > 20 * _MOST_VALUES or made > _MOST_VALUES:
                 raise FileFormatError("they are too many")
             if opcode.name == "STOP":
                 (value,) = self._stack
@@ -188,10 +191,10 @@ class _Machine:
         if kind != "storage" or not isinstance(storage, _Name) or location != "cpu" or not str(name).isdigit():
             raise FileFormatError("they hold memory of an unknown kind")
         if storage == _Name("torch.storage", "UntypedStorage"):
-            return _Memory(self._records[f"data/{name}"], None)
+            return _Memory(str(name), self._records[f"data/{name}"], None)
         if storage.module != "torch" or storage.name not in _STORAGES:
             raise FileFormatError(f"they hold {storage.module}.{storage.name}"[:120])
-        return _Memory(self._records[f"data/{name}"], _STORAGES[storage.name])
+        return _Memory(str(name), self._records[f"data/{name}"], _STORAGES[storage.name])
 
     def _call(self, function: Any, arguments: Any) -> Any:
         if function == _Name("collections", "OrderedDict") and arguments == ():
@@ -217,8 +220,10 @@ class _Machine:
         plain = type(sizes) is tuple and type(strides) is tuple and type(grad) is bool and not hooks
         if not isinstance(memory, _Memory) or not plain or not all(type(n) is int for n in (offset, *sizes, *strides)):
             raise FileFormatError("they hold a tensor that is damaged")
-        key = (id(memory.data), dtype)
-        if key not in self._memories:
-            self._memories[key] = own_memory(memory.data, dtype)
-        tensor = strided(self._memories[key], sizes, strides, offset, "a tensor", self._size)
+        held = self._memories.get(memory.name)
+        if held is None:
+            held = self._memories[memory.name] = own_memory(memory.data, dtype)
+        if held.dtype != dtype:
+            raise FileFormatError("they hold one memory as tensors of several dtypes")
+        tensor = strided(held, sizes, strides, offset, "a tensor", self._size)
         return tensor.requires_grad_(grad and tensor.is_floating_point())

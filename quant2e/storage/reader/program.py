@@ -23,7 +23,7 @@ from quant2e.errors import FileFormatError, Quant2eError
 from quant2e.graph.captured.capture import complete
 from quant2e.graph.captured.module import CapturedModule, uncompiled
 from quant2e.storage.reader.convention import ALWAYS, CallConvention, read_convention, stored_inputs
-from quant2e.storage.reader.graph import GraphReader, matches, name_in
+from quant2e.storage.reader.graph import GraphReader, matches, name_in, taken
 from quant2e.storage.reader.ops import Ops
 from quant2e.storage.reader.origins import Origins
 from quant2e.storage.reader.schema import PROGRAM, check_schema
@@ -129,7 +129,7 @@ class _ProgramReader:
         convention = read_convention(self._data["module_call_graph"])
         self._reader.describe(self._graph)
         placeholders = self._read_inputs()
-        for node in self._graph["nodes"]:
+        for node in taken(self._graph["nodes"]):
             self._reader.node(node)
         returned = self._read_outputs(placeholders)
         if convention.outputs.num_leaves != returned:

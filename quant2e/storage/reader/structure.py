@@ -50,7 +50,7 @@ def _spec(data: Any) -> pytree.TreeSpec:
 def _registered(name: str) -> Any:
     """A type of the process, registered under that name."""
     kind = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(name)
-    if kind is None:
+    if kind is None or name == pytree.NO_SERIALIZED_TYPE_NAME_FOUND:  # whichever type without a name came last
         raise FileFormatError(
             f"its inputs or outputs hold a '{name[:80]}', a type that this process has not registered with "
             "torch.utils._pytree: import the library that does, and load again"

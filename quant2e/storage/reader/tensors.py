@@ -7,6 +7,7 @@ makes a large tensor of a small one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -119,12 +120,12 @@ def strided(
     """The tensor of these sizes that lies at ``offset`` in ``memory``. Raises `FileFormatError` unless it does."""
     if len(sizes) != len(strides) or len(sizes) > _MOST_DIMENSIONS or min((0, offset, *sizes, *strides)) < 0:
         raise FileFormatError(f"{what} has sizes and strides that no tensor has")
-    count = 1
-    for number in sizes:
-        count *= number
+    count = math.prod(sizes)
     last = offset + sum((number - 1) * stride for number, stride in zip(sizes, strides, strict=True))
     if count and last >= memory.numel():
         raise FileFormatError(f"{what} of {list(sizes)} is larger than its record of {memory.numel()} values")
-    if count * memory.dtype.itemsize > max(file_size, _SMALL) or max((0, offset, *sizes, *strides)) >= 1 << 62:
+    if count * memory.dtype.itemsize > max(file_size, _SMALL) or max((0, offset, *strides)) >= 1 << 62:
+        raise FileFormatError(f"{what} of {list(sizes)} is larger than the file")
+    if math.prod(max(number, 1) for number in sizes) >= 1 << 62:  # torch multiplies the sizes of empty tensors, too
         raise FileFormatError(f"{what} of {list(sizes)} is larger than the file")
     return torch.as_strided(memory, tuple(sizes), tuple(strides), offset if count else 0)

@@ -47,7 +47,9 @@ def test_values_are_read_as_they_were_written(value):
         assert type(got) is type(value)
 
 
-@pytest.mark.parametrize("value", [torch.zeros(2, dtype=torch.complex64), [1], object()], ids=["complex", "list", "object"])
+@pytest.mark.parametrize(
+    "value", [torch.zeros(2, dtype=torch.complex64), [1], object()], ids=["complex", "list", "object"]
+)
 def test_what_frames_do_not_hold(value):
     stream = io.BytesIO()
     with pytest.raises(TypeError, match="cannot be passed on"):

@@ -157,3 +157,8 @@ def test_guards_of_torch(guard, text):
 def test_guards_about_what_is_no_input(guard):
     with pytest.raises(ConditionError, match="no input"):
         guard_text(guard, ["x"], ["x"])
+
+
+@pytest.mark.parametrize("text", ["'a' * 3000000000 != 'b'", "'%1000000000d' % 1 != 'b'", "'a' + 'b' == 'ab'"])
+def test_text_is_compared_and_not_computed(text):
+    assert not Condition(text, {}).holds([])

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import struct
 import zipfile
 import zlib
@@ -20,7 +19,9 @@ from torch import nn
 from quant2e.errors import FileFormatError
 from quant2e.pipeline import quantize
 from quant2e.quantized_model import load
-from quant2e.storage import pt2 as storage
+from quant2e.storage.manifest import check_manifest
+from quant2e.storage.reader.archive import records_of
+from quant2e.storage.reader.ops import Ops
 from tests.quant2e.annotators import DYNAMIC, products
 from tests.quant2e.storage.archives import MODEL, records_in, rewritten, zipped
 
@@ -409,23 +410,22 @@ def test_parts(saved, tmp_path, name):
 def test_the_file_is_opened_once(saved, tmp_path, monkeypatch):
     path = tmp_path / "model.pt2"
     path.write_bytes(saved.read_bytes())
-    opened = []
+    opened, really = [], os.open
 
-    class Replaced(type(path)):
-        """A path whose file is another one as soon as it has been opened."""
-
-        def open(self, *arguments, **options):
-            opened.append(str(self))
-            stream = io.open(self, *arguments, **options)  # noqa: SIM115, UP020
-            os.unlink(self)  # noqa: PTH108
-            shutil.copy(__file__, self)
-            return stream
+    def replaced(name, *arguments, **options):
+        """The file is another one as soon as it has been opened."""
+        descriptor = really(name, *arguments, **options)
+        if str(name) == str(path):
+            opened.append(str(name))
+            os.unlink(path)  # noqa: PTH108
+            path.symlink_to(__file__)
+        return descriptor
 
     expected = load(saved)
-    monkeypatch.setattr(storage, "Path", Replaced)
+    monkeypatch.setattr(os, "open", replaced)
     found = load(path)
     assert opened == [str(path)]
-    assert path.read_text() == open(__file__).read()  # noqa: PTH123, SIM115
+    assert path.is_symlink()
     for ours, theirs in zip(found.module.state_dict().values(), expected.module.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -638,3 +638,94 @@ def test_many_modules_of_a_short_path(saved, tmp_path):
     assert load(path).module.get_parameter(f"{long}.first.bias").shape == (8,)
     program, weights = (text.replace(long, ".".join(["a"] * 70)) for text in (program, weights))
     refused(rewritten(saved, tmp_path / "deep.pt2", **{WEIGHTS: weights.encode(), MODEL: program.encode()}))
+
+
+# ------------------------------------------------------------------------------------------- little text, much to do
+
+
+def _symbols(letter, count):
+    kind = "positive=True, integer=True" if letter == "s" else "integer=True"
+    return [f"Symbol('{letter}{index}', {kind})" for index in range(count)]
+
+
+def _sum(letter, count):
+    return f"Add({', '.join(_symbols(letter, count))})"
+
+
+FORMULAS = {
+    "a power of a sum": f"PowByNatural({_sum('u', 10)}, Integer(6))",
+    "a product of sums": f"Mul({', '.join([_sum('u', 10)] * 4)})",
+    "a power of a power": f"Pow(Pow({_sum('s', 4)}, Integer(4)), Integer(4))",
+    "a quotient of powers": f"FloorDiv(Pow({_sum('s', 8)}, Integer(8)), Pow({_sum('s', 7)}, Integer(8)))",
+    "a maximum of maxima": "Max(" + ", ".join([f"Max({', '.join(_symbols('s', 12))})"] * 4) + ")",
+    "a maximum of many": "Max(" + ", ".join(_symbols("s", 50)) + ")",
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_that_grow_when_they_are_multiplied_out(saved, tmp_path, name):
+    def edit(program):
+        values = top(program)["tensor_values"]
+        values["linear"]["sizes"][0] = {"as_expr": {"expr_str": FORMULAS[name], "hint": {"as_int": 3}}}
+
+    refused(rewritten(saved, tmp_path / "evil.pt2", edit), "not a plain shape formula")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{" + ",".join(f'"k{index}":0' for index in [*range(40_000), 39_999]) + "}", "'k39999' stands twice"),
+        ("[" + ",".join(["[]"] * 200_000) + "]", "with next to nothing in them"),
+        ("[" + ",".join(["{}"] * 200_000) + "]", "with next to nothing in them"),
+    ],
+    ids=["a key twice", "lists", "objects"],
+)
+def test_records_that_cost_more_than_they_hold(saved, tmp_path, text, message):
+    refused(rewritten(saved, tmp_path / "evil.pt2", **{"extra/quant2e.json": text.encode()}), message)
+
+
+def test_a_pickle_of_nothing_many_times_over(saved, tmp_path):
+    pickled = b"\x80\x02(" + b"]" * 1_000_000 + b"t."
+    record = zipped({"data.pkl": pickled})
+    refused(rewritten(saved, tmp_path / "evil.pt2", **{"data/sample_inputs/model.pt": record}), "too many")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_does_not_keep_its_reader(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt2")
+    refused(tmp_path / "pipe.pt2")
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 61, (1 << 63) - 1])
+def test_empty_tensors_of_huge_sizes(saved, tmp_path, size):
+    sizes = [{"as_int": number} for number in (size, size, 0)]
+    edit = _meta(sizes=sizes, strides=[{"as_int": 0}] * 3)(records_in(saved))
+    refused(rewritten(saved, tmp_path / "evil.pt2", **edit))
+    record = json.loads(records_in(saved)["extra/quant2e.json"])
+    record["example_inputs"][0] = {"dtype": "float32", "shape": [size, size, 0]}
+    refused(rewritten(saved, tmp_path / "evil.pt2", **{"extra/quant2e.json": json.dumps(record).encode()}), "shape")
+
+
+def test_no_bit_of_the_directory_is_without_meaning(saved):
+    data = saved.read_bytes()
+    for place in range(data.index(b"PK\1\2"), len(data)):
+        for bit in range(8):
+            flipped = data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+            with pytest.raises(FileFormatError):
+                check_manifest(records_of(flipped))
+
+
+def test_no_op_that_is_read_writes_into_an_operand_for_results():
+    ops, read = Ops(), 0
+    for registered in torch._C._dispatch_get_all_op_names():
+        namespace, _, rest = registered.partition("::")
+        name, _, overload = rest.partition(".")
+        if namespace not in ("aten", "prims"):
+            continue
+        try:
+            op = ops.find(f"torch.ops.{namespace}.{name}.{overload or 'default'}")
+        except FileFormatError:
+            continue
+        read += 1
+        assert not any(argument.is_out for argument in op._schema.arguments), registered
+    assert read > 1000
