@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import SymInt, Tensor
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from lowering.signature import Signature
@@ -36,11 +37,30 @@ def corners(signature: Signature, values: Sequence[Any]) -> tuple[tuple[int, ...
     return tuple(itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS))
 
 
-def calls_at_bounds(signature: Signature, example: Call, wanted: Callable[[Sequence[int]], bool] = bool) -> list[Call]:
-    """``example`` with the sizes of each corner that is ``wanted``."""
+def calls_at_bounds(
+    signature: Signature, example: Call, reference: Any, wanted: Callable[[Sequence[int]], bool] = bool
+) -> list[Call]:
+    """``example`` with the sizes of each corner that is ``wanted``, and that the ``reference`` takes.
+
+    A graph that was captured with fixed sizes can be lowered for sizes that vary; it can be compared at its own only.
+    """
     values = signature.flatten(*example)
-    found = filter(wanted, corners(signature, values))
-    return [signature.structured(signature.resized(values, sizes)) for sizes in found]
+    found = (signature.resized(values, sizes) for sizes in filter(wanted, corners(signature, values)))
+    return [signature.structured(resized) for resized in found if _takes(reference, resized)]
+
+
+def _takes(reference: Any, values: Sequence[Any]) -> bool:
+    """Whether none of the sizes that a graph was captured with, and that are fixed in it, is another one."""
+    if not isinstance(reference, GraphModule):
+        return True
+    captured = [node.meta.get("val") for node in reference.graph.nodes if node.op == "placeholder"]
+    pairs = zip(captured, values, strict=False)
+    return all(
+        not isinstance(known, Tensor)
+        or not isinstance(value, Tensor)
+        or all(type(size) is not int or size == given for size, given in zip(known.shape, value.shape, strict=False))
+        for known, value in pairs
+    )
 
 
 @contextmanager

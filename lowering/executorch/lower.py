@@ -134,7 +134,7 @@ def to_executorch(
             one = prepared[name]
             batches = [
                 one.example,
-                *calls_at_bounds(one.signature, one.example),
+                *calls_at_bounds(one.signature, one.example, one.reference),
                 *map(call_of, per_method[name]["verify_inputs"]),
             ]
             lower = partial(

@@ -58,7 +58,7 @@ class InductorSource:
         """
         if self.example is None:
             raise LoweringError("verify=True runs the program, and there are no example inputs: pass example_inputs")
-        return [self.example, *calls_at_bounds(self.signature, self.example, takes), *map(call_of, more)]
+        return [self.example, *calls_at_bounds(self.signature, self.example, self.graph, takes), *map(call_of, more)]
 
     def part(self, graph: GraphModule) -> InductorSource:
         """The source of a part of the graph, which has the same inputs."""

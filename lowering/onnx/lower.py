@@ -97,7 +97,7 @@ def to_onnx(
                 with tempfile.TemporaryDirectory() as folder:
                     options: dict[str, Any] = {"dynamic_shapes": shapes, "target": target, "opset": opset}
                     lower = partial(_lower_part, example=inputs, options=options, folder=Path(folder))
-                    batches = [inputs, *calls_at_bounds(signature, inputs), *map(call_of, verify_inputs)]
+                    batches = [inputs, *calls_at_bounds(signature, inputs, reference), *map(call_of, verify_inputs)]
                     report = _verified(in_file, reference, batches, lower, graph)
     return OnnxProgram(Path(path), report, signature)
 

@@ -93,6 +93,7 @@ def test_the_other_quantizers_too(guest):
         assert found == {"ours": "", "theirs": "", "quantized": count, **equal}, model
 
 
+@pytest.mark.slow
 def test_every_guest_that_imports_is_run():
     others = {key.partition(":")[0] for key in results("others")}
     assert others == set(OTHERS)

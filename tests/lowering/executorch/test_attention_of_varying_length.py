@@ -102,6 +102,7 @@ def test_sizes_that_do_not_vary_are_left():
     assert scores_in_three_dimensions(graph) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [spelled_out, fused])
 def test_one_delegate_that_runs_at_every_length(attention):
     graph, shapes = captured(attention)

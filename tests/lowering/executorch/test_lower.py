@@ -222,6 +222,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 def test_attention_with_masks():
     x, block = torch.randn(1, 6, 16), Block()
     fn = Fn(lambda x, *masks: tuple(block(x, mask) for mask in (None, *masks)))

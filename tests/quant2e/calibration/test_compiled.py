@@ -124,6 +124,7 @@ class Linears(Convs):
 
 
 @pytest.mark.inductor
+@pytest.mark.slow
 def test_packed_weights_give_the_same_statistics_and_are_those_of_now(monkeypatch):
     """Infinities that become NaN, other batch sizes and weights that changed since the last calibration included."""
     torch.manual_seed(0)

@@ -474,6 +474,7 @@ print(json.dumps({case: on_this_rank(case, rank, size) for case in CASES[size]})
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", CASES)
 def test_many_processes_are_one(tmp_path, size):
     """Also when one rank has no data, and when calibration comes twice; and ranks fail together."""

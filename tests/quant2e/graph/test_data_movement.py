@@ -245,6 +245,7 @@ ELSEWHERE = {
     "quantizers/kit/value_source.py": "ops that pick by an index that is data",
     "quantizers/x86/rules.py": "the few reshapes that carry integers to an int8 kernel",
     "lowering/executorch/xnnpack/legalize/split_and_join.py": "splits by how they write their sizes",
+    "lowering/rewrites/layouts.py": "reshapes that need strides, and what each is without them",
 }
 """Files that name three or more ops of the table in one collection, and why they may."""
 

@@ -59,7 +59,13 @@ def xnnpack(per_channel=True):
     return XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=per_channel))
 
 
-@pytest.mark.parametrize("name", OPS)
+IN_EVERY_RUN = ("conv2d relu", "depthwise, hardtanh", "linear", "add relu", "mul", "cat", "moves")
+"""One op of each arithmetic; the others take seconds each in the runtime, and run in the long target."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in OPS]
+)
 def test_ops_agree_with_the_runtime(name):
     function, shape, layers = OPS[name]
     inputs = function.__code__.co_argcount - 1

@@ -740,6 +740,7 @@ print(json.dumps(on_this_rank(rank)))
 """
 
 
+@pytest.mark.slow
 def test_processes_train_together(tmp_path):
     command = [sys.executable, "-c", WORKER, str(Path(__file__).parent), str(tmp_path / "store")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -138,6 +138,7 @@ CODE = """
 """
 
 
+@pytest.mark.slow
 def test_the_same_bytes_over_hash_seeds_threads_and_names(tmp_path):
     hashes = set()
     for seed, threads in ((0, 1), (1, 2), (77, 3)):
