@@ -1,7 +1,7 @@
 # Needs Python 3.11 and make; everything else comes from the package index.
 #
 #   make demo    environment, install, and the main job: a real transformer and a real CNN become int8 programs
-#   make test    environment, install, lint, types and tests with coverage; at most a quarter of an hour on two cores
+#   make test    environment, install, lint, types and tests; at most a quarter of an hour on two cores
 #
 # Both are idempotent. The environment is built once and again only when pyproject.toml changes.
 
@@ -20,7 +20,7 @@ COVERAGE := 85
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "make test-all  make test, and the tests marked slow: long, and they rarely break. Run it before you land a change"
+	@echo "make test-all  make test, and the tests marked slow, with coverage: long, and they rarely break. Run it before you land"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove the environment and everything generated"
@@ -55,13 +55,14 @@ format: $(INSTALLED)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-# For the same reason the tests run even when lint fails. Coverage has a floor when all of them run.
-test: MARKED := -m "not slow"
+# For the same reason the tests run even when lint fails. Coverage, which makes them half as fast, belongs to the long
+# target; it has a floor when all tests run.
+test: MARKED := -m "not slow" $(PYTEST_ARGS)
+test-all: MARKED := --cov --cov-report=term $(or $(PYTEST_ARGS),--cov-fail-under=$(COVERAGE))
 test test-all: $(INSTALLED)
 	@lint=0; $(MAKE) --no-print-directory lint || lint=1; \
 	echo "==> pytest on $(WORKERS) workers"; \
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MARKED) --cov --cov-report=term \
-		$(or $(PYTEST_ARGS),--cov-fail-under=$(COVERAGE)); \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MARKED); \
 	tests=$$?; \
 	[ $$lint = 0 ] || echo "==> lint failed: see above the tests"; \
 	[ $$lint = 0 ] && [ $$tests = 0 ]
