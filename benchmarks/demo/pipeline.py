@@ -85,6 +85,7 @@ def candidates(case: Case, target: Target, phases: Phases) -> list[Candidate]:
                 case.calibration,
                 dynamic_shapes=case.dynamic_shapes,
                 progress=advance,
+                min_sqnr_db=None,  # a scheme that loses the signal is a candidate that does not win
             )
             found.append(Candidate(scheme=scheme, result=result, score=case.score(result)))
     return sorted(found, key=lambda candidate: -candidate.score)
