@@ -13,7 +13,9 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from lowering.signature import Signature
+from quant2e.errors import CaptureError
 from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.inputs import inputs_of
 
 MOST_CORNERS = 8
 """How many combinations of smallest and largest sizes a program is compared at."""
@@ -25,7 +27,7 @@ MOST_ELEMENTS = 2**20
 def corners(signature: Signature, values: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
     """Values of the sizes that vary to compare at: each as small as it may be, and as large. ``values``: flat inputs.
 
-    Instead of a largest size whose inputs would be too large to run on, one of twice the example's.
+    Instead of a largest size whose inputs would be too large to run on: 64, twice the example's, or the example's own.
     """
     elements = sum(value.numel() for value in values if isinstance(value, Tensor))
     most = max(MOST_ELEMENTS, 2 * elements)
@@ -33,7 +35,7 @@ def corners(signature: Signature, values: Sequence[Any]) -> tuple[tuple[int, ...
     for size, (low, high) in zip(signature.sizes(values), signature.symbols.values(), strict=True):
         candidates = (min(high, limit) for limit in (high, 64, 2 * size, size))
         largest = next(n for n in candidates if elements * n <= most * max(size, 1))
-        ends.append(tuple(dict.fromkeys((max(int(low), 1), int(largest)))))
+        ends.append(tuple(dict.fromkeys((int(max(low, 1)), int(largest)))))
     return tuple(itertools.islice(itertools.product(*ends) if ends else (), MOST_CORNERS))
 
 
@@ -46,21 +48,18 @@ def calls_at_bounds(
     """
     values = signature.flatten(*example)
     found = (signature.resized(values, sizes) for sizes in filter(wanted, corners(signature, values)))
-    return [signature.structured(resized) for resized in found if _takes(reference, resized)]
+    return [call for call in map(signature.structured, found) if _takes(reference, call)]
 
 
-def _takes(reference: Any, values: Sequence[Any]) -> bool:
-    """Whether none of the sizes that a graph was captured with, and that are fixed in it, is another one."""
+def _takes(reference: Any, call: Call) -> bool:
+    """Whether a graph was captured for such inputs."""
     if not isinstance(reference, GraphModule):
         return True
-    captured = [node.meta.get("val") for node in reference.graph.nodes if node.op == "placeholder"]
-    pairs = zip(captured, values, strict=False)
-    return all(
-        not isinstance(known, Tensor)
-        or not isinstance(value, Tensor)
-        or all(type(size) is not int or size == given for size, given in zip(known.shape, value.shape, strict=False))
-        for known, value in pairs
-    )
+    try:
+        inputs_of(reference).check(*call)
+    except CaptureError:
+        return False
+    return True
 
 
 @contextmanager

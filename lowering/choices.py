@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from lowering.parts import returning
-from lowering.state import Apart, State, initial_state_of, own_graph
+from lowering.state import Apart, State, initial_state_of
 from lowering.verify import Bound, Tally, Verification, compare_within_noise, measure, scale_at
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call
@@ -65,7 +65,7 @@ def choices_in(graph: GraphModule) -> list[Node]:
 def compare_as_chosen(
     program: Callable[..., Any],
     reference: Any,
-    graph: Any,
+    graph: GraphModule,
     batches: Sequence[Call],
     lower: Lower,
     bound: Bound | None = None,
@@ -76,7 +76,7 @@ def compare_as_chosen(
     its choices; each has to be within the bound of the graph's own.
     """
     found = compare_within_noise(program, reference, batches, bound)
-    chosen = [] if found.passed or not isinstance(graph, GraphModule) else choices_in(graph)
+    chosen = [] if found.passed else choices_in(graph)
     if not chosen:
         return found
     try:
@@ -103,9 +103,9 @@ class Choosing(Apart):
         bound: Bound,
         start: State | None = None,
     ) -> None:
-        own = own_graph(graph, start)
-        super().__init__(own)
-        self._graph = own
+        super().__init__(graph, start)
+        assert isinstance(self.model, GraphModule)
+        self._graph = self.model
         self._chosen = {node.name: _op(node) for node in chosen}
         self._chooser = chooser
         self._bound = bound

@@ -157,7 +157,6 @@ def up_to(graph: GraphModule, last: Node) -> tuple[GraphModule, list[Node]]:
 def _values(graph: GraphModule, kept: set[Node]) -> Iterator[Node]:
     """Tensors that nodes outside of ``kept`` read; it grows by their quantize and dequantize."""
     constant = Constants(graph.graph)
-    seen: set[Node] = set()
     for node in graph.graph.nodes:
         outside = [user for user in node.users if user not in kept]
         if node not in kept or not outside or node in constant or node.op in ("get_attr", "placeholder"):
@@ -171,9 +170,7 @@ def _values(graph: GraphModule, kept: set[Node]) -> Iterator[Node]:
         elif all(user.target in QUANTIZE and _static(user) for user in outside):
             kept.update(outside)
             continue
-        if node not in seen:
-            seen.add(node)
-            yield node
+        yield node
 
 
 def _static(quantize: Node) -> bool:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.errors import CaptureError, LoweringError
 from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.dynamic_shapes import bounds_of
 from quant2e.graph.captured.inputs import inputs_of
 
 
@@ -224,15 +225,13 @@ class TensorInput:
 
 def check_bounded(exported: ExportedProgram) -> None:
     """Raise `LoweringError` naming every dynamic size of an input that has no upper bound: memory is planned for it."""
-    from torch.utils._sympy.numbers import int_oo  # loads sympy, which importing lowering does not
-
     names = set(exported.graph_signature.user_inputs)
     open_ended = [
         f"dimension {dim} of '{node.name}'"
         for node in exported.graph.nodes
         if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor)
         for dim, size in enumerate(node.meta["val"].shape)
-        if isinstance(size, SymInt) and _upper(exported, size) == int_oo
+        if isinstance(size, SymInt) and bounds_of(size, exported.range_constraints)[1] is None
     ]
     if open_ended:
         raise LoweringError(
@@ -242,9 +241,13 @@ def check_bounded(exported: ExportedProgram) -> None:
         )
 
 
-def _upper(exported: ExportedProgram, size: SymInt) -> Any:
-    found = exported.range_constraints.get(size.node.expr)
-    return found.upper if found is not None else size.node.shape_env.bound_sympy(size.node.expr).upper
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor of that shape, as a new one has them."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
 
 
 def _laid_out(value: Tensor, memory_format: torch.memory_format) -> Tensor:
@@ -252,10 +255,8 @@ def _laid_out(value: Tensor, memory_format: torch.memory_format) -> Tensor:
     if 1 not in value.shape:
         return value
     order = (0, 2, 3, 1) if memory_format is torch.channels_last else tuple(range(value.dim()))
-    strides, step = [0] * value.dim(), 1
-    for dim in reversed(order):
-        strides[dim], step = step, step * value.shape[dim]
-    return value.as_strided(value.shape, strides)
+    strides = dict(zip(order, contiguous_strides([value.shape[dim] for dim in order]), strict=True))
+    return value.as_strided(value.shape, [strides[dim] for dim in range(value.dim())])
 
 
 def _resized(value: Tensor, shape: Sequence[int | torch.SymInt], known: Mapping[Any, int]) -> Tensor:

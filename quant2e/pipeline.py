@@ -21,7 +21,7 @@ from quant2e.calibration.calibrate import Progress, batch_count, calibrate
 from quant2e.calibration.range_selection import collapsed, select_ranges
 from quant2e.convert.convert import converted_graph
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
-from quant2e.graph.captured.calls import Call, call_of, positional_inputs
+from quant2e.graph.captured.calls import Call, positional_inputs
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
 from quant2e.graph.captured.module import copy_graph
@@ -122,16 +122,9 @@ def quantize(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
-    held_out: list[Any] = [Call(positional, dict(kwargs or {}))]
-    measured_on = "the example inputs"
-    notes: list[str] = []
+    held_out, measured_on, notes = [Call(positional, dict(kwargs or {}))], "the example inputs", list[str]()
     if calibration_data is not None:
-        stream = _HoldOut(calibration_data)
-        calibrate(prepared, stream, progress=progress)
-        held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
-        notes = collapsed(select_ranges(prepared, held_out[:_SELECT_RANGES_ON]))
-        kind = "held-out batch" if stream.separate else "calibration batch"
-        measured_on = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
+        held_out, measured_on, notes = _calibrated(prepared, calibration_data, progress)
     converted = _converted(prepared, use_reference_representation, int8_io)
     record = record_of(converted)
     sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out)
@@ -156,6 +149,18 @@ def quantize(
     )
 
 
+def _calibrated(
+    prepared: GraphModule, data: Iterable[Any], progress: Progress | None
+) -> tuple[list[Call], str, list[str]]:
+    """Calibrate and choose ranges, in place; the held-out batches, what they are in words, and notes for the report."""
+    stream = _HoldOut(data)
+    calibrate(prepared, stream, progress=progress)
+    held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
+    notes = collapsed(select_ranges(prepared, held_out[:_SELECT_RANGES_ON]))
+    kind = "held-out batch" if stream.separate else "calibration batch"
+    return held_out, f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}", notes
+
+
 def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:
     if not int8_io:
         return converted_graph(prepared, reference)
@@ -165,9 +170,9 @@ def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphMo
     return to_integer(converted) if reference else converted
 
 
-def _check_float(model: GraphModule, held_out: list[Any], source: str) -> None:
+def _check_float(model: GraphModule, held_out: list[Call], source: str) -> None:
     """Raise `CalibrationError` when the float model itself returns NaN: there is no signal to compare with."""
-    for index, call in enumerate(map(call_of, held_out)):
+    for index, call in enumerate(held_out):
         args, kwargs = call.copied()
         with torch.no_grad(), IsolatedRandomness():
             leaves = pytree.tree_leaves(model(*args, **kwargs))

@@ -104,9 +104,10 @@ def to_executorch(
     other partitioner sees the ops of the model whole.
     A graph that takes or returns integers (`quant2e.with_quantized_io`) becomes a program that does, and the file
     publishes their parameters: see ``program.constants``.
-    ``verify``: run the program in the runtime on the example inputs and on ``verify_inputs``, and compare it with the
-    Q/DQ graph. Raises `LoweringError` when ExecuTorch is missing, when the graph holds what the target cannot run,
-    when an op has no kernel in the runtime, and when the program disagrees with its graph.
+    ``verify``: run the program in the runtime on the example inputs, also with the smallest and largest sizes that
+    vary, and on ``verify_inputs``, and compare it with the Q/DQ graph. Raises `LoweringError` when ExecuTorch is
+    missing, when the graph holds what the target cannot run, when an op has no kernel in the runtime, and when the
+    program disagrees with its graph.
     """
     given = {
         "example_inputs": example_inputs,
@@ -131,20 +132,7 @@ def to_executorch(
         )
     if verify:
         for name, method in program.methods.items():
-            one = prepared[name]
-            batches = [
-                one.example,
-                *calls_at_bounds(one.signature, one.example, one.reference),
-                *map(call_of, per_method[name]["verify_inputs"]),
-            ]
-            lower = partial(
-                to_executorch,
-                example_inputs=one.example,
-                dynamic_shapes=one.shapes,
-                partitioners=partitioners,
-                verify=False,
-            )
-            method.report = _verified(method, one, batches, lower)
+            method.report = _verified(method, prepared[name], per_method[name]["verify_inputs"], partitioners)
     return program
 
 
@@ -205,8 +193,17 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     )
 
 
-def _verified(method: Method, prepared: _Prepared, batches: list[Call], lower: Lower) -> ExecuTorchReport:
-    """The report with the comparisons; raises `LoweringError` when one is beyond its bound. ``lower``: of a part."""
+def _verified(
+    method: Method, prepared: _Prepared, more: Iterable[Any], partitioners: Sequence[Any] | None
+) -> ExecuTorchReport:
+    """The report with the comparisons, on the example, at the ends of sizes that vary, and on ``more``.
+
+    ``partitioners``: as given by the user, for lowering parts. Raises `LoweringError` when one is beyond its bound.
+    """
+    example = prepared.example
+    batches = [example, *calls_at_bounds(prepared.signature, example, prepared.reference), *map(call_of, more)]
+    options: dict[str, Any] = {"dynamic_shapes": prepared.shapes, "partitioners": partitioners}
+    lower: Lower = partial(to_executorch, example_inputs=example, verify=False, **options)
     what = "the ExecuTorch program"
     if method.name != FORWARD:
         what = f"the method '{method.name}' of {what}"

@@ -118,7 +118,8 @@ def to_inductor(
     ``model``: a QuantizedModel, or a captured GraphModule (Q/DQ or float). ``example_inputs``: a tensor, a tuple of
     positional inputs or a dict of keyword inputs; those of the QuantizedModel by default. ``dynamic_shapes``: as in
     ``torch.export``; needed only where the graph was captured without them. ``verify``: run the program and the
-    graph on the example inputs and on ``verify_inputs``, and raise when they differ by more than `BOUND` allows.
+    graph on the example inputs, also with the smallest and largest sizes that vary, and on ``verify_inputs``, and raise
+    when they differ by more than `BOUND` allows.
     ``engines``: what computes each product. ``"measured"`` times the engines on each shape, on this machine;
     ``"onednn"`` and ``"float"`` are one engine for all; a dict from op names to engines decides for those ops.
     The report has the choices and the times.

@@ -63,8 +63,8 @@ def to_onnx(
     ``target``: ``"onnxruntime"`` (u8 activations, s8 weights, int32 biases) or ``"tensorrt"`` (s8 with zero points of
     0, float biases; a graph that is not so is refused). ``opset``: the version of ONNX, 17 to 23. Before 21 it has no
     integers of 16 bits, and none of 4, so that weights of 4 bits take 8 in the file. ``verify``: run the file in
-    onnxruntime on the example inputs and on ``verify_inputs``, compare it with the Q/DQ graph, and list what ran on
-    integers.
+    onnxruntime on the example inputs, also with the smallest and largest sizes that vary, and on ``verify_inputs``,
+    compare it with the Q/DQ graph, and list what ran on integers.
     A graph that takes or returns integers becomes a file that does; its metadata has their parameters, named as in a
     ``.pte`` file: ``forward_input0_scale`` and so on.
 

@@ -54,12 +54,6 @@ class _Pool:
         """Whether every runtime knows it: padding counts for all windows, or for none."""
         return not self.ceil_mode and self.divisor in (None, self.window)
 
-    @property
-    def has_one_divisor(self) -> bool:
-        """Whether all windows are divided by the same number, whatever the size of the input."""
-        counts = self.counts_padding or not any(self.padding)
-        return self.divisor is not None or (counts and not self.ceil_mode)
-
 
 def plain_average_pools(module: GraphModule) -> int:
     """Rewrite average pools that are not plain; returns how many.
@@ -97,7 +91,7 @@ def _rewritten(module: GraphModule, node: Node, pool: _Pool) -> Node:
     x, dims = operand(node, 0), len(pool.kernel)
     image = shape_of(x)[-dims:]
     fixed = [size for size in image if isinstance(size, int)]
-    if len(fixed) < dims and (pool.ceil_mode or not pool.has_one_divisor):
+    if len(fixed) < dims and pool.ceil_mode:
         raise LoweringError(
             f"{where(node)} averages over windows that hang over the edge, of an image whose size varies: how many "
             "values each of them holds is not known in advance. Use ceil_mode=False, or fix the size of the image"
@@ -108,8 +102,8 @@ def _rewritten(module: GraphModule, node: Node, pool: _Pool) -> Node:
     target: Any = node.target
     plain = emit(node, target, padded, list(pool.kernel), list(pool.stride))
     dtype = node.meta["val"].dtype
-    if pool.has_one_divisor:
-        factor = torch.tensor(pool.window / (pool.divisor or pool.window), dtype=dtype)
+    if pool.divisor is not None:
+        factor = torch.tensor(pool.window / pool.divisor, dtype=dtype)
     else:
         factor = _factors(node, pool, fixed, edges).to(dtype)
     return emit(node, aten.mul.Tensor, plain, emit_constant(module, node, f"{node.name}_factor", factor))
@@ -125,7 +119,6 @@ def _factors(node: Node, pool: _Pool, image: Sequence[int], edges: Sequence[int]
     """For each window, its size by what its sum is divided by."""
     _, average = _POOLS[node.target]
     ones = torch.ones(1, 1, *image, dtype=torch.float64)
-    options: dict[str, Any] = {} if pool.divisor is None else {"divisor_override": pool.divisor}
-    wanted = average(ones, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.counts_padding, **options)
+    wanted = average(ones, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.counts_padding)
     plain = average(F.pad(ones, list(edges)), pool.kernel, pool.stride)
     return (wanted / plain)[0, 0]

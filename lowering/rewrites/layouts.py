@@ -10,7 +10,6 @@ transposed views. A view of such a tensor needs its strides, which a rewrite, or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lowering.signature import contiguous_strides
 from quant2e.graph.attributes import register_tensor, tensor_at
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.dataflow import operand, set_operand
@@ -89,15 +89,6 @@ def contiguous(value: Tensor) -> Tensor:
     if value.stride() == contiguous_strides(value.shape):
         return value
     return value.clone(memory_format=torch.contiguous_format)
-
-
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor of that shape, as a new one has them."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def contiguous_call(call: Call) -> Call:

@@ -16,7 +16,7 @@ from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 from quant2e.isolation import IsolatedRandomness
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import is_observer_call
 from quant2e.ranges.sqnr import sqnr_db
 
 _CLEAN_DB = 60.0
@@ -99,7 +99,7 @@ class _Results(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """The value of ``n``."""
-        if n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX):
+        if is_observer_call(n):
             return self.env[n.all_input_nodes[0]]
         result = super().run_node(n)
         if isinstance(result, Tensor) and result.is_floating_point():

@@ -39,13 +39,14 @@ def check_count(num_batches: Any) -> None:
         )
 
 
-def check_kind(batch: Any, name: str) -> None:
-    """Raise `CalibrationError` for something that is no input of a model: text, a number, an object."""
+def check_kind(batch: Any, name: str) -> Call:
+    """``batch`` as a call. Raises `CalibrationError` for what is no input of a model: text, a number, an object."""
     if not isinstance(batch, (Tensor, tuple, list, Mapping)):
         raise CalibrationError(
             f"{name} is a {type(batch).__name__}; give a tensor, a tuple of positional inputs "
             "or a dict of keyword inputs"
         )
+    return call_of(batch)
 
 
 def check_batch(batch: Any, name: str) -> Call:
@@ -54,8 +55,7 @@ def check_batch(batch: Any, name: str) -> Call:
 
     -inf is an ordinary value of a mask. Tensors behind a device's queue are not read: their observers count.
     """
-    check_kind(batch, name)
-    call = call_of(batch)
+    call = check_kind(batch, name)
     for place, leaf in _named_leaves(call):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() and on_host(leaf):
             low, high = (float(extreme) for extreme in torch.aminmax(leaf.detach()))
@@ -66,10 +66,9 @@ def check_batch(batch: Any, name: str) -> Call:
 
 
 def _named_leaves(call: Call) -> Iterator[tuple[str, Any]]:
-    for key, leaf in pytree.tree_leaves_with_path(list(call.args)):
-        yield f"its input {pytree.keystr(key)}", leaf
-    for key, leaf in pytree.tree_leaves_with_path(dict(call.kwargs)):
-        yield f"its input {pytree.keystr(key)}", leaf
+    for part in (list(call.args), dict(call.kwargs)):
+        for key, leaf in pytree.tree_leaves_with_path(part):
+            yield f"its input {pytree.keystr(key)}", leaf
 
 
 def sample_count(leaves: Iterable[Any]) -> int:

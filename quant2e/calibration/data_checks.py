@@ -17,7 +17,6 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from quant2e.calibration.batches import FEW_SAMPLES, check_count, check_iterable, check_kind, sample_count
 from quant2e.errors import CalibrationError, where
-from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.captured.capture import as_graph_module
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.mutation import own_written_tensors
@@ -125,7 +124,7 @@ def check_data(model: GraphModule | ExportedProgram, data: Iterable[Any], num_ba
     for batch in data:
         if num_batches is not None and done >= num_batches:
             break
-        inputs = flat_inputs(graph, _as_call(batch, done))
+        inputs = flat_inputs(graph, check_kind(batch, f"batch {done} of the data"))
         samples += sample_count(inputs)
         with torch.no_grad(), randomness:
             watcher.run(*inputs, enable_io_processing=False)
@@ -137,11 +136,6 @@ def check_data(model: GraphModule | ExportedProgram, data: Iterable[Any], num_ba
         text = f"only {samples} samples in {done} batches: ranges will be too narrow; about 100 are usually enough"
         few.append(DataFinding("few", "", text))
     return DataReport((*few, *watcher.findings(done)), done, samples)
-
-
-def _as_call(batch: Any, index: int) -> Call:
-    check_kind(batch, f"batch {index} of the data")
-    return call_of(batch)
 
 
 @dataclass(slots=True)

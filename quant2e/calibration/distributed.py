@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from quant2e.calibration.statistics import fingerprint, measuring, observers_of, put
 from quant2e.errors import CalibrationError
+from quant2e.observers.data_parallel import is_distributed
 from quant2e.observers.measuring import UniformQuantizationObserverBase
 from quant2e.ranges.histogram import widen, windows
 from quant2e.ranges.minmax import MovingAverage
@@ -31,7 +32,7 @@ _FINGERPRINT_BITS = 62
 
 def world() -> int:
     """How many processes calibrate together; 1 without ``torch.distributed``."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def check_mergeable(prepared: GraphModule) -> None:

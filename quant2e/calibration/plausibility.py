@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from quant2e.graph.fake_values import node_tensor
 from quant2e.observers.uniform import UniformQuantizationObserverBase
 from quant2e.ranges.histogram import Histogram
 from quant2e.ranges.minmax import TALLY, MinMax, MovingAverage
@@ -118,8 +119,7 @@ def observed_values(prepared: GraphModule) -> dict[str, Tensor]:
     """What each observer of a graph looks at, as the graph's (fake) values have it, by the observer's name."""
     found: dict[str, Tensor] = {}
     for node in prepared.graph.nodes:
-        source = node.args[0] if node.op == "call_module" and node.args else None
-        value = source.meta.get("val") if isinstance(source, Node) else None
-        if isinstance(value, Tensor):
+        value = node_tensor(node.args[0]) if node.op == "call_module" and node.args else None
+        if value is not None:
             found.setdefault(str(node.target), value)
     return found

@@ -25,7 +25,7 @@ from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.effects import is_random, writes
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.isolation import IsolatedRandomness
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import is_observer_call, observed
 from quant2e.observers.measuring import HistogramObserver
 from quant2e.ranges.qparams import fake_quantize_per_tensor
 from quant2e.ranges.sqnr import sqnr_db
@@ -169,7 +169,7 @@ class _Comparison(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """The float value of ``n``."""
-        if _is_observer(n):
+        if is_observer_call(n):
             value = self.env[n.all_input_nodes[0]]
             self._check(n, value)
             ranges = self._observers.get(str(n.target))
@@ -181,7 +181,7 @@ class _Comparison(Interpreter):
         result = super().run_node(n)
         if n.op == "call_function" and not writes(n) and not is_random(n):
             for operand in n.all_input_nodes:
-                ranges = self._observers.get(str(operand.target)) if _is_observer(operand) else None
+                ranges = self._observers.get(str(operand.target)) if is_observer_call(operand) else None
                 if ranges is not None:
                     self._run_candidates(n, operand, ranges, result)
         return result
@@ -189,7 +189,7 @@ class _Comparison(Interpreter):
     def _check(self, call: Node, value: Tensor) -> None:
         if bool((torch.isnan(value) | torch.isposinf(value)).any()):
             raise CalibrationError(
-                f"held-out batch {self.batch} brings NaN or +inf to the output of {where(_observed(call))}: "
+                f"held-out batch {self.batch} brings NaN or +inf to the output of {where(observed(call))}: "
                 "no range can be compared on it; look at that batch and at the model"
             )
 
@@ -209,20 +209,9 @@ class _Comparison(Interpreter):
         _count(ranges, operand)
 
 
-def _is_observer(node: Node) -> bool:
-    return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
-
-
 def _count(ranges: _CandidateRanges, call: Node) -> None:
-    ranges.tensor = ranges.tensor or f"the output of {where(_observed(call))}"
+    ranges.tensor = ranges.tensor or f"the output of {where(observed(call))}"
     ranges.judged += 1
-
-
-def _observed(call: Node) -> Node:
-    source = call.all_input_nodes[0]
-    while _is_observer(source):
-        source = source.all_input_nodes[0]
-    return source
 
 
 def _quantized(ranges: _CandidateRanges, value: Tensor) -> Iterator[tuple[_CandidateRange, Tensor]]:

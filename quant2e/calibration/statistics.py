@@ -27,7 +27,7 @@ from quant2e.documents.schema import from_record, of_format
 from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.module import copy_graph
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import OBSERVER_PREFIX, inner_observer
 from quant2e.observers.measuring import (
     HistogramObserver,
     PerChannelHistogramObserver,
@@ -53,7 +53,7 @@ def observers_of(prepared: GraphModule) -> dict[str, Any]:
     found = {}
     for name, module in prepared.named_children():
         if name.startswith(OBSERVER_PREFIX):
-            found[name] = getattr(module, "activation_post_process", module)
+            found[name] = inner_observer(module)
     return found
 
 

@@ -22,7 +22,7 @@ from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.fake_values import FakeValueCache
 from quant2e.graph.mutation import own_tensors, own_written_tensors
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import is_observer_call
 from quant2e.observers.encodings import RoundedConstant
 from quant2e.observers.measuring import searchable
 from quant2e.passes import run
@@ -94,7 +94,7 @@ def converted_graph(
     gm = copy_graph(prepared, compiled=False)
     trained = FUSED in gm.meta
     notes = end_training(gm) if trained else []
-    calls = [n for n in gm.graph.nodes if n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX)]
+    calls = [node for node in gm.graph.nodes if is_observer_call(node)]
     record = prepared.meta.get(RECORD_KEY)
     if not calls and not isinstance(record, GraphRecord):
         raise Quant2eError("this model has no observers: call prepare_pt2e on it, calibrate, and then convert")

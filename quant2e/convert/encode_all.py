@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.convert.losses import Loss, activation_loss, constant_loss, vanishes
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.constants import Constants, evaluate
+from quant2e.observers.base import inner_observer, observed
 from quant2e.observers.encodings import (
     Encoding,
     PerChannelEncoding,
@@ -50,7 +50,7 @@ def _raise_for(gm: GraphModule, failures: Mapping[Node, str]) -> None:
 
     def reached(call: Node) -> tuple[int, int]:
         """A parameter is reached by its first reader."""
-        source = _source(call)
+        source = observed(call)
         return (
             (position[next(iter(call.users))], 0) if source.op == "get_attr" and call.users else (position[source], 1)
         )
@@ -76,7 +76,7 @@ def losses_of(
         encoding = encodings[str(call.target)]
         if not isinstance(encoding, PerTensorEncoding | PerChannelEncoding | PerGroupEncoding):
             continue
-        source, observer = call.all_input_nodes[0], _observer(gm, call)
+        source, observer = call.all_input_nodes[0], inner_observer(gm.get_submodule(str(call.target)))
         constant = source in constants
         loss = constant_loss(evaluate(gm, source), encoding) if constant else activation_loss(observer, encoding)
         if (loss is not None and loss.gone) or (not constant and vanishes(observer, encoding)):
@@ -107,35 +107,19 @@ def notes_of(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encodin
     for call in calls:
         first.setdefault(str(call.target), call)
     for name, call in first.items():
-        observer = _observer(gm, call)
+        observer = inner_observer(gm.get_submodule(str(call.target)))
         if encodings[name] is None:
             continue
         if callable(remark := getattr(observer, "remark", None)) and (said := remark()):
             notes.append(said)
-        masked = getattr(observer, "masked_count", None)
-        if isinstance(masked, torch.Tensor):
-            masked = int(masked)
-        if isinstance(masked, int) and masked > 0:
+        if (masked := getattr(observer, "masked_count", 0)) > 0:
             notes.append(f"{_place(call)}: {masked} masked values (-inf or a mask's sentinel) left out of the range")
     return notes
 
 
-def _observer(gm: GraphModule, call: Node) -> Any:
-    """The observer that is called, or the one inside a fake-quantize module."""
-    module: Any = gm.get_submodule(str(call.target))
-    return getattr(module, "activation_post_process", module)
-
-
-def _source(call: Node) -> Node:
-    source = call.all_input_nodes[0]
-    while source.op == "call_module" and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    return source
-
-
 def _place(call: Node) -> str:
     """The observed tensor, and the ops on both sides of it."""
-    source = _source(call)
+    source = observed(call)
     users = [user for user in call.users if user.op == "call_function"]
     if source.op == "call_function" or not users:
         return f"the output of {where(source)}"

@@ -13,12 +13,12 @@ from quant2e.annotation.parameter_rules import PARAMETER_RULES
 from quant2e.errors import PassError, where
 from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import is_observer_call
 from quant2e.passes.split_dequantize import consumers
 
 
 def _no_observer_left(node: Node) -> str | None:
-    if node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX):
+    if is_observer_call(node):
         return "an observer is left in the graph"
     return None
 
@@ -48,10 +48,9 @@ def _one_consumer(node: Node) -> str | None:
 LEGAL: tuple[tuple[str, Callable[[Node], str | None]], ...] = (
     ("no observer is left", _no_observer_left),
     ("only float tensors are quantized", _quantizes_float),
-    *PARAMETER_RULES[:2],
     ("a dequantize undoes its quantize", _dq_undoes_q),
     ("one consumer per dequantize", _one_consumer),
-    *PARAMETER_RULES[2:],
+    *PARAMETER_RULES,
 )
 """The rules of a legal Q/DQ graph."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.errors import where
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.observers.derived import DerivedObserver
@@ -69,7 +70,9 @@ def _moved(gm: GraphModule, call: Node, encodings: Mapping[str, Encoding | None]
     unit = torch.as_tensor(encoding.scale, dtype=torch.float64, device=value.device)
     away = (_converted(value.float(), encoding).double() - value).abs()
     low, high = (
-        (-(2**31), 2**31 - 1) if isinstance(encoding, RoundedConstant) else (encoding.quant_min, encoding.quant_max)
+        INTEGER_BOUNDS[torch.int32]
+        if isinstance(encoding, RoundedConstant)
+        else (encoding.quant_min, encoding.quant_max)
     )
     steps = value / unit
     cut = int(((steps < low - 0.5) | (steps > high + 0.5)).sum())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -95,7 +95,6 @@ def _at(place: str, read: _Read, value: Any) -> Any:
 def _fields(kind: Any) -> Mapping[str, _Read]:
     hints = typing.get_type_hints(kind)
     own = [field for field in fields(kind) if field.init]
-    assert all(field.default is not MISSING or field.name in hints for field in own)
     return {field.name: _reader(hints[field.name]) for field in own}
 
 

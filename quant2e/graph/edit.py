@@ -88,6 +88,13 @@ def emit(place: Node, target: Callable[..., Any], /, *args: Any, **kwargs: Any) 
     return node
 
 
+def emit_behind(last: Node, origin: Node, target: Callable[..., Any], /, *args: Any) -> Node:
+    """A call of ``target`` on ``last`` right behind it, with the origin of ``origin`` and a ``val`` of its own."""
+    node = insert_call(last.next, target, (last, *args), origin=origin)
+    node.meta["val"] = value_of_call(node)
+    return node
+
+
 def emit_read(gm: GraphModule, place: Node, path: str, *, origin: Node | None = None) -> Node:
     """A ``get_attr`` of a tensor of ``gm`` right before ``place``, on behalf of ``origin`` or of ``place``."""
     with place.graph.inserting_before(place):

@@ -9,11 +9,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from quant2e.observers.keywords import check_keywords, check_when_made
 
 OBSERVER_PREFIX = "activation_post_process_"
 """Submodules of this name are observers: the name that tools of the ecosystem look for."""
+
+
+def is_observer_call(node: Node) -> bool:
+    """Whether a node of a prepared graph calls an observer or a fake-quantizer."""
+    return node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
+
+
+def observed(node: Node) -> Node:
+    """What a node stands for without the observers in front of it: the observed tensor of a call of an observer."""
+    while is_observer_call(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def inner_observer(observer: Any) -> Any:
+    """The observer inside a fake-quantize module; the observer itself otherwise."""
+    return getattr(observer, "activation_post_process", observer)
 
 
 class ObserverFactory:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quant2e.annotation.plan import DerivedFrom
 from quant2e.annotation.specs import INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
-from quant2e.observers.encodings import saw_no_data
+from quant2e.observers.encodings import integer_range, saw_no_data
 from quant2e.observers.fake_quant import FakeQuantize
 from quant2e.observers.straight_through import fake_quantize, round_to_grid
 
@@ -56,13 +56,13 @@ class DerivedFakeQuantize(DerivedObserver):
             scale, zero_point = self.derive([_InUse(source) for source in self.sources])
         if self.dtype == torch.float32:
             return round_to_grid(x, torch.as_tensor(scale).flatten())
-        low, high = INTEGER_BOUNDS[self.dtype]
+        low, high = integer_range(self)
         return fake_quantize(
             x,
             torch.as_tensor(scale).flatten(),
             torch.as_tensor(zero_point).flatten(),
-            low if self.quant_min is None else self.quant_min,
-            high if self.quant_max is None else self.quant_max,
+            low,
+            high,
             axis=self.ch_axis if self.qscheme in PER_CHANNEL_SCHEMES else None,
         )
 

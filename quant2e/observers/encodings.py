@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant2e.annotation.specs import INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import CalibrationError
+from quant2e.observers.base import inner_observer
 
 _STORAGE = {torch.quint8: torch.uint8, torch.qint8: torch.int8, torch.qint32: torch.int32}
 _FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
@@ -104,12 +105,8 @@ Encoding = (
 )
 
 
-def _inner(observer: Any) -> Any:
-    """The observer inside a fake-quantize module; the observer itself otherwise."""
-    return getattr(observer, "activation_post_process", observer)
-
-
-def _range(observer: Any) -> tuple[int, int]:
+def integer_range(observer: Any) -> tuple[int, int]:
+    """The integers that an observer asks for: its own bounds, or those of its dtype."""
     dtype = _STORAGE.get(observer.dtype, observer.dtype)
     low, high = INTEGER_BOUNDS.get(dtype, (0, 0))
     quant_min, quant_max = getattr(observer, "quant_min", None), getattr(observer, "quant_max", None)
@@ -124,7 +121,7 @@ def saw_no_data(observer: Any) -> bool:
     sources = getattr(observer, "sources", None)
     if isinstance(sources, list):
         return any(saw_no_data(source) for source in sources)
-    observer = _inner(observer)
+    observer = inner_observer(observer)
     observed = getattr(observer, "observed", None)
     if isinstance(observed, bool):
         return not observed
@@ -151,7 +148,7 @@ def encode(observer: Any) -> Encoding | None:
         return _on_grid(observer)
     if dtype not in INTEGER_BOUNDS and dtype not in _FLOAT8:
         return None
-    quant_min, quant_max = _range(observer)
+    quant_min, quant_max = integer_range(observer)
     if getattr(observer, "is_dynamic", False):
         return _dynamic(observer, dtype, quant_min, quant_max)
     if not callable(getattr(observer, "calculate_qparams", None)):
@@ -193,7 +190,7 @@ def _static(
     observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int
 ) -> PerTensorEncoding | PerChannelEncoding | PerGroupEncoding:
     # An observer that saw NaN only has words of its own for it.
-    if saw_no_data(observer) and not getattr(_inner(observer), "total", 0):
+    if saw_no_data(observer) and not getattr(inner_observer(observer), "total", 0):
         raise CalibrationError("it saw no data, so its range is unknown; run calibration batches that reach it")
     scale, zero_point = observer.calculate_qparams()
     scale = torch.as_tensor(scale).detach()
@@ -203,7 +200,7 @@ def _static(
             f"its range gives a scale of {_extreme(scale)}, which is not a positive, finite number; "
             "look for NaN or infinity in the calibration data or the weights"
         )
-    if group_size := getattr(_inner(observer), "group_size", None):
+    if group_size := getattr(inner_observer(observer), "group_size", None):
         return PerGroupEncoding(
             scale=scale.clone(),
             zero_point=zero_point.to(torch.int32, copy=True),

@@ -139,8 +139,7 @@ def norms_behind_products(gm: GraphModule) -> int:
             continue
         last = operand(norm, "input")
         (first,) = mac.users
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            set_operand(norm, name, _before(gm, operand(norm, name), first))
+        _parameters_before(gm, norm, first)
         norm.replace_all_uses_with(last)
         axis, source = channel_axis(mac), mac
         first.prepend(norm)
@@ -181,9 +180,7 @@ class _Folded:
 def _fuse(gm: GraphModule, pair: TrainableNorm, made: dict[tuple[Any, ...], _Folded]) -> FusedNorm:
     mac, norm, result = pair.mac, pair.norm, pair.result
     weight, bias = operand(mac, "weight"), operand(mac, "bias")
-    parameters = {name: _before(gm, operand(norm, name), mac) for name in _PARAMETERS}
-    for name, node in parameters.items():
-        set_operand(norm, name, node)
+    parameters = _parameters_before(gm, norm, mac)
     key = (weight, bias, *parameters.values(), operand(norm, "eps"), _layout(mac))
     if key not in made:
         before = mac.prev
@@ -215,6 +212,14 @@ def _fuse(gm: GraphModule, pair: TrainableNorm, made: dict[tuple[Any, ...], _Fol
 
 
 _PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _parameters_before(gm: GraphModule, norm: Node, place: Node) -> dict[str, Node | None]:
+    """Let a norm read its parameters in front of ``place``; the reads, by operand."""
+    found = {name: _before(gm, operand(norm, name), place) for name in _PARAMETERS}
+    for name, node in found.items():
+        set_operand(norm, name, node)
+    return found
 
 
 def _between(first: Node, last: Node) -> Iterator[Node]:

@@ -3,8 +3,9 @@
     y = conv(x, w)        =>        y = conv(obs0(x), obs1(w)); obs2(y)
 
 After each tensor come the observer of its own output group, which all its users then read, and behind it one observer
-for each other group among its uses. Both edits of the graph, this one and `quant2e.convert.insert_qdq`, follow the same
-plan.
+for each other group among its uses. Derived parameters are the exception: their call stands in front of the consumer,
+behind the observers of its other operands. Both edits of the graph, this one and `quant2e.convert.insert_qdq`, follow
+the same plan.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError
 from quant2e.graph.attributes import first_free
 from quant2e.graph.edit import NO_GRAD, set_origin, stands_for
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import OBSERVER_PREFIX, observed
 from quant2e.observers.derived import DerivedFakeQuantize, DerivedObserver, is_fake_quantizer
 from quant2e.observers.fake_quant import FixedQParamsFakeQuantize
 from quant2e.observers.measuring import FixedQParamsObserver
@@ -189,9 +190,4 @@ def observe(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Module]) -> 
 
 def _sources(node: Node) -> list[str]:
     """Names of the operands, as they were before observers stood between."""
-    names = []
-    for operand in node.all_input_nodes:
-        while operand.op == "call_module" and str(operand.target).startswith(OBSERVER_PREFIX):
-            operand = operand.all_input_nodes[0]
-        names.append(operand.name)
-    return names
+    return [observed(operand).name for operand in node.all_input_nodes]

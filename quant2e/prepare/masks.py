@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import Edge, Plan
 from quant2e.graph.selections import WEIGHED, Marks, asked_of, keeps, marks, together
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import inner_observer, is_observer_call, observed
 from quant2e.observers.uniform import UniformQuantizationObserverBase
 from quant2e.ranges.sentinels import Never, owned_by_sentinels
 from quant2e.report.record import RECORD_KEY, GraphRecord
@@ -28,7 +28,7 @@ def watch_sentinels(gm: GraphModule, plan: Plan, observers: Mapping[int, nn.Modu
     asked = marks(gm.graph)
     named = {node.name: node for node in gm.graph.nodes}
     for index, observer in observers.items():
-        inner = _inner(observer)
+        inner = inner_observer(observer)
         if not isinstance(inner, UniformQuantizationObserverBase):
             continue
         wanted: Marks = {}
@@ -62,7 +62,7 @@ def left_float(prepared: GraphModule) -> FloatTensors:
     asked = marks(prepared.graph)
     calls: dict[str, list[Node]] = defaultdict(list)
     for node in prepared.graph.nodes:
-        if node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX):
+        if is_observer_call(node):
             calls[str(node.target)].append(node)
     reasons: dict[str, str] = {}
     for name, nodes in calls.items():
@@ -93,10 +93,10 @@ def _passed_on(gm: GraphModule, asked: Mapping[Node, Marks], reasons: Mapping[st
     found: dict[str, str] = {}
     origin: dict[Node, str] = {}
     for node in gm.graph.nodes:
-        is_observer = node.op == "call_module" and str(node.target).startswith(OBSERVER_PREFIX)
+        is_observer = is_observer_call(node)
         if is_observer and str(node.target) in reasons:
             if not _switched_off(gm.get_submodule(str(node.target))):
-                origin[node] = _source(node).name
+                origin[node] = observed(node).name
             continue
         before = next((origin[source] for source in node.all_input_nodes if source in origin), None)
         if before is None or not keeps(node):
@@ -104,7 +104,7 @@ def _passed_on(gm: GraphModule, asked: Mapping[Node, Marks], reasons: Mapping[st
         origin[node] = before
         if is_observer and asked.get(node):
             found[str(node.target)] = (
-                f"'{_source(node).name}' stays float: it holds what stands for \"never\" in '{before}'"
+                f"'{observed(node).name}' stays float: it holds what stands for \"never\" in '{before}'"
             )
     return found
 
@@ -126,11 +126,6 @@ def _sources(observer: Any) -> list[Any]:
     return sources if isinstance(sources, list) else []
 
 
-def _inner(observer: Any) -> Any:
-    """The observer inside a fake-quantize module; the observer itself otherwise."""
-    return getattr(observer, "activation_post_process", observer)
-
-
 def _all(parts: Iterable[Marks]) -> Marks:
     found: Marks = {}
     for part in parts:
@@ -146,16 +141,9 @@ def _never(asked: Marks) -> Never | None:
 
 def _tensors(calls: list[Node]) -> str:
     """The observed tensor, or the first of several that share their parameters."""
-    source = _source(calls[0])
+    source = observed(calls[0])
     others = len({call.all_input_nodes[0] for call in calls}) - 1
     return f"'{source.name}'{f' (or one of {others} that share its range)' if others else ''}"
-
-
-def _source(call: Node) -> Node:
-    source = call.all_input_nodes[0]
-    while source.op == "call_module" and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    return source
 
 
 def _switched_off(observer: Any) -> bool:
@@ -167,7 +155,7 @@ def _objection(observer: Any, asked: Marks) -> str | None:
     """Why no integers can stand for what an observer saw, by what the readers of its tensors ask; None if they can."""
     if _switched_off(observer):
         return "stays float: its fake-quantizer was switched off (enable_fake_quant switches it on again)"
-    inner = _inner(observer)
+    inner = inner_observer(observer)
     if not asked or getattr(inner, "nan_count", None) or getattr(inner, "posinf_count", None):
         return None
     masked = getattr(inner, "masked_count", 0)

@@ -16,6 +16,7 @@ from quant2e.annotation.plan import Edge, Group, Output, Plan, Point
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import EdgeOrNode, QuantizationSpec
 from quant2e.errors import AnnotationError, PlanError
+from quant2e.observers.base import inner_observer
 from quant2e.observers.derived import DerivedObserver
 
 
@@ -109,7 +110,7 @@ def _source(point: Point, observed: Mapping[Point, Any]) -> nn.Module:
 
 def _spec_of(observer: Any) -> Any:
     """What an observer that the quantizer brought along asks for."""
-    inner = getattr(observer, "activation_post_process", observer)
+    inner = inner_observer(observer)
     if not isinstance(getattr(inner, "dtype", None), torch.dtype):
         raise AnnotationError(
             f"prepare_obs_or_fq_callback brought a {type(observer).__name__} without a dtype: what its tensor becomes "

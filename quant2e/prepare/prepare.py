@@ -25,7 +25,7 @@ from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.graph.qdq_ops import DEQUANTIZE
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import is_observer_call
 from quant2e.observers.derived import DerivedFakeQuantize
 from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.passes import run
@@ -71,7 +71,7 @@ def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer)
 def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, training: bool) -> GraphModule:
     own = as_graph_module(model, compiled=False)
     gm: GraphModule = own
-    if any(n.op == "call_module" and str(n.target).startswith(OBSERVER_PREFIX) for n in gm.graph.nodes):
+    if any(map(is_observer_call, gm.graph.nodes)):
         raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
     if training:
         _check_trainable(gm)

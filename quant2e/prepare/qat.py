@@ -22,7 +22,7 @@ from quant2e.graph.captured.modes import set_training, training_nodes
 from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand
-from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.observers.base import is_observer_call
 from quant2e.observers.derived import DerivedObserver, is_fake_quantizer
 from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.observers.learned_fake_quant import LearnableFakeQuantize
@@ -181,7 +181,7 @@ def _measure_again(gm: GraphModule) -> None:
     constants = Constants(gm.graph)
     seen: dict[str, list[Node]] = {}
     for call in gm.graph.nodes:
-        if call.op == "call_module" and str(call.target).startswith(OBSERVER_PREFIX):
+        if is_observer_call(call):
             seen.setdefault(str(call.target), []).append(call.all_input_nodes[0])
     exchanged: dict[nn.Module, nn.Module] = {}
     for name, tensors in seen.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quant2e.errors import FileFormatError
-from quant2e.storage.manifest import MANIFEST, check_manifest
+from quant2e.storage.manifest import check_manifest
 from quant2e.storage.qdq_check import check_parameters
 from quant2e.storage.reader.archive import Archive, open_archive
 from quant2e.storage.reader.pickled_inputs import inert_inputs
@@ -65,7 +65,6 @@ def _contents(archive: Archive, hashed: bool) -> FileContents:
     weights, of_weights = read_tensors(archive, "weights", model)
     constants, of_constants = read_tensors(archive, "constants", model)
     inputs = f"data/sample_inputs/{model}.pt"
-    extra = {name.removeprefix("extra/"): data for name, data in records.items() if name.startswith("extra/")}
     known = {f"models/{model}.json", *of_weights, *of_constants, inputs, *_FIXED, *_OF_THE_ZIP}
     for name in records:
         if name not in known and not name.startswith("extra/"):
@@ -77,7 +76,7 @@ def _contents(archive: Archive, hashed: bool) -> FileContents:
     check_parameters(program.module)
     return FileContents(
         program=program,
-        extra={name: data for name, data in extra.items() if f"extra/{name}" != MANIFEST},
+        extra={name.removeprefix("extra/"): data for name, data in records.items() if name.startswith("extra/")},
         example_inputs=inert_inputs(records[inputs]) if inputs in records else None,
         hashed=hashed,
     )

@@ -19,6 +19,7 @@ from quant2e.graph import dataflow
 from quant2e.graph.constants import Constants
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.fake_values import node_tensor
+from quant2e.observers.base import inner_observer
 from quant2e.prepare.insert_observers import make_observers
 from quant2e.ranges.qparams import plain_dtype
 from quantizers.conformance.report import Finding
@@ -267,7 +268,7 @@ def _observers(a: Annotated, plan: Plan) -> Iterator[Finding]:
     for index, (group, observer) in enumerate(zip(plan.groups, observers, strict=True)):
         if isinstance(group.spec, DerivedFrom):
             continue
-        measured = getattr(observer, "activation_post_process", observer)
+        measured = inner_observer(observer)
         for name in ("dtype", "quant_min", "quant_max", "qscheme", "ch_axis", "is_dynamic"):
             said, done = getattr(group.spec, name, None), getattr(measured, name, None)
             said, done = _plain(said), _plain(done)

@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.dataflow import operand
-from quant2e.graph.edit import emit, set_origin
+from quant2e.graph.edit import emit, emit_behind
 from quant2e.graph.fake_values import node_tensor, value_of_call
 
 aten = torch.ops.aten
@@ -105,7 +105,6 @@ def _raise_operands(node: Node, batched: Mapping[Node, Node]) -> None:
 
 def _lowered(node: Node) -> Node:
     """What a node in a batch produces, without the batch: what everybody else reads."""
-    squeezed = emit(node.next, aten.squeeze.dim, node, 0)
-    set_origin(squeezed, node)
+    squeezed = emit_behind(node, node, aten.squeeze.dim, 0)
     node.replace_all_uses_with(squeezed, delete_user_cb=lambda user: user is not squeezed)
     return squeezed

@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -20,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 from quant2e.annotation.pattern import Match, Op
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import operand
-from quant2e.graph.edit import emit, insert_call
+from quant2e.graph.edit import emit, emit_behind
 from quant2e.graph.fake_values import node_tensor, value_of_call
 from quant2e.passes.rewrite import Rewrite
 from quantizers.rewrites.matmul_to_linear import ORIGINAL_TARGET
@@ -129,10 +128,10 @@ def _linear(node: Node, product: RowsByMatrix) -> Node:
     node.meta["val"] = value_of_call(node)
     last = node
     if len(sizes) > 1:
-        last = _behind(last, node, aten.unflatten.int, -1, sizes)
+        last = emit_behind(last, node, aten.unflatten.int, -1, sizes)
     made = (*product.rows, *product.columns)
     if made != product.out_labels:
-        last = _behind(last, node, aten.permute.default, [made.index(label) for label in product.out_labels])
+        last = emit_behind(last, node, aten.permute.default, [made.index(label) for label in product.out_labels])
     for user in users:
         user.replace_input_with(node, last)
     return node
@@ -142,9 +141,3 @@ def _moved(place: Node, tensor: Node, labels: Sequence[str], wanted: Sequence[st
     if tuple(labels) == tuple(wanted):
         return tensor
     return emit(place, aten.permute.default, tensor, [list(labels).index(label) for label in wanted])
-
-
-def _behind(last: Node, origin: Node, target: Any, *args: Any) -> Node:
-    made = insert_call(last.next, target, (last, *args), origin=origin)
-    made.meta["val"] = value_of_call(made)
-    return made

@@ -29,7 +29,7 @@ from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.isolation import tracing
 
-_DIALECTS = ("TRAINING", "ATEN")
+DIALECTS = ("TRAINING", "ATEN")
 _NOISE = ("Caused by:", "For ", "If you suspect", "The error above occurred")
 """Beginnings of lines in torch's messages that only say how to get more output."""
 _HERE, _TORCH = str(Path(__file__).parents[2]), str(Path(torch.__file__).parent)
@@ -86,7 +86,7 @@ def as_graph_module(model: Module | ExportedProgram, *, compiled: bool = True) -
     Raises `CaptureError` for anything else, and for a graph that is not one of ATen ops.
     """
     if isinstance(model, ExportedProgram):
-        if model.dialect not in _DIALECTS:
+        if model.dialect not in DIALECTS:
             raise CaptureError(
                 f"this ExportedProgram is in the {model.dialect} dialect: quantize first, on what torch.export.export "
                 "returns, and lower to a backend afterwards"

@@ -3,27 +3,34 @@
     x.size()[0] % 2 == 0        batch['mask'] is None        2 <= x.size()[1] and x.size()[1] <= max(8, y.size()[0])
 
 The text is what ``torch.export`` writes about sizes, and what `quant2e.graph.captured.inputs` writes about dimensions,
-constants and dtypes. It can mention the inputs (tensors and numbers, not their attributes), numbers, text, and a table
-of functions; so whoever writes it, a file for example, can state a condition and do nothing else.
+fixed sizes and constants. It can mention the inputs (tensors and numbers, not their attributes), numbers, text, and a
+table of functions; so whoever writes it, a file for example, can state a condition and do nothing else.
 
     expression := choice ("or" choice)*            choice := fact ("and" fact)*         fact := "not" fact | comparison
     comparison := sum (("==" | "is" | …) sum)*     sum := product (("+" | "-") product)*
     product := factor (("*" | "//" | "%" | "/") factor)*               factor := ("-" | "+") factor | atom ["**" factor]
     atom := number | text | constant | function "(" expressions ")" | "(" expression ")" | input [property]
-    property := ".size()[n]" | ".stride()[n]" | ".storage_offset()" | ".dim()" | ".dtype"
+    property := ".size()[n]" | ".stride()[n]" | ".storage_offset()" | ".dim()" | ".dtype" | ".shape[n]" | ".ndim"
 """
 
 from __future__ import annotations
 
 import ast
-import math
-import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
+
+from quant2e.graph.captured.condition_vocabulary import (
+    COMPARISONS,
+    CONSTANTS,
+    FUNCTIONS,
+    PRODUCTS,
+    SUMS,
+    UnfitOperandError,
+    power,
+)
 
 Path: TypeAlias = tuple[Any, ...]
 """How an input is reached: the name of an argument, then keys, positions and attributes."""
@@ -48,78 +55,11 @@ class ConditionError(ValueError):
     """A text that is no condition in this grammar, or that mentions what is no input."""
 
 
-class _UnfitError(Exception):
-    """A value that has no such property: a condition on it does not hold."""
-
-
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d+\.\d*|\.\d+|\d+)(?:[eE][+-]?\d+)?)|(?P<text>'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\")"
     r"|(?P<name>[^\W\d]\w*)|(?P<mark>//|\*\*|[=!<>]=|[-+*/%<>()\[\].,]))"
 )
-_LONGEST, _DEEPEST, _BITS, _DIGITS = 20_000, 50, 4096, 40
-
-
-def _power(base: Any, exponent: Any) -> Any:
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > _BITS:
-        raise _UnfitError
-    return base**exponent
-
-
-def _dtype_text(value: Any) -> str:
-    if not isinstance(value, torch.dtype):
-        raise _UnfitError
-    return str(value)
-
-
-def _fills_its_memory(*numbers: Any) -> int:
-    """Whether a tensor, given by its sizes and then its strides, has neither gaps nor overlaps; torch writes it so."""
-    half = len(numbers) // 2
-    expected = 1
-    for size, stride in sorted(zip(numbers[:half], numbers[half:], strict=True), key=operator.itemgetter(1)):
-        if size != 1 and stride != expected:
-            return 0
-        expected *= size
-    return 1
-
-
-_COMPARISONS: Mapping[str, Callable[[Any, Any], Any]] = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-    "is": operator.is_, "is not": operator.is_not,
-}  # fmt: skip
-
-
-def _on_numbers(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """The function, for numbers only: times and modulo of a text can make one of any length."""
-
-    def apply(a: Any, b: Any) -> Any:
-        if isinstance(a, (str, bytes, list, tuple)) or isinstance(b, (str, bytes, list, tuple)):
-            raise _UnfitError
-        return function(a, b)
-
-    return apply
-
-
-_SUMS = {"+": _on_numbers(operator.add), "-": _on_numbers(operator.sub)}
-_PRODUCTS = {
-    "*": _on_numbers(operator.mul), "//": _on_numbers(operator.floordiv), "%": _on_numbers(operator.mod),
-    "/": _on_numbers(operator.truediv),
-}  # fmt: skip
-_CONSTANTS: Mapping[str, Any] = {
-    "None": None, "True": True, "False": False, "inf": math.inf, "math.inf": math.inf, "math.nan": math.nan,
-}  # fmt: skip
-_MATH = (
-    "isnan", "floor", "ceil", "trunc", "sqrt", "log2", "log", "exp", "cos", "cosh", "acos", "sin", "sinh", "asin",
-    "tan", "tanh", "atan",
-)  # fmt: skip
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
-    **{f"math.{name}": getattr(math, name) for name in _MATH},
-    "max": max, "min": min, "abs": abs, "round": round, "str": _dtype_text, "int": int, "float": float,
-    "torch.sym_float": torch.sym_float, "torch.sym_int": torch.sym_int, "torch.sym_max": torch.sym_max,
-    "torch.sym_min": torch.sym_min, "torch.sym_not": torch.sym_not, "torch.sym_ite": torch.sym_ite,
-    "torch._sym_sqrt": torch._sym_sqrt,  # type: ignore[attr-defined]
-    "cast_symbool_to_symint_guardless": int, "IsNonOverlappingAndDenseIndicator": _fills_its_memory,
-}  # fmt: skip
-"""Functions that torch writes into conditions. ``str`` is that of a dtype."""
+_LONGEST, _DEEPEST, _DIGITS = 20_000, 50, 40
 
 
 class _Token(NamedTuple):
@@ -152,7 +92,7 @@ class Condition:
         """Whether it holds for these inputs; False when they lack what it is about."""
         try:
             return bool(self._holds(leaves))
-        except (_UnfitError, IndexError, TypeError, ZeroDivisionError, OverflowError, ValueError):
+        except (UnfitOperandError, IndexError, TypeError, ZeroDivisionError, OverflowError, ValueError):
             return False
 
 
@@ -267,8 +207,8 @@ class _Reader:
             key = _literal(token.text)
         elif token.kind == "number":
             key = _number(token.text) * (-1 if negative else 1)
-        elif token.text in _CONSTANTS:
-            key = _CONSTANTS[token.text]
+        elif token.text in CONSTANTS:
+            key = CONSTANTS[token.text]
         else:
             raise self._unreadable()
         self._expect("]")
@@ -300,13 +240,10 @@ class _Reader:
     def _comparison(self) -> Term:
         terms, marks = [self._sum()], []
         while (mark := self._comparison_mark()) is not None:
-            marks.append(_COMPARISONS[mark])
+            marks.append(COMPARISONS[mark])
             terms.append(self._sum())
         if not marks:
             return terms[0]
-        if len(marks) == 1:
-            (compared,), (left, right) = marks, terms
-            return lambda leaves: compared(left(leaves), right(leaves))
 
         def compare(leaves: Sequence[Any]) -> Any:
             values = [term(leaves) for term in terms]
@@ -316,16 +253,16 @@ class _Reader:
 
     def _comparison_mark(self) -> str | None:
         text = self._peek().text
-        if self._peek().kind == "text" or text not in _COMPARISONS:
+        if self._peek().kind == "text" or text not in COMPARISONS:
             return None
         self._next += 1
         return "is not" if text == "is" and self._accept("not") else text
 
     def _sum(self) -> Term:
-        return self._left(self._product, _SUMS)
+        return self._left(self._product, SUMS)
 
     def _product(self) -> Term:
-        return self._left(self._factor, _PRODUCTS)
+        return self._left(self._factor, PRODUCTS)
 
     def _left(self, operand: Callable[[], Term], marks: Mapping[str, Callable[[Any, Any], Any]]) -> Term:
         """Operands that are joined from the left."""
@@ -354,7 +291,7 @@ class _Reader:
                 raise ConditionError(f"the condition {self._text[:200]!r} is nested too deeply")
             base, exponent = term, self._factor()
             self._depth -= 1
-            term = lambda leaves: _power(base(leaves), exponent(leaves))  # noqa: E731
+            term = lambda leaves: power(base(leaves), exponent(leaves))  # noqa: E731
         return term if not negative else lambda leaves: -term(leaves)
 
     def _atom(self) -> Term:
@@ -377,12 +314,12 @@ class _Reader:
             words = [token.text for token in self._tokens[self._next : self._next + length]]
             name = "".join(words) if len(words) == length else ""
             after = self._tokens[self._next + length : self._next + length + 1]
-            if name in _FUNCTIONS and after == [_Token("mark", "(")]:
+            if name in FUNCTIONS and after == [_Token("mark", "(")]:
                 self._next += length
-                return self._call(_FUNCTIONS[name])
-            if name in _CONSTANTS and (name,) not in self._paths:
+                return self._call(FUNCTIONS[name])
+            if name in CONSTANTS and (name,) not in self._paths:
                 self._next += length
-                constant = _CONSTANTS[name]
+                constant = CONSTANTS[name]
                 return lambda _: constant
         return self._input()
 
@@ -459,13 +396,13 @@ def _number(text: str) -> int | float:
 def _plain(value: Any) -> Any:
     """A value that a condition is about; a tensor has sizes and a dtype, and equals nothing else."""
     if isinstance(value, Tensor):
-        raise _UnfitError
+        raise UnfitOperandError
     return value
 
 
 def _tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise _UnfitError
+        raise UnfitOperandError
     return value
 
 

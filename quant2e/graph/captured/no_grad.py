@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from quant2e.graph.attributes import attribute
-from quant2e.graph.edit import NO_GRAD, set_origin, stands_for
+from quant2e.graph.edit import NO_GRAD, insert_call, stands_for
 from quant2e.graph.effects import aten
 
 _DETACHED = "quant2e_detached"
@@ -45,9 +45,7 @@ def _detach(graph: Graph) -> bool:
             if not _may_have_gradient(operand):
                 continue
             if operand not in made:
-                with graph.inserting_before(node):
-                    made[operand] = graph.call_function(aten.detach.default, (operand,))
-                set_origin(made[operand], node, value=operand.meta.get("val"))
+                made[operand] = insert_call(node, aten.detach.default, (operand,), value=operand.meta.get("val"))
                 stands_for(made[operand], operand)
                 made[operand].name = f"{operand.name}_detached"
                 made[operand].meta.update({_DETACHED: True, NO_GRAD: True})

@@ -22,17 +22,13 @@ from quant2e.storage.reader.origins import Origins
 from quant2e.storage.reader.schema import is_identifier
 from quant2e.storage.reader.shapes import Shapes
 from quant2e.storage.reader.tensors import DTYPES, device_of
+from quant2e.storage.schema_numbers import MEMORY_FORMATS
 
 _POSITIONAL, _KEYWORD = 1, 2
 _NAMED = ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool")
 _LISTS = ("as_tensors", "as_sym_ints", "as_sym_floats", "as_sym_bools")
 _CONSTANTS = ("as_int", "as_bool", "as_string")
-_FORMATS: Mapping[int, torch.memory_format] = {
-    1: torch.contiguous_format,
-    2: torch.channels_last,
-    3: torch.channels_last_3d,
-    4: torch.preserve_format,
-}
+_FORMATS = {number: form for form, number in MEMORY_FORMATS.items()}
 _WITHOUT_NODES: Mapping[str, Callable[[Any], Any]] = {
     "as_none": lambda _: None,
     "as_float": float,

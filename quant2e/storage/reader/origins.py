@@ -41,7 +41,7 @@ class Origins:
         if function := metadata.get("torch_fn"):
             found["torch_fn"] = tuple(_line(function).split(";"))
         if custom := metadata.get("custom"):
-            found["custom"] = read_json(custom.encode(), "the custom metadata of a node")
+            found["custom"] = read_json(custom, "the custom metadata of a node")
         return found
 
 

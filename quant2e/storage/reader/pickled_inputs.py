@@ -72,7 +72,6 @@ def inert_inputs(data: memoryview) -> tuple[tuple[Any, ...], dict[str, Any]] | N
     try:
         records = records_of(data)
         inputs = _Machine(records, len(data)).run(records["data.pkl"])
-        _count(inputs)
     except FileFormatError as error:
         raise FileFormatError(f"its example inputs are not plain tensors, numbers and containers: {error}") from error
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
@@ -83,20 +82,6 @@ def inert_inputs(data: memoryview) -> tuple[tuple[Any, ...], dict[str, Any]] | N
     if not all(type(name) is str for name in inputs[1]):
         raise FileFormatError("its example inputs have names that are no text")
     return inputs
-
-
-def _count(inputs: Any) -> None:
-    """What is shared is counted as often as it is seen: a few hundred bytes can share their way to a billion leaves."""
-    pending, left = [inputs], _MOST_VALUES
-    while pending:
-        value = pending.pop()
-        left -= 1
-        if left < 0:
-            raise FileFormatError(f"they are more than {_MOST_VALUES}")
-        if isinstance(value, dict):
-            pending.extend(value.values())
-        elif isinstance(value, (tuple, list)):
-            pending.extend(value)
 
 
 class _Machine:
@@ -173,11 +158,16 @@ class _Machine:
             raise FileFormatError("they are damaged")
 
     def _checked(self, value: Any) -> Any:
-        """A value without names and memories left over in it."""
+        """A value without names and memories left over in it.
+
+        What is shared is counted as often as it is seen: a few hundred bytes can share their way to a billion leaves.
+        """
         pending, left = [value], _MOST_VALUES
-        while pending and left:
+        while pending:
             each = pending.pop()
             left -= 1
+            if left < 0:
+                raise FileFormatError(f"they are more than {_MOST_VALUES}")
             if isinstance(each, (_Name, _Memory)) or each is _MARK:
                 raise FileFormatError("they hold something else than inputs")
             if isinstance(each, dict):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.export import Dim
 from torch.fx import Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.documents.json_text import read_json
 from quant2e.errors import FileFormatError, Quant2eError
-from quant2e.graph.captured.capture import complete
+from quant2e.graph.captured.capture import DIALECTS, complete
 from quant2e.graph.captured.module import CapturedModule, uncompiled
 from quant2e.storage.reader.convention import ALWAYS, CallConvention, read_convention, stored_inputs
 from quant2e.storage.reader.graph import GraphReader, matches, name_in, taken
@@ -29,7 +29,6 @@ from quant2e.storage.reader.origins import Origins
 from quant2e.storage.reader.schema import PROGRAM, check_schema
 from quant2e.storage.reader.shapes import Shapes
 
-_DIALECTS = ("TRAINING", "ATEN")
 _NEWEST_MINOR = 20
 """Minor version of torch's schema that the tables here follow; a later one may hold keys that mean something else."""
 
@@ -59,7 +58,9 @@ class StoredProgram:
         args, kwargs = pytree.tree_unflatten(leaves, self.convention.inputs)
         return (*args, *kwargs.values())
 
-    def _dynamic_sizes(self, value: Any) -> dict[int, Any] | None:
+    def _dynamic_sizes(self, value: Any) -> Any:
+        if isinstance(value, SymInt):
+            return self._bounded(value.node.expr)
         if not isinstance(value, Tensor):
             return None
         sizes: tuple[Any, ...] = tuple(value.shape)
@@ -101,7 +102,7 @@ def _check_versions(data: Mapping[str, Any]) -> None:
             f"8.{minor} with opset {opset}; this version reads up to 8.{_NEWEST_MINOR} and {newest}"
         )
     dialects = data.get("verifiers", [])
-    if len(dialects) != 1 or dialects[0] not in _DIALECTS:
+    if len(dialects) != 1 or dialects[0] not in DIALECTS:
         raise FileFormatError(
             f"it is in the dialect {', '.join(dialects)[:80]}: what a backend made of a program is not read, only "
             "what torch.export and quant2e write"
@@ -232,7 +233,7 @@ class _ProgramReader:
         root.graph._codegen = _PyTreeCodeGen(info)
         inputs = stored_inputs(convention, placeholders, self._ranges, guards)
         if custom := self._data.get("metadata", {}).get("custom"):
-            root.meta["custom"] = read_json(custom.encode(), "the custom metadata of its graph")
+            root.meta["custom"] = read_json(custom, "the custom metadata of its graph")
         if dialect == "ATEN":
             _drop_unread_results(root)
         complete(root, inputs)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from quant2e.errors import FileFormatError
+from quant2e.storage.schema_numbers import DTYPES, LAYOUTS, MEMORY_FORMATS
 
 Check: TypeAlias = Callable[[Any], None]
 """Raises `_SchemaError` when a value is not of its kind."""
@@ -119,6 +120,15 @@ def optional(kind: Check) -> Check:
     return lambda value: None if value is None else kind(value)
 
 
+def _inside(kind: Check, value: Any, form: str, key: Any) -> None:
+    """Check a part of a value; ``form``: how ``key`` leads to it."""
+    try:
+        kind(value)
+    except _SchemaError as wrong:
+        wrong.keys.append(form.format(key if isinstance(key, int) else str(key)[:80]))
+        raise
+
+
 def each(kind: Check) -> Check:
     """A list."""
 
@@ -126,11 +136,7 @@ def each(kind: Check) -> Check:
         if type(value) is not list:
             raise _SchemaError(f"is {_brief(value)}, not a list")
         for index, item in enumerate(value):
-            try:
-                kind(item)
-            except _SchemaError as wrong:
-                wrong.keys.append(f"[{index}]")
-                raise
+            _inside(kind, item, "[{}]", index)
 
     return listed
 
@@ -142,12 +148,8 @@ def entries(key: Check, kind: Check) -> Check:
         if type(value) is not dict:
             raise _SchemaError(f"is {_brief(value)}, not an object")
         for name, item in value.items():
-            try:
-                key(name)
-                kind(item)
-            except _SchemaError as wrong:
-                wrong.keys.append(f"[{_brief(name)}]")
-                raise
+            _inside(key, name, "[{!r}]", name)
+            _inside(kind, item, "[{!r}]", name)
 
     return mapped
 
@@ -161,15 +163,13 @@ def record(fields: Mapping[str, Check], more: Mapping[str, Check] | None = None)
             missing = ", ".join(sorted(needed - value.keys())) if type(value) is dict else "everything"
             raise _SchemaError(f"lacks {missing}")
         for name, item in value.items():
-            try:
-                if (kind := known.get(name)) is None:
-                    raise _SchemaError("is a key that no such file has")
-                kind(item)
-            except _SchemaError as wrong:
-                wrong.keys.append(f".{name[:80]}")
-                raise
+            _inside(known.get(name, _no_such_key), item, ".{}", name)
 
     return recorded
+
+
+def _no_such_key(_: Any) -> None:
+    raise _SchemaError("is a key that no such file has")
 
 
 def union(cases: Mapping[str, Check]) -> Check:
@@ -179,15 +179,13 @@ def union(cases: Mapping[str, Check]) -> Check:
         if type(value) is not dict or len(value) != 1:
             raise _SchemaError("is not one value of a known kind")
         ((name, item),) = value.items()
-        try:
-            if (kind := cases.get(name)) is None:
-                raise _SchemaError("is a kind of value that is not supported")
-            kind(item)
-        except _SchemaError as wrong:
-            wrong.keys.append(f".{name[:80]}")
-            raise
+        _inside(cases.get(name, _no_such_kind), item, ".{}", name)
 
     return united
+
+
+def _no_such_kind(_: Any) -> None:
+    raise _SchemaError("is a kind of value that is not supported")
 
 
 _later: dict[str, Check] = {}
@@ -202,10 +200,7 @@ def later(name: str) -> Check:
     return found
 
 
-_STRIDED = 7
-SCALAR_TYPES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 28, 29, 30, 31, 32, 33, 34, 35)
-
-_scalar_type, _layout, _memory_format = one_of(*SCALAR_TYPES), one_of(_STRIDED), one_of(1, 2, 3, 4)
+_scalar_type, _layout, _memory_format = (one_of(*table.values()) for table in (DTYPES, LAYOUTS, MEMORY_FORMATS))
 _device = record({"type": one_of("cpu", "cuda", "mps", "xpu")}, {"index": optional(one_of(*range(64)))})
 _hint = union({"as_int": _integer, "as_bool": _boolean, "as_float": _number})
 _expression = record({"expr_str": _text}, {"hint": optional(_hint)})

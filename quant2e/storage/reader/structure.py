@@ -28,7 +28,7 @@ _WHAT = "the structure of the inputs and outputs"
 
 def read_structure(text: str) -> pytree.TreeSpec:
     """The nesting that ``torch.utils._pytree.treespec_dumps`` wrote down. Raises `FileFormatError`."""
-    found = read_json(text.encode(), _WHAT)
+    found = read_json(text, _WHAT)
     if type(found) is not list or len(found) != 2 or found[0] != _PROTOCOL:
         raise FileFormatError(f"{_WHAT} has a form that is not read")
     return _spec(found[1])
@@ -102,7 +102,7 @@ def _length(context: Any, count: int) -> int | None:
 
 
 def _tuple_class(context: Any, count: int) -> Any:
-    kind = _registered(_string(context).decode())
+    kind = _registered(_string(context))
     if not pytree.is_namedtuple_class(kind) or len(kind._fields) != count:
         raise FileFormatError(f"{_WHAT} names {kind.__name__}, which is no named tuple of {count} fields")
     return kind
@@ -122,10 +122,10 @@ def _plain(found: Any) -> Any:
     return found
 
 
-def _string(context: Any) -> bytes:
+def _string(context: Any) -> str:
     if type(context) is not str:
         raise FileFormatError(f"{_WHAT} has a form that is not read")
-    return context.encode()
+    return context
 
 
 _CONTAINERS: Mapping[str, tuple[Any, Callable[[Any, int], Any]]] = {

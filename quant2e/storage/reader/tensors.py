@@ -17,15 +17,11 @@ from torch import Tensor, nn
 
 from quant2e.documents.json_text import read_json
 from quant2e.errors import FileFormatError
+from quant2e.storage import schema_numbers
 from quant2e.storage.reader.archive import Archive
 from quant2e.storage.reader.schema import PAYLOADS, check_schema
 
-DTYPES: Mapping[int, torch.dtype] = {
-    1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
-    8: torch.float64, 9: torch.complex32, 10: torch.complex64, 11: torch.complex128, 12: torch.bool,
-    13: torch.bfloat16, 28: torch.uint16, 29: torch.float8_e4m3fn, 30: torch.float8_e5m2, 31: torch.float8_e4m3fnuz,
-    32: torch.float8_e5m2fnuz, 33: torch.float8_e8m0fnu, 34: torch.uint32, 35: torch.uint64,
-}  # fmt: skip
+DTYPES: Mapping[int, torch.dtype] = {number: dtype for dtype, number in schema_numbers.DTYPES.items()}
 """Dtypes by torch's numbers for them."""
 
 _SMALL = 1 << 20

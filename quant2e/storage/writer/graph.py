@@ -10,7 +10,6 @@ have a default in the schema are left out.
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,9 @@ from torch.utils import _pytree as pytree
 
 from quant2e.errors import Quant2eError, where
 from quant2e.graph.attributes import attribute
-from quant2e.storage.writer.values import LAYOUTS, MEMORY_FORMATS, Json, Values, device, dtype_number, real
+from quant2e.storage.schema_numbers import LAYOUTS, MEMORY_FORMATS
+from quant2e.storage.writer.lifting import free_name
+from quant2e.storage.writer.values import Json, Values, device, dtype_number, real
 
 Metadata = Callable[[Node], dict[str, str]]
 
@@ -227,10 +228,9 @@ class _GraphWriter:
                 f"'{path}' is a {type(body).__name__} that a body of control flow reads from its module: "
                 "hand it to the body as an operand"
             )
-        flat = path.replace(".", "_")
-        names = itertools.chain((flat,), (f"{flat}_{number}" for number in itertools.count(1)))
-        name = self._bodies.setdefault(path, next(n for n in names if n not in self._bodies.values()))
-        return {"name": name, "graph": write_graph(body.graph, {}, self._values, self._metadata)}
+        if path not in self._bodies:
+            self._bodies[path] = free_name(path.replace(".", "_"), set(self._bodies.values()))
+        return {"name": self._bodies[path], "graph": write_graph(body.graph, {}, self._values, self._metadata)}
 
     def _list(self, items: Sequence[Any], kind: Any) -> Json:
         if not items:

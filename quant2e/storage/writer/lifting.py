@@ -54,9 +54,9 @@ def lifted_tensors(gm: GraphModule) -> tuple[Lifted, ...]:
     volatile = set(_volatile_buffers(gm))
     return tuple(
         Lifted(
-            _free(re.sub(r"\W", "_", f"{kind.value}_{source}", flags=re.ASCII), taken),
+            free_name(re.sub(r"\W", "_", f"{kind.value}_{source}", flags=re.ASCII), taken),
             source,
-            _free(".".join(map(_plain, source.split("."))), paths),
+            free_name(".".join(map(_plain, source.split("."))), paths),
             tensor,
             kind,
             source not in volatile,
@@ -99,7 +99,7 @@ def _plain(part: str) -> str:
     return f"{plain}_" if keyword.iskeyword(plain) else plain
 
 
-def _free(name: str, taken: set[str]) -> str:
+def free_name(name: str, taken: set[str]) -> str:
     """``name``, or with a number the first that is not taken; it then is."""
     free, number = name, 0
     while free in taken:

@@ -316,3 +316,21 @@ def test_the_values_in_a_file_are_those_of_the_ops(files, name):
     mode = next(value.fake_mode for value in inputs if isinstance(value, FakeTensor))
     with mode:
         Propagated(program.graph_module).run(*inputs)
+
+
+class Times(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x, n):
+        return self.linear(x) * n
+
+
+def test_a_number_that_varies_still_does_after_loading(tmp_path):
+    example, shapes = (torch.randn(6, 4), 3), ({0: Dim.AUTO}, Dim.DYNAMIC)
+    model = quantize(Times().eval(), example, products(act=DYNAMIC, output=None), dynamic_shapes=shapes)
+    model.save(tmp_path / "times.pt2")
+    again = load(tmp_path / "times.pt2")
+    assert again.dynamic_shapes[1] is not None
+    assert torch.equal(again(example[0], 7), model(example[0], 7))

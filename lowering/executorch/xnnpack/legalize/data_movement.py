@@ -58,7 +58,8 @@ def _is(node: object, target: object) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target is target
 
 
-def _pair(like: Node, value: Node, grid: tuple[object, ...]) -> Node:
+def requantized(like: Node, value: Node, grid: tuple[object, ...]) -> Node:
+    """A quantize and a dequantize of ``value`` right before ``like``, on one grid."""
     return emit(like, _DEQUANTIZE, emit(like, _QUANTIZE, value, *grid), *grid)
 
 
@@ -71,7 +72,7 @@ def _after_dequantize(move: Node) -> int:
     wanted = [user for user in users if user.target in MOVES or _in_integers(user)]
     if not wanted or not any(_reaches_integers(user) for user in wanted):
         return 0
-    pair = _pair(move.next, move, tuple(source.args[1:]))
+    pair = requantized(move.next, move, tuple(source.args[1:]))
     for user in wanted:
         user.replace_input_with(move, pair)
     return 1
@@ -104,7 +105,7 @@ def _before_quantize(move: Node) -> int:
     grids = {tuple(user.args[1:]) for user in move.users if _is(user, _QUANTIZE)}
     if len(grids) != 1 or not all(_is(user, _QUANTIZE) for user in move.users):
         return 0
-    move.replace_input_with(source, _pair(move, source, grids.pop()))
+    move.replace_input_with(source, requantized(move, source, grids.pop()))
     return 1
 
 
@@ -133,12 +134,12 @@ def one_grid(module: GraphModule) -> int:
         if node.op != "call_function" or len(node.users) != 1 or not _is(quantize := next(iter(node.users)), _QUANTIZE):
             continue
         if node.target in MOVES and _is(node.args[0], _DEQUANTIZE) and _grid(node.args[0]) != _grid(quantize):
-            quantize.replace_input_with(node, _pair(quantize, node, _grid(node.args[0])))
+            quantize.replace_input_with(node, requantized(quantize, node, _grid(node.args[0])))
             count += 1
         if node.target is _ATEN.cat.default and all(_is(operand, _DEQUANTIZE) for operand in node.args[0]):
             foreign = {operand for operand in node.args[0] if _grid(operand) != _grid(quantize)}
             for operand in sorted(foreign, key=lambda n: n.name):
-                node.replace_input_with(operand, _pair(node, operand, _grid(quantize)))
+                node.replace_input_with(operand, requantized(node, operand, _grid(quantize)))
             count += len(foreign)
     return count
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.executorch.xnnpack.legalize.data_movement import requantized
 from quant2e.graph.dataflow import literal, operand
 from quant2e.graph.edit import emit, replace
 from quant2e.graph.fake_values import shape_of
@@ -64,7 +65,7 @@ def closed_pads(module: GraphModule) -> int:
             continue
         grid = source.args[1:]
         users = list(node.users)
-        pair = emit(node.next, _DEQUANTIZE, emit(node.next, _QUANTIZE, node, *grid), *grid)
+        pair = requantized(node.next, node, grid)
         for user in users:
             user.replace_input_with(node, pair)
         count += 1

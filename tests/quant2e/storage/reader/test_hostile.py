@@ -729,3 +729,17 @@ def test_no_op_that_is_read_writes_into_an_operand_for_results():
         read += 1
         assert not any(argument.is_out for argument in op._schema.arguments), registered
     assert read > 1000
+
+
+def test_operands_of_a_dequantize_may_be_spelled_by_name(saved, tmp_path):
+    """Rules read operands by their names; a file may spell each by name or by place, as torch does."""
+
+    def edit(program):
+        found = next(node for node in top(program)["nodes"] if "dequantize_per_channel" in node["target"])
+        for entry in found["inputs"]:
+            entry["kind"] = 2 if entry["name"] in ("quant_min", "quant_max", "dtype") else entry["kind"]
+
+    named = rewritten(saved, tmp_path / "named.pt2", edit)
+    x, bias = torch.randn(3, 8), torch.randn(8)
+    expected, found = (load(path)(x, "fast", extra={"bias": [bias]}) for path in (saved, named))
+    assert torch.equal(found["y"], expected["y"])
