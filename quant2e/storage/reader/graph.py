@@ -20,9 +20,9 @@ from quant2e.graph.captured.module import CapturedModule, take_graph, uncompiled
 from quant2e.storage.reader.ops import Ops
 from quant2e.storage.reader.origins import Origins
 from quant2e.storage.reader.schema import is_identifier
+from quant2e.storage.reader.schema_numbers import MEMORY_FORMATS
 from quant2e.storage.reader.shapes import Shapes
 from quant2e.storage.reader.tensors import DTYPES, device_of
-from quant2e.storage.schema_numbers import MEMORY_FORMATS
 
 _POSITIONAL, _KEYWORD = 1, 2
 _NAMED = ("as_tensor", "as_sym_int", "as_sym_float", "as_sym_bool")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from quant2e.errors import FileFormatError
-from quant2e.storage.schema_numbers import DTYPES, LAYOUTS, MEMORY_FORMATS
+from quant2e.storage.reader.schema_numbers import DTYPES, LAYOUTS, MEMORY_FORMATS
 
 Check: TypeAlias = Callable[[Any], None]
 """Raises `_SchemaError` when a value is not of its kind."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quant2e.documents.json_text import read_json
 from quant2e.errors import FileFormatError
-from quant2e.storage import schema_numbers
+from quant2e.storage.reader import schema_numbers
 from quant2e.storage.reader.archive import Archive
 from quant2e.storage.reader.schema import PAYLOADS, check_schema
 

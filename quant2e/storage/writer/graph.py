@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.errors import Quant2eError, where
 from quant2e.graph.attributes import attribute
-from quant2e.storage.schema_numbers import LAYOUTS, MEMORY_FORMATS
+from quant2e.storage.reader.schema_numbers import LAYOUTS, MEMORY_FORMATS
 from quant2e.storage.writer.lifting import free_name
 from quant2e.storage.writer.values import Json, Values, device, dtype_number, real
 

@@ -16,7 +16,7 @@ import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
 
 from quant2e.errors import Quant2eError
-from quant2e.storage.schema_numbers import DTYPES, LAYOUTS
+from quant2e.storage.reader.schema_numbers import DTYPES, LAYOUTS
 
 Json: TypeAlias = dict[str, Any]
 Bytes: TypeAlias = bytes | bytearray | memoryview

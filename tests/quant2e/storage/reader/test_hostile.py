@@ -737,7 +737,8 @@ def test_operands_of_a_dequantize_may_be_spelled_by_name(saved, tmp_path):
     def edit(program):
         found = next(node for node in top(program)["nodes"] if "dequantize_per_channel" in node["target"])
         for entry in found["inputs"]:
-            entry["kind"] = 2 if entry["name"] in ("quant_min", "quant_max", "dtype") else entry["kind"]
+            if entry["name"] in ("quant_min", "quant_max", "dtype"):
+                entry["kind"] = 2
 
     named = rewritten(saved, tmp_path / "named.pt2", edit)
     x, bias = torch.randn(3, 8), torch.randn(8)

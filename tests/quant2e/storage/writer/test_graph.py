@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from quant2e import capture
 from quant2e.errors import Quant2eError
-from quant2e.storage.schema_numbers import DTYPES, LAYOUTS, MEMORY_FORMATS
+from quant2e.storage.reader.schema_numbers import DTYPES, LAYOUTS, MEMORY_FORMATS
 from quant2e.storage.writer.graph import qualified_name, write_graph
 from quant2e.storage.writer.program import SCHEMA_VERSION, program_records
 from quant2e.storage.writer.values import Values
