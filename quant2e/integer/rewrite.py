@@ -28,6 +28,7 @@ from quant2e.integer.ops import (
     pooling,
     products,
     quantize,
+    resampling,
     softmax,
 )
 from quant2e.integer.ops import (
@@ -50,6 +51,7 @@ Form = Callable[[Context, Node], Value]
 
 FORMS: Mapping[Any, Form] = {
     **moves.FORMS,
+    **resampling.FORMS,
     **tables.FORMS,
     **elementwise.FORMS,
     **pooling.FORMS,

@@ -26,7 +26,9 @@ aten = torch.ops.aten
 _CUTS = movements(Effect.SPLIT)
 _JOINS = movements(Effect.JOIN)
 MOVES = movements(integers=True) - _CUTS - _JOINS - movements(Effect.ZEROS)
-"""Every value of the result is one of the first operand's. Zeros that come in would have to be zero points."""
+"""Every value of the result is one of the first operand's."""
+_AMONG_ZEROS = movements(Effect.ZEROS, integers=True)
+_BY_STRIDES = movements() - movements(integers=True)
 
 
 class Moved(Value):
@@ -116,6 +118,18 @@ class Padded(Moved):
         return out
 
 
+class AmongZeros(Moved):
+    """Values among zeros, which are zero points: the integers move as distances from it."""
+
+    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+        x = self.source.quantized(ctx, grid)
+        ctx.integer[self.node.name] = "moves integers"
+        zero = grid.bound(0.0)
+        wide = ctx.b.shifted(x, zero)
+        moved = ctx.b.call(self.node.target, wide, *self.node.args[1:], **self.node.kwargs)
+        return ctx.b.cast(ctx.b.call(aten.add.Tensor, moved, zero) if zero else moved, grid.dtype)
+
+
 class SplitPart(Value):
     """One of the tensors into which another is cut."""
 
@@ -182,6 +196,14 @@ def _moved(ctx: Context, node: Node) -> Value:
     return Moved(node, ctx.value(node.args[0], node))
 
 
+def _by_strides(_ctx: Context, node: Node) -> Value:
+    raise NoIntegerFormError(node, "it reads memory by strides, and integers may lie in another order")
+
+
+def _among_zeros(ctx: Context, node: Node) -> Value:
+    return AmongZeros(node, ctx.value(node.args[0], node))
+
+
 def _split_part(ctx: Context, node: Node) -> Value:
     source = ctx.value(node.args[0], node)
     if isinstance(source, FirstOf) and node.args[1] == 0:
@@ -194,7 +216,7 @@ def _split_part(ctx: Context, node: Node) -> Value:
 def _padded(ctx: Context, node: Node) -> Value:
     mode = operand(node, "mode")
     if mode not in (None, "constant"):
-        raise NoIntegerFormError(node, f"it pads in mode {mode!r}, for which torch has no integer kernel")
+        return _moved(ctx, node)  # with values of the tensor itself
     if not isinstance(operand(node, "value") or 0.0, int | float):
         raise NoIntegerFormError(node, "what it pads with is no constant")
     return Padded(node, ctx.value(node.args[0], node))
@@ -241,12 +263,15 @@ def _joined(ctx: Context, node: Node) -> Value:
 
 FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
     **dict.fromkeys(MOVES, _moved),
+    **dict.fromkeys(_AMONG_ZEROS, _among_zeros),
+    **dict.fromkeys(_BY_STRIDES, _by_strides),
     **dict.fromkeys(movements(when=When.EVALUATION), _dropout),
     **dict.fromkeys(movements(when=When.SAME_DTYPE), _cast),
     aten.relu.default: clamp(0, math.inf),
     aten.relu6.default: clamp(0, 6),
     aten.hardtanh.default: clamp("min_val", "max_val"),
     aten.clamp.default: clamp("min", "max"),
+    aten.clip.default: clamp("min", "max"),
     aten.clamp_min.default: clamp("min", math.inf),
     aten.clamp_max.default: clamp(-math.inf, "max"),
     **dict.fromkeys(_CUTS, _moved),

@@ -83,6 +83,21 @@ def bags(arrays):
     return acc
 
 
+def counted(op, arrays):
+    """Which indices are in a bag at all."""
+    return arrays["in_x"] != op["attributes"].get("padding_index", -1)
+
+
+def largest(op, arrays):
+    """The maximum of the rows in each bag; zeros where there are none."""
+    acc = np.zeros(arrays["out"].shape, dtype=np.int64)
+    for bag in range(len(acc)):
+        inside = arrays["in_x"][(arrays["in_bag"] == bag) & counted(op, arrays)]
+        if len(inside):
+            acc[bag] = arrays["const_table"].astype(np.int64)[inside].max(0)
+    return acc
+
+
 def windows(x, outputs, attributes):
     """The sum over each window of an image, and how many values that is, without padding."""
     lines = []
@@ -106,7 +121,7 @@ def quotient(op, arrays):
     """An average over a number of values that is known at run time: an integer division."""
     attributes = op["attributes"]
     if attributes["pool"] == "bag":
-        lengths = np.bincount(arrays["in_bag"], minlength=len(arrays["out"]))
+        lengths = np.bincount(arrays["in_bag"][counted(op, arrays)], minlength=len(arrays["out"]))
         acc, count = bags(arrays), np.maximum(lengths, 1).reshape(-1, 1)
     else:
         x = arrays["in_x"].astype(np.int64) - attributes["zero_point"]
@@ -242,6 +257,8 @@ def run(op, arrays, mode):
         return saturate(quotient(op, arrays), attributes)
     if kind == "bag":
         return saturate(to_steps(bags(arrays), arrays, attributes, mode), attributes)
+    if kind == "bag_maximum":
+        return saturate(to_steps(largest(op, arrays), arrays, attributes, mode), attributes)
     if kind == "float_lookup":
         return looked_up(arrays, attributes["groups"])
     if kind == "thresholds":

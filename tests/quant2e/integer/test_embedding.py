@@ -81,7 +81,7 @@ def bag_case(seed):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("mode", ["sum", "mean"])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_embedding_bag(mode, scheme):
     tally = Tally()
     for seed in range(CASES):
@@ -90,17 +90,20 @@ def test_embedding_bag(mode, scheme):
         rows, width = table.integers.shape
         index = torch.from_numpy(draw.rng.integers(0, rows, [n]))
         offsets = torch.tensor([0, draw.int(1, 2), draw.int(2, n)])
+        padding = draw.pick(None, draw.int(0, rows - 1))
         writer = Writer()
         bags = writer.op(
             aten.embedding_bag.padding_idx, table.write(writer), writer.plain(index), writer.plain(offsets), False,
-            ["sum", "mean"].index(mode), False, None, False, None,
+            ["sum", "mean", "max"].index(mode), False, None, False, padding,
         )  # fmt: skip
         found = run_integer(writer, [writer.q(writer.pick(bags, 0), grid)], draw.mode)
         one_scale = len(np.unique(table.scale)) == 1
         common = float(table.scale.max()) / (1 if one_scale else 2**8)
         for bag, column in np.ndindex(3, width):
             inside = index[offsets[bag] : offsets[bag + 1] if bag < 2 else n].tolist()
-            acc = sum(round(int(table.steps[i, column]) * float(table.scale[i, column]) / common) for i in inside)
+            inside = [i for i in inside if i != padding]
+            steps = [round(int(table.steps[i, column]) * float(table.scale[i, column]) / common) for i in inside]
+            acc = max(steps, default=0) if mode == "max" else sum(steps)
             if mode == "mean":
                 expected = reference.divided(acc, common, max(len(inside), 1), grid)
             else:
@@ -161,12 +164,14 @@ class Bag(nn.Module):
     [
         ({"mode": "sum"}, ""),
         ({"mode": "mean"}, ""),
-        ({"mode": "max"}, "it takes the maximum of its rows"),
-        ({"mode": "sum", "padding_idx": 1}, "it leaves out a padding index"),
+        ({"mode": "max"}, ""),
+        ({"mode": "sum", "padding_idx": 1}, ""),
+        ({"mode": "mean", "padding_idx": 1}, ""),
+        ({"mode": "max", "padding_idx": 1}, ""),
         ({"mode": "sum", "per_sample_weights": True}, "it weighs its rows with floats"),
     ],
 )
-def test_bags_of_a_quantizer(options, reason, bits):
+def test_bags_of_a_quantizer(options, reason, bits, tmp_path):
     """Those without an integer form are listed with their reason, refused by strict, and computed as before."""
     torch.manual_seed(0)
 
@@ -182,6 +187,8 @@ def test_bags_of_a_quantizer(options, reason, bits):
     torch.testing.assert_close(gm(IDS), quantized(IDS), rtol=1e-5, atol=1e-5 if reason else 0.02)
     if not reason:
         assert verdict.integer
+        kind = {"sum": "bag", "mean": "quotient", "max": "bag_maximum"}[options["mode"]]
+        assert check(dump_vectors(gm, IDS, tmp_path)) == {kind: 1, "float_linear": 1}
         return
     assert (verdict.integer, verdict.annotated, verdict.reason) == (False, True, reason)
     with pytest.raises(Quant2eError, match=rf"'embedding_bag' \(aten\.embedding_bag\.\w+\): {reason}"):

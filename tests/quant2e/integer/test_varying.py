@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from quant2e import integer_report, quantize, to_integer
 from quant2e.graph.qdq_ops import qd
 from quant2e.integer.ops import pooling
-from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
+from quantizers import (
+    X86InductorQuantizer,
+    XNNPACKQuantizer,
+    get_default_x86_inductor_quantization_config,
+    get_symmetric_quantization_config,
+)
 from tests.quant2e.integer import reference
 from tests.quant2e.integer.graphs import CASES, Draw, Tally, Writer, aten, run_integer
 
@@ -95,6 +100,39 @@ def test_a_network_takes_images_of_any_size():
         other = torch.randn(2, 3, *shape)
         step = gm(other) - quantized(other)
         assert step.abs().max() < 0.03  # ties of averages: a step of one or two inputs of the last layer
+        assert torch.equal(exported.module()(other), gm(other))
+
+
+class Resized(nn.Module):
+    """What XNNPACK's quantizer annotates although only portable kernels have it: upsampling, borders, columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3)
+
+    def forward(self, x):
+        x = F.interpolate(F.relu(self.a(x)), scale_factor=1.7)
+        x = self.b(F.pad(x, (2, 1, 1, 2), mode="replicate"))
+        return F.unfold(x, 2, padding=1) + 0.0
+
+
+def test_places_of_upsampling_follow_the_sizes():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, 12)
+    sizes = {2: torch.export.Dim("h", min=8, max=64), 3: torch.export.Dim("w", min=8, max=64)}
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    quantized = quantize(Resized().eval(), (x,), quantizer, [x], dynamic_shapes=(sizes,))
+    gm = to_integer(quantized.module, strict=True)
+    reasons = {v.op.split(".")[1]: v.reason for v in integer_report(gm).verdicts if v.integer}
+    assert {name: reasons[name] for name in ("pad", "upsample_nearest2d", "im2col")} == {
+        "pad": "moves integers",
+        "upsample_nearest2d": "picks integers",
+        "im2col": "moves integers",
+    }
+    exported = torch.export.export(gm, (x,), dynamic_shapes=(sizes,))
+    for shape in ((10, 12), (17, 9), (33, 24)):
+        other = torch.randn(2, 3, *shape)
+        assert torch.equal(gm(other), quantized(other))
         assert torch.equal(exported.module()(other), gm(other))
 
 

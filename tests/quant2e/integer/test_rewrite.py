@@ -1,0 +1,50 @@
+"""The table of integer forms: it covers what the shipped quantizers annotate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from quant2e import Quant2eError, quantize, to_integer
+from quant2e.annotation.pattern import Either, Op
+from quant2e.integer.rewrite import FORMS
+from tests.quant2e.integer.test_graph import x86, xnnpack
+
+aten = torch.ops.aten
+
+
+def targets(pattern):
+    """Every op that a pattern names."""
+    if isinstance(pattern, Either):
+        return set().union(*map(targets, pattern.choices))
+    if isinstance(pattern, Op):
+        return set(pattern.targets).union(*map(targets, (*pattern.operands, *dict(pattern.keywords).values())))
+    return set()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("make", [xnnpack, x86])
+def test_what_quantizers_annotate_has_an_integer_form(make, dynamic):
+    """In-place spellings become functional first."""
+    quantizer = make(is_dynamic=dynamic)
+    named = set().union(*(targets(rule.pattern) for config in quantizer.configs() for rule in quantizer.table(config)))
+    assert aten.linear.default in named
+    assert {target for target in named if not target._schema.is_mutable} - set(FORMS) == set()
+
+
+class Strided(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.b(self.a(x).as_strided((2, 8), (8, 1)))
+
+
+def test_what_reads_memory_by_strides_stays_float_with_that_reason():
+    x = torch.randn(4, 8)
+    quantized = quantize(Strided().eval(), (x,), xnnpack(), [x])
+    with pytest.raises(Quant2eError, match="'as_strided' .*: it reads memory by strides"):
+        to_integer(quantized.module, strict=True)
+    assert torch.equal(to_integer(quantized.module)(x), quantized(x))
