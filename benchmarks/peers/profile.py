@@ -33,7 +33,7 @@ from benchmarks.peers.worker import Job
 from benchmarks.timing import machine
 from lowering.inductor.kernels.engines import Engine, Float, OneDnn, Product, timed
 from quant2e.files import write_text
-from quant2e.report.float_ops import count_macs
+from quant2e.report.macs import count_macs
 
 RESULTS = Path(__file__).parents[1] / "results" / "peers_profile"
 TITLE = "Where the time goes"

@@ -24,6 +24,9 @@ NO_GRAD = "quant2e_no_grad"
 ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "seq_nr", "custom", NO_GRAD)
 """Metadata that says where a node came from, and what the user wrote on it: copied to the nodes made on its behalf."""
 
+PART_OF = "quant2e_part_of"
+"""Metadata of nodes that were written in place of one op, which is gone: its name. Reports and settings speak of it."""
+
 FROM_NODE = "from_node"
 """Metadata of torch.export: which op of the first exported graph a tensor is. Numeric debuggers match tensors by it."""
 

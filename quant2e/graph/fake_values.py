@@ -50,7 +50,12 @@ def example_shape(node: object) -> tuple[int, ...] | None:
     None for literals and other results.
     """
     tensor = node_tensor(node)
-    return None if tensor is None else tuple(map(_example_size, tensor.shape))
+    return None if tensor is None else example_sizes(tensor)
+
+
+def example_sizes(tensor: Tensor) -> tuple[int, ...]:
+    """Sizes of a tensor, dynamic ones as in `example_shape`."""
+    return tuple(map(_example_size, tensor.shape))
 
 
 def _example_size(size: int | torch.SymInt) -> int:

@@ -53,7 +53,7 @@ _Claims = dict[int, set[Any]]
 """Who reads a tensor, by the tensor's ``id``: the ``get_attr`` nodes, and their users; alike folds count once."""
 
 FOLDED = "folded"
-"""Key in the metadata of a convolution or linear: names of the batch norms that were folded into it."""
+"""Key in a node's metadata: names of the ops that are part of it now, as the batch norms folded into a convolution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

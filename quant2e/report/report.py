@@ -7,8 +7,8 @@ and what did not happen (ignored annotations, flushed tensors, masked values) is
 from __future__ import annotations
 
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,11 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.documents.schema import LATER, from_record
+from quant2e.graph.edit import PART_OF
 from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.html import html_table
+from quant2e.report.macs import count_macs
 from quant2e.report.plain_data import plain_data
 from quant2e.report.summary import summary
 
@@ -163,10 +165,19 @@ def judge(
     """
     nodes = {node.name: node for node in gm.graph.nodes}
     folded = {name: node.name for node in gm.graph.nodes for name in node.meta.get("folded", ())}
+    products: dict[str, list[Node]] = defaultdict(list)
+    for node in gm.graph.nodes:
+        if count_macs(node) and (whole := node.meta.get(PART_OF)) is not None:
+            products[whole].append(node)
     ignored = {item.point: item.reason for item in plan.ignored}
     made: dict[str, Verdict] = {}
     for op in ops:
         node = nodes.get(op.name)
+        if node is None and op.name in products:
+            parts = (FloatOp(p.name, op.target, op.module, op.source, count_macs(p)) for p in products[op.name])
+            judged = [_judge_node(part, nodes[part.name], plan, constants, made, explain, ignored) for part in parts]
+            made |= {verdict.op.name: verdict for verdict in _as_one(op, judged)}
+            continue
         if node is None:
             into = folded.get(op.name)
             reason = f"into {into}" if into else "rewritten before annotation"
@@ -174,6 +185,31 @@ def judge(
             continue
         made[op.name] = _judge_node(op, node, plan, constants, made, explain, ignored)
     return tuple(made.values())
+
+
+def _as_one(op: FloatOp, products: Sequence[Verdict]) -> list[Verdict]:
+    """Verdicts of an op of which many products were made: one if they agree, else one for each kind and float reason.
+
+    The one with the most work has the op's name, the others that of their first product. Products of constants are no
+    work.
+    """
+    alike: dict[tuple[str, str], list[Verdict]] = defaultdict(list)
+    for verdict in products:
+        if verdict.kind != FOLDED:
+            alike[verdict.kind, "" if verdict.quantized else verdict.reason].append(verdict)
+    if not alike:
+        return [Verdict(op, FOLDED, products[0].reason)]
+    groups = sorted(alike.values(), key=lambda group: -sum(v.op.macs for v in group))
+    macs = [sum(v.op.macs for v in group) for group in groups]
+    macs[0] = op.macs - sum(macs[1:])
+    names = [op.name, *(group[0].op.name for group in groups[1:])]
+    total, made = sum(map(len, groups)), []
+    for name, work, group in zip(names, macs, groups, strict=True):
+        reasons = ", ".join(dict.fromkeys(v.reason for v in group))
+        share = f"{len(group)} of {total}" if len(groups) > 1 else f"{total}"
+        reason = f"{reasons} ({share} products of '{op.name}')" if total > 1 else reasons
+        made.append(Verdict(replace(op, name=name, macs=work), group[0].kind, reason))
+    return made
 
 
 _LONGEST = 240
@@ -213,10 +249,11 @@ def _judge_node(
     if node in constants:
         return Verdict(op, FOLDED, "a constant, computed from parameters")
     note = node.meta.get(ANNOTATION)
+    whole = made.get(node.all_input_nodes[0].name) if node.target is operator.getitem else None
+    if whole is not None and (note is not None or whole.kind == FLOAT):
+        return Verdict(op, whole.kind, whole.reason)
     if note is None:
         return Verdict(op, FLOAT, _one_line(explain(node)))
-    if node.target is operator.getitem and (whole := made.get(node.all_input_nodes[0].name)) is not None:
-        return Verdict(op, whole.kind, whole.reason)
     rule = getattr(note, "rule", "") or "annotated"
     operands = _operands(node, plan, constants)
     if operands.dynamic:

@@ -15,7 +15,10 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.config import OperatorConfig, QuantizationConfig
 from quant2e.annotation.pattern import Match
 from quant2e.annotation.specs import QuantizationAnnotation, QuantizationSpec, group_size_of
-from quant2e.errors import AnnotationError, Quant2eError
+from quant2e.errors import AnnotationError, Quant2eError, module_path
+from quant2e.graph.constants import Constants
+from quant2e.graph.dataflow import operand
+from quant2e.graph.fake_values import node_tensor
 from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from quant2e.passes import run
 from quantizers.kit.rule import ChosenConfig, Rule
@@ -23,6 +26,7 @@ from quantizers.kit.rule_quantizer import RuleQuantizer
 from quantizers.rewrites.batches import BatchesOfOne
 from quantizers.rewrites.einsum_to_linear import einsums_as_linear
 from quantizers.rewrites.matmul_to_linear import products_as_linear
+from quantizers.rewrites.recurrent_to_linear import RECURRENT, RecurrentAsLinear, why_whole
 from quantizers.settings.diagnostics import Coverage
 from quantizers.settings.edges import EdgeSettings, edge_scope
 from quantizers.settings.recipes import Scheme, recipe
@@ -80,9 +84,25 @@ class ConfigurableQuantizer(RuleQuantizer):
         return _base_config(is_dynamic)
 
     def uncovered(self, node: Node, config: Any) -> str:
+        if node.target in RECURRENT and self.has_linear:
+            return self._why_whole(node, config)
         reason = super().uncovered(node, config)
         is_dynamic = getattr(config.input_activation, "is_dynamic", False)
         return reason.replace("no rule covers", "no dynamic rule covers") if is_dynamic else reason
+
+    def _why_whole(self, node: Node, config: Any) -> str:
+        """Why a recurrent layer stays whole, and float."""
+        if not _at_run_time(config):
+            dynamic = next((name for name in self.recipes if "dynamic" in name), "w8a8-dynamic")
+            place = f"set_module_name('{path}'" if (path := module_path(node)) else f"set_node('{node.name}'"
+            return (
+                "recurrent layers are quantized at run time only: give it a dynamic configuration, "
+                f"{place}, '{dynamic}')"
+            )
+        return why_whole(node, Constants(node.graph)) or f"a {_dtype(node)} layer stays whole"
+
+    def _has_dtype(self, node: Node) -> bool:
+        return _dtype(node) in self.dtypes
 
     # ------------------------------------------------------------ what a user says
 
@@ -168,11 +188,22 @@ class ConfigurableQuantizer(RuleQuantizer):
     # ------------------------------------------------------------ the quantizer's interface
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Spell products with a constant weight as linear, and put single images in batches; where settings say so."""
+        """Spell products with a constant weight as linear, write recurrent layers out step by step, and put single
+        images in batches; where settings say so.
+        """
 
         def is_covered(node: Node) -> bool:
             return self.choose(node).config is not None
 
+        def is_written_out(node: Node) -> bool:
+            config = self.choose(node).config
+            if config is None or not self.has_linear or not _at_run_time(config) or not self._has_dtype(node):
+                return False
+            self._settings.wholes[node.name] = self._settings.ranked(node)
+            return True
+
+        self._settings.wholes.clear()
+        run(model, (RecurrentAsLinear(is_written_out),))
         spellings = (products_as_linear, einsums_as_linear) if self.has_linear else ()
         products = [kind(model.graph, is_covered) for kind in spellings]
         run(model, (*products, BatchesOfOne(is_covered)))
@@ -281,6 +312,18 @@ class ConfigurableQuantizer(RuleQuantizer):
         quantizer = cls()
         configs = [quantization_config] if quantization_config else cls.get_supported_quantization_configs()
         return supported_functions(rule for config in configs for rule in quantizer.table(quantizer.accept(config)))
+
+
+def _at_run_time(config: Any) -> bool:
+    """Whether no activation has parameters of its own from calibration: dynamic or weight-only configurations."""
+    activation = config.input_activation
+    return activation is None or bool(getattr(activation, "is_dynamic", False))
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    """The dtype that an op computes in."""
+    tensor = node_tensor(operand(node, 0))
+    return None if tensor is None else tensor.dtype
 
 
 def _base_config(is_dynamic: bool) -> QuantizationConfig:

@@ -26,6 +26,7 @@ from typing import Any
 from torch.fx import Node
 
 from quant2e.errors import AnnotationError, where
+from quant2e.graph.edit import PART_OF
 from quantizers.kit.rule import ChosenConfig
 from quantizers.settings.module_names import (
     enclosing_paths,
@@ -196,6 +197,9 @@ class Predicate:
 
 Scope = Everything | Operator | ModuleType | ModuleName | ModuleExpression | NodeName | Predicate
 
+Ranked = list[tuple[tuple[Level, Specificity], Scope]]
+"""Scopes, the one that applies first, each with how close it is."""
+
 
 def name_of(function: Callable[..., Any]) -> str:
     """A function's name, and the line of one that has none."""
@@ -223,6 +227,8 @@ class Settings:
 
     made: dict[Scope, Any] = field(default_factory=dict)
     only: Callable[[Node], bool] | None = None
+    wholes: dict[str, Ranked] = field(default_factory=dict)
+    """What `ranked` answered of ops that are written out as several nodes, by name: their nodes have these settings."""
 
     def put(self, scope: Scope, config: Any) -> None:
         """Add a setting, as the latest."""
@@ -244,15 +250,18 @@ class Settings:
 
     def choose(self, node: Node) -> ChosenConfig:
         """The configuration of ``node``."""
-        if self.only is not None and not ask(self.only, node):
+        part = node.meta.get(PART_OF) in self.wholes
+        if self.only is not None and not part and not ask(self.only, node):
             return ChosenConfig(None, "the filter function, which answers False", explicit=True)
         scope = next((scope for _, scope in self.ranked(node)), None)
         if scope is None or (scope.level is Level.EVERYTHING and self.made[scope] is None):
             return ChosenConfig(None)
         return ChosenConfig(self.made[scope], str(scope), explicit=scope.level is not Level.EVERYTHING)
 
-    def ranked(self, node: Node) -> list[tuple[tuple[Level, Specificity], Scope]]:
+    def ranked(self, node: Node) -> Ranked:
         """The scopes that a node is in, the one that applies first, each with how close it is."""
+        if (known := self.wholes.get(node.meta.get(PART_OF, ""))) is not None:
+            return known
         return sorted(self._matching(Place(node)), key=lambda pair: pair[0], reverse=True)
 
     def _matching(self, place: Place) -> Iterator[tuple[tuple[Level, Specificity], Scope]]:

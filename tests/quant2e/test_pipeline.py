@@ -20,7 +20,8 @@ from quant2e.observers.measuring import HistogramObserver
 from quant2e.pipeline import quantize
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.ranges.sqnr import sqnr_db
-from quant2e.report.float_ops import count_macs, list_float_ops
+from quant2e.report.float_ops import list_float_ops
+from quant2e.report.macs import count_macs
 from quant2e.report.report import DYNAMIC as DYNAMIC_KIND
 from quant2e.report.report import FLOAT, FOLDED, STATIC, WEIGHT_ONLY, Report
 from tests.quant2e.annotators import ACT, DYNAMIC, NOTHING, WEIGHT, WEIGHT_PER_TENSOR, aten, on, products
