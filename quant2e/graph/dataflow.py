@@ -57,7 +57,7 @@ def set_operand(node: Node, name: str, value: Any) -> None:
     by_place = not declared[place].kwarg_only and name not in node.kwargs
     if by_place and all(a.has_default_value() and a.name not in node.kwargs for a in between):
         spelled = [*node.args, *(a.default_value for a in between)]
-        node.args = _without_defaults(target, (*spelled[:place], value, *spelled[place + 1 :]))
+        node.args = without_defaults(target, (*spelled[:place], value, *spelled[place + 1 :]))
         return
     kept = {key: other for key, other in node.kwargs.items() if key != name}
     node.kwargs = kept if _is_default(declared[place], value) else {**node.kwargs, name: value}
@@ -70,7 +70,8 @@ def _place(target: OpOverload, name: int | str) -> int | None:
     return next((place for place, declared in enumerate(arguments) if declared.name == name), None)
 
 
-def _without_defaults(target: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def without_defaults(target: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Operands by place as ``torch.export`` spells them: those at the end that the schema gives anyway are left out."""
     while args and _is_default(target._schema.arguments[len(args) - 1], args[-1]):
         args = args[:-1]
     return args

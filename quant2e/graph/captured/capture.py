@@ -1,8 +1,8 @@
 """Capture: a model becomes a graph of ATen ops, by ``torch.export``.
 
-The graph is what ``torch.export.export(...).module()`` gives, not decomposed, with three differences: regions that
-only change the grad mode are inlined, the conditions on the inputs are checked by the module and not by the graph, and
-``train()`` and ``eval()`` work.
+The graph is what ``torch.export.export(...).module()`` gives, not decomposed, with four differences: regions that
+only change the grad mode are inlined, ops of a program that was decomposed are composed again (`core_aten`), the
+conditions on the inputs are checked by the module and not by the graph, and ``train()`` and ``eval()`` work.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn import Module
 
 from quant2e.errors import CaptureError, where
 from quant2e.graph.captured.calls import positional_inputs
+from quant2e.graph.captured.core_aten import compose_core_ops
 from quant2e.graph.captured.inline_regions import inline_regions
 from quant2e.graph.captured.inputs import Inputs, distinct, read_inputs
 from quant2e.graph.captured.modes import is_training_graph
@@ -124,8 +125,9 @@ def _own(gm: GraphModule, compiled: bool = True) -> CapturedModule:
 
 
 def complete(captured: CapturedModule, inputs: Inputs) -> None:
-    """Make a graph as torch.export leaves it one that `capture` returns: regions, calling convention and mode."""
+    """Make a graph as torch.export leaves it one that `capture` returns: regions, ops, calling convention and mode."""
     inline_regions(captured)
+    compose_core_ops(captured)
     captured.inputs = inputs
     _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
 

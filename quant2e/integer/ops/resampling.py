@@ -24,9 +24,8 @@ from quant2e.integer.ops.data_movement import Moved
 aten = torch.ops.aten
 
 _SCALES = ("scales",), ("scales_h", "scales_w"), ("scales_d", "scales_h", "scales_w")
-_NEAREST = (
-    (aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d),
-    (aten._upsample_nearest_exact1d, aten._upsample_nearest_exact2d, aten._upsample_nearest_exact3d),
+_NEAREST = tuple(
+    tuple(getattr(aten, f"{kind}{n}d") for n in (1, 2, 3)) for kind in ("upsample_nearest", "_upsample_nearest_exact")
 )
 
 _BY_NUMBERS: Mapping[Any, tuple[Any, tuple[str, ...]]] = {

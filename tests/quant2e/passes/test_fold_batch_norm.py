@@ -248,7 +248,7 @@ def test_a_parametrized_weight_folds_to_one_tensor():
 
 def test_decomposed_norms_fold_too():
     x, model = torch.randn(IMAGE), chain(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
-    gm = capture(torch.export.export(model, (x,)).run_decompositions())
+    gm = torch.export.export(model, (x,)).run_decompositions().module()
     assert next(str(n.target) for n in gm.graph.nodes if n.op == "call_function") == "aten.convolution.default"
     assert run(gm, (fold_batch_norm,))
     assert [str(n.target) for n in gm.graph.nodes if n.op == "call_function"] == ["aten.convolution.default"]
