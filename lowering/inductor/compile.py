@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -194,7 +195,7 @@ def package_flat(
         "aot_inductor.serialized_out_spec": pytree.treespec_dumps(specs[1]),
         "aot_inductor.enable_line_tables": False,  # they hold the paths of this machine, and are most of a small file
     }
-    with _explained(), _flags(inspect), _checked_inputs(), _state_kept():
+    with _explained(), _flags(inspect), _checked_inputs(), _state_kept(), _packed_weights():
         files: Any = compile_fx_aot(gm, list(inputs), config_patches=options)
     _check_files([Path(file) for file in files if isinstance(file, str)])
     part.write_bytes(archive(files))
@@ -244,6 +245,24 @@ def _state_kept() -> Iterator[None]:
         yield
     finally:
         folder.run_node = original
+
+
+@contextmanager
+def _packed_weights() -> Iterator[None]:
+    """Weights that are packed already are not cloned by their strides, which they do not have."""
+    import torch._inductor.compile_fx
+
+    compiler: Any = torch._inductor.compile_fx
+    original = compiler.clone_preserve_strides
+
+    def cloned(x: Tensor) -> Any:
+        return x if x.is_mkldnn else original(x)
+
+    compiler.clone_preserve_strides = cloned
+    try:
+        yield
+    finally:
+        compiler.clone_preserve_strides = original
 
 
 def _is_written(node: Node) -> bool:

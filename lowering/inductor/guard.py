@@ -2,8 +2,8 @@
 
     op(dq(x), …)        =>        op((x - zero_point) * scale, …)
 
-The patterns look at the shape of the graph and not at everything that must hold. They rewrite a transposed
-convolution into a plain one, ignore the axis and zero points of a weight, and pool integers of one scale into
+The patterns look at the shape of the graph and not at everything that must hold. They take a transposed convolution
+for a plain one, ignore the axis and zero points of a weight, and pool integers of one scale into
 integers of another. On CPUs without VNNI the kernels themselves may saturate. Inductor fuses the arithmetic into its
 neighbours, so an op that is guarded costs what a float op costs.
 """
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.graph import call
+from lowering.inductor.rewrites.kernel_calls import is_called
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ, MOVES
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weight_of
 from quant2e.cpu import detect, may_overflow
@@ -29,7 +31,6 @@ from quant2e.passes import run
 
 aten = torch.ops.aten
 
-_TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
 _CARRY = MOVES | movements(Effect.JOIN) | {aten.max_pool2d.default}
 
 
@@ -87,16 +88,17 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
         return None
     weight, activation = found
     args, value, points = operands(weight), tensor_at(gm, weight.args[0]), tensor_at(gm, weight.args[2])
-    if node.target in _TRANSPOSED or (node.target is aten.convolution.default and operands(node)["transposed"]):
-        return "oneDNN's int8 convolution is not transposed"
     if value is None or points is None or tensor_at(gm, weight.args[1]) is None:
         return "the weight is not a constant"
     if value.dtype is not torch.int8:
         return f"int8 kernels take int8 weights, not {value.dtype}"
-    if args["axis"] != 0:
+    transposed = is_transposed(node)
+    if args["axis"] != int(transposed):
         return (
             f"int8 kernels take one weight scale per output channel, and this weight has them along axis {args['axis']}"
         )
+    if transposed and not is_called(node):
+        return "a transposed convolution is called as an int8 kernel in float32 only, right behind its dequantize op"
     if bool((points != 0).any()):
         return "int8 kernels take symmetric weights, and this one has zero points other than 0"
     if operands(activation)["dtype"] not in (torch.uint8, torch.int8):
@@ -106,6 +108,8 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
             "Inductor describes the result of an int8 convolution over one channel wrongly where a size varies: its "
             "memory is laid out in channels last"
         )
+    if transposed:
+        value = TransposedConvolution.of(node, tuple(value.shape)).plain_weight(value)
     depthwise = node.target in CONVOLUTION and value.shape[1] == 1  # its kernels add in 32 bits
     if detect().saturates and not depthwise and may_overflow(value, operands(activation)["quant_max"]):
         return (
@@ -117,7 +121,9 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
 
 def _is_of_one_channel(node: Node, weight: Tensor) -> bool:
     """Whether a convolution reads one channel: such an image is contiguous and in channels last at the same time."""
-    return node.target in CONVOLUTION and weight.shape[1] * operand(node, "groups", 1) == 1
+    if node.target not in CONVOLUTION:
+        return False
+    return (weight.shape[0] if is_transposed(node) else weight.shape[1] * operand(node, "groups", 1)) == 1
 
 
 def _varies(gm: GraphModule) -> bool:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.guard import is_weight_only, quantized_operands
 from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice, Product, fastest
+from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
 from quant2e.errors import LoweringError
@@ -121,7 +122,7 @@ def _check(wanted: Engines, engines: Sequence[Engine], products: Mapping[str, No
 
 
 def product_of(node: Node) -> Product | None:
-    """The shape of a linear layer or a two-dimensional convolution; None for what the engines do not know.
+    """The shape of a linear layer or a convolution; None for what the engines do not know.
 
     A size that may vary counts with the value it was captured with.
     """
@@ -136,9 +137,28 @@ def product_of(node: Node) -> Product | None:
         return Product(
             x=(torch.Size(x[:-1]).numel(), x[-1]), weight=outputs_first, bias=bias is not None, integers=integers
         )
+    return _convolution(node, x, weight, bias is not None, integers)
+
+
+def _convolution(node: Node, x: tuple[int, ...], weight: tuple[int, ...], bias: bool, integers: bool) -> Product | None:
     args, spatial = operands(node), len(weight) - 2
     padding = args["padding"]
-    if spatial != 2 or len(x) != 4 or isinstance(padding, str):
+    if is_transposed(node):
+        sizes = TransposedConvolution.of(node, weight)
+        if spatial == 1:  # computed in two dimensions
+            x, weight = (*x[:2], 1, x[2]), (*weight[:2], 1, weight[2])
+        return Product(
+            x=x,
+            weight=weight,
+            stride=sizes.stride,
+            padding=sizes.padding,
+            dilation=sizes.dilation,
+            groups=sizes.groups,
+            output_padding=sizes.output_padding,
+            bias=bias,
+            integers=integers,
+        )
+    if spatial not in (2, 3) or len(x) != spatial + 2 or isinstance(padding, str):
         return None
     return Product(
         x=x,
@@ -147,7 +167,7 @@ def product_of(node: Node) -> Product | None:
         padding=_each(padding, spatial),
         dilation=_each(args["dilation"], spatial),
         groups=args["groups"],
-        bias=bias is not None,
+        bias=bias,
         integers=integers,
     )
 

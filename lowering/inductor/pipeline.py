@@ -1,6 +1,7 @@
 """Inductor pipeline: a captured graph in the form that its int8 patterns take, and what was decided on the way.
 
 copy the graph ─▶ rewrite what the patterns miss ─▶ guard what they get wrong ─▶ choose an engine for each product
+─▶ call the kernels that have no pattern
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from lowering.inductor.kernel_selection import Engines, choose
 from lowering.inductor.kernels.engines import ENGINES, Engine
 from lowering.inductor.report import InductorReport, Kernel, build_report
 from lowering.inductor.rewrites.graph import private_copy
+from lowering.inductor.rewrites.kernel_calls import kernel_calls
 from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
 from lowering.signature import Signature
 from quant2e.passes import Promise, run
+from quant2e.passes.dead_code import remove_dead_code
 
 _TOLD_APART = Promise(waived=frozenset({"a dequantize undoes its quantize"}))
 
@@ -36,6 +39,7 @@ class Rewritten:
         run(self.graph, REWRITES, compiled=False)
         self._refused = keep_from_patterns(self.graph)
         self._choices, self._float_bytes = choose(self.graph, self._refused, wanted, engines)
+        run(self.graph, (kernel_calls, remove_dead_code), compiled=False)
         # last: the guard compares quant_min
         run(self.graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
 

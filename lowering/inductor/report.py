@@ -27,19 +27,25 @@ _POOL = frozenset({aten.max_pool2d.default})
 _LOOKUP = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx})
 _POOL_KERNEL = "quantized.max_pool2d"
 _COMPUTE = CONVOLUTION | LINEAR | _POOL | _LOOKUP
+_CALLED = {"qconv_pointwise": "qconv", "qconv2d_pointwise": "qconv", "qlinear_pointwise": "qlinear"}
+"""oneDNN's ops where they have no pattern → their names in reports."""
 _WEIGHT_ONLY = "weight-only"
 _PRODUCTS = frozenset(str(target) for target in CONVOLUTION | LINEAR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoweredOp:
-    """One op with a quantized operand. ``kernel``: what runs it, ``reason``: why not an int8 kernel, else empty."""
+    """One op with a quantized operand. ``kernel``: what runs it, ``reason``: why not an int8 kernel, else empty.
+
+    ``post_op``: the activation that an int8 kernel computes as well, by its name for it; empty without.
+    """
 
     name: str
     target: str
     kernel: str
     reason: str
     place: str
+    post_op: str = ""
 
     @property
     def int8(self) -> bool:
@@ -86,7 +92,7 @@ class InductorReport(LoweringReport):
 
     def __str__(self) -> str:
         lines = [self.headline]
-        lines += [f"  int8   {op.name}: {op.kernel}" for op in self.int8]
+        lines += [f"  int8   {op.name}: {op.kernel}{op.post_op and f' with {op.post_op}'}" for op in self.int8]
         lines += [f"  {'float ' if op.kernel == 'float' else 'weight'} {op.name}: {op.reason}" for op in self.leftovers]
         lines += [f"  note: {note}" for note in self.notes]
         if self.verification is not None:
@@ -96,10 +102,14 @@ class InductorReport(LoweringReport):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A node of the final graph that computes on integers. ``tag``: the op of our graph that it ended up as."""
+    """A node of the final graph that computes on integers. ``tag``: the op of our graph that it ended up as.
+
+    ``post_op``: the activation that it computes as well; empty without.
+    """
 
     name: str
     tag: str
+    post_op: str = ""
 
 
 def int8_kernels(graph: Graph) -> list[Kernel]:
@@ -108,7 +118,7 @@ def int8_kernels(graph: Graph) -> list[Kernel]:
     for node in graph.nodes:
         name = _kernel_name(node)
         if name:
-            found.append(Kernel(name, str((node.meta.get("custom") or {}).get(TAG, ""))))
+            found.append(Kernel(name, str((node.meta.get("custom") or {}).get(TAG, "")), _post_op(node)))
     return found
 
 
@@ -121,8 +131,15 @@ def _kernel_name(node: Node) -> str:
         return f"onednn.{made}"
     if made == "qmaxpool2d":
         return _POOL_KERNEL
-    name = str(node.target)
-    return name if name.startswith(("onednn.qconv", "onednn.qlinear")) and "prepack" not in name else ""
+    called = _CALLED.get(getattr(node.target, "_opname", ""), "")
+    return f"onednn.{called}" if str(node.target).startswith("onednn.") else ""
+
+
+def _post_op(node: Node) -> str:
+    """The activation of a kernel, under each of the names that its argument has."""
+    named = operands(node) if isinstance(node.target, torch._ops.OpOverload) else node.kwargs
+    names = (named.get(key) for key in ("postop_name", "unary_op_name", "attr", "post_op_name"))
+    return next((name for name in names if isinstance(name, str) and name != "none"), "")
 
 
 def _behind(node: Node | None, stop: frozenset[Any]) -> Node | None:
@@ -155,24 +172,24 @@ def _upstream(node: Node, wanted: frozenset[Any]) -> Iterator[Node]:
                 queue.append(operand)
 
 
-def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, str]:
+def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, Kernel]:
     """Kernel of each op by name. A fused kernel carries the tag of the last op it took in."""
     nodes = {node.name: node for node in gm.graph.nodes}
-    fused: dict[str, str] = {}
+    fused: dict[str, Kernel] = {}
     later: list[tuple[Kernel, Node]] = []
     for kernel in kernels:
         node = nodes.get(kernel.tag)
         if node is None:
             continue
         if node.target in _COMPUTE:
-            fused[node.name] = kernel.name
+            fused[node.name] = kernel
         else:
             later.append((kernel, node))
     for kernel, node in later:
         wanted = _POOL if kernel.name == _POOL_KERNEL else CONVOLUTION if "qconv" in kernel.name else LINEAR
         candidate = next((found for found in _upstream(node, wanted) if found.name not in fused), None)
         if candidate is not None:
-            fused[candidate.name] = kernel.name
+            fused[candidate.name] = kernel
     return fused
 
 
@@ -196,14 +213,6 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bo
         return "groups of weights with a scale each: there is no int8 kernel for them"
     if activation.target is qd.dequantize_per_token.default:
         return "one activation scale per token: Inductor's patterns know one scale per tensor"
-    if node.target in CONVOLUTION and activation.target is qd.dequantize_per_tensor.tensor:
-        return "dynamic parameters: Inductor has a dynamic int8 linear, and no dynamic int8 convolution"
-    if (
-        node.target in CONVOLUTION
-        and (value := tensor_at(gm, operands(weight)["input"])) is not None
-        and value.dim() == 5
-    ):
-        return "three spatial dimensions: Inductor's patterns know one and two"
     return "no int8 pattern of Inductor matched"
 
 
@@ -234,16 +243,17 @@ def build_report(
         operand_nodes = [weight_of(node), activation_of(node)] if node.target not in _LOOKUP | _POOL else [node.args[0]]
         if not any(_dequantized(operand) for operand in operand_nodes):
             continue
-        kernel = fused.get(node.name, "")
+        kernel = fused.get(node.name)
         by_rows = node.name in choices and choices[node.name].engine == FEW_ROWS
         reason = "" if kernel else _reason(gm, node, refused, by_rows)
         ops.append(
             LoweredOp(
                 name=node.name,
                 target=str(node.target),
-                kernel=kernel or ("quant2e.few_rows_linear" if by_rows else "float"),
+                kernel=kernel.name if kernel else "quant2e.few_rows_linear" if by_rows else "float",
                 reason=reason,
                 place=where(node),
+                post_op=kernel.post_op if kernel else "",
             )
         )
     notes = [*_speed(choices, ops), *_notes(gm, len(kernels), len(fused))]

@@ -27,7 +27,7 @@ from quantizers.kit.families import MOVES
 from quantizers.kit.value_source import ValueSources
 
 JOINS = frozenset(map(str, movements(Effect.JOIN)))
-MOVING = frozenset(map(str, MOVES)) | JOINS | {"aten.max_pool2d.default", "aten.max_pool1d.default"}
+MOVING = frozenset(map(str, MOVES)) | JOINS | {f"aten.max_pool{n}d.default" for n in (1, 2, 3)}
 """Ops whose results are values of their operands: their integers are moved, not computed."""
 
 KEEPS_RANGE = MOVING | {

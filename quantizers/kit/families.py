@@ -15,8 +15,11 @@ w, b = constant("w"), constant("b", optional=True)
 
 conv1d = op(aten.conv1d.default, aten.conv1d.padding, when=batched)(x, w, b)
 conv2d = op(aten.conv2d.default, aten.conv2d.padding, when=batched)(x, w, b)
+conv3d = op(aten.conv3d.default, aten.conv3d.padding, when=batched)(x, w, b)
 convolution = op(aten.convolution.default, when=not_transposed)(x, w, b)
+conv_transpose1d = op(aten.conv_transpose1d.default, when=batched)(x, w, b)
 conv_transpose2d = op(aten.conv_transpose2d.input, when=batched)(x, w, b)
+conv_transpose3d = op(aten.conv_transpose3d.input, when=batched)(x, w, b)
 linear = op(aten.linear.default)(x, w, b)
 
 add = op(aten.add.Tensor, when=unscaled)
@@ -28,9 +31,11 @@ hardtanh = op(aten.hardtanh.default, aten.relu6.default)
 clamp = op(aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.clip.default)
 
 cat = op(aten.cat.default)
-max_pool2d = op(aten.max_pool2d.default)
-avg_pool2d = op(aten.avg_pool2d.default)
-adaptive_avg_pool2d = op(aten.adaptive_avg_pool2d.default)
+max_pool = op(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+avg_pool = op(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+adaptive_avg_pool = op(
+    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default
+)
 mean = op(aten.mean.dim)
 
 _CUTS = movements(Effect.SPLIT)

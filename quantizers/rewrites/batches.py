@@ -40,6 +40,9 @@ _POOLS: dict[Any, int] = {
     aten.max_pool2d.default: 2,
     aten.avg_pool2d.default: 2,
     aten.adaptive_avg_pool2d.default: 2,
+    aten.max_pool3d.default: 3,
+    aten.avg_pool3d.default: 3,
+    aten.adaptive_avg_pool3d.default: 3,
 }
 _POINTWISE = frozenset(
     {

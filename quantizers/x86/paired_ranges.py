@@ -21,6 +21,7 @@ from torch.fx import Node
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import EdgeOrNode
 from quant2e.cpu import LANE, extreme_weights, pair_sums, pairs_fit
+from quant2e.graph.dataflow import operand
 from quant2e.observers.measuring import HistogramObserver, PerChannelMinMaxObserver, PlaceholderObserver
 from quant2e.observers.uniform import ObserverOptions
 from quant2e.ranges.qparams import NumberFormat, quantize_per_channel
@@ -269,4 +270,8 @@ def _layers(observers: Mapping[EdgeOrNode, Any]) -> dict[Node, tuple[Activation,
 def _is_depthwise(layer: Node, weight: Node) -> bool:
     """A convolution with one input channel per group: oneDNN multiplies it one channel at a time."""
     tensor = weight.meta.get("val")
-    return short_name(layer.target).startswith("conv") and isinstance(tensor, Tensor) and tensor.shape[1] == 1
+    if not short_name(layer.target).startswith("conv") or not isinstance(tensor, Tensor):
+        return False
+    if short_name(layer.target).startswith("conv_transpose") or operand(layer, "transposed") is True:
+        return bool(tensor.shape[0] == operand(layer, "groups"))
+    return tensor.shape[1] == 1

@@ -73,9 +73,9 @@ def _config(is_dynamic: bool, reduce_range: bool, is_qat: bool = False) -> Quant
 class X86InductorQuantizer(ConfigurableQuantizer):
     """Annotates what Inductor lowers to oneDNN's int8 kernels on x86.
 
-    Static: conv1d, conv2d and linear with fused activations and additions; cat, pooling and reshapes between them;
-    matmul where it is asked for by name. Dynamic: linear. Weight-only: linear, with int8 weights (``"w8"``), 4 bits in
-    groups (``"w4-g32"``) or float16 ones.
+    Static: convolutions in one to three dimensions, transposed ones too, and linear, with fused activations and
+    additions; cat, pooling and reshapes between them; matmul where it is asked for by name. Dynamic: convolutions and
+    linear. Weight-only: linear, with int8 weights (``"w8"``), 4 bits in groups (``"w4-g32"``) or float16 ones.
 
     ``isa``: the machine to quantize for, by name (``"avx512_vnni"``) or described; this one by default.
     ``range_policy``: what keeps int8 kernels exact there, see `quantizers.x86.range_policy.RangePolicy`.
@@ -110,10 +110,6 @@ class X86InductorQuantizer(ConfigurableQuantizer):
                 "transpose",
             ],
             "Inductor computes it in float, fused with its neighbours",
-        ),
-        **dict.fromkeys(
-            ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d"),
-            "oneDNN's int8 path in Inductor does not have it",
         ),
         **dict.fromkeys(("embedding", "embedding_bag"), "a lookup; EmbeddingQuantizer stores tables as int8"),
     }
@@ -162,7 +158,7 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         """Why an op stays float; of an activation behind an int8 kernel, that it costs no more than arithmetic."""
         producer = next(map(self.folded_into, node.all_input_nodes), None)
         kernel = None if producer is None or ANNOTATION not in producer.meta else short_name(producer.target)
-        fused = next((names for kind, names in FUSED.items() if kernel and kernel.startswith(kind)), ())
+        fused = FUSED.get(kernel or "", ())
         name = short_name(node.target).removesuffix("_")
         if config is None or config.input_activation is None:
             return super().uncovered(node, config)

@@ -7,6 +7,7 @@ that no kernel can take in costs nothing: it is computed in float behind the ker
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,30 +24,42 @@ from quantizers.kit.rule import Follow, Rule, Same
 aten = torch.ops.aten
 
 
-def _no_more_than_2d(node: Node) -> bool | str:
-    if operand(node, "transposed"):
-        return "Inductor does not lower transposed convolutions to integers"
-    return True if spatial(node) <= 2 else "Inductor lowers convolutions in one and two dimensions only"
-
-
 def _two_numbers(node: Node) -> bool | str:
     bounds = (literal(node, "min"), literal(node, "max"))
     return True if all(isinstance(b, int | float) for b in bounds) else "it has one bound, which no kernel takes in"
 
 
-_CONVOLUTION = op(aten.convolution.default, when=_no_more_than_2d)(f.x, f.w, f.b)
-_CONV = f.conv2d | _CONVOLUTION | f.conv1d
+def _convolution(*, transposed: bool, dimensions: tuple[int, ...]) -> Pattern:
+    """``aten.convolution``, which is every kind of convolution, of one kind."""
+
+    def is_of_that_kind(node: Node) -> bool | str:
+        if bool(operand(node, "transposed")) is not transposed:
+            return "it is a transposed convolution" if not transposed else "it is no transposed convolution"
+        n = spatial(node)
+        return n in dimensions or f"it is a convolution in {n} dimension(s)"
+
+    return op(aten.convolution.default, when=is_of_that_kind)(f.x, f.w, f.b)
+
+
+_CONV = f.conv2d | _convolution(transposed=False, dimensions=(1, 2)) | f.conv1d
+_CONV_3D = f.conv3d | _convolution(transposed=False, dimensions=(3,))
+_TRANSPOSED = f.conv_transpose2d | _convolution(transposed=True, dimensions=(1, 2)) | f.conv_transpose1d
+_TRANSPOSED_3D = f.conv_transpose3d | _convolution(transposed=True, dimensions=(3,))
 _CONV_UNARY = op(
     aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default, aten.silu.default
 )
 _CLAMP = op(aten.clamp.default, when=_two_numbers)
-_LINEAR_UNARY = op(aten.relu.default, aten.gelu.default)
+_LINEAR_UNARY = op(*_CONV_UNARY.targets, aten.gelu.default, aten.leaky_relu.default, aten.tanh.default)
 _RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 """The reshapes that carry integers to an int8 kernel."""
 _DROPOUT = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
 
-FUSED = {"conv": ("relu", "relu6", "hardtanh", "hardswish", "silu"), "linear": ("relu", "gelu")}
-"""Activations that become part of an int8 kernel."""
+_IMAGES = ("relu", "relu6", "hardtanh", "hardswish", "silu")
+FUSED = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "convolution"), _IMAGES),
+    "linear": (*_IMAGES, "gelu", "leaky_relu", "tanh"),
+}
+"""Product → activations that become part of its int8 kernel, clamps to two numbers among them."""
 
 ACTIVATIONS = frozenset(
     [
@@ -78,12 +91,12 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
     """Convolutions, linear layers, and what carries integers between them, with parameters found by calibration."""
     act, product = config.input_activation, {"x": config.input_activation, "w": config.weight}
     moved = {"x": Follow(act)}
-    pools = f.max_pool2d(f.x) | f.avg_pool2d(f.x) | f.adaptive_avg_pool2d(f.x)
+    pools = f.max_pool(f.x) | f.avg_pool(f.x) | f.adaptive_avg_pool(f.x)
     return (
         Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
-        Rule(_CONV_UNARY(_CONV) | _CLAMP(_CONV) | _CONV, product, name="conv"),
+        *_convolutions(config),
         Rule(_added(_DROPOUT(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
-        Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
+        Rule(_activated(_LINEAR_UNARY, f.linear), product, name="linear"),
         Rule(op(aten.matmul.default, aten.bmm.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
         Rule(f.mul(f.x, f.y), {"x": act, "y": act}, when=_equal_factors, name="mul", opt_in=True),
         Rule(pools, moved, Same("x"), name="pool"),
@@ -93,11 +106,26 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
 
 
 def dynamic_rules(config: Any) -> tuple[Rule, ...]:
-    """Linear, with activations that get their parameters at run time."""
+    """Convolutions and linear layers, with activations that get their parameters at run time."""
     product = {"x": config.input_activation, "w": config.weight}
     return (
         Rule(_added(_DROPOUT(f.linear) | f.linear), product, None, _equal_shapes, "dynamic linear + add"),
-        Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="dynamic linear"),
+        Rule(_activated(_LINEAR_UNARY, f.linear), product, name="dynamic linear"),
+        *_convolutions(config, "dynamic "),
+    )
+
+
+def _activated(unary: Op, product: Pattern) -> Pattern:
+    return unary(product) | _CLAMP(product) | product
+
+
+def _convolutions(config: Any, kind: str = "") -> tuple[Rule, ...]:
+    """Convolutions by themselves. The output channels of a transposed one are the second axis of its weight."""
+    plain = {"x": config.input_activation, "w": config.weight}
+    transposed = plain | {"w": replace(config.weight, ch_axis=1)}
+    return (
+        Rule(_activated(_CONV_UNARY, _CONV) | _CONV_3D, plain, name=f"{kind}conv"),
+        Rule(_activated(_CONV_UNARY, _TRANSPOSED) | _TRANSPOSED_3D, transposed, name=f"{kind}transposed conv"),
     )
 
 
@@ -131,7 +159,7 @@ def _equal_factors(match: Match) -> bool | str:
     return True if equal else "its operands are not two tensors of its own shape"
 
 
-_KERNELS = frozenset({"conv1d", "conv2d", "convolution", "linear", "matmul"})
+_KERNELS = frozenset({*FUSED, "conv3d", "conv_transpose3d", "matmul"})
 
 
 def _before_a_kernel(match: Match) -> bool | str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowering.inductor.kernels import few_rows
+from lowering.inductor.kernels.transposed import TransposedConvolution
 
 Run = Callable[[], object]
 
@@ -38,6 +39,7 @@ class Product:
 
     ``x``: shape of the activation, ``weight``: of the weight, output channels first. ``stride``, ``padding``,
     ``dilation``: one number per spatial dimension, empty for a linear layer. ``bias``: whether it has one.
+    ``output_padding``: of a transposed convolution, whose weight has its input channels first; None of a plain one.
     ``integers``: whether the result is wanted as integers. ``float_rows``: the activation is float, and only the weight
     is quantized; then ``group``: inputs that share a scale, and ``packed``: whether two values fit in a byte.
     """
@@ -48,6 +50,7 @@ class Product:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    output_padding: tuple[int, ...] | None = None
     bias: bool = True
     integers: bool = False
     float_rows: bool = False
@@ -65,6 +68,7 @@ class Product:
             kind = ("4-bit " if self.packed else "8-bit ") + "weight-only linear" if self.float_rows else "linear"
             return f"{kind} {rows}x{self.weight[1]}x{self.weight[0]}"
         kind = "depthwise conv" if self.groups == self.weight[0] > 1 else "conv"
+        kind = kind if self.output_padding is None else "transposed conv"
         return f"{kind} {'x'.join(map(str, self.x))} by {'x'.join(map(str, self.weight))}"
 
 
@@ -107,8 +111,22 @@ class OneDnn:
             packed = ops.qlinear_prepack(weight, list(x.shape))
             return lambda: ops.qlinear_pointwise(x, 0.02, 3, packed, scales, points, bias, *out, *no_activation)
         shape = (list(product.stride), list(product.padding), list(product.dilation), product.groups)
+        if (transposed := _transposed(product)) is not None:
+            weight, shape = transposed.plain_weight(weight), transposed.plain_shape
+            scales, points = scales.repeat(transposed.phases), points.repeat(transposed.phases)
+            bias = None if bias is None else bias.repeat(transposed.phases)
         packed = ops.qconv_prepack(weight, scales, 0.02, 3, *shape, list(x.shape))
-        return lambda: ops.qconv_pointwise(x, 0.02, 3, packed, scales, points, bias, *shape, *out, *no_activation)
+
+        def convolution() -> Tensor:
+            made: Tensor = ops.qconv_pointwise(x, 0.02, 3, packed, scales, points, bias, *shape, *out, *no_activation)
+            return made
+
+        if transposed is None:
+            return convolution
+        # what follows wants its memory in channels last
+        return lambda: transposed.interleave(convolution(), lambda op, *args: op(*args)).contiguous(
+            memory_format=_channels_last(product)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +147,12 @@ class Float:
             return lambda: torch.nn.functional.linear(x, weight, bias)
         if product.is_linear:
             compute: Callable[[], Tensor] = lambda: torch.nn.functional.linear(x, weight, bias)  # noqa: E731
+        elif (t := _transposed(product)) is not None:
+            sizes = ([*t.padding], [*t.output_padding], [*t.stride], [*t.dilation], t.groups)
+            turned = torch.ops.mkldnn._reorder_convolution_transpose_weight(weight, *sizes, list(x.shape))
+            compute = lambda: torch.ops.mkldnn._convolution_transpose_pointwise(  # noqa: E731
+                x, turned, bias, *sizes, "none", [], ""
+            )
         else:
             shape = (list(product.padding), list(product.stride), list(product.dilation), product.groups)
             packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *shape, list(x.shape))
@@ -195,11 +219,28 @@ def _operands(product: Product) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor 
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 128, product.x, dtype=torch.uint8, generator=generator)
     weight = torch.randint(-64, 64, product.weight, dtype=torch.int8, generator=generator)
-    if len(product.x) == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    outputs = product.weight[0]
+    if not product.is_linear:
+        x = x.contiguous(memory_format=_channels_last(product))
+    outputs = product.weight[0] if product.output_padding is None else product.weight[1] * product.groups
     bias = torch.zeros(outputs) if product.bias else None
     return x, weight, torch.full((outputs,), 0.01), torch.zeros(outputs, dtype=torch.int64), bias
+
+
+def _transposed(product: Product) -> TransposedConvolution | None:
+    if product.output_padding is None:
+        return None
+    return TransposedConvolution(
+        kernel=product.weight[2:],
+        stride=product.stride,
+        padding=product.padding,
+        output_padding=product.output_padding,
+        dilation=product.dilation,
+        groups=product.groups,
+    )
+
+
+def _channels_last(product: Product) -> torch.memory_format:
+    return torch.channels_last if len(product.x) == 4 else torch.channels_last_3d
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from lowering.inductor.rewrites.broadcast import shared_values_first
 from lowering.inductor.rewrites.conv1d import convolutions_in_two_dimensions
 from lowering.inductor.rewrites.embedding import gathered_rows
 from lowering.inductor.rewrites.graph import call
+from lowering.inductor.rewrites.padding import numbered_padding
 from lowering.inductor.rewrites.weights import (
     activation_of,
     explicit_zero_points,
@@ -347,6 +348,7 @@ REWRITES: tuple[Pass, ...] = (
     plain_additions,
     single_precision,
     dequantize_last,
+    numbered_padding,
     remove_dead_code,
     convolutions_in_two_dimensions,
     remove_dead_code,  # a dequantize that nobody reads counts as a use

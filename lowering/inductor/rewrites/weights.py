@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowering.inductor.kernels.transposed import is_transposed
 from lowering.inductor.rewrites.graph import call
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.constants import Constants, evaluate
@@ -101,7 +102,8 @@ def per_channel_weights(gm: GraphModule) -> int:
     """
     count = 0
     for node in list(gm.graph.nodes):
-        user, weight, axis = node, weight_of(node), 1 if node.target in _PRODUCTS else 0
+        user, weight = node, weight_of(node)
+        axis = int(node.target in _PRODUCTS or is_transposed(node))
         if weight is not None and weight.target in TRANSPOSES:
             user, axis = weight, 1 - axis
             weight = weight.args[0] if isinstance(weight.args[0], Node) else None
@@ -109,7 +111,9 @@ def per_channel_weights(gm: GraphModule) -> int:
             continue
         args = operands(weight)
         value = tensor_at(gm, args["input"])
-        if value is None or value.dim() < 2 or value.dtype is not torch.int8 or (axis == 1 and value.dim() != 2):
+        if value is None or value.dim() < 2 or value.dtype is not torch.int8:
+            continue
+        if node.target in _PRODUCTS and value.dim() != 2:
             continue
         shape = (value.shape[axis],)
         scales = emit_constant(gm, weight, "_scales", torch.full(shape, args["scale"], dtype=torch.float32))

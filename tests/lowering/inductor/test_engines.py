@@ -98,6 +98,17 @@ PRODUCTS = [
     Product(x=(3, 16), weight=(8, 16), bias=False, integers=True),
     Product(x=(2, 8, 9, 9), weight=(8, 1, 3, 3), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=8),
     Product(x=(1, 4, 9, 9), weight=(8, 4, 3, 3), stride=(1, 1), padding=(0, 1), dilation=(2, 2), integers=True),
+    Product(x=(1, 4, 3, 5, 5), weight=(8, 4, 3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1)),
+    Product(
+        x=(1, 4, 5, 6),
+        weight=(4, 3, 3, 3),
+        stride=(2, 2),
+        padding=(1, 1),
+        dilation=(1, 1),
+        groups=2,
+        output_padding=(1, 1),
+        integers=True,
+    ),
     Product(x=(3, 64), weight=(8, 64), float_rows=True, group=64),
     Product(x=(1, 64), weight=(8, 64), float_rows=True, group=32, packed=True, bias=False),
 ]
@@ -129,6 +140,14 @@ CASES = {
             bias=False),
     ),
     "one dimension": (lambda m, x: F.conv1d(u8(x), m.w()), (2, 8, 9), (6, 8, 3), None),
+    "three dimensions": (lambda m, x: F.conv3d(u8(x), m.w(), padding=1), (1, 8, 3, 4, 5), (6, 8, 3, 3, 3),
+        Product(x=(1, 8, 3, 4, 5), weight=(6, 8, 3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1),
+            bias=False)),
+    "transposed, in one dimension": (
+        lambda m, x: F.conv_transpose1d(u8(x), m.w(), None, 3, 1, 2), (2, 8, 9), (8, 6, 4),
+        Product(x=(2, 8, 1, 9), weight=(8, 6, 1, 4), stride=(1, 3), padding=(0, 1), dilation=(1, 1),
+            output_padding=(0, 2), bias=False),
+    ),
     "padding by name": (lambda m, x: F.conv2d(u8(x), m.w(), padding="same"), (2, 8, 9, 9), (6, 8, 3, 3), None),
 }  # fmt: skip
 

@@ -29,10 +29,13 @@ TABLE = {
     "linear": (lambda m, x: F.linear(u8(x), m.w()), X, weight(8, 16), None),
     "convolution": (lambda m, x: F.conv2d(u8(x), m.w()), IMAGE, weight(8, 8, 3, 3), None),
     "float activation": (lambda m, x: F.linear(x, m.w()), X, weight(8, 16, zero_point=3), None),
-    "transposed": (lambda m, x: F.conv_transpose2d(u8(x), m.w()), IMAGE, weight(8, 8, 3, 3), "not transposed"),
+    "transposed": (lambda m, x: F.conv_transpose2d(u8(x), m.w()), IMAGE, weight(8, 8, 3, 3), "along axis 0"),
     "transposed, by flag": (
         lambda m, x: torch.ops.aten.convolution(u8(x), m.w(), None, [1, 1], [0, 0], [1, 1], True, [0, 0], 1),
-        IMAGE, weight(8, 8, 3, 3), "not transposed",
+        IMAGE, weight(8, 8, 3, 3), "along axis 0",
+    ),
+    "transposed, by output channel": (
+        lambda m, x: F.conv_transpose2d(u8(x), m.w()), IMAGE, weight(8, 8, 3, 3, axis=1), None,
     ),
     "input channels": (lambda m, x: F.linear(u8(x), m.w()), X, weight(8, 16, axis=1), "along axis 1"),
     "input channels of a product": (lambda m, x: u8(x) @ m.w().t(), X, weight(8, 16, axis=1), "along axis 1"),

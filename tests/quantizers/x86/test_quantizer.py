@@ -1,12 +1,12 @@
 """What X86InductorQuantizer annotates, and what it refuses. For ranges see test_x86_policy and test_x86_range."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.utils import counters
 
 import lowering
 from quant2e import AnnotationError, Quant2eError, quantize
@@ -79,6 +79,8 @@ class Lines(nn.Module):
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 4, 3, padding=1), (torch.randn(1, 4, 9),)),
     "conv2d": (nn.Conv2d(4, 4, 3, padding="same"), (torch.randn(1, 4, 9, 9),)),
+    "conv3d": (nn.Conv3d(4, 4, 3, padding=1), (torch.randn(1, 4, 3, 4, 5),)),
+    "conv_transpose2d": (nn.ConvTranspose2d(4, 4, 2, 2), (torch.randn(1, 4, 5, 5),)),
     "linear": (nn.Linear(8, 8), (torch.randn(2, 3, 8),)),
 }
 ACTS = {
@@ -88,11 +90,13 @@ ACTS = {
     "leaky_relu_": nn.LeakyReLU(0.1, inplace=True), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "elu": nn.ELU(),
     "clamp_min": Of(lambda m, x: x.clamp_min(0)),
 }  # fmt: skip
-RELUS = {"relu", "relu_"}
+IMAGES = {"relu", "relu_", "relu6", "hardtanh", "clamp", "hardswish", "hardswish_", "silu"}
 FUSED = {
-    "conv1d": RELUS | {"relu6", "hardtanh", "clamp", "hardswish", "hardswish_", "silu"},
-    "conv2d": RELUS | {"relu6", "hardtanh", "clamp", "hardswish", "hardswish_", "silu"},
-    "linear": RELUS | {"gelu", "gelu, tanh"},
+    "conv1d": IMAGES,
+    "conv2d": IMAGES,
+    "conv3d": set(),
+    "conv_transpose2d": IMAGES,
+    "linear": IMAGES | {"gelu", "gelu, tanh", "leaky_relu", "leaky_relu_", "tanh"},
 }
 
 
@@ -112,7 +116,10 @@ def test_activations(layer, act):
     assert noted[kernels[0]].output_qspec is None
     if act not in FUSED[layer]:
         ((_, why),) = reasons(gm, quantizer).items()
-        taken = "relu and gelu" if layer == "linear" else "relu, relu6, hardtanh, hardswish and silu"
+        if layer == "conv3d":  # takes in nothing
+            return
+        more = " and silu" if layer != "linear" else ", silu, gelu, leaky_relu and tanh"
+        taken = f"relu, relu6, hardtanh, hardswish{more}"
         assert f"int8 kernel of '{kernels[0]}' returns" in why
         assert f"takes in {taken}, not " in why
 
@@ -126,8 +133,14 @@ FIRST = ["conv2d: inputs_0 a, c1_weight w0  [conv]"]
     [
         (nn.Conv1d(3, 4, 3), (torch.randn(1, 3, 9),), ["conv1d: input_1 a, weight w0  [conv]"]),
         (nn.Conv2d(3, 4, 3, padding="same"), IMAGE, ["conv2d: input_1 a, weight w0  [conv]"]),
-        (nn.Conv3d(3, 4, 3), (torch.randn(1, 3, 5, 5, 5),), []),
-        (nn.ConvTranspose2d(3, 4, 2), IMAGE, []),
+        (nn.Conv2d(3, 4, 2, padding="same"), IMAGE, ["conv2d: input_1 a, weight w0  [conv]"]),
+        (nn.Conv3d(3, 4, 3), (torch.randn(1, 3, 5, 5, 5),), ["conv3d: input_1 a, weight w0  [conv]"]),
+        *(
+            (layer, (torch.randn(1, 3, *[5] * n),),
+                [f"conv_transpose{n}d: input_1 a, weight w1  [transposed conv]"])
+            for n, layer in ((1, nn.ConvTranspose1d(3, 4, 2)), (2, nn.ConvTranspose2d(3, 4, 2)),
+                             (3, nn.ConvTranspose3d(3, 4, 2)))
+        ),
         *(
             (nn.Sequential(nn.Conv2d(3, 4, 3), act), IMAGE,
                 ["conv2d: input_1 a, _0_weight w0  [conv]", f"{name}:  [conv]"])
@@ -167,33 +180,33 @@ def test_ops(model, example, expected):
     assert lines(model, example) == expected
 
 
+COMPILED = ("conv1d", "conv2d", "linear")
+
+
 @pytest.mark.slow
 @pytest.mark.inductor
 def test_activations_are_fused_by_inductor_where_the_rules_say_so():
     """One program with every activation behind every layer: as many fusions as the table has."""
     torch.manual_seed(0)
-    count = {layer: len(FUSED[layer]) for layer in LAYERS}
     models = {
         f"{layer} {i}": Lines(LAYERS[layer][0], ACTS[act])
-        for layer in LAYERS
+        for layer in COMPILED
         for i, act in enumerate(sorted(FUSED[layer]))
     }
     layers = [name.split()[0] for name in models]
     names = [f"m{i}" for i in range(len(models))]
     together = Of(
-        lambda m, line, image, rows: [
-            getattr(m, name)({"conv1d": line, "conv2d": image, "linear": rows}[layer])
-            for name, layer in zip(names, layers, strict=True)
+        lambda m, *inputs: [
+            getattr(m, name)(inputs[COMPILED.index(layer)]) for name, layer in zip(names, layers, strict=True)
         ],
         **dict(zip(names, models.values(), strict=True)),
     ).eval()
-    example = tuple(LAYERS[layer][1][0] for layer in ("conv1d", "conv2d", "linear"))
-    counters.clear()
+    example = tuple(LAYERS[layer][1][0] for layer in COMPILED)
     program = lowering.to_inductor(quantize(together, example, static(), [example]), engines="onednn")
     assert program.report.leftovers == ()
     assert program.verification.sqnr_db > 50
-    assert counters["inductor"]["qconv_unary_matcher_count"] == count["conv1d"] + count["conv2d"]
-    assert counters["inductor"]["qlinear_unary_matcher_count"] == count["linear"]
+    fused = Counter(op.target.split(".")[1] for op in program.report.ops if op.post_op)
+    assert fused == {layer: len(FUSED[layer]) for layer in COMPILED}
 
 
 def test_an_activation_is_not_fused_where_its_operand_is_used_again():
@@ -211,12 +224,19 @@ def test_a_dropout_in_eval_mode_stands_before_an_addition():
     ]
 
 
-def test_dynamic_is_linear_only():
+def test_dynamic_products():
     quantizer = X86InductorQuantizer().set_global(config(is_dynamic=True, reduce_range=False))
-    assert lines(Residual(), IMAGE, quantizer) == ["linear: flatten d, head_weight w0  [dynamic linear]"]
+    assert lines(Residual(), IMAGE, quantizer) == [
+        "conv2d: x d, conv_weight w0  [dynamic conv]",
+        "relu_:  [dynamic conv]",
+        "conv2d_1: relu_ d, depthwise_weight w0  [dynamic conv]",
+        "relu6:  [dynamic conv]",
+        "conv2d_2: relu6 d, point_weight w0  [dynamic conv]",
+        "linear: flatten d, head_weight w0  [dynamic linear]",
+    ]
     quantizer = X86InductorQuantizer().set_global(config(is_dynamic=True, reduce_range=False))
     gm = annotated(Residual(), IMAGE, quantizer)
-    assert reasons(gm, quantizer)["conv2d"] == "no dynamic rule covers aten.conv2d.default"
+    assert reasons(gm, quantizer)["max_pool2d"] == "no dynamic rule covers aten.max_pool2d.default"
 
 
 def test_configs_are_values():

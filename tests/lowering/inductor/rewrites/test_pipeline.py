@@ -7,6 +7,7 @@ from torch import nn
 from lowering.inductor.rewrites.additions import idle_dropouts, plain_additions, separate_additions
 from lowering.inductor.rewrites.embedding import gathered_rows
 from lowering.inductor.rewrites.graph import private_copy
+from lowering.inductor.rewrites.padding import numbered_padding
 from lowering.inductor.rewrites.pipeline import (
     REWRITES,
     constant_parameters,
@@ -188,6 +189,12 @@ TABLE = {
     "sum with a factor": (plain_additions, graph(lambda m, x: torch.add(x, x.sin(), alpha=2), X), (X,),
         "aten.mul.Tensor", ""),
     "sum with itself": (plain_additions, graph(lambda m, x: x.sin() + x.sin(), X), (X,), "aten.add.Tensor", ""),
+    "same size": (numbered_padding, graph(lambda m, x: F.conv1d(narrow(x[None]), m.w(), padding="same", dilation=2), X,
+        w=weight(8, 4, 3)), (X,), "aten.conv1d.default", "aten.conv1d.padding"),
+    "same size, even kernel": (numbered_padding, graph(lambda m, x: F.conv2d(narrow(x.view(1, 4, 4, 4)), m.w(),
+        padding="same"), X, w=weight(8, 4, 2, 4)), (X,), "aten.constant_pad_nd.default", "aten.conv2d.padding"),
+    "same size, even kernel, dynamic": (numbered_padding, graph(lambda m, x: F.conv1d(on_dynamic_grid(x[None]), m.w(),
+        padding="same"), X, w=weight(8, 4, 2)), (X,), "aten.constant_pad_nd.default", "aten.conv1d.padding"),
     "everything": (
         lambda gm: run(gm, REWRITES), graph(lambda m, x: m.c(x), torch.randn(1, 3, 8, 8), c=Cnn(None)),
         (torch.randn(1, 3, 8, 8),), "dequantize_per_channel.default", "",
