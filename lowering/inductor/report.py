@@ -23,7 +23,7 @@ from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 
 aten = torch.ops.aten
 
-_POOL = frozenset({aten.max_pool2d.default})
+_POOL = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 _LOOKUP = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx})
 _POOL_KERNEL = "quantized.max_pool2d"
 _COMPUTE = CONVOLUTION | LINEAR | _POOL | _LOOKUP
@@ -256,7 +256,7 @@ def build_report(
                 post_op=kernel.post_op if kernel else "",
             )
         )
-    notes = [*_speed(choices, ops), *_notes(gm, len(kernels), len(fused))]
+    notes = [*_speed(choices, ops), *_notes(gm, len({k.tag or k.name for k in kernels}), len(fused))]
     if float_bytes:
         notes.append(f"float copies of weights, for ops computed in float, take {float_bytes / 2**20:.1f} MiB")
     return InductorReport(ops=tuple(ops), notes=tuple(notes), engines=choices)

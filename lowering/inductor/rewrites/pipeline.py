@@ -19,6 +19,7 @@ from lowering.inductor.rewrites.conv1d import convolutions_in_two_dimensions
 from lowering.inductor.rewrites.embedding import gathered_rows
 from lowering.inductor.rewrites.graph import call
 from lowering.inductor.rewrites.padding import numbered_padding
+from lowering.inductor.rewrites.pools import pools_in_two_dimensions
 from lowering.inductor.rewrites.weights import (
     activation_of,
     explicit_zero_points,
@@ -351,6 +352,7 @@ REWRITES: tuple[Pass, ...] = (
     numbered_padding,
     remove_dead_code,
     convolutions_in_two_dimensions,
+    pools_in_two_dimensions,
     remove_dead_code,  # a dequantize that nobody reads counts as a use
     separate_additions,
     shared_values_first,

@@ -172,6 +172,17 @@ FIRST = ["conv2d: inputs_0 a, c1_weight w0  [conv]"]
         (Of(lambda m, x: F.avg_pool2d(m.c1(x), 2), c1=C1), IMAGE, [
             *FIRST, "avg_pool2d: conv2d a -> = conv2d>avg_pool2d  [pool]",
         ]),
+        *(
+            (Of(lambda m, x, pool=pool: pool(m.c(x), 2), c=layer(3, 4, 3)), (torch.randn(1, 3, *[8] * n),), [
+                f"conv{n}d: inputs_0 a, c_weight w0  [conv]",
+                f"{pool.__name__}: conv{n}d a -> = conv{n}d>{pool.__name__}  [pool]",
+            ])
+            for n, layer, pools in (
+                (1, nn.Conv1d, (torch.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d)),
+                (3, nn.Conv3d, (torch.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d)),
+            )
+            for pool in pools
+        ),
         (Of(lambda m, x: F.max_pool2d(x, 2)), IMAGE, []),
         (Of(lambda m, x: x * x), ROWS, []),
     ],

@@ -50,8 +50,9 @@ class Fn(nn.Module):
         return self.function(self, *args)
 
 
-def graph(function, *inputs, **parts):
-    return torch.export.export(Fn(function, **parts).eval(), inputs, strict=False).module()
+def graph(function, *inputs, dynamic_shapes=None, **parts):
+    exported = torch.export.export(Fn(function, **parts).eval(), inputs, strict=False, dynamic_shapes=dynamic_shapes)
+    return exported.module()
 
 
 def weight(*shape, axis=0, zero_point=0):
