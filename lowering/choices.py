@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from lowering.own_noise import compare_within_noise
 from lowering.parts import returning
 from lowering.state import Apart, State, initial_state_of
-from lowering.verify import Bound, Tally, Verification, compare_within_noise, measure, scale_at
+from lowering.verify import Bound, Tally, Verification, measure, scale_at
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.inputs import inputs_of

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,17 +63,8 @@ class OutputDifference:
         return not self.mismatches and (self.max_steps <= bound.steps or self.sqnr_db >= bound.sqnr_db)
 
 
-LAST_BIT = 2.0**-23
-"""Relative size of the last bit of a float32."""
-
-NOISE_DRAWS = 4
-"""How many neighbours of a graph its own noise is measured on."""
-
 CALLS = 3
 """How many calls, at least, a graph with state is compared over: what one leaves behind shows in the next."""
-
-LEEWAY_DB = 6.0
-"""How much more noise than its own a graph's lowered program may have: twice the amplitude."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -87,7 +78,7 @@ class Verification:
     the bound of each other, topk among ties say; the comparison is then with the graph given these choices.
     ``batches``: how many inputs were compared. ``outputs``: the same for each output, every one of which has to be
     within the bound: an output of many large numbers does not hide one of small ones. ``own_noise_db``: SQNR of the
-    graph against itself with the last bits of its floats moved, where that was needed to judge; see `own_noise_db`.
+    graph against itself with the last bits of its floats moved, where that was needed to judge: `lowering.own_noise`.
     """
 
     max_steps: float
@@ -304,57 +295,6 @@ def _leaves(run: Callable[..., Any], call: Call) -> list[Any]:
     """What a call returns, flat. The model may write to its inputs: it gets copies."""
     args, kwargs = call.copied()
     return pytree.tree_leaves(run(*args, **kwargs))
-
-
-def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int = NOISE_DRAWS) -> float:
-    """SQNR, in dB, of a graph against itself with every float parameter and buffer moved by about its last bit.
-
-    Of several outputs, that of the worst.
-    Where a value lies close to the middle between two integers, the last bit of a float decides which it becomes, and
-    what follows sees a difference of a whole step. In a deep graph with activations quantized at many places this
-    noise is far above that of float arithmetic; two correct programs that add in another order differ by it.
-
-    Whether a given draw crosses such a middle early in the graph is luck: over six transformer layers single draws
-    measure anything from 27 to 130 dB. The worst of ``draws`` is returned, which is steady.
-    """
-    generator = torch.Generator().manual_seed(0)
-    kept = list(batches)
-
-    def draw() -> float:
-        own = Apart(reference).model
-        assert isinstance(own, torch.nn.Module)
-        tensors = {**dict(own.named_parameters()), **dict(own.named_buffers())}
-        moved = {name: _moved(tensor.detach(), generator) for name, tensor in tensors.items()}
-
-        def neighbour(*args: Any, **kwargs: Any) -> Any:
-            return torch.func.functional_call(own, moved, args, kwargs)
-
-        return min((output.sqnr_db for output in compare(neighbour, reference, kept).outputs), default=math.inf)
-
-    return min(draw() for _ in range(draws))
-
-
-def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A copy with the last bits of floats moved."""
-    if not tensor.is_floating_point():
-        return tensor.clone()
-    return tensor * (1 + LAST_BIT * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
-
-
-def compare_within_noise(
-    lowered: Callable[..., Any], reference: Any, batches: Sequence[Call], bound: Bound | None = None
-) -> Verification:
-    """`compare` with the bound that the graph itself allows.
-
-    The bound is ``bound`` (`Bound()` by default) where the program meets it. Where it does not, it is the graph's own
-    noise less `LEEWAY_DB`, if that asks for less.
-    """
-    found = compare(lowered, reference, batches, bound=bound)
-    if found.passed or not isinstance(reference, torch.nn.Module):
-        return found
-    noise = own_noise_db(reference, batches)
-    bound = Bound(steps=found.bound.steps, sqnr_db=min(found.bound.sqnr_db, noise - LEEWAY_DB))
-    return replace(found, bound=bound, own_noise_db=noise)
 
 
 def _paired(

@@ -70,6 +70,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "export",
         "state",
         "verify",
+        "own_noise",
         "parts",
         "choices",
         "first_difference",

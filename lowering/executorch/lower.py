@@ -34,6 +34,7 @@ from lowering.export import (
     untraceable,
 )
 from lowering.io_parameters import constants, quantized_io_in
+from lowering.own_noise import LEEWAY_DB
 from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
@@ -41,7 +42,7 @@ from lowering.rewrites.experts import EXPERTS
 from lowering.rewrites.layouts import PLAIN_LAYOUTS, contiguous_call
 from lowering.signature import Signature, check_bounded, signature_of
 from lowering.state import State, state_of
-from lowering.verify import LEEWAY_DB, Bound, compare
+from lowering.verify import Bound, compare
 from quant2e.checksum import BLANK, WORD, sealed
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of

@@ -32,7 +32,7 @@ BOUND = Bound(steps=1.0, sqnr_db=30.0)
 the edge between two integers, and in a deep network such steps travel: 45 to 50 dB over six transformer layers, and
 43 dB where the graph rounds weights to bfloat16, which the int8 kernels do not. Wrong programs are far below:
 saturated kernels measure 10 to 22 dB, a wrong pattern less than 10. A graph whose own noise is larger is held to that
-(`lowering.verify.compare_within_noise`)."""
+(`lowering.own_noise.compare_within_noise`)."""
 
 
 OTHERWISE = "The Q/DQ graph itself runs as it is, without a compiler"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -31,7 +32,9 @@ from quant2e.errors import LoweringError, where
 from quant2e.files import atomic_file
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.data_movement import When, movements
 from quant2e.graph.dataflow import operand
+from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.mutation import first_writer, written_attributes
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.isolation import quietly, tracing
@@ -85,6 +88,8 @@ def to_onnx(
         graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
         _check_stateless(module)
         refuse_dtypes(module, (torch.float16, torch.bfloat16), "onnxruntime")
+        if target == "onnxruntime":
+            _check_computes(graph)
         if opset < OPSET:
             _check_integers(module, opset)
         in_form(module, CONVENTIONS[target])
@@ -112,6 +117,25 @@ def _check_stateless(graph: GraphModule) -> None:
         f"{', '.join(sorted(written_attributes(graph)))}, as in {where(writer)}: let the model take its state as an "
         f"input and return the new one, or lower it with to_inductor or to_executorch, whose programs keep it"
     )
+
+
+_CASTS = movements(when=When.SAME_DTYPE)
+"""Ops that change a dtype, or nothing."""
+
+
+def _check_computes(module: GraphModule) -> None:
+    """Raise `LoweringError` naming an op that computes in bfloat16, in a region of autocast say: onnxruntime does not.
+
+    Its CPU has no such kernels, and puts casts around the ops of float16 only.
+    """
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+            value = node_tensor(node) if isinstance(node.target, OpOverload) else None
+            if value is not None and value.dtype is torch.bfloat16 and node.target not in _CASTS:
+                raise LoweringError(
+                    f"onnxruntime's CPU kernels do not compute in bfloat16, as {where(node)} does: capture the model "
+                    f"in float32, model.float() and without autocast, or lower with to_inductor or to_executorch"
+                )
 
 
 def _check_integers(module: GraphModule, opset: int) -> None:

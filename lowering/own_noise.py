@@ -1,0 +1,107 @@
+"""Own noise: how far a Q/DQ graph is from itself when the last bits of its floats move, and the bound that allows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowering.state import Apart
+from lowering.verify import Bound, Verification, compare
+from quant2e.graph.captured.calls import Call
+
+LAST_BIT = 2.0**-23
+"""Relative size of the last bit of a float32."""
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+NOISE_DRAWS = 4
+"""How many neighbours of a graph its own noise is measured on."""
+
+LEEWAY_DB = 6.0
+"""How much more noise than its own a graph's lowered program may have: twice the amplitude."""
+
+
+def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int = NOISE_DRAWS) -> float:
+    """SQNR, in dB, of a graph against itself with every float parameter and buffer moved by about its last bit, and
+    every float of 16 bits that an op computes.
+
+    Of several outputs, that of the worst.
+    Where a value lies close to the middle between two integers, the last bit of a float decides which it becomes, and
+    what follows sees a difference of a whole step. In a deep graph with activations quantized at many places this
+    noise is far above that of float arithmetic; two correct programs that add in another order differ by it. So do two
+    where floats of 16 bits are rounded behind every op in the one, and at the end of several in the other.
+
+    Whether a given draw crosses such a middle early in the graph is luck: over six transformer layers single draws
+    measure anything from 27 to 130 dB. The worst of ``draws`` is returned, which is steady.
+    """
+    generator = torch.Generator().manual_seed(0)
+    kept = list(batches)
+
+    def draw() -> float:
+        own = Apart(reference).model
+        assert isinstance(own, torch.nn.Module)
+        tensors = {**dict(own.named_parameters()), **dict(own.named_buffers())}
+        moved = {name: _moved(tensor.detach(), generator) for name, tensor in tensors.items()}
+
+        def neighbour(*args: Any, **kwargs: Any) -> Any:
+            with _MovedHalves(generator):
+                return torch.func.functional_call(own, moved, args, kwargs)
+
+        return min((output.sqnr_db for output in compare(neighbour, reference, kept).outputs), default=math.inf)
+
+    return min(draw() for _ in range(draws))
+
+
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A copy with the last bits of floats moved."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    return tensor * (1 + LAST_BIT * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+
+
+class _MovedHalves(TorchDispatchMode):
+    """Moves one in six of the floats that ops compute in 16 bits by its last bit.
+
+    The variance is that of the difference between two roundings: ``2 / 12`` of a squared step.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives this base no types
+        self._generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if any(r.alias_info is not None for r in func._schema.returns):
+            return results  # a view, or what was given: it is another one's
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.dtype not in _HALVES:
+                return value
+            draw = torch.rand(value.shape, generator=self._generator, device="cpu").to(value.device)
+            bits = (draw < 1 / 12).float() - (draw > 11 / 12).float()
+            return (value.float() * (1 + 0.75 * torch.finfo(value.dtype).eps * bits)).to(value.dtype)
+
+        return pytree.tree_map(moved, results)
+
+
+def compare_within_noise(
+    lowered: Callable[..., Any], reference: Any, batches: Sequence[Call], bound: Bound | None = None
+) -> Verification:
+    """`compare` with the bound that the graph itself allows.
+
+    The bound is ``bound`` (`Bound()` by default) where the program meets it. Where it does not, it is the graph's own
+    noise less `LEEWAY_DB`, if that asks for less.
+    """
+    found = compare(lowered, reference, batches, bound=bound)
+    if found.passed or not isinstance(reference, torch.nn.Module):
+        return found
+    noise = own_noise_db(reference, batches)
+    bound = Bound(steps=found.bound.steps, sqnr_db=min(found.bound.sqnr_db, noise - LEEWAY_DB))
+    return replace(found, bound=bound, own_noise_db=noise)
