@@ -26,6 +26,7 @@ class Effect(Enum):
     SAME = "the same values at the same places"
     RESHAPE = "the same values in the same order, in other sizes"
     PERMUTE = "axes change places"
+    SHUFFLE = "axes are split, change places and are joined"
     REORDER = "the same values in another order"
     SLICE = "a run of places along an axis"
     SELECT = "one place of an axis, which disappears"
@@ -124,16 +125,17 @@ TABLE: tuple[Movement, ...] = (
     Movement(aten.mT, Effect.PERMUTE),
     Movement(aten.mH, Effect.PERMUTE),
     Movement(aten.adjoint, Effect.PERMUTE),
+    # axes are split, change places and are joined
+    Movement(aten.channel_shuffle, Effect.SHUFFLE),
+    Movement(aten.native_channel_shuffle, Effect.SHUFFLE),
+    Movement(aten.pixel_shuffle, Effect.SHUFFLE),
+    Movement(aten.pixel_unshuffle, Effect.SHUFFLE),
     # the same values in another order
     Movement(aten.flip, Effect.REORDER),
     Movement(aten.fliplr, Effect.REORDER),
     Movement(aten.flipud, Effect.REORDER),
     Movement(aten.roll, Effect.REORDER),
     Movement(aten.rot90, Effect.REORDER),
-    Movement(aten.channel_shuffle, Effect.REORDER),
-    Movement(aten.native_channel_shuffle, Effect.REORDER),
-    Movement(aten.pixel_shuffle, Effect.REORDER),
-    Movement(aten.pixel_unshuffle, Effect.REORDER),
     Movement(aten.fft_fftshift, Effect.REORDER),
     Movement(aten.fft_ifftshift, Effect.REORDER),
     # a run of places along an axis
@@ -227,6 +229,11 @@ TABLE: tuple[Movement, ...] = (
 
 MOVEMENTS: Mapping[OpOverload, Movement] = {overload: row for row in TABLE for overload in row.overloads()}
 """Overload → its line."""
+
+
+def movement(target: object) -> Movement | None:
+    """The line of what a node calls; None for what is not in the table."""
+    return MOVEMENTS.get(target) if isinstance(target, OpOverload) else None
 
 
 def movements(*effects: Effect, when: When = When.ALWAYS, integers: bool = False) -> frozenset[OpOverload]:

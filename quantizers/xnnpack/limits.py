@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from quant2e.annotation.pattern import Match
+from quant2e.graph.constants import Constants
+from quant2e.graph.data_movement import Effect, movement
 from quant2e.graph.dataflow import literal, operand
 from quant2e.graph.fake_values import node_tensor
+from quant2e.graph.places import slicings
 from quantizers.kit.conditions import spatial, value, zero_padding
 
 
@@ -92,3 +96,25 @@ def pads_image(node: Node) -> bool | str:
         return "its sizes are not fixed, or it crops"
     spatial_only = not any(sizes[2 * (image.dim() - 2) :])
     return True if spatial_only and any(sizes) else "it does not pad the spatial dimensions"
+
+
+def moves_inside(node: Node, constants: Constants) -> bool | str:
+    """An op that moves values and is views, permutations, slices and concatenations to the delegate."""
+    row = movement(node.target)
+    if row is None or row.effect in (Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.SHUFFLE):
+        return True
+    if row.effect is Effect.PAD and zero_padding(node) is True:
+        return True
+    if row.effect in (Effect.SPLIT, Effect.SELECT) or (
+        row.effect is Effect.SLICE and operand(node, "step") in (None, 1)
+    ):
+        return _has_fixed_sizes(node) or "XNNPACK slices tensors of fixed sizes only"
+    if row.effect is Effect.ZEROS:
+        return "XNNPACK has no kernel for it"
+    found = slicings(node, constants)
+    return f"XNNPACK has no kernel for it: {found}" if isinstance(found, str) else True
+
+
+def _has_fixed_sizes(node: Node) -> bool:
+    tensors = [node_tensor(operand(node, 0)), *tree_leaves(node.meta.get("val"))]
+    return all(isinstance(size, int) for tensor in tensors if isinstance(tensor, Tensor) for size in tensor.shape)

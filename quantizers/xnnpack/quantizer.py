@@ -30,6 +30,7 @@ from quantizers.rewrites.clamps import clamps_as_fused
 from quantizers.rewrites.scalars import WITH_NUMBERS, scalars_as_tensors
 from quantizers.settings.configurable import ConfigurableQuantizer
 from quantizers.xnnpack.config import WEIGHT_EPS, get_symmetric_quantization_config
+from quantizers.xnnpack.limits import moves_inside
 from quantizers.xnnpack.rules import CLAMPS, ELEMENTWISE, PRODUCTS, dynamic_rules, is_four_bits, static_rules
 
 _FLOAT = "XNNPACK computes it in float"
@@ -148,7 +149,9 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
 
     def table(self, config: Any) -> Sequence[Rule]:
         """The rules of the delegate for one configuration."""
-        return dynamic_rules(config) if config.input_activation.is_dynamic else static_rules(config, self._alone)
+        if config.input_activation.is_dynamic:
+            return dynamic_rules(config)
+        return static_rules(config, self._alone, self._stays_inside)
 
     @classmethod
     def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
@@ -228,6 +231,9 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
 
     def _alone(self, match: Match) -> bool | str:
         return self._is_worth_it(match.root) or _BETWEEN
+
+    def _stays_inside(self, match: Match) -> bool | str:
+        return moves_inside(match.root, self._constants)
 
     def _is_worth_it(self, node: Node) -> bool:
         def floats(result: Node) -> bool:

@@ -43,8 +43,15 @@ def _clamped(pattern: Op) -> Either:
     return _FUSED_CLAMP(pattern) | pattern
 
 
-def static_rules(config: Any, alone: Callable[[Match], bool | str] | None = None) -> tuple[Rule, ...]:
-    """``alone``: a condition on elementwise ops, which are not always worth quantizing by themselves."""
+Condition = Callable[[Match], bool | str]
+
+
+def static_rules(config: Any, alone: Condition | None = None, moved: Condition | None = None) -> tuple[Rule, ...]:
+    """Rules with numbers known beforehand.
+
+    ``alone``: a condition on elementwise ops, which are not always worth quantizing by themselves. ``moved``: one on
+    ops that move values, some of which the delegate does not have.
+    """
     act, out, weight = config.input_activation, config.output_activation, config.weight
     product: dict[str, Any] = {"x": act, "w": weight}
     if act is not None and weight is not None:
@@ -66,7 +73,7 @@ def static_rules(config: Any, alone: Callable[[Match], bool | str] | None = None
         Rule(_MAX_POOL(f.x), {"x": read}, Same("x"), name="max_pool2d"),
         Rule(_MEAN(f.x) | _GLOBAL_POOL(f.x), {"x": Follow(act, inputs=True)}, out, name="mean"),
         Rule(_CLAMP(f.x), {"x": Follow(act)}, Same("x"), name="clamp"),
-        Rule(f.moves, {"x": read}, Same("x"), name="moves"),
+        Rule(f.moves, {"x": read}, Same("x"), moved, "moves"),
     )
 
 

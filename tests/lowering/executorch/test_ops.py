@@ -64,6 +64,14 @@ OPS = {
     "max_pool1d": lambda x, t: F.max_pool1d(t, 3, 2, 1),
     "adaptive_avg_pool1d": lambda x, t: F.adaptive_avg_pool1d(t, 1),
     "nearest": lambda x, t: F.interpolate(x, scale_factor=(2, 3)),
+    "nearest, by no whole factor": lambda x, t: F.interpolate(x, size=(7, 9)),
+    "flip": lambda x, t: t.flip(1),
+    "index": lambda x, t: x[:, [5, 2, 3]],
+    "step": lambda x, t: x[:, :, ::2],
+    "repeat": lambda x, t: t.repeat(1, 2, 1),
+    "reflect": lambda x, t: F.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "replicate": lambda x, t: F.pad(t, (1, 2), mode="replicate"),
+    "circular": lambda x, t: F.pad(x, (1, 1, 1, 1), mode="circular"),
 }
 
 
@@ -94,9 +102,9 @@ def test_rewrites_keep_the_result(name):
         lambda x, t: F.softmax(x, -1),
         lambda x, t: x.double().mean(-1),
         lambda x, t: t.sum(),
-        lambda x, t: F.interpolate(x, size=(7, 9)),
+        lambda x, t: x.roll(5),
     ],
-    ids=["gelu", "softmax over the last", "float64", "a sum of everything", "factors that are not whole"],
+    ids=["gelu", "softmax over the last", "float64", "a sum of everything", "places that depend on each other"],
 )
 def test_what_has_a_kernel_or_no_equivalent_is_left_alone(op):
     exported = torch.export.export(Fn(op), (IMAGE, TOKENS), strict=False)

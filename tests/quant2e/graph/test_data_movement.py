@@ -144,6 +144,7 @@ HOLDS = {
     Effect.SAME: torch.equal,
     Effect.RESHAPE: lambda x, r: torch.equal(x.flatten(), r.flatten()),
     Effect.PERMUTE: lambda x, r: sorted(x.shape) == sorted(r.shape) and same_values(x, r),
+    Effect.SHUFFLE: same_values,
     Effect.REORDER: same_values,
     Effect.SLICE: lambda x, r: x.dim() == r.dim() and bool(torch.isin(r, x).all()),
     Effect.SELECT: lambda x, r: x.dim() == r.dim() + 1 and bool(torch.isin(r, x).all()),

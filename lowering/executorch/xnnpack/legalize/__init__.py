@@ -31,6 +31,7 @@ from lowering.executorch.xnnpack.legalize.pooling import (
 from lowering.executorch.xnnpack.legalize.projection import split_projections
 from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
 from lowering.executorch.xnnpack.legalize.reshape import one_view
+from lowering.executorch.xnnpack.legalize.slicing import few_slices, plain_spellings
 from lowering.executorch.xnnpack.legalize.split_and_join import (
     distinct_operands,
     implicit_expand,
@@ -38,7 +39,6 @@ from lowering.executorch.xnnpack.legalize.split_and_join import (
     slice_selects,
     slices_and_joins,
 )
-from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
 from lowering.rewrites import apply
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
@@ -48,6 +48,7 @@ from quant2e.passes import Pass, Promise
 
 EXACT: tuple[Pass, ...] = (
     *PLAIN_LAYOUTS,
+    plain_spellings,
     plain_attention,
     batched_matmul,
     batched_matrices,
@@ -66,11 +67,11 @@ EXACT: tuple[Pass, ...] = (
     pad_before_average,
     crops_as_slices,
     explicit_pooling,
-    repeat_nearest,
     slices_and_joins,
     slice_selects,
     split_projections,
     implicit_expand,
+    few_slices,
     tensor_operands,
     lone_operands,
     one_view,

@@ -10,7 +10,6 @@ from lowering.executorch.xnnpack.legalize.pointwise import decompose_activations
 from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
 from lowering.executorch.xnnpack.legalize.reshape import one_view
 from lowering.executorch.xnnpack.legalize.split_and_join import slice_selects
-from lowering.executorch.xnnpack.legalize.upsample import repeat_nearest
 from quant2e.graph.printer import graph_text
 from quant2e.passes import run
 from quant2e.passes.dead_code import remove_dead_code
@@ -50,7 +49,6 @@ REWRITES = {
     "vector_norm": (decompose_reductions, lambda m, x: torch.linalg.vector_norm(x, dim=-1), ROWS),
     "select": (slice_selects, lambda m, x: x.select(1, -1), ROWS),
     "unbind": (slice_selects, lambda m, x: x.unbind(0)[1], ROWS),
-    "upsample": (repeat_nearest, lambda m, x: F.interpolate(x, scale_factor=(1, 2)), IMAGE),
     "flatten": (one_view, lambda m, x: x.flatten(1), IMAGE),
     "unsqueeze": (one_view, lambda m, x: x.unsqueeze(1), ROWS),
     "matmul": (batched_matmul, lambda m, x: x @ x.transpose(2, 3), IMAGE),
@@ -88,7 +86,6 @@ REFUSALS = [
     (tensor_operands, lambda m, x: x + x, "the second operand of 'add' is a tensor"),
     (tensor_operands, lambda m, x: x**4, "'pow_1' has exponent=4"),
     (batched_matmul, lambda m, x: x @ x[0].t(), "the operands of 'matmul' are not batches of the same sizes"),
-    (repeat_nearest, lambda m, x: F.interpolate(x[None], (5, 8)), "does not repeat every value equally often"),
     (one_view, lambda m, x: x.view(6, 8), "'view' is such a view"),
 ]
 
