@@ -15,7 +15,7 @@ from lowering.inductor.guard import keep_from_patterns
 from lowering.inductor.kernel_selection import Engines, choose
 from lowering.inductor.kernels.engines import ENGINES, Engine
 from lowering.inductor.report import InductorReport, Kernel, build_report
-from lowering.inductor.rewrites.graph import private_copy
+from lowering.inductor.rewrites.graph import op_of, private_copy
 from lowering.inductor.rewrites.kernel_calls import kernel_calls
 from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
 from lowering.signature import Signature
@@ -37,8 +37,10 @@ class Rewritten:
         self._original = private_copy(model)
         self.graph = private_copy(model)
         run(self.graph, REWRITES, compiled=False)
-        self._refused = keep_from_patterns(self.graph)
-        self._choices, self._float_bytes = choose(self.graph, self._refused, wanted, engines)
+        ops = {node.name: op_of(node) for node in self.graph.graph.nodes}
+        refused = keep_from_patterns(self.graph)
+        self._refused = {ops[name]: reason for name, reason in refused.items()}  # by the names that the user knows
+        self._choices, self._float_bytes = choose(self.graph, refused, wanted, engines)
         run(self.graph, (kernel_calls, remove_dead_code), compiled=False)
         # last: the guard compares quant_min
         run(self.graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)

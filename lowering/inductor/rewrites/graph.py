@@ -30,6 +30,11 @@ def call(gm: GraphModule, like: Node, target: Any, *args: Any, **kwargs: Any) ->
     return node
 
 
+def op_of(node: Node) -> str:
+    """The name of the model's op on whose behalf a node stands in a private copy; its own where there is none."""
+    return str((node.meta.get("custom") or {}).get(TAG, node.name))
+
+
 def private_copy(model: GraphModule) -> GraphModule:
     """Copy a captured graph for Inductor: flat inputs and outputs, detached constants, each call tagged with its name.
 

@@ -2,13 +2,17 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lowering.inductor.guard import keep_from_patterns
+from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.rewrites.graph import private_copy
+from quant2e import quantize
 from quant2e.cpu import TARGETS
 from quant2e.graph.qdq_ops import qd
 from tests.lowering.graphs import Weight, on_grid
 from tests.lowering.inductor.rewrites.test_pipeline import Fn, weight
+from tests.quant2e.integer.test_graph import x86
 
 F = torch.nn.functional
 UINT8 = torch.uint8
@@ -129,3 +133,21 @@ def test_products_that_read_one_conversion_are_all_named():
     )
     copy.recompile()
     assert torch.equal(copy(X)[0], model(X))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "reason"),
+    [
+        (nn.Conv1d(1, 3, 5), (4, 1, 12), "one channel"),
+        (nn.Conv2d(1, 3, 3), (4, 1, 6, 6), "one channel"),
+    ],
+    ids=["conv1d", "conv2d"],
+)
+def test_a_report_has_the_reason_under_the_name_that_the_user_knows(layer, shape, reason):
+    """Also where a rewrite has given the op another one: a conv1d is lowered as a conv2d."""
+    x = torch.randn(shape)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=8)},)
+    quantized = quantize(nn.Sequential(layer, nn.ReLU()).eval(), (x,), x86(), [x, x + 0.1], dynamic_shapes=sizes)
+    (op,) = Rewritten(quantized.module, "onednn").report(()).leftovers
+    assert op.name == f"conv{x.dim() - 2}d"
+    assert reason in op.reason
