@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowering.state import Apart
-from lowering.verify import Bound, Verification, compare
+from lowering.verify import Bound, Verification, verify_calls
 from quant2e.graph.captured.calls import Call
 
 LAST_BIT = 2.0**-23
@@ -54,7 +54,7 @@ def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int
             with _MovedHalves(generator):
                 return torch.func.functional_call(own, moved, args, kwargs)
 
-        return min((output.sqnr_db for output in compare(neighbour, reference, kept).outputs), default=math.inf)
+        return min((output.sqnr_db for output in verify_calls(neighbour, reference, kept).outputs), default=math.inf)
 
     return min(draw() for _ in range(draws))
 
@@ -94,12 +94,12 @@ class _MovedHalves(TorchDispatchMode):
 def compare_within_noise(
     lowered: Callable[..., Any], reference: Any, batches: Sequence[Call], bound: Bound | None = None
 ) -> Verification:
-    """`compare` with the bound that the graph itself allows.
+    """`verify_calls` with the bound that the graph itself allows.
 
     The bound is ``bound`` (`Bound()` by default) where the program meets it. Where it does not, it is the graph's own
     noise less `LEEWAY_DB`, if that asks for less.
     """
-    found = compare(lowered, reference, batches, bound=bound)
+    found = verify_calls(lowered, reference, batches, bound=bound)
     if found.passed or not isinstance(reference, torch.nn.Module):
         return found
     noise = own_noise_db(reference, batches)

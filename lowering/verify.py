@@ -232,10 +232,10 @@ def verify(
     Raises `LoweringError` when ``data`` is empty or the outputs differ in number or shape. A difference in values
     is returned, not raised: see `Verification.passed` and `Verification.check`.
     """
-    return compare(lowered, graph_of(model), map(call_of, data), bound=bound)
+    return verify_calls(lowered, graph_of(model), map(call_of, data), bound=bound)
 
 
-def compare(
+def verify_calls(
     lowered: Callable[..., Any], reference: Any, batches: Iterable[Call], *, bound: Bound | None = None
 ) -> Verification:
     """`verify`, on calls and on the graph itself."""
@@ -245,7 +245,7 @@ def compare(
 def measure(
     lowered: Callable[..., Any], own: Apart, reference: Any, batches: Iterable[Call], *, bound: Bound | None = None
 ) -> Verification:
-    """`compare`, where ``own`` computes what ``reference`` says, apart from it."""
+    """`verify_calls`, where ``own`` computes what ``reference`` says, apart from it."""
     scales = output_scales(reference)
     tallies: dict[int, Tally] = {}
     count = 0

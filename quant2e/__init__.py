@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quant2e.accuracy.comparison import compare
+from quant2e.accuracy.sensitivity import sensitivity
 from quant2e.annotation.config import QuantizationConfig
 from quant2e.annotation.pattern import Match, Op, constant, op
 from quant2e.annotation.plan import Edge, Output, Plan
@@ -131,6 +133,7 @@ __all__ = [
     "calibrate",
     "capture",
     "check_data",
+    "compare",
     "constant",
     "convert_pt2e",
     "freeze_batch_norm",
@@ -150,6 +153,7 @@ __all__ = [
     "save",
     "save_statistics",
     "select_ranges",
+    "sensitivity",
     "to_integer",
     "with_quantized_io",
 ]

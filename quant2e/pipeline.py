@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from quant2e.accuracy.comparison import OpError, compare
 from quant2e.accuracy.output_error import output_sqnr
-from quant2e.accuracy.worst_places import NoisyOp, worst_places
 from quant2e.annotation.quantizer import Quantizer
-from quant2e.calibration.batches import check_batch, check_iterable
-from quant2e.calibration.calibrate import Progress, batch_count, calibrate
+from quant2e.calibration.batches import check_batch
+from quant2e.calibration.calibrate import Progress, calibrate
+from quant2e.calibration.held_out import HoldOut
 from quant2e.calibration.range_selection import collapsed, select_ranges
 from quant2e.convert.convert import converted_graph
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
@@ -34,49 +35,11 @@ from quant2e.report.encodings import encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import Report
 
-_HOLD_OUT_EVERY = 8
-_HOLD_OUT_AT_MOST = 8
-
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
 
 _SELECT_RANGES_ON = 2
 """Held-out batches on which candidate ranges are compared; each costs about four forwards."""
-
-
-class _HoldOut:
-    """Hands on most of an iterable and keeps a few batches back: the second one, then every eighth, at most eight.
-
-    When there is only one batch it is handed on and kept.
-    """
-
-    def __init__(self, data: Iterable[Any]) -> None:
-        check_iterable(data, "calibration_data")
-        self._data = data
-        self.kept: list[Any] = []
-        self.separate = False
-
-    def __len__(self) -> int:
-        total = batch_count(self._data)
-        if total is None:
-            raise TypeError("the data does not say how many batches it holds")
-        return total - len([i for i in range(total) if self._keeps(i)])
-
-    @staticmethod
-    def _keeps(index: int) -> bool:
-        return index % _HOLD_OUT_EVERY == 1 and index // _HOLD_OUT_EVERY < _HOLD_OUT_AT_MOST
-
-    def __iter__(self) -> Iterator[Any]:
-        for index, batch in enumerate(self._data):
-            if self._keeps(index):
-                if not self.separate:
-                    self.kept.clear()
-                    self.separate = True
-                self.kept.append(batch)
-                continue
-            if index == 0:
-                self.kept.append(batch)
-            yield batch
 
 
 def quantize(
@@ -131,7 +94,7 @@ def quantize(
     report = replace(record.report.with_notes(notes), sqnr_db=sqnr, sqnr_source=measured_on)
     if min_sqnr_db is not None and not sqnr >= min_sqnr_db:
         _check_float(_bystander(captured), held_out, measured_on)
-        places = worst_places(prepared, converted_graph(prepared), held_out[0])
+        places = compare(prepared, converted_graph(prepared), held_out[:1]).worst_places()
         raise AccuracyError(_lost(report, min_sqnr_db, places))
     converted.meta[RECORD_KEY] = replace(record, report=report)
     example, keywords = _example(converted, positional, dict(kwargs or {}))
@@ -153,7 +116,7 @@ def _calibrated(
     prepared: GraphModule, data: Iterable[Any], progress: Progress | None
 ) -> tuple[list[Call], str, list[str]]:
     """Calibrate and choose ranges, in place; the held-out batches, what they are in words, and notes for the report."""
-    stream = _HoldOut(data)
+    stream = HoldOut(data)
     calibrate(prepared, stream, progress=progress)
     held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
     notes = collapsed(select_ranges(prepared, held_out[:_SELECT_RANGES_ON]))
@@ -183,7 +146,7 @@ def _check_float(model: GraphModule, held_out: list[Call], source: str) -> None:
             )
 
 
-def _lost(report: Report, wanted: float, places: list[NoisyOp]) -> str:
+def _lost(report: Report, wanted: float, places: Sequence[OpError]) -> str:
     head = (
         f"the quantized model keeps too little of the float model's signal: SQNR {report.sqnr_db:.1f} dB on "
         f"{report.sqnr_source}, and at least {wanted:g} dB were asked for. Most is lost at:"
@@ -192,7 +155,7 @@ def _lost(report: Report, wanted: float, places: list[NoisyOp]) -> str:
         "Leave these ops float in the quantizer's configuration (by module name, say), or give their weights a scale "
         "per channel; quant2e.check_data looks for outliers in the data. min_sqnr_db=None returns the model as it is."
     )
-    found = [*map(str, places), *report.losses[: len(places)]]
+    found = [*(f"{place}: {place.advice}" for place in places), *report.losses[: len(places)]]
     return "\n".join([head, *(f"  {line}" for line in found), advice])
 
 

@@ -4,6 +4,8 @@ And what they raise or warn with that a script seldom names; `quant2e` lists wha
 imported from `quant2e` as well.
 """
 
+from quant2e.accuracy.comparison import Comparison, GroupError, OpError, OutputError
+from quant2e.accuracy.sensitivity import GroupSensitivity, Sensitivity, SensitivityMethod
 from quant2e.annotation.pattern import Arg, Condition, Either, NodeEdge, Pattern
 from quant2e.annotation.plan import Group, Ignored, Point
 from quant2e.calibration.calibrate import Progress
@@ -19,6 +21,7 @@ from quant2e.report.float_ops import FloatOp
 __all__ = [
     "AccuracyError",
     "Arg",
+    "Comparison",
     "Condition",
     "DataFinding",
     "DataReport",
@@ -26,14 +29,20 @@ __all__ = [
     "FloatOp",
     "Group",
     "GroupEncoding",
+    "GroupError",
+    "GroupSensitivity",
     "Ignored",
     "Inputs",
     "NodeEdge",
+    "OpError",
+    "OutputError",
     "Pattern",
     "Point",
     "Port",
     "Progress",
     "QuantizationWarning",
     "RangeChoice",
+    "Sensitivity",
+    "SensitivityMethod",
     "State",
 ]

@@ -42,7 +42,7 @@ from lowering.rewrites.experts import EXPERTS
 from lowering.rewrites.layouts import PLAIN_LAYOUTS, contiguous_call
 from lowering.signature import Signature, check_bounded, signature_of
 from lowering.state import State, state_of
-from lowering.verify import Bound, compare
+from lowering.verify import Bound, verify_calls
 from quant2e.checksum import BLANK, WORD, sealed
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
@@ -215,9 +215,9 @@ def _verified(
     whole = f"{what} (reference: the graph with a scale per row of each dynamic activation)"
     rows = checked(whole, method, prepared.per_row, batches, lower, graph=prepared.per_row, otherwise=OTHERWISE)
     # the step from a scale per tensor to one per row is the target's; the program may add no more than its noise
-    declared = compare(prepared.per_row, prepared.reference, batches).sqnr_db
+    declared = verify_calls(prepared.per_row, prepared.reference, batches).sqnr_db
     bound = Bound(sqnr_db=min(rows.bound.sqnr_db, declared) - LEEWAY_DB)
-    verification = compare(method, prepared.reference, batches, bound=bound)
+    verification = verify_calls(method, prepared.reference, batches, bound=bound)
     verification.check(what)
     return replace(method.report, verification=verification, per_row=rows)
 

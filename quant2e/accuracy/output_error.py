@@ -32,12 +32,13 @@ def output_sqnr(reference: Callable[..., Any], candidate: Callable[..., Any], ba
             got = pytree.tree_leaves(candidate(*args, **kwargs))
         for a, b in zip(wanted, got, strict=True):
             if isinstance(a, Tensor) and a.is_floating_point():
-                s, n = _powers(a, b)
+                s, n = powers(a, b)
                 signal, noise = signal + s, noise + n
     return sqnr_db(signal, noise)
 
 
-def _powers(a: Tensor, b: Tensor) -> tuple[float, float]:
+def powers(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Sums of squares of ``a``, and of the error of ``b``; see `output_sqnr` for what is not finite."""
     a64, b64 = a.detach().double(), b.detach().double()
     finite = torch.isfinite(a64)
     if not bool(finite.all()):

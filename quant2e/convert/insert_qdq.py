@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.graph.dataflow import SHAPE_READERS
 from quant2e.graph.edit import emit_constant, insert_call, replace, stands_for
 from quant2e.graph.fake_values import FakeValueCache, empty_like
 from quant2e.graph.qdq_ops import qd
@@ -28,8 +29,6 @@ from quant2e.observers.encodings import (
     RoundedConstant,
 )
 from quant2e.observers.straight_through import round_to_grid
-
-aten = torch.ops.aten
 
 TAG = "quantization_tag"
 """Key under which an author marks the nodes of one annotated pattern. The q/dq nodes written for the pattern get its
@@ -127,10 +126,6 @@ def _mark(node: Node, pattern: Node | None) -> None:
         node.meta[TAG] = tag
 
 
-_SHAPE_OF = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default})
-"""Ops that read the shape of a tensor and none of its values."""
-
-
 def _dequantize_per_consumer(call: Node, q: Node, op: Any, parameters: tuple[Any, ...]) -> None:
     value = call.meta.get("val")
     # A tensor of another float type comes back as what it was; float32 is the op's default.
@@ -140,7 +135,7 @@ def _dequantize_per_consumer(call: Node, q: Node, op: Any, parameters: tuple[Any
     if op is qd.dequantize_per_channel_group.default:  # it always names the dtype of its result
         parameters, out = (*parameters, out.get("out_dtype", torch.float32)), {}
     for user in list(call.users):
-        if user.target in _SHAPE_OF:
+        if user.target in SHAPE_READERS:
             user.replace_input_with(call, q.all_input_nodes[0])
             continue
         origin = user if user.op == "call_function" else call

@@ -10,6 +10,13 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+aten = torch.ops.aten
+
+SHAPE_READERS = frozenset(
+    {aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default}
+)
+"""Ops that read the shape of a tensor and none of its values."""
+
 
 def operand(node: Node, name: int | str, default: Any = None) -> Any:
     """The operand under a schema name, or at a place in the schema, wherever it was spelled; else the schema's default.

@@ -7,6 +7,7 @@ and what did not happen (ignored annotations, flushed tensors, masked values) is
 from __future__ import annotations
 
 import operator
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,9 @@ KINDS = (STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED)
 """Verdicts. ``folded``: the op is gone, its effect is part of another one."""
 
 
+_INTO = re.compile(r"into (\w+)(, .*)?")
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """One float op and what became of it (see `KINDS`). ``reason``: the rule that quantized it, or why it is float."""
@@ -42,6 +46,12 @@ class Verdict:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"'{self.kind[:80]}' is no verdict: {', '.join(KINDS)}")
+
+    @property
+    def folded_into(self) -> str:
+        """The name of the op that it is part of; empty when it is part of none."""
+        into = _INTO.fullmatch(self.reason) if self.kind == FOLDED else None
+        return into[1] if into else ""
 
     @property
     def quantized(self) -> bool:

@@ -1,0 +1,375 @@
+"""Comparison of a float and a quantized model, op by op: the error that each op makes, and the one it inherits.
+
+quant2e.compare(model, quantized, data)        worst ops first, by module, by source line
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from quant2e.accuracy.advice import advice
+from quant2e.accuracy.shadow import FloatValues, Powers, ShadowRun
+from quant2e.calibration.batches import check_batch, check_count, check_iterable
+from quant2e.errors import CalibrationError, Quant2eError, module_path, source_line
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.capture import capture, is_captured
+from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
+from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.mutation import own_written_tensors
+from quant2e.integer.report import INTEGER
+from quant2e.isolation import IsolatedRandomness
+from quant2e.observers.base import is_observer_call
+from quant2e.observers.fake_quant import disable_observer
+from quant2e.quantized_io import called_with_floats, quantized_io_of
+from quant2e.quantized_model import QuantizedModel
+from quant2e.ranges.sqnr import sqnr_db
+from quant2e.report.html import html_table
+from quant2e.report.plain_data import plain_data
+from quant2e.report.record import RECORD_KEY, GraphRecord
+from quant2e.report.report import Report
+from quant2e.report.summary import summary
+
+INPUT = "input"
+"""The target of a row that is an input of the model."""
+
+_NOTICEABLE = 0.01
+"""Noise, of a signal of power 1, that must appear at an op to be a place to look at."""
+
+_SHOWN = 10
+"""Ops that a summary shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpError:
+    """One op, or one input of the model: how far its result is from float, over all data.
+
+    ``op``: the name of its node; ``module``, ``source``: path of its module and the user's line, where they are known.
+    ``local_sqnr_db``: SQNR in dB with exact operands, so the error that the op makes itself; of it, ``weight_sqnr_db``
+    with nothing but its weights quantized, ``activation_sqnr_db`` with nothing but activations. ``sqnr_db`` and
+    ``cosine``: of what it gives in the quantized model, inherited errors included. An SQNR is inf without error.
+    ``operands_sqnr_db``: the lowest SQNR among what it reads there. ``advice``: what to do about the error.
+    """
+
+    op: str
+    target: str
+    module: str
+    source: str
+    local_sqnr_db: float
+    weight_sqnr_db: float
+    activation_sqnr_db: float
+    sqnr_db: float
+    cosine: float
+    operands_sqnr_db: float
+    advice: str
+
+    @property
+    def measures(self) -> tuple[float, float, float, float]:
+        """The four SQNRs: by itself, of weights, of activations, in the model."""
+        return self.local_sqnr_db, self.weight_sqnr_db, self.activation_sqnr_db, self.sqnr_db
+
+    @property
+    def added_noise(self) -> float:
+        """Power of the error that appears at this op in the model, of a signal of power 1: at most all of the signal.
+
+        More than it makes itself where it reads just those values that were rounded too coarsely before.
+        """
+        return min(_noise(self.sqnr_db), 1.0) - min(_noise(self.operands_sqnr_db), 1.0)
+
+    @property
+    def local_noise(self) -> float:
+        """Power of the error that it makes itself, of a signal of power 1."""
+        return _noise(self.local_sqnr_db)
+
+    def __str__(self) -> str:
+        place = "".join(
+            (f" in module '{self.module}'" if self.module else "", f" at {self.source}" * bool(self.source))
+        )
+        parts = f"weights {self.weight_sqnr_db:.1f}, activations {self.activation_sqnr_db:.1f}"
+        own = f"{self.local_sqnr_db:.1f} dB by itself" + (f" ({parts})" if self.local_sqnr_db < math.inf else "")
+        before = "" if self.operands_sqnr_db == math.inf else f", what it reads has {self.operands_sqnr_db:.1f} dB"
+        return f"'{self.op}' ({self.target}){place}: {own}, {self.sqnr_db:.1f} dB in the model{before}"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputError:
+    """One float output of the model, by its place among the leaves: SQNR in dB and cosine against float."""
+
+    output: int
+    sqnr_db: float
+    cosine: float
+
+    def __str__(self) -> str:
+        return f"output {self.output}: {self.sqnr_db:.1f} dB, cosine {self.cosine:.4f}"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupError:
+    """Ops of one module or source line: how many they are, and the SQNR in dB with the noise of all of them added."""
+
+    name: str
+    ops: int
+    local_sqnr_db: float
+    worst: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(no name)'}: {self.local_sqnr_db:.1f} dB, {self.ops} ops, the worst is '{self.worst}'"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison:
+    """``rows``: ops and inputs, those that make most error themselves first. ``outputs``: the outputs of the model.
+
+    ``batches``: items of data that were looked at. ``notes``: what was not compared, and why. ``str(comparison)`` is
+    all of it, ``repr(comparison)`` a summary.
+    """
+
+    rows: tuple[OpError, ...]
+    outputs: tuple[OutputError, ...]
+    batches: int
+    notes: tuple[str, ...] = ()
+
+    def of(self, op: str) -> OpError:
+        """The row of the op of that node name. Raises KeyError when there is none."""
+        for row in self.rows:
+            if row.op == op:
+                return row
+        raise KeyError(op)
+
+    def worst_places(self, count: int = 3) -> tuple[OpError, ...]:
+        """The ``count`` ops at which most error appears in the model, the worst first; one at least."""
+        found = sorted(self.rows, key=lambda row: -row.added_noise)[:count]
+        return tuple(row for row in found if row is found[0] or row.added_noise >= _NOTICEABLE)
+
+    def by_module(self) -> tuple[GroupError, ...]:
+        """Rows gathered by the path of their module, the worst first."""
+        return _grouped(self.rows, lambda row: row.module)
+
+    def by_source(self) -> tuple[GroupError, ...]:
+        """Rows gathered by the user's source line, the worst first."""
+        return _grouped(self.rows, lambda row: row.source)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        found: dict[str, Any] = plain_data(self)
+        return found
+
+    def summary(self) -> str:
+        """Outputs and the worst ops, a line each."""
+        head = f"Comparison: {len(self.rows)} ops on {self.batches} batch{'es' if self.batches != 1 else ''}"
+        lines = [head, *map(str, self.outputs), *map(str, self.rows[:_SHOWN])]
+        if (left := len(self.rows) - _SHOWN) > 0:
+            lines.append(f"… {left} more ops")
+        return summary(lines, self.notes)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.outputs), *map(str, self.rows), *(f"note: {note}" for note in self.notes)])
+
+    def _repr_html_(self) -> str:
+        measures = ("by itself", "weights", "activations", "in the model")
+        headers = ("op", "module", "source", *(f"{measure}, dB" for measure in measures), "cosine")
+        cells = [(r.op, r.module, r.source, *map(_rounded, r.measures), round(r.cosine, 4)) for r in self.rows]
+        return html_table(headers, cells, "\n".join(map(str, self.outputs)))
+
+
+def compare(
+    float_model: nn.Module | ExportedProgram | GraphModule,
+    quantized: QuantizedModel | GraphModule | Callable[..., Any],
+    data: Iterable[Any],
+    *,
+    num_batches: int | None = None,
+) -> Comparison:
+    """How far each op of ``quantized`` is from ``float_model``, on ``data``: by itself, and with what it inherits.
+
+    ``float_model``: a module, an ExportedProgram, or a graph that `quant2e.capture` or `quant2e.prepare_pt2e` returned.
+    ``quantized``: what was made from it, a `QuantizedModel`, also one that was loaded, a converted graph, or one that
+    is trained with fake quantization. Of what has no ATen graph (a lowered program) and of integer graphs the outputs
+    are compared. ``data``: what the models take, as for `quant2e.calibrate`, the first ``num_batches`` of it. Memory is
+    that of one item of data, whatever their number. Both models are left as they are.
+
+    Raises `Quant2eError` when no op of the two has the same name and shape, so that they are not one model, and
+    `CalibrationError` without data.
+    """
+    check_iterable(data, "data")
+    check_count(num_batches)
+    calls = _calls(data, num_batches)
+    first = next(calls, None)
+    if first is None:
+        raise CalibrationError("compare needs at least one batch of data")
+    graph, report, program = _read(quantized)
+    reference = _reference(float_model, first, graph)
+    run = values = None
+    notes: list[str] = []
+    if graph is not None and (why := _outputs_only(graph)):
+        notes.append(why)
+    elif graph is not None:
+        run = ShadowRun(graph, _counterparts(reference, graph, report))
+        values = FloatValues(reference, frozenset(run.counterparts.values()))
+    outputs = _Outputs(reference, program)
+    batches = 0
+    for call in _chained(first, calls):
+        outputs.add(call)
+        if run is not None and values is not None:
+            run.add(call, values.of(call))
+        batches += 1
+    rows = () if run is None or graph is None else _rows(graph, run.powers)
+    if run is not None and not any(row.target != INPUT for row in rows):
+        raise Quant2eError(
+            "no op of the two models has the same name and shape: compare a model with what was quantized from it"
+        )
+    return Comparison(rows, outputs.errors(), batches, tuple(notes))
+
+
+def _calls(data: Iterable[Any], num_batches: int | None) -> Iterator[Call]:
+    for index, batch in enumerate(data):
+        if num_batches is not None and index >= num_batches:
+            return
+        yield check_batch(batch, f"batch {index}")
+
+
+def _chained(first: Call, rest: Iterator[Call]) -> Iterator[Call]:
+    yield first
+    yield from rest
+
+
+def _read(quantized: Any) -> tuple[GraphModule | None, Report | None, Callable[..., Any]]:
+    """The graph, its report, and what is called; no graph for lowered programs."""
+    module = quantized.module if isinstance(quantized, QuantizedModel) else quantized
+    if not isinstance(module, GraphModule):
+        if not callable(module):
+            raise Quant2eError(
+                f"compare takes a quantized model, a graph or a lowered program, not a {type(module).__name__}"
+            )
+        return None, None, module
+    if not is_captured(module):
+        raise Quant2eError("this graph is not one of ATen ops: compare takes what quantize or convert_pt2e returned")
+    record = module.meta.get(RECORD_KEY)
+    report = record.report if isinstance(record, GraphRecord) else None
+    own = _own(module)
+    return own, quantized.report if isinstance(quantized, QuantizedModel) else report, called_with_floats(own)
+
+
+def _own(module: GraphModule) -> GraphModule:
+    """A copy that changes nothing of ``module``: neither its buffers nor what its fake-quantizers have observed."""
+    own = copy_graph(module)
+    own_written_tensors(own)
+    for name in {str(node.target) for node in own.graph.nodes if is_observer_call(node)}:
+        observer = copy.deepcopy(own.get_submodule(name))
+        observer.apply(disable_observer)
+        own.set_submodule(name, observer)
+    return own
+
+
+def _outputs_only(graph: GraphModule) -> str:
+    """Why the ops of a graph are not compared; empty when they are."""
+    if quantized_io_of(graph):
+        return "inputs and outputs are integers: outputs are compared; compare the model without int8_io for its ops"
+    if INTEGER in graph.meta:
+        return "the graph computes in integers: outputs are compared; compare the Q/DQ graph for its ops"
+    return ""
+
+
+def _reference(model: Any, call: Call, graph: GraphModule | None) -> GraphModule:
+    captured = isinstance(model, ExportedProgram) or is_captured(model)
+    shapes = None if captured or graph is None else read_dynamic_shapes(graph)
+    gm = capture(model, call.args, call.kwargs, dynamic_shapes=shapes)
+    own_written_tensors(gm)
+    return gm
+
+
+def _counterparts(reference: GraphModule, graph: GraphModule, report: Report | None) -> dict[str, str]:
+    """For each op of ``graph``, the node of ``reference`` with the same result: the last op that was folded into it."""
+    place = {node.name: i for i, node in enumerate(reference.graph.nodes)}
+    names = {node.name for node in graph.graph.nodes if node.op == "placeholder" or node.users}
+    found = {name: name for name in names if name in place}
+    for verdict in report.verdicts if report is not None else ():
+        into, op = verdict.folded_into, verdict.op.name
+        if into and op not in names and op in place and place[op] > place.get(found.get(into, ""), -1):
+            found[into] = op
+    return found
+
+
+class _Outputs:
+    """Errors of the float outputs, leaf by leaf."""
+
+    def __init__(self, reference: Callable[..., Any], program: Callable[..., Any]) -> None:
+        self._reference, self._program = reference, program
+        self._sums: dict[int, Powers] = {}
+
+    def add(self, call: Call) -> None:
+        """Run both on one item of data."""
+        wanted, got = (pytree.tree_leaves(_called(model, call)) for model in (self._reference, self._program))
+        if len(wanted) != len(got):
+            raise Quant2eError(f"the float model returns {len(wanted)} values and the quantized one {len(got)}")
+        for index, (exact, result) in enumerate(zip(wanted, got, strict=True)):
+            if isinstance(exact, Tensor) and exact.is_floating_point():
+                self._sums.setdefault(index, Powers()).add_result(exact, result)
+
+    def errors(self) -> tuple[OutputError, ...]:
+        """One for each output that is a float tensor."""
+        return tuple(OutputError(i, sqnr_db(s.signal, s.total), s.cosine) for i, s in self._sums.items())
+
+
+def _called(model: Callable[..., Any], call: Call) -> Any:
+    args, kwargs = call.copied()
+    with torch.no_grad(), IsolatedRandomness():
+        return model(*args, **kwargs)
+
+
+def _rows(graph: GraphModule, powers: Mapping[str, Powers]) -> tuple[OpError, ...]:
+    rows = []
+    arriving: dict[Node, float] = {}
+    for node in graph.graph.nodes:
+        before = min((arriving[source] for source in node.all_input_nodes), default=math.inf)
+        sums = powers.get(node.name)
+        if sums is not None:
+            rows.append(_row(node, sums, before))
+        arriving[node] = before if sums is None else sqnr_db(sums.signal, sums.total)
+    return tuple(sorted(rows, key=lambda row: row.local_sqnr_db))
+
+
+def _row(node: Node, sums: Powers, before: float) -> OpError:
+    return OpError(
+        op=node.name,
+        target=str(node.target) if node.op == "call_function" else INPUT,
+        module=module_path(node),
+        source=source_line(node),
+        local_sqnr_db=sqnr_db(sums.signal, sums.own),
+        weight_sqnr_db=sqnr_db(sums.signal, sums.weights),
+        activation_sqnr_db=sqnr_db(sums.signal, sums.rounding),
+        sqnr_db=sqnr_db(sums.signal, sums.total),
+        cosine=sums.cosine,
+        operands_sqnr_db=before,
+        advice=advice(node, sums),
+    )
+
+
+def _grouped(rows: Iterable[OpError], key: Callable[[OpError], str]) -> tuple[GroupError, ...]:
+    groups: dict[str, list[OpError]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    made = [
+        GroupError(name, len(inside), sqnr_db(1.0, math.fsum(row.local_noise for row in inside)), inside[0].op)
+        for name, inside in groups.items()
+    ]
+    return tuple(sorted(made, key=lambda group: group.local_sqnr_db))
+
+
+def _noise(sqnr: float) -> float:
+    return math.inf if sqnr == -math.inf else float(10.0 ** (-sqnr / 10.0))
+
+
+def _rounded(sqnr: float) -> float | str:
+    return round(sqnr, 1) if math.isfinite(sqnr) else str(sqnr)

@@ -1,0 +1,307 @@
+"""Sensitivity: what each group of ops costs at the output, from one calibration.
+
+    sqnr_db_alone      only this group quantized: low where it hurts
+    sqnr_db_without    all but this group quantized: high where leaving it float helps
+
+Two methods. ``"toggle"`` evaluates the simulated graph twice a group. ``"gradient"`` takes one backward pass: with
+random signs v on the output y, and δ what a group changes of its own results on exact operands,
+
+    E (⟨∂(v·y)/∂op, δ⟩)² = ‖J δ‖²        (Hutchinson 1990)
+
+to first order, an estimate of the noise at the output for every group at once, from as many draws as there are samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from quant2e.accuracy.op_groups import OpGroup, op_groups, rounded_without
+from quant2e.accuracy.output_error import powers
+from quant2e.accuracy.simulated import SimulatedGraph
+from quant2e.annotation.quantizer import Quantizer
+from quant2e.calibration.batches import check_batch, check_count, check_iterable
+from quant2e.calibration.calibrate import calibrate
+from quant2e.calibration.held_out import HoldOut
+from quant2e.calibration.range_selection import select_ranges
+from quant2e.errors import CalibrationError, Quant2eError
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.inputs import flat_inputs
+from quant2e.isolation import IsolatedRandomness
+from quant2e.observers.base import is_observer_call
+from quant2e.prepare.prepare import prepare_pt2e
+from quant2e.ranges.sqnr import sqnr_db
+from quant2e.report.html import html_table
+from quant2e.report.plain_data import plain_data
+from quant2e.report.record import record_of
+from quant2e.report.summary import summary
+
+SensitivityMethod = Literal["toggle", "gradient"]
+
+_EVALUATED_ON = 2
+"""Held-out batches on which groups are evaluated, unless the caller says more."""
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSensitivity:
+    """One group of ops that are quantized or left float together.
+
+    ``ops``: names of their nodes, in graph order; ``modules``: paths of their modules. ``sqnr_db_alone``: SQNR in dB at
+    the output with only this group quantized; ``sqnr_db_without``: with all but this one, None where it was not
+    evaluated (by gradient).
+    """
+
+    ops: tuple[str, ...]
+    modules: tuple[str, ...]
+    sqnr_db_alone: float
+    sqnr_db_without: float | None = None
+
+    def __str__(self) -> str:
+        name = ", ".join(self.ops[:3]) + (f" and {len(self.ops) - 3} more" if len(self.ops) > 3 else "")
+        place = f" [{', '.join(self.modules[:2])}]" if self.modules else ""
+        without = "" if self.sqnr_db_without is None else f", {self.sqnr_db_without:.1f} dB without"
+        return f"{name}{place}: {self.sqnr_db_alone:.1f} dB alone{without}"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Sensitivity:
+    """``rows``: groups, the costliest first; ``sqnr_db``: with all of them quantized, on ``batches`` items of data."""
+
+    rows: tuple[GroupSensitivity, ...]
+    sqnr_db: float
+    batches: int
+    method: str
+
+    def of(self, op: str) -> GroupSensitivity:
+        """The group that an op is in, by the name of its node. Raises KeyError when it is in none."""
+        for row in self.rows:
+            if op in row.ops:
+                return row
+        raise KeyError(op)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        found: dict[str, Any] = plain_data(self)
+        return found
+
+    def _head(self) -> str:
+        counted = f"{self.batches} batch{'es' if self.batches != 1 else ''}"
+        groups = f"{len(self.rows)} groups, {self.sqnr_db:.1f} dB with all of them"
+        return f"Sensitivity ({self.method}): {groups}, on {counted}"
+
+    def __str__(self) -> str:
+        return "\n".join([self._head(), *(f"  {row}" for row in self.rows)])
+
+    def __repr__(self) -> str:
+        lines = [self._head(), *map(str, self.rows[:_SHOWN])]
+        if (left := len(self.rows) - _SHOWN) > 0:
+            lines.append(f"… {left} more groups")
+        return summary(lines, ())
+
+    def _repr_html_(self) -> str:
+        cells = [
+            (", ".join(r.ops), ", ".join(r.modules), _cell(r.sqnr_db_alone), _cell(r.sqnr_db_without))
+            for r in self.rows
+        ]
+        return html_table(("ops", "modules", "alone, dB", "without, dB"), cells, self._head())
+
+
+def _cell(sqnr: float | None) -> str:
+    return "" if sqnr is None else f"{sqnr:.1f}"
+
+
+def sensitivity(
+    model: nn.Module | ExportedProgram | GraphModule,
+    example_inputs: Any = None,
+    quantizer: Quantizer | None = None,
+    data: Iterable[Any] = (),
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    method: SensitivityMethod = "toggle",
+    num_batches: int | None = _EVALUATED_ON,
+) -> Sensitivity:
+    """What each group of ops costs at the output: fused ops, and those that share a scale or a weight, are one group.
+
+    ``model``: what `quant2e.quantize` takes, with ``example_inputs``, ``quantizer`` and ``data``: it is captured,
+    prepared and calibrated once, on all of ``data`` but a few held-out batches; or a graph that is calibrated already,
+    and ``data`` is what it is evaluated on. ``num_batches``: how many items of data each group is evaluated on, None
+    for all.
+    ``method``: ``"toggle"`` takes two evaluations a group, ``"gradient"`` one backward pass in all, for hundreds of
+    groups. The model is left as it is.
+
+    Raises `Quant2eError` where nothing is quantized or the arguments do not fit together, and the errors of capture,
+    prepare and calibrate.
+    """
+    if method not in get_args(SensitivityMethod):
+        raise Quant2eError(f"method={method!r}: one of {', '.join(get_args(SensitivityMethod))}")
+    check_count(num_batches)
+    check_iterable(data, "data")
+    if quantizer is None:
+        prepared, calls = _prepared(model, example_inputs), _first(data, num_batches)
+    else:
+        prepared, calls = _calibrated(model, example_inputs, quantizer, data, dict(kwargs or {}), dynamic_shapes)
+        calls = calls[:num_batches]
+    if not calls:
+        raise CalibrationError("sensitivity needs at least one batch of data")
+    simulated = SimulatedGraph(prepared)
+    groups = op_groups(simulated, record_of(prepared).report)
+    if not groups:
+        raise Quant2eError("no op of this model is quantized: there is nothing to measure")
+    evaluate = _Evaluation(simulated, calls)
+    whole = evaluate.sqnr(rounded_without(groups, ()))
+    rows = _by_gradient(simulated, groups, calls) if method == "gradient" else _by_toggling(evaluate, groups)
+    rows = sorted(rows, key=lambda row: row.sqnr_db_alone)
+    return Sensitivity(tuple(rows), whole, len(calls), method)
+
+
+def _prepared(model: Any, example_inputs: Any) -> GraphModule:
+    if not isinstance(model, GraphModule) or not any(is_observer_call(node) for node in model.graph.nodes):
+        raise Quant2eError(
+            "sensitivity takes a model with example_inputs, a quantizer and data, or a calibrated graph that "
+            "prepare_pt2e returned, with data="
+        )
+    if example_inputs is not None:
+        raise Quant2eError("a calibrated graph needs no example_inputs: pass the data as data=")
+    return model
+
+
+def _first(data: Iterable[Any], count: int | None) -> list[Call]:
+    return [check_batch(batch, f"batch {i}") for i, batch in enumerate(islice(data, count))]
+
+
+def _calibrated(
+    model: Any, example_inputs: Any, quantizer: Quantizer, data: Iterable[Any], kwargs: dict[str, Any], shapes: Any
+) -> tuple[GraphModule, list[Call]]:
+    prepared = prepare_pt2e(capture(model, example_inputs, kwargs, dynamic_shapes=shapes), quantizer)
+    stream = HoldOut(data)
+    calibrate(prepared, stream)
+    held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
+    select_ranges(prepared, held_out[:_EVALUATED_ON])
+    return prepared, held_out
+
+
+class _Evaluation:
+    """SQNR at the output of a simulated graph, for any set of rounded points."""
+
+    def __init__(self, simulated: SimulatedGraph, calls: Sequence[Call]) -> None:
+        self._simulated = simulated
+        self._calls = calls
+        with simulated.rounding(()):
+            self._wanted = [_outputs(simulated, call) for call in calls]
+
+    def sqnr(self, points: frozenset[Node]) -> float:
+        """In dB, against the graph with no point rounded."""
+        signal = noise = 0.0
+        with self._simulated.rounding(points):
+            for call, wanted in zip(self._calls, self._wanted, strict=True):
+                for exact, got in zip(wanted, _outputs(self._simulated, call), strict=True):
+                    s, n = powers(exact, got)
+                    signal, noise = signal + s, noise + n
+        return sqnr_db(signal, noise)
+
+
+def _outputs(model: SimulatedGraph, call: Call) -> list[Tensor]:
+    args, kwargs = call.copied()
+    with torch.no_grad(), IsolatedRandomness():
+        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _by_toggling(evaluate: _Evaluation, groups: Sequence[OpGroup]) -> list[GroupSensitivity]:
+    return [
+        GroupSensitivity(
+            group.ops,
+            group.modules,
+            evaluate.sqnr(group.points),
+            evaluate.sqnr(rounded_without(groups, (group,))),
+        )
+        for group in groups
+    ]
+
+
+def _by_gradient(simulated: SimulatedGraph, groups: Sequence[OpGroup], calls: Sequence[Call]) -> list[GroupSensitivity]:
+    signal, noise = 0.0, dict.fromkeys(groups, 0.0)
+    run = _Changes(simulated, groups)
+    for seed, call in enumerate(calls):
+        outputs = run.outputs(call)
+        generator = torch.Generator().manual_seed(seed)
+        signs = [torch.randint(0, 2, y.shape, generator=generator).to(y).mul(2).sub(1) for y in outputs]
+        run.differentiate(torch.stack([(y * v).sum() for y, v in zip(outputs, signs, strict=True)]).sum())
+        signal += math.fsum(float(y.detach().double().square().sum()) for y in outputs)
+        for group in groups:
+            noise[group] += run.noise(group, outputs)
+    return [GroupSensitivity(group.ops, group.modules, sqnr_db(signal, noise[group])) for group in groups]
+
+
+class _Changes(Interpreter):
+    """Runs the float graph with gradients; of every op in a group, keeps its result and what rounding changes of it."""
+
+    def __init__(self, simulated: SimulatedGraph, groups: Sequence[OpGroup]) -> None:
+        super().__init__(simulated.graph)
+        self._simulated = simulated
+        self._group = {node: group for group in groups for node in group.nodes}
+        self._found: dict[Node, tuple[Tensor, Tensor]] = {}
+        self._gradients: dict[Node, Tensor] = {}
+
+    def outputs(self, call: Call) -> list[Tensor]:
+        """The float outputs of one item of data, with gradients to every op."""
+        self._found.clear()
+        inputs = [
+            x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in flat_inputs(self._simulated.graph, call.copied())
+        ]
+        with torch.enable_grad(), IsolatedRandomness():
+            leaves = pytree.tree_leaves(self.run(*inputs, enable_io_processing=False))
+        return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad]
+
+    def differentiate(self, value: Tensor) -> None:
+        """Find the gradients of ``value``, a scalar; parameters, which are the model's, get none."""
+        results = [result for result, _ in self._found.values()]
+        found = torch.autograd.grad(value, results, allow_unused=True)
+        self._gradients = dict(zip(self._found, found, strict=True))
+
+    def noise(self, group: OpGroup, outputs: Sequence[Tensor]) -> float:
+        """Estimated noise at the output: one draw for each sample of the batch, where results keep the batch apart."""
+        found = [node for node in group.nodes if self._gradients.get(node) is not None]
+        parts = [self._gradients[node].double() * self._found[node][1].double() for node in found]
+        samples = outputs[0].shape[0] if outputs and outputs[0].dim() else 1
+        if all(part.dim() and part.shape[0] == samples for part in (*parts, *outputs)):
+            draws = [part.flatten(1).sum(1) if part.dim() > 1 else part for part in parts]
+        else:
+            draws = [part.sum().reshape(1) for part in parts]
+        return float(torch.stack(draws).sum(0).square().sum()) if draws else 0.0
+
+    def run_node(self, n: Node) -> Any:
+        """The float value of ``n``."""
+        result = super().run_node(n)
+        if n in self._group and isinstance(result, Tensor) and result.requires_grad and result.is_floating_point():
+            self._found[n] = (result, self._changed(n, self._group[n], result) - result.detach())
+        return result
+
+    def _changed(self, n: Node, group: OpGroup, result: Tensor) -> Tensor:
+        """The result with what the group rounds of the op's operands, and of its result."""
+        points = self._simulated.points
+        mine = [x for x in n.all_input_nodes if x in points and x in group.points]
+        before = {x: self.env[x] for x in mine}
+        with torch.no_grad():
+            self.env.update({x: points[x].rounded(value) for x, value in before.items()})
+            try:
+                changed = super().run_node(n) if mine else result
+            finally:
+                self.env.update(before)
+            behind = next((user for user in n.users if user in points and user in group.points), None)
+            rounded: Tensor = changed if behind is None else points[behind].rounded(changed)
+        return rounded
