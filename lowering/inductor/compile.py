@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lowering.inductor.kernels.compiled_step import CompiledStep
 from lowering.inductor.package_file import archive
+from lowering.inductor.report import Kernel, int8_kernels
 from lowering.signature import ProgramInput
 from quant2e.errors import LoweringError
 from quant2e.isolation import quietly, tracing
@@ -172,6 +175,24 @@ def compile_flat(gm: GraphModule, inputs: Sequence[Any], inspect: Callable[[Grap
     with _explained(), _flags(inspect):
         compiled: Any = compile_fx(gm, list(inputs))
     return cast("Flat", compiled)
+
+
+def compile_step(step: CompiledStep) -> list[Kernel]:
+    """Compile what a program calls many times. Returns the integer kernels in it, once for each call.
+
+    Raises `LoweringError` as `compile_flat` does.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    graph = Graph()
+    graph.output(graph.graph_copy(step.body.graph, {}))
+    for node in graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key != "val"}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in step.inputs]
+    found: list[Kernel] = []
+    step.run = compile_flat(GraphModule(step.body, graph), inputs, lambda made: found.extend(int8_kernels(made)))
+    return [replace(kernel, tag=names.get(kernel.tag, "")) for names in step.names for kernel in found]
 
 
 def package_flat(

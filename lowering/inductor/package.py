@@ -121,7 +121,8 @@ def write_package(
     """`package_inductor`, of a graph that is at hand."""
     _check_suffix(path)
     _check_tensors(source.signature)
-    rewritten = Rewritten(source.graph, engines, [engine for engine in ENGINES if engine.name != FEW_ROWS])
+    known_to_torch = [engine for engine in ENGINES if engine.name != FEW_ROWS]
+    rewritten = Rewritten(source.graph, engines, known_to_torch, whole=True)
     inputs = FakeInputs(source.signature.inputs, source.signature.symbols, whole=True)
     kernels: list[Kernel] = []
     with atomic_file(path) as part:

@@ -1,7 +1,7 @@
 """Inductor pipeline: a captured graph in the form that its int8 patterns take, and what was decided on the way.
 
 copy the graph ─▶ rewrite what the patterns miss ─▶ guard what they get wrong ─▶ choose an engine for each product
-─▶ call the kernels that have no pattern
+─▶ cut out steps that repeat ─▶ call the kernels that have no pattern
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lowering.inductor.report import InductorReport, Kernel, build_report
 from lowering.inductor.rewrites.graph import op_of, private_copy
 from lowering.inductor.rewrites.kernel_calls import kernel_calls
 from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
+from lowering.inductor.rewrites.repeated_steps import RepeatedSteps
 from lowering.signature import Signature
 from quant2e.passes import Promise, run
 from quant2e.passes.dead_code import remove_dead_code
@@ -28,12 +29,15 @@ _TOLD_APART = Promise(waived=frozenset({"a dequantize undoes its quantize"}))
 class Rewritten:
     """``model``, which stays as it is, rewritten for Inductor. ``wanted``: the engines asked for, of ``engines``.
 
-    ``graph``: the rewritten copy. Every program made from it writes to the tensors that it writes to.
+    ``graph``: the rewritten copy. Every program made from it writes to the tensors that it writes to. ``steps``: graphs
+    that it calls, unless ``whole``, to be compiled by themselves.
 
     Raises `LoweringError` for engines that do not exist.
     """
 
-    def __init__(self, model: GraphModule, wanted: Engines, engines: Sequence[Engine] = ENGINES) -> None:
+    def __init__(
+        self, model: GraphModule, wanted: Engines, engines: Sequence[Engine] = ENGINES, *, whole: bool = False
+    ) -> None:
         self._original = private_copy(model)
         self.graph = private_copy(model)
         run(self.graph, REWRITES, compiled=False)
@@ -41,9 +45,13 @@ class Rewritten:
         refused = keep_from_patterns(self.graph)
         self._refused = {ops[name]: reason for name, reason in refused.items()}  # by the names that the user knows
         self._choices, self._float_bytes = choose(self.graph, refused, wanted, engines)
-        run(self.graph, (kernel_calls, remove_dead_code), compiled=False)
-        # last: the guard compares quant_min
-        run(self.graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
+        repeated = RepeatedSteps()
+        run(self.graph, () if whole else (repeated,), compiled=False)
+        self.steps = tuple(repeated.made)
+        for graph in (self.graph, *(step.body for step in self.steps)):
+            run(graph, (kernel_calls, remove_dead_code), compiled=False)
+            # last: the guard compares quant_min
+            run(graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
 
     def flat(self, signature: Signature) -> GraphModule:
         """A copy that Inductor may consume, of tensors: it takes the inputs that ``signature`` says are taken."""

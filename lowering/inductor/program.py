@@ -15,11 +15,11 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from lowering.export import Lowerable
-from lowering.inductor.compile import FakeInputs, Flat, compile_flat, explained_run
+from lowering.inductor.compile import FakeInputs, Flat, compile_flat, compile_step, explained_run
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.package import write_package
 from lowering.inductor.pipeline import Rewritten
-from lowering.inductor.report import InductorReport, Kernel, int8_kernels
+from lowering.inductor.report import InductorReport, int8_kernels
 from lowering.inductor.source import InductorSource, chosen_in, source_of, verified
 from lowering.program import LoweredProgram
 from lowering.state import State, state_of
@@ -46,7 +46,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
         self._inputs = FakeInputs(self._signature.inputs, self._signature.symbols)
         self._runs: dict[tuple[int, ...], Flat] = {}
         self._start = state_of(self._rewritten.graph)
-        kernels: list[Kernel] = []
+        kernels = [kernel for step in self._rewritten.steps for kernel in compile_step(step)]
         self._general = self._compile(self._inputs, lambda graph: kernels.extend(int8_kernels(graph)))
         self._report = self._rewritten.report(kernels)
 

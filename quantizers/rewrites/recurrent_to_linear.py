@@ -207,7 +207,7 @@ def _layer(node: Node) -> State:
             outputs.append(output)
             last.append(state)
         x = emit(node, aten.cat.default, outputs, -1) if bidirectional else outputs[0]
-    return (x, *(emit(node, aten.stack.default, list(each)) for each in zip(*last, strict=True)))
+    return (x, *(_stacked(node, each) for each in zip(*last, strict=True)))
 
 
 def _all_steps(node: Node, x: Node, state: State, weights: Weights, reverse: bool) -> tuple[Node, State]:
@@ -220,7 +220,14 @@ def _all_steps(node: Node, x: Node, state: State, weights: Weights, reverse: boo
     for product in reversed(each) if reverse else each:
         state = step(node, product, state, weights)
         made.append(state[0])
-    return emit(node, aten.stack.default, made[::-1] if reverse else made, time), state
+    return _stacked(node, made[::-1] if reverse else made, time), state
+
+
+def _stacked(place: Node, tensors: Sequence[Node], axis: int = 0) -> Node:
+    """Along a new axis; one tensor is not copied for that."""
+    if len(tensors) == 1:
+        return emit(place, aten.unsqueeze.default, tensors[0], axis)
+    return emit(place, aten.stack.default, list(tensors), axis)
 
 
 def _initial(node: Node) -> list[State]:
