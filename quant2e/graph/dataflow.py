@@ -93,6 +93,17 @@ def _is_default(declared: torch.Argument, value: Any) -> bool:
     return type(value) is type(default) and bool(value == default)
 
 
+def is_pointwise(node: Node) -> bool:
+    """Whether each value of the result depends on one value of each operand."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    return torch.Tag.pointwise in node.target.tags or node.target._opname.removesuffix("_") in _UNTAGGED
+
+
+_UNTAGGED = frozenset({"hardswish", "relu6", "to", "_to_copy"})
+"""Pointwise ops that torch does not tag as such, plain or in place."""
+
+
 def readers(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
     """Nodes that read what ``node`` produces, directly or behind others for which ``through`` is True."""
     for user in node.users:

@@ -20,19 +20,13 @@ from torch.fx import Graph, Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.graph.constants import Constants
+from quant2e.graph.dataflow import is_pointwise
 
 _AT_MOST = 64
 """Ops of the largest composite that is looked for."""
 
 _CLAMPS = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "clip"})
 _MULTIPLIES = frozenset({"mul", "multiply", "div", "divide", "true_divide"})
-
-
-def is_pointwise(node: Node) -> bool:
-    """Whether each value of the result depends on one value of each operand."""
-    return node.op == "call_function" and (
-        torch.Tag.pointwise in getattr(node.target, "tags", ()) or _name(node) in ("hardswish", "to", "_to_copy")
-    )
 
 
 def is_reduction(node: Node) -> bool:

@@ -18,9 +18,12 @@ from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import ANNOTATION, PER_CHANNEL_SCHEMES, EdgeOrNode, QuantizationSpec, group_size_of
 from quant2e.cpu import InstructionSet
 from quant2e.errors import AnnotationError
+from quant2e.graph.dataflow import operand
 from quant2e.observers.measuring import PlaceholderObserver
+from quant2e.passes import run
 from quantizers.kit.observers import activation_observer, weight_observer
 from quantizers.kit.rule import Rule
+from quantizers.rewrites.activations import ActivationsAsFused
 from quantizers.settings.configurable import ConfigurableQuantizer
 from quantizers.x86.paired_ranges import link
 from quantizers.x86.range_policy import RangePolicy, check_policy, note, ranged
@@ -123,6 +126,19 @@ class X86InductorQuantizer(ConfigurableQuantizer):
     def base_config(self, *, is_dynamic: bool, is_qat: bool) -> QuantizationConfig:
         """The default configuration; `range_policy` decides on its ranges."""
         return get_default_x86_inductor_quantization_config(is_qat=is_qat, is_dynamic=is_dynamic)
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """As in the base class; activations that are spelled out behind a product become what its kernel takes in."""
+        model = super().transform_for_annotation(model)
+        run(model, (ActivationsAsFused(self._fused_into),))
+        return model
+
+    def _fused_into(self, node: Node) -> Sequence[str]:
+        """The activations that the int8 kernel takes in which computes a tensor, perhaps with a norm behind it."""
+        product: Any = operand(node, 0) if "batch_norm" in short_name(node.target) else node
+        names = FUSED.get(short_name(product.target), ()) if isinstance(product, Node) else ()
+        config = self.choose(product).config if names else None
+        return names if config is not None and config.input_activation is not None else ()
 
     def accept(self, config: Any) -> Any:
         """Refuses what the kernels cannot take."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from quant2e.graph.dataflow import literal, operand, operands, readers, set_operand
+from quant2e.graph.dataflow import is_pointwise, literal, operand, operands, readers, set_operand
 
 aten = torch.ops.aten
 
@@ -140,3 +140,27 @@ def test_readers():
     total, end = graph.call_function(aten.add.Tensor, (first, second)), graph.output(first)
     assert list(readers(split, lambda node: False)) == [first, second]
     assert list(readers(split, lambda node: node.target is operator.getitem)) == [total, end, total]
+
+
+@pytest.mark.parametrize(
+    ("function", "answer"),
+    [
+        (torch.sigmoid, True),
+        (lambda x: x * x, True),
+        (torch.nn.functional.relu6, True),
+        (lambda x: torch.nn.functional.relu6(x.neg(), inplace=True), True),
+        (lambda x: torch.nn.functional.hardswish(x.neg(), inplace=True), True),
+        (lambda x: x.double(), True),
+        (lambda x: x.softmax(-1), False),
+        (lambda x: x.sum(), False),
+        (lambda x: x.t(), False),
+    ],
+)
+def test_whether_each_value_depends_on_one(function, answer):
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    graph = torch.export.export(Model(), (torch.randn(3, 3),), strict=False).module().graph
+    *_, last = (node for node in graph.nodes if node.op == "call_function")
+    assert is_pointwise(last) is answer
