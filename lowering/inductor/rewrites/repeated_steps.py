@@ -56,7 +56,12 @@ class RepeatedSteps:
     __name__: ClassVar[str] = "repeated_steps"
 
     def __call__(self, gm: GraphModule) -> int:
-        """Rewrite every run of equal steps; returns how many steps there are."""
+        """Rewrite every run of equal steps; returns how many steps there are.
+
+        A graph that writes to tensors stays as it is: a call of a step would read them earlier.
+        """
+        if any(map(writes, gm.graph.nodes)):
+            return 0
         contents, count = _Contents(gm), 0
         for weight in _weights_of_many(gm, contents):
             steps = _steps(gm, weight, contents)
@@ -77,9 +82,10 @@ class _Contents:
 
     def of(self, node: Node) -> str:
         value = tensor_at(self._gm, node)
-        assert value is not None, f"'{node.name}' reads a tensor"
+        if value is None:
+            return f"{node.target}"
         if id(value) not in self._known:
-            data = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
             self._known[id(value)] = f"{_kind(value)} {hashlib.sha256(data).hexdigest()}"
         return self._known[id(value)]
 
@@ -204,7 +210,7 @@ def _cut(gm: GraphModule, steps: Sequence[StepRegion]) -> CompiledStep | None:
     made = [node_tensor(first.nodes[index]) for index in results]
     if not all(map(_is_fixed, (*values, *made))) or any(is_view(first.nodes[index]) for index in results):
         return None
-    if not all(node.op == "get_attr" or (is_deterministic(node) and not writes(node)) for node in first.nodes):
+    if not all(node.op == "get_attr" or is_deterministic(node) for node in first.nodes):
         return None
     if not all(_is_early(step) for step in steps):
         return None

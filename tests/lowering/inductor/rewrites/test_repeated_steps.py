@@ -106,6 +106,35 @@ def test_what_does_not_repeat_stays(model, x):
     assert not calls(gm)
 
 
+class SharedBlock(nn.Module):
+    """A block that is applied many times, with the same weights; ``counts``: how often it is called."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.LayerNorm(4)
+        self.register_buffer("calls", torch.zeros(1))
+        self.counts = counts
+
+    def forward(self, x):
+        for _ in range(10):
+            if self.counts:
+                self.calls.add_(1)
+            x = self.norm(x + self.down(self.up(x).relu()) * (self.calls + 1))
+        return x
+
+
+def test_blocks_of_shared_weights_are_steps_too():
+    x = rand(3, 4)
+    graph = quantized(SharedBlock(False), x)
+    gm, steps = cut(graph)
+    assert (len(steps), calls(gm)) == (1, 9)
+    assert torch.equal(gm(x)[0], graph(x))
+
+
+def test_a_graph_that_writes_stays():
+    assert not cut(quantized(SharedBlock(True), rand(3, 4)))[1]
+
+
 def test_varying_sizes_stay():
     x = rand(LEAST + 3, 2, 5)
     graph = quantized(nn.GRU(5, 4), x, dynamic_shapes=({1: torch.export.Dim("batch", min=2, max=8)},))
