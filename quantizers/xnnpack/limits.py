@@ -45,6 +45,14 @@ def _pair(size: int | list[int]) -> tuple[int, int]:
     return sizes[0], sizes[-1]
 
 
+def pools_sequences(node: Node) -> bool | str:
+    """A pooling over one dimension, in a batch, whose windows leave no gaps."""
+    before = node_tensor(operand(node, 0))
+    if before is not None and before.dim() != 3:
+        return "its input has no batch dimension"
+    return stride_within_kernel(node)
+
+
 def over_image(node: Node) -> bool | str:
     """A mean over the two last of four dimensions. XNNPACK keeps them, and a reshape behind it removes them."""
     before, dims = node_tensor(operand(node, 0)), literal(node, "dim")
@@ -53,12 +61,13 @@ def over_image(node: Node) -> bool | str:
     return True if operand(node, "dtype") is None else "it changes the dtype"
 
 
-def to_one_pixel(node: Node) -> bool | str:
-    """An adaptive pooling that averages a whole image."""
-    before = node_tensor(operand(node, 0))
-    if before is None or before.dim() != 4 or tuple(value(node).shape[2:]) != (1, 1):
-        return "XNNPACK has average pooling to one pixel only, on four dimensions"
-    return True
+def to_one_value(node: Node) -> bool | str:
+    """An adaptive pooling that averages a whole image, or a whole sequence, to one value per channel."""
+    before, dimensions = node_tensor(operand(node, 0)), spatial(node)
+    if before is None or before.dim() != dimensions + 2:
+        return "its input has no batch dimension"
+    ones = tuple(value(node).shape[2:]) == (1,) * dimensions
+    return True if ones else "XNNPACK averages integers to one value per channel only"
 
 
 def ungrouped(match: Match) -> bool | str:
@@ -68,14 +77,16 @@ def ungrouped(match: Match) -> bool | str:
 
 
 def dense_2d(match: Match) -> bool | str:
-    """A convolution over two dimensions that is not depthwise."""
+    """A convolution over two dimensions, of groups of several channels; a transposed one, of one group."""
     _, node = match.edges["w"]
     if spatial(node) != 2:
         return "XNNPACK has dynamic convolutions in two dimensions only"
     groups = operand(node, "groups")
     before = node_tensor(operand(node, 0))
-    depthwise = groups > 1 and (before is None or before.shape[1] == groups)
-    return "XNNPACK has no dynamic depthwise convolution" if depthwise else True
+    if before is not None and before.shape[1] == groups:
+        return "XNNPACK has no dynamic convolution of one channel per group"
+    transposed = operand(node, "transposed") or "transpose" in str(node.target)
+    return ungrouped(match) if transposed else True
 
 
 def of_four_bits(match: Match, group_size: int | None) -> bool | str:

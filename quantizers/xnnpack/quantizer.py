@@ -37,7 +37,7 @@ _FLOAT = "XNNPACK computes it in float"
 _BETWEEN = "it stands between ops that XNNPACK computes in float"
 _FLOAT_OPS = (
     "gelu", "softmax", "sigmoid", "tanh", "silu", "hardswish", "hardsigmoid", "elu", "leaky_relu", "prelu", "exp",
-    "log", "sqrt", "rsqrt", "abs", "neg", "pow", "div", "avg_pool2d", "matmul", "bmm", "mm",
+    "log", "sqrt", "rsqrt", "abs", "neg", "pow", "div", "avg_pool1d", "avg_pool2d", "matmul", "bmm", "mm",
     "scaled_dot_product_attention", "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm",
     "upsample_bilinear2d",
 )  # fmt: skip
@@ -68,10 +68,11 @@ def _passes(node: Node) -> bool:
 class XNNPACKQuantizer(ConfigurableQuantizer):
     """Annotates what ExecuTorch's XNNPACK delegate runs on 8-bit integers.
 
-    Static: convolutions, transposed convolutions in two dimensions and linear, with a fused relu or clamp; add, sub,
-    mul, also with a number; cat, pooling, clamps and ops that move values, where they continue a quantized region.
-    Activations that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic: linear
-    and ordinary two-dimensional convolutions. Weight-only configurations are refused: the delegate has no such kernels.
+    Static: convolutions, transposed convolutions in two dimensions and linear; add, sub, mul, also with a number; all
+    of these with a fused relu or clamp; cat, pooling, clamps and ops that move values, where they continue a quantized
+    region. Activations that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic:
+    linear, and convolutions in two dimensions that are not depthwise, also transposed. Weight-only configurations are
+    refused: the delegate has no such kernels.
 
     ``float_tail``: what a detector does behind its last convolution or linear, from the first sum or product on, stays
     float: box decoding mixes ranges that no common scale holds.
@@ -83,7 +84,14 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
     dtypes: ClassVar[frozenset[torch.dtype]] = frozenset({torch.float32, torch.float16})
     float_ops: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(_FLOAT_OPS, _FLOAT),
-        **dict.fromkeys(("conv3d", "conv_transpose1d", "conv_transpose3d"), "XNNPACK has no such convolution"),
+        "conv3d": "XNNPACK convolves in one and two dimensions only",
+        **dict.fromkeys(
+            ("conv_transpose1d", "conv_transpose3d"), "XNNPACK has transposed convolutions in two dimensions only"
+        ),
+        **dict.fromkeys(
+            ("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d", "adaptive_max_pool3d"),
+            "XNNPACK pools in one and two dimensions only",
+        ),
         **dict.fromkeys(
             ("embedding", "embedding_bag"), "XNNPACK has no lookup; EmbeddingQuantizer stores tables as int8"
         ),
@@ -190,10 +198,11 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
                 and self._is_worth_it(node)
             )
 
-        def of_product(node: Node) -> bool:
-            return is_static(node) and operand(node, 0).target in PRODUCTS
+        def of_arithmetic(node: Node) -> bool:
+            source = operand(node, 0)
+            return is_static(node) and (source.target in PRODUCTS or self._mixes(source))
 
-        run(model, (clamps_as_fused(of_product), scalars_as_tensors(of_number)))
+        run(model, (clamps_as_fused(of_arithmetic), scalars_as_tensors(of_number)))
         return model
 
     def annotate(self, model: GraphModule) -> GraphModule:

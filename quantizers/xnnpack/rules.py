@@ -21,7 +21,8 @@ _CONVOLUTION = op(aten.convolution.default, when=limits.up_to_two_dimensions)(f.
 _DECONVOLUTION = op(aten.convolution.default, when=limits.deconvolution_2d)(f.x, f.w, f.b)
 _MAX_POOL = op(aten.max_pool2d.default, when=limits.stride_within_kernel)
 _MEAN = op(aten.mean.dim, when=limits.over_image)
-_GLOBAL_POOL = op(aten.adaptive_avg_pool2d.default, when=limits.to_one_pixel)
+_MAX_POOL_1D = op(aten.max_pool1d.default, when=limits.pools_sequences)
+_GLOBAL_POOL = op(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, when=limits.to_one_value)
 _FUSED_CLAMP = op(aten.relu.default, aten.hardtanh.default, aten.relu6.default)
 _CLAMP = op(*_FUSED_CLAMP.targets, *f.clamp.targets)
 
@@ -66,11 +67,12 @@ def static_rules(config: Any, alone: Condition | None = None, moved: Condition |
         Rule(_clamped(f.conv1d) | _clamped(f.conv2d) | _clamped(_CONVOLUTION), product, out, name="conv"),
         Rule(_clamped(f.conv_transpose2d) | _clamped(_DECONVOLUTION), deconv, out, limit, "conv_transpose2d"),
         Rule(_clamped(f.linear), product, out, name="linear"),
-        Rule(f.relu(f.add(f.x, f.y)) | f.add(f.x, f.y), both, out, alone, "add"),
-        Rule(f.sub(f.x, f.y), both, out, alone, "sub"),
-        Rule(f.mul(f.x, f.y), both, out, alone, "mul"),
+        Rule(_clamped(f.add(f.x, f.y)), both, out, alone, "add"),
+        Rule(_clamped(f.sub(f.x, f.y)), both, out, alone, "sub"),
+        Rule(_clamped(f.mul(f.x, f.y)), both, out, alone, "mul"),
         Rule(f.cat(f.x), {"x": Follow(act, inputs=True)}, Same("x"), name="cat"),
         Rule(_MAX_POOL(f.x), {"x": read}, Same("x"), name="max_pool2d"),
+        Rule(_MAX_POOL_1D(f.x), {"x": read}, Same("x"), name="max_pool1d"),
         Rule(_MEAN(f.x) | _GLOBAL_POOL(f.x), {"x": Follow(act, inputs=True)}, out, name="mean"),
         Rule(_CLAMP(f.x), {"x": Follow(act)}, Same("x"), name="clamp"),
         Rule(f.moves, {"x": read}, Same("x"), moved, "moves"),
@@ -92,7 +94,9 @@ def dynamic_rules(config: Any) -> tuple[Rule, ...]:
             return limits.of_four_bits(match, size)
 
         return (Rule(f.linear, product, None, limit, "dynamic linear"),)
+    turned = {"x": config.input_activation, "w": replace(config.weight, ch_axis=1)}
     return (
         Rule(f.linear, product, name="dynamic linear"),
         Rule(f.conv2d | _CONVOLUTION, product, None, limits.dense_2d, "dynamic conv2d"),
+        Rule(f.conv_transpose2d | _DECONVOLUTION, turned, None, limits.dense_2d, "dynamic conv_transpose2d"),
     )

@@ -214,5 +214,5 @@ def _notes(node: Node) -> Iterator[str]:
                 f"beyond the calibrated range are cut off later"
             )
     yield from _axis_notes(node)
-    if node.target is _ATEN.conv2d.default and chooser_of(node.args[0]) is not None:
+    if node.target in (_ATEN.conv2d.default, _ATEN.conv_transpose2d.input) and chooser_of(node.args[0]) is not None:
         yield f"{where(node)}: XNNPACK quantizes the input of a dynamic convolution per image, the graph per tensor"

@@ -25,7 +25,7 @@ def xnnpack_partitioner() -> Any:
     """A partitioner for ``to_edge_transform_and_lower`` that leaves as few delegates as the ops between them allow."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
-    partitioner = XnnpackPartitioner()
+    partitioner = XnnpackPartitioner(configs=_configs())
     by_pairs = partitioner.generate_partitions
 
     def by_stages(exported: ExportedProgram) -> list[Partition]:
@@ -40,6 +40,28 @@ def xnnpack_partitioner() -> Any:
 
     partitioner.generate_partitions = by_stages
     return partitioner
+
+
+def _configs() -> list[type[Any]]:
+    """XNNPACK's own conditions; sums, differences and products take the clamps behind them along, as its kernels do.
+
+    Its own do so for a sum and relu; other clamps make it compute in float, between a dequantize and a quantize.
+    """
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import AddConfig, MulConfig, SubConfig
+
+    return [
+        _with_clamps(each) if each in (AddConfig, MulConfig, SubConfig) else each for each in ALL_PARTITIONER_CONFIGS
+    ]
+
+
+def _with_clamps(config: Any) -> Any:
+    class WithClamps(config):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.fused_acts = ["relu.default", "hardtanh.default"]
+
+    return WithClamps
 
 
 def _fits(node: Node) -> bool:

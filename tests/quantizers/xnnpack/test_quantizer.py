@@ -156,8 +156,16 @@ CONV = nn.Conv2d(3, 4, 3)
         (Of(lambda m, x: x - x.flip(0)), ROWS, ["flip: inputs_0 a -> = inputs_0>flip  [moves]",
             "sub: inputs_0 a, flip a -> a  [sub]"]),
         (Of(lambda m, x: torch.sub(x, x.flip(0), alpha=2)), ROWS, []),
-        (Of(lambda m, x: F.relu(x * x)), ROWS, ["mul: inputs_0 a -> a  [mul]",
-            "relu: mul = mul -> = mul>relu  [clamp]"]),
+        # a clamp behind a sum, difference or product is its own, as behind one with a weight
+        (Of(lambda m, x: F.relu(x * x)), ROWS, ["mul: inputs_0 a  [mul]", "relu: -> a  [mul]"]),
+        (Of(lambda m, x: F.relu6(x - x)), ROWS, ["sub: inputs_0 a  [sub]", "relu6: -> a  [sub]"]),
+        (Of(lambda m, x: F.hardtanh(x + x)), ROWS, ["add: inputs_0 a  [add]", "hardtanh: -> a  [add]"]),
+        (Of(lambda m, x: (1 - x).clamp(0, 0.5)), ROWS, [
+            "rsub: rsub_number a, inputs_0 a  [sub]", "clamp: -> a  [sub]",
+        ]),
+        (Of(lambda m, x: (x * x).clamp(max=0.5)), ROWS, [
+            "mul: inputs_0 a -> a  [mul]", "clamp: mul = mul -> = mul>clamp  [clamp]",
+        ]),
         # numbers become tensors
         (Of(lambda m, x: x * 2), ROWS, ["mul: inputs_0 a, mul_number a -> a  [mul]"]),
         (Of(lambda m, x: 3 - x), ROWS, ["rsub: rsub_number a, inputs_0 a -> a  [sub]"]),
@@ -206,6 +214,13 @@ CONV = nn.Conv2d(3, 4, 3)
         ]),
         # cat and mean also begin a quantized region, at an input
         (Of(lambda m, x: torch.cat([x, x])), ROWS, ["cat: inputs_0 a -> = inputs_0>cat  [cat]"]),
+        (Of(lambda m, x: F.adaptive_avg_pool1d(x, 1)), TOKENS[:1], [
+            "adaptive_avg_pool1d: inputs_0 a -> a  [mean]",
+        ]),
+        (Of(lambda m, x: F.max_pool1d(m.c(x), 3, 2), c=nn.Conv1d(4, 4, 1)), (torch.randn(2, 4, 8),), [
+            "conv1d: inputs_0 a, c_weight w0 -> a  [conv]",
+            "max_pool1d: conv1d = conv1d -> = conv1d>max_pool1d  [max_pool1d]",
+        ]),
         (Of(lambda m, x: F.adaptive_avg_pool2d(x, 1)), IMAGE, ["adaptive_avg_pool2d: inputs_0 a -> a  [mean]"]),
         (Of(lambda m, x: torch.cat([x.exp(), x.exp()])), ROWS, []),
         (Of(lambda m, x: m.c(x).mean([1, 2]), c=CONV), IMAGE, ["conv2d: inputs_0 a, c_weight w0 -> a  [conv]"]),
@@ -262,8 +277,38 @@ def test_dynamic():
     quantizer = dynamic()
     gm = annotated(Residual(), IMAGE, quantizer)
     why = reasons(gm, quantizer)
-    assert why["conv2d_1"] == "rule 'dynamic conv2d': XNNPACK has no dynamic depthwise convolution"
+    assert why["conv2d_1"] == "rule 'dynamic conv2d': XNNPACK has no dynamic convolution of one channel per group"
     assert why["max_pool2d"] == "no dynamic rule covers aten.max_pool2d.default"
+
+
+def test_dynamic_transposed_convolutions():
+    turned = nn.ConvTranspose2d(3, 4, 3)
+    assert lines(turned, IMAGE, dynamic()) == ["conv_transpose2d: input_1 d, weight w1  [dynamic conv_transpose2d]"]
+    grouped, single = nn.ConvTranspose2d(4, 4, 3, groups=2), nn.ConvTranspose2d(1, 4, 3)
+    for layer, reason in (
+        (grouped, "with groups=2 XNNPACK takes per-tensor weights only"),
+        (single, "XNNPACK has no dynamic convolution of one channel per group"),
+    ):
+        quantizer, image = dynamic(), (torch.randn(1, layer.in_channels, 6, 6),)
+        gm = annotated(layer, image, quantizer)
+        assert reasons(gm, quantizer) == {"conv_transpose2d": f"rule 'dynamic conv_transpose2d': {reason}"}
+
+
+def test_three_dimensions_stay_float_and_it_is_said_that_xnnpack_has_none():
+    model = Of(
+        lambda m, x: F.adaptive_avg_pool3d(F.avg_pool3d(F.max_pool3d(m.up(m.conv(x)), 2), 2), 1),
+        conv=nn.Conv3d(1, 2, 3),
+        up=nn.ConvTranspose3d(2, 2, 2),
+    )
+    quantizer = static()
+    gm = annotated(model, (torch.randn(1, 1, 8, 8, 8),), quantizer)
+    pools = dict.fromkeys(
+        ("max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"), "XNNPACK pools in one and two dimensions only"
+    )
+    assert reasons(gm, quantizer) == pools | {
+        "conv3d": "XNNPACK convolves in one and two dimensions only",
+        "conv_transpose3d": "XNNPACK has transposed convolutions in two dimensions only",
+    }
 
 
 def test_dynamic_per_tensor_weights_are_widened_and_it_is_said():
@@ -346,9 +391,9 @@ def _unsigned():
 def test_capabilities():
     able = XNNPACKQuantizer.quantization_capabilities()
     assert set(able) == {
-        "pad + conv", "conv", "conv_transpose2d", "linear", "add", "sub", "mul", "cat", "max_pool2d", "mean", "clamp",
-            "moves",
-        "dynamic linear", "dynamic conv2d",
+        "pad + conv", "conv", "conv_transpose2d", "linear", "add", "sub", "mul", "cat", "max_pool2d", "max_pool1d",
+        "mean", "clamp", "moves",
+        "dynamic linear", "dynamic conv2d", "dynamic conv_transpose2d",
     }  # fmt: skip
     assert able["linear"] == ("hardtanh|relu|relu6(linear(x, w, b?))", "linear(x, w, b?)")
 

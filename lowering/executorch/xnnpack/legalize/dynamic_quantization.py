@@ -21,8 +21,8 @@ from quant2e.graph.edit import emit, emit_constant
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, qd
 
 _ATEN = torch.ops.aten
-DYNAMIC_CONSUMERS = (_ATEN.linear.default, _ATEN.conv2d.default)
-"""Ops that XNNPACK computes on activations quantized at run time."""
+DYNAMIC_CONSUMERS = {_ATEN.linear.default: 0, _ATEN.conv2d.default: 0, _ATEN.conv_transpose2d.input: 1}
+"""Ops that XNNPACK computes on activations quantized at run time, and the axis of their weight's output channels."""
 
 _GROUPS = qd.dequantize_per_channel_group.default
 _WEIGHTS = (qd.dequantize_per_channel.default, _GROUPS)
@@ -52,10 +52,12 @@ def spread_weight_scale(module: GraphModule) -> int:
         values = tensor_at(module, stored)
         if values is None or zero_point != 0 or not isinstance(scale, int | float):
             continue
-        scales = emit_constant(module, node, "weight_scales", torch.full((len(values),), float(scale)))
-        zeros = emit_constant(module, node, "weight_zero_points", torch.zeros(len(values), dtype=torch.int64))
+        axis = DYNAMIC_CONSUMERS[node.target]
+        channels = values.shape[axis]
+        scales = emit_constant(module, node, "weight_scales", torch.full((channels,), float(scale)))
+        zeros = emit_constant(module, node, "weight_zero_points", torch.zeros(channels, dtype=torch.int64))
         spread = emit(
-            node, qd.dequantize_per_channel.default, stored, scales, zeros, 0, low, high, dtype, **weight.kwargs
+            node, qd.dequantize_per_channel.default, stored, scales, zeros, axis, low, high, dtype, **weight.kwargs
         )
         node.replace_input_with(weight, spread)
         count += 1

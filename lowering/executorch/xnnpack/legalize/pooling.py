@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.executorch.xnnpack.legalize.data_movement import requantized
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit
 from quant2e.graph.fake_values import shape_of
+from quant2e.graph.qdq_ops import qd
 
 _ATEN = torch.ops.aten
 _SEQUENCE_POOLS: Mapping[Any, Any] = {
@@ -82,6 +84,8 @@ def pool_images(module: GraphModule) -> int:
         if not isinstance(x, Node):
             continue
         image = emit(node, _ATEN.unsqueeze.default, x, -2)
+        if x.target is qd.dequantize_per_tensor.default and not x.kwargs.get("out_dtype"):
+            image = requantized(node, image, tuple(x.args[1:]))  # the mean of a whole sequence is one of integers
         if node.target is _ATEN.adaptive_avg_pool1d.default:
             pooled = emit(node, _ATEN.adaptive_avg_pool2d.default, image, [1, *operand(node, "output_size")])
         else:
