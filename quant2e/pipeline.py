@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from quant2e.accuracy.comparison import OpError, compare
+from quant2e.accuracy.comparison import compare
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_batch
 from quant2e.calibration.calibrate import Progress, calibrate
 from quant2e.calibration.held_out import HoldOut
-from quant2e.calibration.range_selection import collapsed, select_ranges
+from quant2e.calibration.range_selection import RangeChoice, ranges_of, select_ranges
 from quant2e.convert.convert import converted_graph
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call, positional_inputs
@@ -33,13 +33,21 @@ from quant2e.quantized_io import called_with_floats, quantized_io_of, with_quant
 from quant2e.quantized_model import QuantizedModel
 from quant2e.report.encodings import encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
-from quant2e.report.report import Report
+from quant2e.report.report import BAD_SQNR_DB, Report
 
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
 
 _SELECT_RANGES_ON = 2
 """Held-out batches on which candidate ranges are compared; each costs about four forwards."""
+
+
+class _HeldOut(NamedTuple):
+    """Data that was not calibrated on, what it is in words, and how candidate ranges fared on it."""
+
+    calls: list[Call]
+    source: str
+    choices: tuple[RangeChoice, ...] = ()
 
 
 def quantize(
@@ -85,17 +93,12 @@ def quantize(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
-    held_out, measured_on, notes = [Call(positional, dict(kwargs or {}))], "the example inputs", list[str]()
+    held_out = _HeldOut([Call(positional, dict(kwargs or {}))], "the example inputs")
     if calibration_data is not None:
-        held_out, measured_on, notes = _calibrated(prepared, calibration_data, progress)
+        held_out = _calibrated(prepared, calibration_data, progress)
     converted = _converted(prepared, use_reference_representation, int8_io)
     record = record_of(converted)
-    sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out)
-    report = replace(record.report.with_notes(notes), sqnr_db=sqnr, sqnr_source=measured_on)
-    if min_sqnr_db is not None and not sqnr >= min_sqnr_db:
-        _check_float(_bystander(captured), held_out, measured_on)
-        places = compare(prepared, converted_graph(prepared), held_out[:1]).worst_places()
-        raise AccuracyError(_lost(report, min_sqnr_db, places))
+    report = _measured(record.report, (captured, prepared, converted), held_out, min_sqnr_db)
     converted.meta[RECORD_KEY] = replace(record, report=report)
     example, keywords = _example(converted, positional, dict(kwargs or {}))
     return QuantizedModel(
@@ -112,16 +115,35 @@ def quantize(
     )
 
 
-def _calibrated(
-    prepared: GraphModule, data: Iterable[Any], progress: Progress | None
-) -> tuple[list[Call], str, list[str]]:
-    """Calibrate and choose ranges, in place; the held-out batches, what they are in words, and notes for the report."""
+def _calibrated(prepared: GraphModule, data: Iterable[Any], progress: Progress | None) -> _HeldOut:
+    """Calibrate and choose ranges, in place."""
     stream = HoldOut(data)
     calibrate(prepared, stream, progress=progress)
     held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
-    notes = collapsed(select_ranges(prepared, held_out[:_SELECT_RANGES_ON]))
+    choices = select_ranges(prepared, held_out[:_SELECT_RANGES_ON])
     kind = "held-out batch" if stream.separate else "calibration batch"
-    return held_out, f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}", notes
+    return _HeldOut(held_out, f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}", choices)
+
+
+def _measured(
+    report: Report, graphs: tuple[GraphModule, GraphModule, GraphModule], held_out: _HeldOut, least: float | None
+) -> Report:
+    """The report with the SQNR of the converted graph against the captured one; where it is bad, with the worst places.
+
+    ``graphs``: captured, prepared, converted. Raises `AccuracyError` below ``least`` dB.
+    """
+    captured, prepared, converted = graphs
+    sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out.calls)
+    report = replace(report, sqnr_db=sqnr, sqnr_source=held_out.source, ranges=ranges_of(held_out.choices))
+    lost = least is not None and not sqnr >= least
+    if lost:
+        _check_float(_bystander(captured), held_out.calls, held_out.source)
+    if lost or not sqnr >= BAD_SQNR_DB:
+        places = compare(prepared, converted_graph(prepared), held_out.calls[:1]).worst_places()
+        report = replace(report, worst_places=tuple(f"{place}: {place.advice}" for place in places))
+    if least is not None and lost:
+        raise AccuracyError(_lost(report, least))
+    return report
 
 
 def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:
@@ -146,7 +168,7 @@ def _check_float(model: GraphModule, held_out: list[Call], source: str) -> None:
             )
 
 
-def _lost(report: Report, wanted: float, places: Sequence[OpError]) -> str:
+def _lost(report: Report, wanted: float) -> str:
     head = (
         f"the quantized model keeps too little of the float model's signal: SQNR {report.sqnr_db:.1f} dB on "
         f"{report.sqnr_source}, and at least {wanted:g} dB were asked for. Most is lost at:"
@@ -155,7 +177,7 @@ def _lost(report: Report, wanted: float, places: Sequence[OpError]) -> str:
         "Leave these ops float in the quantizer's configuration (by module name, say), or give their weights a scale "
         "per channel; quant2e.check_data looks for outliers in the data. min_sqnr_db=None returns the model as it is."
     )
-    found = [*(f"{place}: {place.advice}" for place in places), *report.losses[: len(places)]]
+    found = [*report.worst_places, *report.losses[: len(report.worst_places)]]
     return "\n".join([head, *(f"  {line}" for line in found), advice])
 
 

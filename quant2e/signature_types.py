@@ -17,10 +17,12 @@ from quant2e.graph.captured.inputs import Inputs
 from quant2e.quantized_io import Port
 from quant2e.report.encodings import GroupEncoding
 from quant2e.report.float_ops import FloatOp
+from quant2e.report.report import ChosenRange
 
 __all__ = [
     "AccuracyError",
     "Arg",
+    "ChosenRange",
     "Comparison",
     "Condition",
     "DataFinding",

@@ -286,6 +286,10 @@ def _reference(model: Any, call: Call, graph: GraphModule | None) -> GraphModule
     shapes = None if captured or graph is None else read_dynamic_shapes(graph)
     gm = capture(model, call.args, call.kwargs, dynamic_shapes=shapes)
     own_written_tensors(gm)
+    for node in [node for node in gm.graph.nodes if is_observer_call(node)]:  # of a prepared graph: it is float
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        gm.graph.erase_node(node)
+    gm.recompile()
     return gm
 
 

@@ -30,12 +30,10 @@ from quant2e.observers.measuring import HistogramObserver
 from quant2e.ranges.qparams import fake_quantize_per_tensor
 from quant2e.ranges.sqnr import sqnr_db
 from quant2e.report.plain_data import plain_data
+from quant2e.report.report import ChosenRange
 
 CANDIDATES: tuple[tuple[str, float], ...] = (("mse", 99.99), ("minmax", 99.99), ("percentile", 99.99))
 """Method and percentile of each; the first wins ties."""
-
-COLLAPSED_DB = 6.0
-"""Output SQNR below which more than a quarter of an op's output power is noise: worth a word."""
 
 _CLEARLY = 0.98
 """A candidate displaces an earlier one only with less than this part of its error: held-out data is a sample."""
@@ -132,14 +130,10 @@ def _finish(name: str, ranges: _CandidateRanges) -> RangeChoice:
     return result
 
 
-def collapsed(choices: Sequence[RangeChoice]) -> list[str]:
-    """A sentence for every tensor that no candidate serves: more than a quarter of what is made of it is noise."""
-    return [
-        f"{one.tensor}: what is computed from it keeps only {one.sqnr:.1f} dB with the best of {len(one.errors)} "
-        "ranges; leave it float, or give it more bits"
-        for one in choices
-        if one.sqnr < COLLAPSED_DB
-    ]
+def ranges_of(choices: Sequence[RangeChoice]) -> tuple[ChosenRange, ...]:
+    """The choices as a report keeps them, those first whose tensors lose most."""
+    rows = (ChosenRange(one.tensor, *one.winner, one.sqnr) for one in choices)
+    return tuple(sorted(rows, key=lambda row: row.sqnr_db))
 
 
 def _ranges_of(observer: Any) -> _CandidateRanges | None:

@@ -25,7 +25,7 @@ from quant2e.report.float_ops import FloatOp
 from quant2e.report.html import html_table
 from quant2e.report.macs import count_macs
 from quant2e.report.plain_data import plain_data
-from quant2e.report.summary import summary
+from quant2e.report.summary import NOTES_SHOWN, summary
 
 STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED = "static", "dynamic", "weight-only", "float", "folded"
 KINDS = (STATIC, DYNAMIC, WEIGHT_ONLY, FLOAT, FOLDED)
@@ -59,6 +59,27 @@ class Verdict:
         return self.kind in (STATIC, DYNAMIC, WEIGHT_ONLY)
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenRange:
+    """The range that calibration chose for one tensor, by the ops that read it.
+
+    ``method``, ``percentile``: how it was found (see `quant2e.select_ranges`). ``sqnr_db``: SQNR in dB of what those
+    ops make of the tensor, with it alone quantized.
+    """
+
+    tensor: str
+    method: str
+    percentile: float
+    sqnr_db: float
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: what is computed from it keeps {self.sqnr_db:.1f} dB with the best range, {self.method}"
+
+
+BAD_SQNR_DB = 20.0
+"""SQNR of the output, or of what is computed from one tensor, below which a report says that it is bad."""
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """Verdicts, sizes and accuracy of one quantization. ``str(report)`` is all of it, ``repr(report)`` a summary.
@@ -66,7 +87,9 @@ class Report:
     ``float_bytes``/``quantized_bytes``: tensors that the float and the quantized graph hold. ``sqnr_db``: signal to
     quantization noise of the output against float, in dB, on ``sqnr_source``; None when it was not measured.
     ``losses``: tensors whose values integers turn into zero or clip, and what helps, the worst first; then biases that
-    move by more than one step of the result.
+    move by more than one step of the result. ``ranges``: tensors for which several ranges were compared, those that
+    lose most first. ``worst_places``: where the error of a bad output comes from, and what to do about it, a sentence
+    each.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -76,6 +99,8 @@ class Report:
     sqnr_db: float | None = None
     sqnr_source: str = ""
     losses: tuple[str, ...] = field(default=(), metadata=LATER)
+    ranges: tuple[ChosenRange, ...] = field(default=(), metadata=LATER)
+    worst_places: tuple[str, ...] = field(default=(), metadata=LATER)
 
     @property
     def int8_mac_share(self) -> float:
@@ -118,8 +143,8 @@ class Report:
 
     def summary(self, title: str) -> str:
         """``title`` with the counts of verdicts, then shares, sizes, accuracy and the first notes, a line each."""
-        counts, *measures = self._headline()
-        return summary([f"{title}: {counts}", *measures], (*self.losses, *self.notes))
+        first, *others = self._headline()
+        return summary([f"{title}: {first}", *others, *self._bad_ranges()[:NOTES_SHOWN]], (*self.losses, *self.notes))
 
     def html(self, title: str) -> str:
         """`summary`, and below it a table of the verdicts."""
@@ -134,7 +159,8 @@ class Report:
 
     def _headline(self) -> list[str]:
         counts = Counter(v.kind for v in self.verdicts)
-        lines = [f"{len(self.verdicts)} float ops: " + ", ".join(f"{counts[k]} {k}" for k in KINDS if counts[k])]
+        lines = self._warning()
+        lines += [f"{len(self.verdicts)} float ops: " + ", ".join(f"{counts[k]} {k}" for k in KINDS if counts[k])]
         lines.append(f"multiply-accumulates on int8: {self.int8_mac_share:.1%}")
         if self.quantized_bytes is not None:
             ratio = self.quantized_bytes / self.float_bytes if self.float_bytes else 1.0
@@ -143,8 +169,20 @@ class Report:
             lines.append(f"SQNR against float: {self.sqnr_db:.1f} dB on {self.sqnr_source}")
         return lines
 
+    def _warning(self) -> list[str]:
+        """What comes first where the output is bad: how bad, and where it comes from."""
+        if self.sqnr_db is None or self.sqnr_db >= BAD_SQNR_DB:
+            return []
+        noise = min(10.0 ** (-self.sqnr_db / 10.0), 1.0)
+        where = ", and most of it appears at" if self.worst_places else ""
+        first = f"the output is bad: {noise:.0%} of its power is noise (SQNR {self.sqnr_db:.1f} dB){where}"
+        return [first, *self.worst_places]
+
+    def _bad_ranges(self) -> list[str]:
+        return [f"range: {one}" for one in self.ranges if one.sqnr_db < BAD_SQNR_DB]
+
     def __str__(self) -> str:
-        lines = [*self._headline(), *(f"loss: {loss}" for loss in self.losses)]
+        lines = [*self._headline(), *(f"loss: {loss}" for loss in self.losses), *self._bad_ranges()]
         width = max((len(v.op.name) for v in self.verdicts), default=0)
         for v in self.verdicts:
             place = f"  [{v.op.module}]" if v.op.module else ""

@@ -207,6 +207,14 @@ def test_the_prepared_graph_may_stand_for_the_float_model():
         assert row.local_sqnr_db == pytest.approx(by_model.of(row.op).local_sqnr_db, abs=0.1)
 
 
+def test_a_prepared_graph_observes_nothing_of_it():
+    prepared = quant2e.prepare_pt2e(quant2e.capture(net(), (batches()[0],)), xnnpack())
+    quant2e.calibrate(prepared, batches(8))
+    before = {key: value.clone() for key, value in prepared.state_dict().items()}
+    compare(prepared, quant2e.convert_pt2e(prepared), [batch * 100.0 for batch in batches()])
+    assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
+
+
 def test_a_model_in_training():
     captured = quant2e.capture(net(), (batches()[0],))
     prepared = quant2e.prepare_qat_pt2e(captured, xnnpack(is_qat=True))

@@ -5,7 +5,7 @@ from torch import nn
 import quant2e
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
-from quant2e.calibration.range_selection import CANDIDATES, RangeChoice, collapsed, select_ranges
+from quant2e.calibration.range_selection import CANDIDATES, RangeChoice, ranges_of, select_ranges
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, CaptureError
 from quant2e.observers.measuring import HistogramObserver, default_per_channel_weight_observer
@@ -121,9 +121,10 @@ def test_a_tensor_that_nothing_serves_is_named():
     prepared = calibrated(reader("all but last"), [x], bits=4)
     choices = select_ranges(prepared, [x])
     bad = choices or (RangeChoice("o", "the output of 'x'", dict.fromkeys(CANDIDATES, 1.0)),)
-    (note,) = collapsed(bad)
-    assert "keeps only" in note
-    assert collapsed([RangeChoice("o", "x", {("mse", 99.99): 1e-4})]) == []
+    good = RangeChoice("o", "y", {("mse", 99.99): 1e-4})
+    rows = ranges_of([good, *bad])
+    assert [row.tensor for row in rows] == [bad[0].tensor, "y"]
+    assert rows[0].sqnr_db < 6.0 < rows[1].sqnr_db == pytest.approx(40.0)
 
 
 def test_quantize_races_and_says_so():
