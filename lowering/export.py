@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from quant2e.errors import LoweringError, where
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
+from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import FROM_NODE
 from quant2e.graph.fake_values import node_tensor
@@ -88,7 +89,8 @@ def refuse_dtypes(graph: GraphModule, dtypes: Collection[torch.dtype], target: s
     """Raise `LoweringError` naming the tensors of ``dtypes`` that the graph quantizes, and ``target`` does not."""
     found = [
         f"{where(node)} is {str(dtype).removeprefix('torch.')}"
-        for node in graph.graph.nodes
+        for _, one in graphs_of(graph)
+        for node in one.graph.nodes
         if node.target in QUANTIZE | DEQUANTIZE and (dtype := _float_dtype(node)) in dtypes
     ]
     if found:

@@ -7,6 +7,7 @@ as far as the graph still knows them.
 from __future__ import annotations
 
 import re
+from types import FunctionType
 
 from torch.fx import Node
 
@@ -87,7 +88,8 @@ def source_line(node: Node) -> str:
 
 def where(node: Node) -> str:
     """One line that finds the node: name, target, module, source line."""
-    parts = [f"'{node.name}' ({node.target})" if node.op == "call_function" else f"'{node.name}' ({node.op})"]
+    called = node.target.__name__ if isinstance(node.target, FunctionType) else node.target
+    parts = [f"'{node.name}' ({called if node.op == 'call_function' else node.op})"]
     if path := module_path(node):
         parts.append(f"in module '{path}'")
     if line := source_line(node):

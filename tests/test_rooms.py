@@ -75,6 +75,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "choices",
         "first_difference",
         "check",
+        "control_flow",
         "program",
         "rewrites",
         "inductor/kernels",

@@ -17,6 +17,8 @@ from torch.fx import GraphModule
 from lowering.bounds import calls_at_bounds, kept_ranges
 from lowering.check import checked
 from lowering.choices import Lower
+from lowering.control_flow import notes_on_branches, refuse_control_flow
+from lowering.executorch.bodies import decompose_bodies
 from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
 from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends
@@ -172,11 +174,13 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     module, plain = exported.module(check_guards=False), contiguous_call(example)
     assert isinstance(module, GraphModule)
     graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
+    refuse_control_flow(module, ("cond", "scan", "map_impl"), "ExecuTorch", "Write a fixed number of steps as a scan")
     if xnnpack:
         refuse_dtypes(module, (torch.float16, torch.bfloat16), "XNNPACK")
     rewrites = legalize(module, EXACT) if xnnpack else apply(module, PORTABLE)
-    notes = check_limits(module) if xnnpack else ()
+    notes = (*(check_limits(module) if xnnpack else ()), *notes_on_branches(module))
     declared = legalize(module, DECLARED) if xnnpack else {}
+    decompose_bodies(module)
     known = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
     legal = _functional(module, plain, shapes)
     return _Prepared(

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule, Node
 
+from lowering.control_flow import ops_inside
 from lowering.program import LoweringReport, Table
 from lowering.verify import Verification
 from quant2e.errors import where
 
 NO_RULE = "no partitioner has a rule for this op"
+INSIDE = "in a body of control flow, where partitioners do not look"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +139,11 @@ def report_on(module: GraphModule, reasons: Mapping[str, str], rewrites: Mapping
             partitions.append(_partition(module, node))
         else:
             leftovers.append(Leftover(op=op_name(node), place=where(node), reason=reasons.get(node.name, NO_RULE)))
+    leftovers += [
+        Leftover(op=op_name(node), place=where(node), reason=INSIDE)
+        for _, node in ops_inside(module)
+        if op_name(node) != "getitem"
+    ]
     return ExecuTorchReport(partitions=tuple(partitions), leftovers=tuple(leftovers), rewrites=dict(rewrites))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from lowering.control_flow import INSIDE, notes_on_branches, ops_inside
 from lowering.inductor.kernels.engines import FEW_ROWS, KernelChoice
 from lowering.inductor.rewrites.graph import TAG
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ
@@ -256,10 +257,24 @@ def build_report(
                 post_op=kernel.post_op if kernel else "",
             )
         )
-    notes = [*_speed(choices, ops), *_notes(gm, len({k.tag or k.name for k in kernels}), len(fused))]
+    ops += _inside(gm)
+    notes = [
+        *_speed(choices, ops),
+        *notes_on_branches(gm),
+        *_notes(gm, len({k.tag or k.name for k in kernels}), len(fused)),
+    ]
     if float_bytes:
         notes.append(f"float copies of weights, for ops computed in float, take {float_bytes / 2**20:.1f} MiB")
     return InductorReport(ops=tuple(ops), notes=tuple(notes), engines=choices)
+
+
+def _inside(gm: GraphModule) -> Iterator[LoweredOp]:
+    """Ops with quantized operands in bodies of control flow."""
+    for path, node in ops_inside(gm):
+        if any(_dequantized(operand) for operand in node.all_input_nodes) and node.target in _COMPUTE:
+            yield LoweredOp(
+                name=f"{path}.{node.name}", target=str(node.target), kernel="float", reason=INSIDE, place=where(node)
+            )
 
 
 def _speed(choices: Mapping[str, KernelChoice], ops: Sequence[LoweredOp]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from lowering.bounds import calls_at_bounds
 from lowering.check import checked
 from lowering.choices import Lower
+from lowering.control_flow import refuse_integers_inside
 from lowering.export import Lowerable, dynamic_shapes_of, export, graph_of, needed_example_of, refuse_dtypes
 from lowering.io_parameters import constants
 from lowering.onnx.integer_types import sizes, use_integers
@@ -87,6 +88,7 @@ def to_onnx(
         assert isinstance(module, GraphModule)
         graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
         _check_stateless(module)
+        refuse_integers_inside(reference if isinstance(reference, GraphModule) else module, "to_onnx")
         refuse_dtypes(module, (torch.float16, torch.bfloat16), "onnxruntime")
         if target == "onnxruntime":
             _check_computes(graph)

@@ -25,6 +25,7 @@ from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture, is_captured
 from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
 from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.integer.report import INTEGER
 from quant2e.isolation import IsolatedRandomness
@@ -265,10 +266,11 @@ def _own(module: GraphModule) -> GraphModule:
     """A copy that changes nothing of ``module``: neither its buffers nor what its fake-quantizers have observed."""
     own = copy_graph(module)
     own_written_tensors(own)
-    for name in {str(node.target) for node in own.graph.nodes if is_observer_call(node)}:
-        observer = copy.deepcopy(own.get_submodule(name))
-        observer.apply(disable_observer)
-        own.set_submodule(name, observer)
+    for _, graph in graphs_of(own):
+        for name in {str(node.target) for node in graph.graph.nodes if is_observer_call(node)}:
+            observer = copy.deepcopy(graph.get_submodule(name))
+            observer.apply(disable_observer)
+            graph.set_submodule(name, observer)
     return own
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from quant2e.accuracy.float_bodies import drop_observers_inside
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.captured.module import copy_graph
@@ -89,7 +90,7 @@ class FloatValues(Interpreter):
     """Runs a copy of a float graph and keeps what the named nodes give."""
 
     def __init__(self, gm: GraphModule, names: frozenset[str]) -> None:
-        copied = copy_graph(gm)
+        copied = drop_observers_inside(copy_graph(gm))
         own_written_tensors(copied)
         super().__init__(copied)
         self._gm = copied

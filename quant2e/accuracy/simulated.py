@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from quant2e.accuracy.float_bodies import drop_observers_inside
 from quant2e.convert.encode_all import encode_all
 from quant2e.convert.insert_qdq import quantize_at
 from quant2e.errors import Quant2eError
@@ -58,7 +59,7 @@ class SimulatedGraph:
     def __init__(self, prepared: GraphModule) -> None:
         if FUSED in prepared.meta:
             raise Quant2eError("this graph was prepared for training: convert it, and compare the result with float")
-        gm = copy_graph(prepared)
+        gm = drop_observers_inside(copy_graph(prepared))
         own_written_tensors(gm)
         calls = [node for node in gm.graph.nodes if is_observer_call(node)]
         if not calls:

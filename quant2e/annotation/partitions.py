@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.effects import subgraphs
+from quant2e.graph.control_flow import bodies
 
 if TYPE_CHECKING:
     from torch.fx.passes.utils.source_matcher_utils import SourcePartition
@@ -95,4 +95,4 @@ def bfs_trace_with_node_process(model: ExportedProgram | GraphModule, node_op: C
                 node_op(node)
         for node in gm.graph.nodes:
             if node.op == "call_function":
-                queue.extend(subgraphs(node))
+                queue.extend(bodies(node).values())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from quant2e.graph.control_flow import graphs_of, prefixed
 from quant2e.graph.fake_values import node_tensor
 from quant2e.observers.uniform import UniformQuantizationObserverBase
 from quant2e.ranges.histogram import Histogram
@@ -116,10 +117,11 @@ def _sizes(seen: Tensor | None, axis: int | None, group_size: int | None) -> tup
 
 
 def observed_values(prepared: GraphModule) -> dict[str, Tensor]:
-    """What each observer of a graph looks at, as the graph's (fake) values have it, by the observer's name."""
+    """What each observer of a program looks at, as the (fake) values of its graphs have it, by the observer's path."""
     found: dict[str, Tensor] = {}
-    for node in prepared.graph.nodes:
-        value = node_tensor(node.args[0]) if node.op == "call_module" and node.args else None
-        if value is not None:
-            found.setdefault(str(node.target), value)
+    for path, graph in graphs_of(prepared):
+        for node in graph.graph.nodes:
+            value = node_tensor(node.args[0]) if node.op == "call_module" and node.args else None
+            if value is not None:
+                found.setdefault(prefixed(path, str(node.target)), value)
     return found

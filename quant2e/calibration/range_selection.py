@@ -22,6 +22,7 @@ from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.control_flow import GraphInterpreter, prefixed
 from quant2e.graph.effects import is_random, writes
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.isolation import IsolatedRandomness
@@ -153,29 +154,53 @@ def _ranges_of(observer: Any) -> _CandidateRanges | None:
     return _CandidateRanges(observer, by_method, tuple(made.values())) if len(made) > 1 else None
 
 
-class _Comparison(Interpreter):
-    """Runs the observed graph in float; what reads a tensor with candidate ranges runs once more per candidate."""
+class _Comparison(GraphInterpreter):
+    """Runs the observed graph in float; what reads a tensor with candidate ranges runs once more per candidate.
 
-    def __init__(self, graph: GraphModule, observers: Mapping[str, _CandidateRanges]) -> None:
+    ``path``: of a body, in the program; ``outer``: the comparison of the graph that it is in.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        observers: Mapping[str, _CandidateRanges],
+        path: str = "",
+        outer: _Comparison | None = None,
+    ) -> None:
         super().__init__(graph)
-        self._observers = observers
-        self.batch = 0
+        self._observers, self._path, self._outer = observers, path, outer
+        self._repeats = False
+        self.batch: int = 0 if outer is None else outer.batch
+
+    def inside(self, path: str, body: GraphModule) -> Interpreter:
+        """The comparison in a body."""
+        return _Comparison(body, self._observers, prefixed(self._path, path), self)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the graph runs for a candidate of a graph that it is in: its own are not compared then."""
+        return self._repeats or (self._outer is not None and self._outer.repeats)
+
+    def _ranges(self, call: Node) -> _CandidateRanges | None:
+        return self._observers.get(prefixed(self._path, str(call.target)))
 
     def run_node(self, n: Node) -> Any:
         """The float value of ``n``."""
         if is_observer_call(n):
             value = self.env[n.all_input_nodes[0]]
+            if self.repeats:
+                return value
             self._check(n, value)
-            ranges = self._observers.get(str(n.target))
+            ranges = self._ranges(n)
             if ranges is not None and any(user.op != "call_function" for user in n.users):
                 for candidate, quantized in _quantized(ranges, value):
                     _judge(candidate, [value], [quantized])
                 _count(ranges, n)
             return value
         result = super().run_node(n)
-        if n.op == "call_function" and not writes(n) and not is_random(n):
+        if n.op == "call_function" and not self.repeats and not writes(n) and not is_random(n):
             for operand in n.all_input_nodes:
-                ranges = self._observers.get(str(operand.target)) if is_observer_call(operand) else None
+                ranges = self._ranges(operand) if is_observer_call(operand) else None
                 if ranges is not None:
                     self._run_candidates(n, operand, ranges, result)
         return result
@@ -193,11 +218,11 @@ class _Comparison(Interpreter):
             return
         value = self.env[operand]
         for candidate, quantized in _quantized(ranges, value):
-            self.env[operand] = quantized
+            self.env[operand], self._repeats = quantized, True
             try:
                 again = super().run_node(n)
             finally:
-                self.env[operand] = value
+                self.env[operand], self._repeats = value, False
             leaves = pytree.tree_leaves(again)
             _judge(candidate, wanted, [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()])
         _count(ranges, operand)

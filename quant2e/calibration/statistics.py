@@ -27,6 +27,7 @@ from quant2e.documents.schema import from_record, of_format
 from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.control_flow import control_flow, graphs_of, prefixed
 from quant2e.observers.base import OBSERVER_PREFIX, inner_observer
 from quant2e.observers.measuring import (
     HistogramObserver,
@@ -49,12 +50,13 @@ _DIFFERENCE_LINES = 24
 
 
 def observers_of(prepared: GraphModule) -> dict[str, Any]:
-    """The observers of a prepared graph by name, those inside fake-quantize modules instead of these."""
-    found = {}
-    for name, module in prepared.named_children():
-        if name.startswith(OBSERVER_PREFIX):
-            found[name] = inner_observer(module)
-    return found
+    """The observers of a prepared graph and its bodies by path, those inside fake-quantize modules instead of these."""
+    return {
+        prefixed(path, name): inner_observer(module)
+        for path, graph in graphs_of(prepared)
+        for name, module in graph.named_children()
+        if name.startswith(OBSERVER_PREFIX)
+    }
 
 
 def measuring(prepared: GraphModule) -> dict[str, UniformQuantizationObserverBase[Any]]:
@@ -68,7 +70,7 @@ def fingerprint(prepared: GraphModule) -> str:
 
     Numbers of bits and methods are left out: statistics serve all of them.
     """
-    lines = [_node_line(node) for node in prepared.graph.nodes]
+    lines = [prefixed(path, _node_line(node)) for path, graph in graphs_of(prepared) for node in graph.graph.nodes]
     for name, observer in observers_of(prepared).items():
         estimator = getattr(observer, "estimator", None)
         lines.append(f"{name}: {type(observer).__name__ if estimator is None else estimator}")
@@ -79,7 +81,9 @@ def _node_line(node: Node) -> str:
     value = node.meta.get("val")
     shape = f" {str(value.dtype).removeprefix('torch.')}{_sizes(value)}" if isinstance(value, Tensor) else ""
     operands = ", ".join(operand.name for operand in node.all_input_nodes)
-    return f"{node.name} = {node.op} {node.target}({operands}){shape}"
+    flow = control_flow(node)
+    target = node.target if flow is None else flow.op
+    return f"{node.name} = {node.op} {target}({operands}){shape}"
 
 
 def _sizes(value: Tensor) -> str:

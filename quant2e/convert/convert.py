@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from quant2e.calibration.batches import FEW_SAMPLES
 from quant2e.calibration.statistics import SAMPLES, measuring
+from quant2e.convert.bodies import convert_bodies, never_ran
 from quant2e.convert.encode_all import encode_all, losses_of, notes_of
 from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.convert.legality import check_legality
@@ -34,7 +35,7 @@ from quant2e.prepare.masks import left_float
 from quant2e.prepare.qat import end_training
 from quant2e.ranges.search import searched_together
 from quant2e.report.record import RECORD_KEY, GraphRecord
-from quant2e.report.report import FLOAT, tensor_bytes
+from quant2e.report.report import FLOAT, tensor_bytes, with_body
 
 
 def convert_pt2e(
@@ -92,6 +93,7 @@ def converted_graph(
     if not isinstance(prepared, GraphModule):
         raise Quant2eError(f"convert_pt2e takes what prepare_pt2e returned, not a {type(prepared).__name__}")
     gm = copy_graph(prepared, compiled=False)
+    inside = convert_bodies(gm, lambda body: converted_graph(body, fold_quantize=fold_quantize))
     trained = FUSED in gm.meta
     notes = end_training(gm) if trained else []
     calls = [node for node in gm.graph.nodes if is_observer_call(node)]
@@ -99,7 +101,7 @@ def converted_graph(
     if not calls and not isinstance(record, GraphRecord):
         raise Quant2eError("this model has no observers: call prepare_pt2e on it, calibrate, and then convert")
     own_written_tensors(gm)
-    floats = left_float(prepared)
+    floats = never_ran(prepared) or left_float(prepared)
     with searched_together(searchable(prepared.modules())):
         encodings = encode_all(gm, calls, floats.observers)
     constants = Constants(gm.graph)
@@ -135,8 +137,10 @@ def converted_graph(
             (*dict.fromkeys(floats.observers.values()), *notes)
         )
         report = replace(report, losses=losses, quantized_bytes=tensor_bytes(gm))
+        for path, body in inside.items():
+            report = with_body(report, path, body.report)
         found = tuple(encodings.get(name) for name in record.observers)
-        gm.meta[RECORD_KEY] = replace(record, report=report, encodings=found)
+        gm.meta[RECORD_KEY] = replace(record, report=report, encodings=found, bodies=inside)
     if use_reference_representation:
         from quant2e.integer import to_integer
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.parameter_rules import PARAMETER_RULES
 from quant2e.errors import PassError, where
+from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 from quant2e.observers.base import is_observer_call
@@ -59,7 +60,8 @@ def problems(gm: GraphModule) -> list[str]:
     """Everything that is wrong with a Q/DQ graph, one line each; empty when it is legal."""
     return [
         f"{where(node)}: {wrong} (rule: {name})"
-        for node in gm.graph.nodes
+        for _, graph in graphs_of(gm)
+        for node in graph.graph.nodes
         for name, rule in LEGAL
         if (wrong := rule(node)) is not None
     ]

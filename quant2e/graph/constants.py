@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from quant2e.errors import PassError, where
 from quant2e.graph.attributes import attribute
+from quant2e.graph.control_flow import has_bodies
 from quant2e.graph.effects import is_deterministic, writes
 from quant2e.graph.mutation import Storage, all_observed_writes, observed_writes, storage_of, storages
 
@@ -111,7 +111,7 @@ def _own_cause(node: Node) -> Cause | None:
         return None if is_tensor else Cause.NO_TENSOR
     if node.op == "call_module":
         return Cause.MODULE
-    if isinstance(node.target, HigherOrderOperator):
+    if has_bodies(node):
         return Cause.CONTROL_FLOW
     return None if is_deterministic(node) else Cause.VARIES
 

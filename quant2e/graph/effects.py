@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch.fx import GraphModule, Node
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.fx import Node
 
-from quant2e.graph.attributes import attribute
+from quant2e.graph.control_flow import bodies, has_bodies, operands_of_bodies
 from quant2e.graph.dataflow import operand
 
 aten = torch.ops.aten
@@ -125,23 +125,10 @@ def _shared(target: OpOverload) -> tuple[str, ...]:
     )
 
 
-def subgraphs(node: Node) -> list[GraphModule]:
-    """Graphs that a higher-order op (``cond``, an autocast region) runs."""
-    root = node.graph.owning_module
-    found = []
-    for source in node.all_input_nodes:
-        if source.op == "get_attr" and root is not None:
-            module = attribute(root, str(source.target), None)
-            if isinstance(module, GraphModule):
-                found.append(module)
-    return found
-
-
 def writes(node: Node) -> list[Node]:
     """Nodes whose tensor the node changes in place (elements, not metadata)."""
-    if isinstance(node.target, HigherOrderOperator):
-        inner = any(writes(n) for body in subgraphs(node) for n in body.graph.nodes)
-        return list(node.all_input_nodes) if inner else []
+    if has_bodies(node):
+        return _written_by_bodies(node)
     if not isinstance(node.target, OpOverload) or node.target in _METADATA_WRITES:
         return []
     written = list(_tensors(node, _written(node.target)))
@@ -150,11 +137,31 @@ def writes(node: Node) -> list[Node]:
     return written
 
 
+def _written_by_bodies(node: Node) -> list[Node]:
+    """Operands that the bodies of a node change in place; all of them, where it is not known which is which."""
+    written: dict[Node, None] = {}
+    for body in bodies(node).values():
+        inputs = [each for each in body.graph.nodes if each.op == "placeholder"]
+        shared: dict[Node, frozenset[Node]] = {}
+        for each in body.graph.nodes:
+            shared[each] = frozenset({each}).union(*(shared[base] for base in aliases(each)))
+        touched = frozenset[Node]().union(*(shared[operand] for each in body.graph.nodes for operand in writes(each)))
+        given = operands_of_bodies(node)
+        if touched and given is None:
+            return list(node.all_input_nodes)
+        written |= {
+            operand: None
+            for operand, each in zip(given or (), inputs, strict=False)
+            if each in touched and isinstance(operand, Node)
+        }
+    return list(written)
+
+
 def aliases(node: Node) -> list[Node]:
     """Nodes whose memory the node's result may share."""
     if node.target is operator.getitem:
         return list(node.all_input_nodes[:1])
-    if isinstance(node.target, HigherOrderOperator):
+    if has_bodies(node):
         return list(node.all_input_nodes)
     if not isinstance(node.target, OpOverload):
         return []
@@ -175,8 +182,8 @@ def is_in_place(node: Node) -> bool:
 
 def is_random(node: Node) -> bool:
     """Does the node draw random numbers? Dropout in eval mode does not."""
-    if isinstance(node.target, HigherOrderOperator):
-        return any(is_random(n) for body in subgraphs(node) for n in body.graph.nodes)
+    if has_bodies(node):
+        return any(is_random(n) for body in bodies(node).values() for n in body.graph.nodes)
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     switches = flag_of(node) is not None or node.target is aten.scaled_dot_product_attention.default
@@ -189,7 +196,7 @@ def is_deterministic(node: Node) -> bool:
         return False
     if isinstance(node.target, OpOverload):
         return not (is_random(node) or node.target in _UNINITIALISED)
-    if isinstance(node.target, HigherOrderOperator):
+    if has_bodies(node):
         return False
     if isinstance(node.target, OpOverloadPacket):  # without its overload, as observers of other libraries write it
         overloads = [getattr(node.target, name) for name in node.target.overloads()]

@@ -17,6 +17,7 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from quant2e.graph.control_flow import has_bodies
 from quant2e.graph.data_movement import MOVEMENTS
 from quant2e.graph.dataflow import operand
 
@@ -33,7 +34,7 @@ _BELOW: Marks = {-1: PICKED}
 _ABOVE: Marks = {1: PICKED}
 _BOTH: Marks = {-1: PICKED, 1: PICKED}
 _UNBOUNDED: Marks = {-1: math.inf, 1: math.inf}
-"""What leaves the model: whoever reads it may take an infinity for "never", and nothing else is known."""
+"""What leaves the model or enters a body: whoever reads it may take an infinity for "never", and no more is known."""
 
 _WEIGHS = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax", "logsumexp"})
 _PICKS: Mapping[str, Marks] = {
@@ -66,7 +67,7 @@ def marks(graph: Graph) -> dict[Node, Marks]:
 
 def asked_of(node: Node, own: Marks) -> Iterator[tuple[Node, Marks]]:
     """The operands of ``node`` in which "never" would mean something, given what the readers of its result ask."""
-    if node.op == "output":
+    if node.op == "output" or has_bodies(node):
         yield from ((source, _UNBOUNDED) for source in node.all_input_nodes)
     elif node.op == "call_module" or node.target is operator.getitem:
         yield from ((source, own) for source in node.all_input_nodes if own)

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants
+from quant2e.graph.control_flow import graphs_of, has_bodies
 from quant2e.graph.dataflow import readers
 from quant2e.graph.fake_values import is_float
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
@@ -19,11 +20,12 @@ from quant2e.integer.arithmetic.grid import QUANTIZE_STATIC
 from quant2e.integer.arithmetic.requantization import Requantization
 from quant2e.integer.arithmetic.values import Context
 from quant2e.integer.functionalize import exposed, use_functional_ops
-from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict
+from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict, with_integers_of
 from quant2e.integer.rewrite import rewrite
 from quant2e.passes import Promise, run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import fold_weights
+from quant2e.passes.in_bodies import rewrite_bodies
 from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import tensor_bytes
 
@@ -47,8 +49,28 @@ def to_integer(
     if INTEGER in converted.meta:
         raise Quant2eError("this graph computes in integers already")
     gm = copy_graph(converted, compiled=False)
-    if not any(n.target in QUANTIZE | DEQUANTIZE for n in gm.graph.nodes if n.op == "call_function"):
+    if not any(_is_quantized(graph) for _, graph in graphs_of(gm)):
         raise Quant2eError("this graph has no quantize or dequantize ops: convert a prepared model first")
+    report = _compute_in_integers(gm, requantization)
+    if strict and report.left:
+        lines = "\n".join(f"  '{v.name}' ({v.op}): {v.reason}" for v in report.left)
+        raise Quant2eError(f"{len(report.left)} quantized ops have no integer form ({requantization}):\n{lines}")
+    _file(gm, report)
+    return gm
+
+
+def _is_quantized(gm: GraphModule) -> bool:
+    return any(n.target in QUANTIZE | DEQUANTIZE for n in gm.graph.nodes if n.op == "call_function")
+
+
+def _compute_in_integers(gm: GraphModule, requantization: Requantization) -> IntegerReport:
+    """Rewrite ``gm`` and the bodies in it, in place."""
+    bodies: dict[str, IntegerReport] = {}
+
+    def rewrite_body(path: str, body: GraphModule) -> None:
+        bodies[path] = _compute_in_integers(body, requantization)
+
+    rewrite_bodies(gm, rewrite_body)
     run(gm, (fold_weights, use_functional_ops), compiled=False)
     float_ops = [node.name for node in gm.graph.nodes if _computes_float(node)]
     targets = {node.name: str(node.target) for node in gm.graph.nodes}
@@ -70,17 +92,15 @@ def to_integer(
         if name not in constants
     )
     report = IntegerReport(requantization, verdicts, tuple(dict.fromkeys(ctx.b.notes)), _alive(gm, ctx.b))
-    if strict and report.left:
-        lines = "\n".join(f"  '{v.name}' ({v.op}): {v.reason}" for v in report.left)
-        raise Quant2eError(f"{len(report.left)} quantized ops have no integer form ({requantization}):\n{lines}")
-    _file(gm, report)
-    return gm
+    for path, body in bodies.items():
+        report = with_integers_of(report, path, body)
+    return report
 
 
 def _computes_float(node: Node) -> bool:
     if node.op != "call_function" or node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
         return False
-    return is_float(node) and node.target is not operator.getitem
+    return is_float(node) and node.target is not operator.getitem and not has_bodies(node)
 
 
 def _asked(gm: GraphModule) -> set[str]:

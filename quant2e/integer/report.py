@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
+from quant2e.graph.control_flow import prefixed
 from quant2e.integer.arithmetic.builder import Record
 from quant2e.integer.arithmetic.requantization import Requantization
 from quant2e.report.html import html_table
@@ -80,6 +81,18 @@ class IntegerReport:
         lines += [f"  {v.name:<{width}}  {v.kind:<7}  {v.reason}" for v in self.verdicts]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def with_integers_of(report: IntegerReport, path: str, body: IntegerReport) -> IntegerReport:
+    """``report`` with the verdicts and notes of the body of control flow at ``path``.
+
+    Without its records: a body may run many times, and test vectors are of one run.
+    """
+    verdicts = (replace(v, name=prefixed(path, v.name)) for v in body.verdicts)
+    notes = [f"{path}: {note}" for note in body.notes]
+    if body.records:
+        notes.append(f"{path}: test vectors do not hold the ops of this body")
+    return replace(report, verdicts=(*report.verdicts, *verdicts), notes=(*report.notes, *notes))
 
 
 def integer_report(gm: GraphModule) -> IntegerReport:

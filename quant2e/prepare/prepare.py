@@ -18,11 +18,11 @@ from quant2e.annotation.quantizer import Quantizer, annotated, transformed
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.errors import AnnotationError, Quant2eError, where
 from quant2e.graph.captured.capture import as_graph_module
-from quant2e.graph.captured.inline_regions import opaque_regions
 from quant2e.graph.captured.modes import check_eval
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.graph.constants import Constants, evaluate
+from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.observers.base import is_observer_call
@@ -32,6 +32,7 @@ from quant2e.passes import run
 from quant2e.passes.empty_operands import drop_empty_operands
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.train_batch_norm import FUSED, begin, norms_behind_products
+from quant2e.prepare.bodies import prepare_bodies
 from quant2e.prepare.insert_observers import make_observers, observe
 from quant2e.prepare.masks import watch_sentinels
 from quant2e.prepare.observer_callback import call_back
@@ -70,19 +71,29 @@ def prepare_qat_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer)
 
 def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, training: bool) -> GraphModule:
     own = as_graph_module(model, compiled=False)
-    gm: GraphModule = own
-    if any(map(is_observer_call, gm.graph.nodes)):
+    if any(is_observer_call(node) for _, gm in graphs_of(own) for node in gm.graph.nodes):
         raise Quant2eError("this model is already prepared; calibrate it, or prepare the captured model it came from")
     if training:
-        _check_trainable(gm)
-        own_tensors(gm)
+        _check_trainable(own)
+        own_tensors(own)
     else:
-        check_eval(gm)
+        check_eval(own)
+    return _prepared(own, quantizer, training=training)
+
+
+def _prepared(own: CapturedModule, quantizer: Quantizer, *, training: bool) -> GraphModule:
+    """``own``, which is changed, or what the quantizer makes of it, with observers in it and in its bodies."""
+    gm: GraphModule = own
     if RECORD_KEY in gm.meta:  # converted before: the annotations of that time are about other nodes
         for node in gm.graph.nodes:
             node.meta.pop(ANNOTATION, None)
     set_all_detached(gm, False)  # quantizers look across the borders of regions without gradients
     ops, float_bytes, inputs = list_float_ops(gm), tensor_bytes(gm), own.inputs
+
+    def prepare_body(body: GraphModule) -> GraphModule:
+        return _prepared(as_graph_module(body, compiled=False), quantizer, training=training)
+
+    inside = prepare_bodies(gm, prepare_body)
     run(gm, (drop_empty_operands, norms_behind_products if training else fold_batch_norm), compiled=False)
     gm = _annotate(gm, quantizer)
     plan = read_plan(gm)  # before a copy: annotations refer to nodes, the plan to names
@@ -94,8 +105,8 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, trai
     constants = frozenset(Constants(gm.graph))
     plan, observers = call_back(gm, quantizer, plan, make_observers(plan, training=training))
     report = Report(
-        verdicts=judge(ops, gm, plan, constants, _explainer(quantizer)),
-        notes=(*_plan_notes(plan), *_region_notes(gm), *_quantizer_notes(quantizer)),
+        verdicts=(*judge(ops, gm, plan, constants, _explainer(quantizer)), *inside.verdicts),
+        notes=(*_plan_notes(plan), *inside.notes, *_quantizer_notes(quantizer)),
         float_bytes=float_bytes,
     )
     trained = train_through_norms(gm, plan, observers) if training else Trained(plan, observers)
@@ -109,7 +120,7 @@ def _prepare(model: GraphModule | ExportedProgram, quantizer: Quantizer, *, trai
     if training:
         begin(gm, trained.fused)
         ready_to_learn(observers)
-        report = training_report(report, trained)
+        report = training_report(report, trained, gm)
         gm.meta[FUSED] = trained.fused
         set_all_detached(gm, gm.training)
     gm.meta[RECORD_KEY] = GraphRecord(plan, tuple(names.get(i, "") for i in range(len(plan.groups))), report)
@@ -155,10 +166,6 @@ def _explainer(quantizer: Quantizer) -> Callable[[Node], str]:
 
 def _quantizer_notes(quantizer: Quantizer) -> tuple[str, ...]:
     return tuple(str(note) for note in getattr(quantizer, "notes", ()) or ())
-
-
-def _region_notes(gm: GraphModule) -> list[str]:
-    return [f"{where(node)}: the ops inside its body stay float" for node in opaque_regions(gm)]
 
 
 def _plan_notes(plan: Plan) -> list[str]:

@@ -21,6 +21,7 @@ from quant2e.errors import CaptureError, where
 from quant2e.graph.captured.modes import set_training, training_nodes
 from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.graph.constants import Constants, evaluate
+from quant2e.graph.control_flow import BODY
 from quant2e.graph.dataflow import operand
 from quant2e.observers.base import is_observer_call
 from quant2e.observers.derived import DerivedObserver, is_fake_quantizer
@@ -125,15 +126,15 @@ def ready_to_learn(observers: Mapping[int, nn.Module]) -> None:
             observer.allocate()
 
 
-def training_report(report: Report, trained: Trained) -> Report:
-    """``report`` with what becomes of batch norms at conversion."""
+def training_report(report: Report, trained: Trained, gm: GraphModule) -> Report:
+    """``report`` with what becomes of batch norms at conversion. ``gm``: the observed graph."""
     into = {record.norm: record.mac for record in trained.fused}
     verdicts = tuple(
         replace(v, kind=FOLDED, reason=f"into {into[v.op.name]}, at conversion") if v.op.name in into else v
         for v in report.verdicts
     )
     notes = []
-    if not any(map(is_fake_quantizer, trained.observers.values())):
+    if BODY not in gm.meta and not any(map(is_fake_quantizer, gm.modules())):
         notes.append(
             "WARNING: nothing is fake-quantized, so training is float training; use a configuration with is_qat=True"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from quant2e.documents.json_text import read_json
 from quant2e.documents.schema import LATER, from_record, of_format
 from quant2e.errors import AnnotationError, FileFormatError
 from quant2e.files import atomic_file
+from quant2e.graph.control_flow import prefixed
 from quant2e.observers.encodings import (
     CustomEncoding,
     DynamicEncoding,
@@ -131,8 +132,16 @@ class Encodings:
 
 def encodings_of(record: GraphRecord, quantizer: str) -> Encodings:
     """The encodings of a converted graph, from its record."""
-    pairs = zip(record.plan.groups, record.encodings, strict=True)
-    return Encodings(quantizer, tuple(_group_encoding(group, encoding) for group, encoding in pairs))
+    return Encodings(quantizer, tuple(_groups(record, "")))
+
+
+def _groups(record: GraphRecord, path: str) -> Iterator[GroupEncoding]:
+    """The groups of a graph, whose points are named by the body that they lie in, and those of its bodies."""
+    for group, encoding in zip(record.plan.groups, record.encodings, strict=True):
+        made = _group_encoding(group, encoding)
+        yield replace(made, points=tuple(prefixed(path, point) for point in made.points))
+    for name, body in record.bodies.items():
+        yield from _groups(body, prefixed(path, name))
 
 
 def _group_encoding(group: Group, encoding: Encoding | None) -> GroupEncoding:

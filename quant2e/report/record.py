@@ -5,6 +5,7 @@ Everything in it is a value: it survives ``deepcopy``, and no live node is held.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
@@ -20,13 +21,15 @@ RECORD_KEY = "quant2e"
 @dataclass(frozen=True, slots=True)
 class GraphRecord:
     """``observers``: the submodule that observes each group of the plan;
-    ``encodings``: what it became, once converted.
+    ``encodings``: what it became, once converted. ``bodies``: the records of the bodies of control flow in a converted
+    graph, by path; ``report`` is of these, too.
     """
 
     plan: Plan
     observers: tuple[str, ...]
     report: Report
     encodings: tuple[Encoding | None, ...] = field(default=())
+    bodies: Mapping[str, GraphRecord] = field(default_factory=dict)
 
 
 def record_of(gm: GraphModule) -> GraphRecord:

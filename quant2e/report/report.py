@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.documents.schema import LATER, from_record
+from quant2e.graph.control_flow import prefixed
 from quant2e.graph.edit import PART_OF
 from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
@@ -189,6 +190,17 @@ class Report:
             lines.append(f"  {v.op.name:<{width}}  {v.kind:<11}  {v.reason}{place}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def with_body(report: Report, path: str, body: Report) -> Report:
+    """``report`` with what happened in the body of control flow at ``path``: verdicts by name, losses and notes."""
+    verdicts = {v.op.name: v for v in report.verdicts}
+    for v in body.verdicts:
+        name = prefixed(path, v.op.name)
+        verdicts[name] = replace(v, op=replace(v.op, name=name))
+    losses = (*report.losses, *(f"{path}: {loss}" for loss in body.losses))
+    merged = replace(report, verdicts=tuple(verdicts.values()), losses=tuple(dict.fromkeys(losses)))
+    return merged.with_notes(f"{path}: {note}" for note in body.notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.graph.control_flow import BODY, graphs_of
 from quant2e.graph.fake_values import is_float
 from quantizers.settings.module_names import enclosing_paths, module_stack, targets
 from quantizers.settings.scopes import Everything, Level, ModuleName, ModuleType, NodeName, Operator, Scope, Settings
@@ -33,12 +34,16 @@ class Coverage:
     named: dict[Scope, list[Node]] = field(init=False)
     decided: dict[Scope, list[Node]] = field(init=False)
     ties: dict[tuple[Scope, Scope], list[Node]] = field(init=False)
+    elsewhere: frozenset[Scope] = field(init=False)
+    """Settings that name ops of bodies of control flow, which are annotated by themselves."""
     taken: frozenset[Node] = field(init=False)
     """Ops that another quantizer annotated before."""
 
     def __post_init__(self) -> None:
         self.named, self.decided, self.ties = defaultdict(list), defaultdict(list), defaultdict(list)
         self.taken = frozenset(node for node in self._ops() if node.meta.get(ANNOTATION) is not None)
+        inside = [node for _, graph in list(graphs_of(self.gm))[1:] for node in _calls(graph)]
+        self.elsewhere = frozenset(scope for node in inside for _, scope in self.settings.ranked(node))
         for node in self._ops():
             ranked = self.settings.ranked(node)
             for _, scope in ranked:
@@ -51,19 +56,22 @@ class Coverage:
                     self.ties[other, winner].append(node)
 
     def _ops(self) -> Iterator[Node]:
-        return (node for node in self.gm.graph.nodes if node.op == "call_function")
+        return _calls(self.gm)
 
     def unused(self) -> tuple[list[str], list[str]]:
         """Settings that cover no op: of modules that exist and compute nothing (any more); of what does not exist.
 
-        One sentence each; the second kind is a mistake, and comes with near misses.
+        One sentence each; the second kind is a mistake, and comes with near misses. None for a body of control flow:
+        what the settings mean is asked of the whole program.
         """
+        if BODY in self.gm.meta:
+            return [], []
         absent: list[str] = []
         wrong: list[str] = []
         owners = {path for path, _ in self.gm.named_modules()}
         owners |= {n.target for n in self.gm.graph.nodes if n.op == "call_module"}
         for scope in self.settings.made:
-            if scope in self.named or isinstance(scope, Everything):
+            if scope in self.named or scope in self.elsewhere or isinstance(scope, Everything):
                 continue
             exists = isinstance(scope, ModuleName) and scope.spelled in owners
             folded = isinstance(scope, ModuleType) and scope.name.rpartition(".")[2].startswith("BatchNorm")
@@ -113,6 +121,10 @@ class Coverage:
         reasons = dict.fromkeys(f"'{n.name}': {explain(n)}" for n in nodes if is_float(n))
         shown = "; ".join(list(reasons)[:_SHOWN]) or "it has no float op"
         return f"{scope} quantizes nothing: {shown}{'; …' * (len(reasons) > _SHOWN)}"
+
+
+def _calls(gm: GraphModule) -> Iterator[Node]:
+    return (node for node in gm.graph.nodes if node.op == "call_function")
 
 
 def _nothing(scope: Scope) -> str:

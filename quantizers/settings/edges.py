@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.pattern import Match, arguments
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation
 from quant2e.errors import AnnotationError
+from quant2e.graph.control_flow import BODY, graphs_of
 from quantizers.kit.rule import Rule
 from quantizers.settings.diagnostics import near
 from quantizers.settings.scopes import NodeName, Place, Predicate, node_scope
@@ -65,13 +66,16 @@ class EdgeSettings:
     def bind(self, gm: GraphModule) -> None:
         """Find the edges in a graph. Raises `AnnotationError` for settings that name none, with near misses."""
         self._of, self._named, self._notes = {}, {scope: [] for scope in self.made}, []
-        edges = [(source, node) for node in gm.graph.nodes for source in node.all_input_nodes] if self.made else []
-        for edge in edges:
+        nodes = [node for _, graph in graphs_of(gm) for node in graph.graph.nodes] if self.made else []
+        found = set()
+        for edge in [(source, node) for node in nodes for source in node.all_input_nodes]:
             for scope in self.made:
                 if scope.covers(*edge):
-                    self._bind(edge, scope)
-        lines = [f"there is no {scope}{_near(scope, gm)}" for scope, named in self._named.items() if not named]
-        if lines:
+                    if edge[1].graph is gm.graph:
+                        self._bind(edge, scope)
+                    found.add(scope)
+        lines = [f"there is no {scope}{_near(scope, gm)}" for scope in self._named if scope not in found]
+        if lines and BODY not in gm.meta:  # a body is asked with its program
             raise AnnotationError("; ".join(lines))
 
     def _bind(self, edge: tuple[Node, Node], scope: EdgeScope) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 from torch.fx import Node
 
 from quant2e.errors import AnnotationError, where
+from quant2e.graph.control_flow import BODY
 from quant2e.graph.edit import PART_OF
 from quantizers.kit.rule import ChosenConfig
 from quantizers.settings.module_names import (
@@ -167,7 +168,7 @@ class ModuleExpression:
 
 @dataclass(frozen=True, slots=True)
 class NodeName:
-    """The node of that name."""
+    """The node of that name; inside a body of control flow also by its path, as in the report."""
 
     name: str
     level = Level.NODE
@@ -177,7 +178,11 @@ class NodeName:
 
     def specificity(self, place: Place) -> Specificity | None:
         """Closer than any predicate."""
-        return (1, 0) if place.node.name == self.name else None
+        if place.node.name == self.name:
+            return (1, 0)
+        owner = place.node.graph.owning_module
+        body = "" if owner is None else owner.meta.get(BODY, "")
+        return (2, 0) if body and f"{body}.{place.node.name}" == self.name else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.additions import idle_dropouts, plain_additions, separate_additions
 from lowering.inductor.rewrites.broadcast import shared_values_first
+from lowering.inductor.rewrites.constant_operands import constants_as_operands
 from lowering.inductor.rewrites.conv1d import convolutions_in_two_dimensions
 from lowering.inductor.rewrites.embedding import gathered_rows
 from lowering.inductor.rewrites.graph import call
@@ -332,6 +333,7 @@ def one_dequantize_per_user(gm: GraphModule) -> int:
 
 
 REWRITES: tuple[Pass, ...] = (
+    constants_as_operands,
     idle_dropouts,
     positional_arguments,
     constant_parameters,

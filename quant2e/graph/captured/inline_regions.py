@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -21,8 +20,8 @@ from torch.fx.node import Argument, map_arg
 
 from quant2e.errors import PassError, where
 from quant2e.graph.attributes import attribute, free_path
+from quant2e.graph.control_flow import bodies as bodies_of
 from quant2e.graph.edit import NO_GRAD
-from quant2e.graph.effects import subgraphs
 
 _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
@@ -36,13 +35,6 @@ def inline_regions(gm: GraphModule) -> int:
     Raises `PassError` for a region whose result is used in a way that cannot be inlined.
     """
     return _inline(gm, autocast=False)
-
-
-def opaque_regions(gm: GraphModule) -> Iterator[Node]:
-    """Nodes of ``gm`` whose body is a graph of its own (control flow, autocast): nothing in it is quantized."""
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, HigherOrderOperator) and subgraphs(node):
-            yield node
 
 
 def _body(node: Node, *, autocast: bool) -> tuple[Node, tuple[Argument, ...]] | None:
@@ -66,7 +58,7 @@ def _inline(gm: GraphModule, *, autocast: bool) -> int:
         if (region := _body(node, autocast=autocast)) is not None:
             regions[node] = region
         enabled = autocast or (node.target is _AUTOCAST and node.args[2] is True)
-        for body in subgraphs(node):
+        for body in bodies_of(node).values():
             count += _inline(body, autocast=enabled)
     if regions:
         _rebuild(gm, regions)

@@ -19,6 +19,7 @@ from quant2e.graph.captured.inputs import Inputs, guard_calls, read_inputs
 from quant2e.graph.captured.modes import set_training
 from quant2e.graph.captured.no_grad import set_detached
 from quant2e.graph.captured.serialized import GraphState, graph_from_state, graph_state
+from quant2e.graph.control_flow import graphs_of
 
 _MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
     "_in_spec",
@@ -92,10 +93,11 @@ class CapturedModule(GraphModule):
 
     def __repr__(self) -> str:
         """A few lines: captured, prepared or converted, and how large. ``str`` has the code, `graph_text` the graph."""
-        called = (self.get_submodule(str(n.target)) for n in self.graph.nodes if n.op == "call_module")
+        nodes = [(graph, node) for _, graph in graphs_of(self) for node in graph.graph.nodes]
+        called = (graph.get_submodule(str(n.target)) for graph, n in nodes if n.op == "call_module")
         observers = Counter(type(module).__name__ for module in called if hasattr(module, "calculate_qparams"))
         kind = "converted" if self.converted else "prepared" if observers else "captured"
-        lines = [f"CapturedModule, {kind}: {len(self.graph.nodes)} nodes, {observers.total()} observers"]
+        lines = [f"CapturedModule, {kind}: {len(nodes)} nodes, {observers.total()} observers"]
         lines += [f"  {count} {name}" for name, count in observers.most_common()]
         return "\n".join(lines)
 
