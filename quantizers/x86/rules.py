@@ -119,13 +119,18 @@ def _activated(unary: Op, product: Pattern) -> Pattern:
     return unary(product) | _CLAMP(product) | product
 
 
+def _volume_last(image: Pattern, volume: Pattern) -> Pattern:
+    """Kernels of three dimensions take in no activation; relu is what quantizing to unsigned integers does anyway."""
+    return _activated(_CONV_UNARY, image) | f.relu(volume) | volume
+
+
 def _convolutions(config: Any, kind: str = "") -> tuple[Rule, ...]:
     """Convolutions by themselves. The output channels of a transposed one are the second axis of its weight."""
     plain = {"x": config.input_activation, "w": config.weight}
     transposed = plain | {"w": replace(config.weight, ch_axis=1)}
     return (
-        Rule(_activated(_CONV_UNARY, _CONV) | _CONV_3D, plain, name=f"{kind}conv"),
-        Rule(_activated(_CONV_UNARY, _TRANSPOSED) | _TRANSPOSED_3D, transposed, name=f"{kind}transposed conv"),
+        Rule(_volume_last(_CONV, _CONV_3D), plain, name=f"{kind}conv"),
+        Rule(_volume_last(_TRANSPOSED, _TRANSPOSED_3D), transposed, name=f"{kind}transposed conv"),
     )
 
 

@@ -123,10 +123,14 @@ class OneDnn:
 
         if transposed is None:
             return convolution
-        # what follows wants its memory in channels last
-        return lambda: transposed.interleave(convolution(), lambda op, *args: op(*args)).contiguous(
-            memory_format=_channels_last(product)
-        )
+        return lambda: _interleaved(transposed, convolution())
+
+
+def _interleaved(transposed: TransposedConvolution, made: Tensor) -> Tensor:
+    """The phases of a plain convolution where they belong in memory, in one copy as Inductor makes it."""
+    n = len(transposed.stride)
+    phases: Tensor = made.unflatten(1, (transposed.groups, *transposed.stride, -1))
+    return phases.permute(0, *(place for i in range(n) for place in (3 + n + i, 2 + i)), 1, 2 + n).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,10 @@ class TransposedConvolution:
         return [(first + more, last + more) for (first, last), more in zip(self._beyond, wider, strict=True)]
 
     def plain_weight(self, weight: Tensor) -> Tensor:
-        """``[inputs, outputs / groups, *kernel]`` as ``[outputs · phases, inputs / groups, *steps]``."""
+        """``[inputs, outputs / groups, *kernel]`` as ``[outputs · phases, inputs / groups, *steps]``.
+
+        The channels of one phase lie next to each other: what is interleaved are runs of them, in channels last.
+        """
         inputs, outputs, n = weight.shape[0], weight.shape[1], len(self.kernel)
         filled = weight.new_zeros(inputs, outputs, *(m * s for m, s in zip(self.steps, self.stride, strict=True)))
         view = filled
@@ -124,13 +127,13 @@ class TransposedConvolution:
         split = [size for pair in zip(self.steps, self.stride, strict=True) for size in pair]
         parts = filled.reshape(self.groups, inputs // self.groups, outputs, *split)
         parts = parts.flip([3 + 2 * i for i in range(n)])
-        order = [0, 2, *(4 + 2 * i for i in range(n)), 1, *(3 + 2 * i for i in range(n))]
+        order = [0, *(4 + 2 * i for i in range(n)), 2, 1, *(3 + 2 * i for i in range(n))]
         shape = (self.groups * outputs * self.phases, inputs // self.groups, *self.steps)
         return parts.permute(order).reshape(shape).contiguous()
 
-    def plain_scales(self, scales: Tensor) -> Tensor:
-        """Scales of the weight, ``[outputs / groups]``, as ``[outputs · phases]``."""
-        return scales.repeat(self.groups).repeat_interleave(self.phases)
+    def plain_channels(self, values: Tensor) -> Tensor:
+        """Numbers of the output channels, ``[outputs]``, as ``[outputs · phases]``: by group, phase and channel."""
+        return values.reshape(self.groups, 1, -1).expand(-1, self.phases, -1).reshape(-1)
 
     def interleave(self, value: Any, emit: Callable[..., Any]) -> Any:
         """What the plain convolution computed, as the transposed one does. ``emit``: makes a call, of op and operands.
@@ -139,11 +142,11 @@ class TransposedConvolution:
         """
         n = len(self.stride)
         if self.phases > 1:
-            value = emit(aten.unflatten.int, value, 1, [-1, *self.stride])
-            pairs = [place for i in range(n) for place in (2 + n + i, 2 + i)]
-            value = emit(aten.permute.default, value, [0, 1, *pairs])
-            for i in range(n):
-                value = emit(aten.flatten.using_ints, value, 2 + i, 3 + i)
+            value = emit(aten.unflatten.int, value, 1, [self.groups, *self.stride, -1])
+            pairs = [place for i in range(n) for place in (3 + n + i, 2 + i)]
+            value = emit(aten.permute.default, value, [0, 1, 2 + n, *pairs])
+            for i in range(n + 1):
+                value = emit(aten.flatten.using_ints, value, 1 + i, 2 + i)
         for i, (first, last) in enumerate(self.crop):
             if first or last:
                 value = emit(aten.slice.Tensor, value, 2 + i, first, -last if last else None)

@@ -4,7 +4,8 @@
 
 Inductor's patterns know static convolutions in one and two dimensions and linear layers, with some of the activations.
 The kernels know more: scales found at run time, three dimensions, and further activations behind a linear layer; and a
-transposed convolution is a plain one (`kernels.transposed`). Weights are packed here, as Inductor's freezing does it.
+transposed convolution is a plain one (`kernels.transposed`). In three dimensions they take in no activation; relu is
+what quantizing to unsigned integers does anyway. Weights are packed here, as Inductor's freezing does it.
 """
 
 from __future__ import annotations
@@ -94,12 +95,28 @@ def _fused(node: Node) -> _Fused:
     """The activation and the quantize op behind a product that its kernel computes as well."""
     nodes: tuple[Node, ...] = (node,)
     post_op = NONE
-    if (user := _only_reader(node)) is not None and (found := post_op_of(user)) is not None and _takes(node, found):
-        nodes, post_op = (node, user), found
-    user = _only_reader(nodes[-1])
-    if user is not None and user.target is qd.quantize_per_tensor.default and user.args[5] is torch.uint8:
-        return _Fused((*nodes, user), post_op, user)
-    return _Fused(nodes, post_op)
+    activation = _only_reader(node)
+    found = None if activation is None else post_op_of(activation)
+    if activation is not None and found is not None and _takes(node, found):
+        nodes, post_op = (node, activation), found
+    elif activation is not None and found is not None and found.name == "relu" and _clamps_at_zero(activation):
+        nodes = (node, activation)
+    quantize = _quantize_behind(nodes[-1])
+    return _Fused(nodes if quantize is None else (*nodes, quantize), post_op, quantize)
+
+
+def _clamps_at_zero(relu: Node) -> bool:
+    """Whether quantization does what relu does: no integer stands for a negative number."""
+    quantize = _quantize_behind(relu)
+    return quantize is not None and operands(quantize)["zero_point"] == 0
+
+
+def _quantize_behind(node: Node) -> Node | None:
+    """The quantize op that alone reads a result, to the unsigned integers that kernels write."""
+    user = _only_reader(node)
+    if user is None or user.target is not qd.quantize_per_tensor.default:
+        return None
+    return user if operands(user)["dtype"] is torch.uint8 else None
 
 
 def _only_reader(node: Node) -> Node | None:
@@ -146,11 +163,19 @@ def _convolution(gm: GraphModule, node: Node, fused: _Fused) -> Node:
     if is_transposed(node):
         transposed = TransposedConvolution.of(node, tuple(weight.shape))
         x = emit(aten.unsqueeze.default, x, 2) if n == 1 else x
-        weight, values = transposed.plain_weight(weight), transposed.plain_scales(_constant(gm, scales))
+        weight, values = (
+            transposed.plain_weight(weight),
+            transposed.plain_channels(_constant(gm, scales).repeat(transposed.groups)),
+        )
         scales = emit_constant(gm, node, f"{node.name}_scales", values)
         points = emit_constant(gm, node, f"{node.name}_zero_points", torch.zeros(values.shape, dtype=torch.int64))
-        if isinstance(bias, Node) and transposed.phases > 1:
-            bias = emit(aten.repeat_interleave.self_int, bias, transposed.phases)
+        if isinstance(bias, Node):
+            bias = emit(
+                aten.expand.default,
+                emit(aten.view.default, bias, [transposed.groups, 1, -1]),
+                [-1, transposed.phases, -1],
+            )
+            bias = emit(aten.reshape.default, bias, [-1])
         shape: tuple[Any, ...] = transposed.plain_shape
     else:
         stride, dilation = (_each(args[name], n) for name in ("stride", "dilation"))

@@ -64,8 +64,8 @@ def test_a_kernel_as_wide_as_its_stride_is_a_convolution_with_one_pixel():
     assert (sizes.steps, sizes.phases, sizes.plain_padding, sizes.crop) == ((1, 1), 4, (0, 0), [(0, 0), (0, 0)])
 
 
-def test_scales_and_channels_go_by_group_channel_and_phase():
+def test_channels_go_by_group_and_phase():
     sizes = TransposedConvolution((1, 1), (1, 2), (0, 0), (0, 1), (1, 1), 2)
     weight = torch.arange(1.0, 7).reshape(2, 3, 1, 1)
-    assert sizes.plain_weight(weight).flatten().tolist() == [1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0]
-    assert sizes.plain_scales(torch.tensor([1.0, 2, 3])).tolist() == [1, 1, 2, 2, 3, 3] * 2
+    assert sizes.plain_weight(weight).flatten().tolist() == [1, 2, 3, 0, 0, 0, 4, 5, 6, 0, 0, 0]
+    assert sizes.plain_channels(torch.arange(6)).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]

@@ -90,11 +90,12 @@ ACTS = {
     "leaky_relu_": nn.LeakyReLU(0.1, inplace=True), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(), "elu": nn.ELU(),
     "clamp_min": Of(lambda m, x: x.clamp_min(0)),
 }  # fmt: skip
-IMAGES = {"relu", "relu_", "relu6", "hardtanh", "clamp", "hardswish", "hardswish_", "silu"}
+RELUS = {"relu", "relu_"}
+IMAGES = RELUS | {"relu6", "hardtanh", "clamp", "hardswish", "hardswish_", "silu"}
 FUSED = {
     "conv1d": IMAGES,
     "conv2d": IMAGES,
-    "conv3d": set(),
+    "conv3d": RELUS,
     "conv_transpose2d": IMAGES,
     "linear": IMAGES | {"gelu", "gelu, tanh", "leaky_relu", "leaky_relu_", "tanh"},
 }
@@ -116,7 +117,7 @@ def test_activations(layer, act):
     assert noted[kernels[0]].output_qspec is None
     if act not in FUSED[layer]:
         ((_, why),) = reasons(gm, quantizer).items()
-        if layer == "conv3d":  # takes in nothing
+        if layer == "conv3d":  # relu is what its quantization does
             return
         more = " and silu" if layer != "linear" else ", silu, gelu, leaky_relu and tanh"
         taken = f"relu, relu6, hardtanh, hardswish{more}"

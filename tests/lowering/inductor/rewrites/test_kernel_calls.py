@@ -62,7 +62,12 @@ CALLED = {
     "dynamic conv1d, relu": (lambda m, x: F.relu(F.conv1d(dyn(x), m.line(), m.b, 2, 1)), LINE, "relu", FLOAT),
     "dynamic conv, tanh": (lambda m, x: F.conv2d(dyn(x), m.image(), m.b).tanh(), IMAGE, "none", FLOAT),
     "conv3d, quantized": (lambda m, x: u8(F.conv3d(u8(x), m.volume(), m.b, 1, 1)), VOLUME, "none", INT8),
-    "conv3d, relu": (lambda m, x: u8(F.relu(F.conv3d(u8(x), m.volume(), m.b, 1, 1))), VOLUME, "none", FLOAT),
+    "conv3d, relu": (
+        lambda m, x: u8(F.relu(F.conv3d(u8(x), m.volume(), m.b, 1, 1)), 0.03, 0), VOLUME, "none", INT8,
+    ),
+    "conv3d, relu, another zero": (
+        lambda m, x: u8(F.relu(F.conv3d(u8(x), m.volume(), m.b, 1, 1))), VOLUME, "none", FLOAT,
+    ),
     "transposed": (lambda m, x: F.conv_transpose2d(u8(x), m.up(), m.b, 2, 1), IMAGE, "none", FLOAT),
     "transposed, relu, quantized": (
         lambda m, x: u8(F.relu(F.conv_transpose2d(u8(x), m.up(), m.b, 2, 1))), IMAGE, "relu", INT8,
