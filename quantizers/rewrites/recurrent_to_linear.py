@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import PART_OF, emit
+from quant2e.graph.effects import aliases, writes
 from quant2e.graph.fake_values import node_tensor, shape_of
 from quant2e.passes.fold_batch_norm import FOLDED
 
@@ -94,7 +95,13 @@ def _is_zero(h: Node) -> bool:
     """Whether a state is zeros, as layers make it that are given none."""
     while h.target in (operator.getitem, aten.unbind.int):
         h = h.all_input_nodes[0]
-    return h.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+    made = h.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+    return made and not _is_written(h)
+
+
+def _is_written(tensor: Node) -> bool:
+    """Whether an op changes a tensor in place, itself or through a view."""
+    return any(tensor in writes(user) or (tensor in aliases(user) and _is_written(user)) for user in tensor.users)
 
 
 def _product(place: Node, x: Node, weight: Node, bias: Node | None = None) -> Node:

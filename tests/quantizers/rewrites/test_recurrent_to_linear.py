@@ -63,6 +63,27 @@ def test_the_float_result_is_that_of_the_layer(name):
     assert len({node.args[1] for node in products}) <= len(list(model.parameters()))
 
 
+class Filled(nn.Module):
+    """A state that begins as zeros, and is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(5, 4)
+
+    def forward(self, x):
+        h = torch.zeros(1, 2, 4)
+        h[0].fill_(0.5)
+        return self.layer(x, h)[0]
+
+
+def test_a_state_that_is_written_to_is_not_zero():
+    x = rand(3, 2, 5)
+    gm = capture(Filled().eval(), (x,))
+    expected = gm(x)
+    run(gm, (RecurrentAsLinear(lambda _: True),))
+    torch.testing.assert_close(gm(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_before_and_after(name, golden):
     gm = capture(type(LAYERS[name][0])(5, 4).eval(), (rand(2, 2, 5),))
