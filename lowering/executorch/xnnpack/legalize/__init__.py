@@ -30,7 +30,7 @@ from lowering.executorch.xnnpack.legalize.pooling import (
 )
 from lowering.executorch.xnnpack.legalize.projection import split_projections
 from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
-from lowering.executorch.xnnpack.legalize.reshape import one_view
+from lowering.executorch.xnnpack.legalize.reshape import full_rank_operands, one_view, quantized_numbers
 from lowering.executorch.xnnpack.legalize.slicing import few_slices, plain_spellings
 from lowering.executorch.xnnpack.legalize.split_and_join import (
     distinct_operands,
@@ -67,12 +67,14 @@ EXACT: tuple[Pass, ...] = (
     pad_before_average,
     crops_as_slices,
     explicit_pooling,
+    quantized_numbers,
     slices_and_joins,
     slice_selects,
     split_projections,
     implicit_expand,
     few_slices,
     tensor_operands,
+    full_rank_operands,
     lone_operands,
     one_view,
     quantize_moves,

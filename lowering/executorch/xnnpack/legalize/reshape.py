@@ -1,8 +1,12 @@
-"""Reshapes as views.
+"""Reshapes as views, and tensors of as many dimensions as their readers need.
 
-flatten, squeeze, unsqueeze, reshape  =  view, with -1 for the one size that is known at run time only.
+    flatten, squeeze, unsqueeze, reshape  =  view, with -1 for the one size that is known at run time only
+    image + y                             =  image + view(y, [1, ..., *sizes of y])
+    quantize(number)                      =  quantize(view(number, [1]))
 
 XNNPACK takes a view whose sizes are numbers, at most one of them -1. It has no squeeze, and unsqueezes at the end only.
+It lays images out in channels last, and then counts the axes of an operand with fewer dimensions from the wrong end:
+the runtime refuses the program. A quantized input without dimensions stops ExecuTorch's passes.
 """
 
 from __future__ import annotations
@@ -12,10 +16,12 @@ from torch.fx import GraphModule, Node
 
 from lowering.executorch.xnnpack.legalize.requirements import unary
 from quant2e.annotation.pattern import Match
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operand
-from quant2e.graph.edit import emit
-from quant2e.graph.fake_values import shape_of
+from quant2e.graph.edit import emit, emit_constant
+from quant2e.graph.fake_values import node_tensor, shape_of
+from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 from quant2e.passes.rewrite import Rewrite
 
 _ATEN = torch.ops.aten
@@ -54,3 +60,58 @@ def _sizes(node: Node) -> list[int] | None:
 
 one_view = Rewrite("one_view", unary(*RESHAPES, when=_changes), _view)
 """Reshapes of floats and integers alike as views."""
+
+
+BROADCASTING = frozenset({_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor})
+_IMAGE = 4
+"""Dimensions of what is laid out in channels last."""
+
+
+def full_rank_operands(module: GraphModule) -> int:
+    """Give float operands of arithmetic on images all dimensions of the image; returns how many.
+
+    Integers keep theirs: behind a dequantize op axes are counted right.
+    """
+    count = 0
+    for node in list(module.graph.nodes):
+        if node.target not in BROADCASTING or len(shape_of(node)) != _IMAGE:
+            continue
+        for place, x in enumerate(node.args[:2]):
+            value = node_tensor(x)
+            if not isinstance(x, Node) or value is None or value.dim() == _IMAGE or x.target in DEQUANTIZE:
+                continue
+            sizes = [1] * (_IMAGE - value.dim()) + list(value.shape)
+            if not all(type(size) is int for size in sizes):
+                continue
+            constant = tensor_at(module, x)
+            if constant is None:
+                full = emit(node, _ATEN.view.default, x, sizes)
+            else:
+                full = emit_constant(module, node, f"{x.name}_of_images", constant.detach().reshape(sizes))
+            node.update_arg(place, full)
+            count += 1
+    return count
+
+
+def quantized_numbers(module: GraphModule) -> int:
+    """Quantize tensors without dimensions as tensors of one; returns how many."""
+    count = 0
+    for q in list(module.graph.nodes):
+        if q.target is not qd.quantize_per_tensor.default or len(shape_of(q)) > 0:
+            continue
+        q.update_arg(0, _in_one_dimension(q, operand(q, 0)))
+        q.meta["val"] = q.meta["val"].reshape(1)
+        for dq in [user for user in q.users if user.target is qd.dequantize_per_tensor.default]:
+            dq.meta["val"] = dq.meta["val"].reshape(1)
+            for user in list(dq.users):
+                if user.target not in RESHAPES and (user.target not in BROADCASTING or not shape_of(user)):
+                    user.replace_input_with(dq, emit(user, _ATEN.view.default, dq, []))
+        count += 1
+    return count
+
+
+def _in_one_dimension(q: Node, x: Node) -> Node:
+    if x.target is _ATEN.select.int:
+        place = operand(x, "index")
+        return emit(q, _ATEN.slice.Tensor, operand(x, "self"), 0, place, None if place == -1 else place + 1)
+    return emit(q, _ATEN.view.default, x, [1])

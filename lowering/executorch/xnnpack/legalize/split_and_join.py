@@ -22,6 +22,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.executorch.xnnpack.legalize.requirements import unary
+from lowering.executorch.xnnpack.legalize.reshape import BROADCASTING
 from quant2e.annotation.pattern import Match
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit
@@ -31,7 +32,6 @@ from quant2e.passes.rewrite import Rewrite
 
 _ATEN = torch.ops.aten
 _SPLITS = frozenset({_ATEN.split.Tensor, _ATEN.split.sizes, _ATEN.split_with_sizes.default, _ATEN.chunk.default})
-_BROADCASTING = frozenset({_ATEN.add.Tensor, _ATEN.sub.Tensor, _ATEN.mul.Tensor, _ATEN.div.Tensor})
 
 
 def slices_and_joins(module: GraphModule) -> int:
@@ -103,7 +103,7 @@ def implicit_expand(module: GraphModule) -> int:
             count += 1
             continue
         for user in list(node.users):
-            if user.target in _BROADCASTING and _broadcasts(user, node, x):
+            if user.target in BROADCASTING and _broadcasts(user, node, x):
                 user.replace_input_with(node, x)
                 count += 1
     return count
