@@ -4,6 +4,17 @@ Observers, fake-quantizers, granularities and annotation functions, spelled as i
 `quant2e` as well, which lists only what a new program needs.
 """
 
+from quant2e.accuracy.propagation import (
+    LoggedNode,
+    NodeAccuracySummary,
+    NodeSource,
+    OutputLogger,
+    QuantizationComparisonResult,
+    compare_results,
+    extract_results_from_loggers,
+    generate_numeric_debug_handle,
+    prepare_for_propagation_comparison,
+)
 from quant2e.annotation.config import OperatorConfig
 from quant2e.annotation.granularity import Granularity, PerAxis, PerGroup, PerRow, PerTensor, PerToken, get_block_size
 from quant2e.annotation.helpers import (
@@ -86,15 +97,19 @@ __all__ = [
     "Granularity",
     "HistogramObserver",
     "LearnableFakeQuantize",
+    "LoggedNode",
     "MinMaxObserver",
     "MovingAverageMinMaxObserver",
     "MovingAveragePerChannelMinMaxObserver",
+    "NodeAccuracySummary",
+    "NodeSource",
     "NoopObserver",
     "NumberFormat",
     "ObserverBase",
     "ObserverFactory",
     "ObserverOptions",
     "OperatorConfig",
+    "OutputLogger",
     "PerAxis",
     "PerChannelHistogramObserver",
     "PerChannelMinMaxObserver",
@@ -104,6 +119,7 @@ __all__ = [
     "PerTensor",
     "PerToken",
     "PlaceholderObserver",
+    "QuantizationComparisonResult",
     "QuantizationSpecBase",
     "Range",
     "RecordingObserver",
@@ -113,6 +129,7 @@ __all__ = [
     "annotate_input_qspec_map",
     "annotate_output_qspec",
     "bfs_trace_with_node_process",
+    "compare_results",
     "default_dynamic_fake_quant",
     "default_dynamic_quant_observer",
     "default_embedding_fake_quant",
@@ -137,14 +154,17 @@ __all__ = [
     "enable_fake_quant",
     "enable_observer",
     "enable_range_learning",
+    "extract_results_from_loggers",
     "find_sequential_partitions",
     "fused_per_channel_wt_fake_quant_range_neg_127_to_127",
     "fused_wt_fake_quant_range_neg_127_to_127",
+    "generate_numeric_debug_handle",
     "get_block_size",
     "get_equivalent_types",
     "get_module_name_filter",
     "model_is_exported",
     "move_exported_model_to_eval",
     "move_exported_model_to_train",
+    "prepare_for_propagation_comparison",
     "update_equivalent_types_dict",
 ]
