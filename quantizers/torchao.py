@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from quant2e.annotation.granularity import PerTensor
 from quant2e.annotation.interop import read_plan
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan, Point
 from quant2e.annotation.quantizer import Quantizer, annotated, transformed
@@ -25,9 +26,9 @@ from quant2e.errors import Quant2eError
 from quant2e.graph.constants import evaluate
 from quant2e.observers.base import ObserverBase
 from quant2e.observers.derived import DerivedObserver
-from quant2e.observers.encodings import PerGroupEncoding, RoundedConstant, encode
+from quant2e.observers.encodings import DynamicEncoding, PerGroupEncoding, RoundedConstant, encode
 from quant2e.passes.fold_weights import attribute_path
-from quant2e.prepare.insert_observers import make_observers
+from quant2e.prepare.insert_observers import find_scales_of_single_images, make_observers
 
 
 def as_torchao(quantizer: Quantizer) -> TorchaoQuantizer:
@@ -40,7 +41,7 @@ def as_torchao(quantizer: Quantizer) -> TorchaoQuantizer:
         from torchao.quantization.pt2e import observer
     except ImportError as error:
         raise Quant2eError("as_torchao needs torchao, which is not installed: pip install torchao") from error
-    for ours in (ObserverBase, DerivedObserver, _GridObserver, _GroupObserver):
+    for ours in (ObserverBase, DerivedObserver, _GridObserver, _WritingObserver):
         observer.ObserverBase.register(ours)
     return TorchaoQuantizer(quantizer)
 
@@ -69,7 +70,9 @@ class TorchaoQuantizer:
 
     def prepare_obs_or_fq_callback(self, model: GraphModule, edge_or_node_to_obs_or_fq: dict[EdgeOrNode, Any]) -> None:
         """Our observers in place of torchao's; then the quantizer's own callback."""
-        observers = [_convertible(observer) for observer in make_observers(self._plan)]
+        made = make_observers(self._plan)
+        find_scales_of_single_images(model, self._plan, dict(enumerate(made)))
+        observers = [_convertible(observer) for observer in made]
         for place in edge_or_node_to_obs_or_fq:
             group = self._plan.group_of(_point(place))
             assert group is not None, f"torchao observes {place}, which no annotation asks for"
@@ -129,7 +132,8 @@ def _convertible(observer: nn.Module) -> nn.Module:
     """An observer that torchao's conversion can ask. What torchao has no nodes for writes its nodes itself."""
     if isinstance(observer, DerivedObserver) and observer.dtype.is_floating_point:
         return _GridObserver(observer)
-    return _GroupObserver(observer) if getattr(observer, "group_size", None) else observer
+    finer = getattr(observer, "group_size", None) or getattr(observer, "granularity", PerTensor()) != PerTensor()
+    return _WritingObserver(observer) if finer else observer
 
 
 class _GridObserver(nn.Module):
@@ -151,13 +155,13 @@ class _GridObserver(nn.Module):
         round_at(model, node, evaluate(model, source), encoding, attribute_path(source))
 
 
-class _GroupObserver(nn.Module):
-    """For a weight with a scale for each group; torchao calls `convert` on it."""
+class _WritingObserver(nn.Module):
+    """For a weight with a scale for each group, or scales found for each token; torchao calls `convert` on it."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.dtype, self.is_dynamic = inner.dtype, False
+        self.dtype, self.is_dynamic = inner.dtype, bool(getattr(inner, "is_dynamic", False))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x``, which is observed."""
@@ -165,7 +169,7 @@ class _GroupObserver(nn.Module):
         return seen
 
     def convert(self, model: GraphModule, node: Node) -> None:
-        """Put q/dq nodes with a scale for each group in place of the observer's call."""
+        """Put our q/dq nodes in place of the observer's call."""
         encoding = encode(self.inner)
-        assert isinstance(encoding, PerGroupEncoding), encoding
+        assert isinstance(encoding, PerGroupEncoding | DynamicEncoding), encoding
         quantize_at(model, node, encoding, attribute_path(node.all_input_nodes[0]))

@@ -22,7 +22,7 @@ from lowering.executorch.bodies import decompose_bodies
 from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
 from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends
-from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, legalize
+from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, SPELLED, legalize
 from lowering.executorch.xnnpack.limits import check_limits
 from lowering.executorch.xnnpack.partitioner import is_xnnpack, xnnpack_partitioner
 from lowering.export import (
@@ -180,6 +180,8 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     rewrites = legalize(module, EXACT) if xnnpack else apply(module, PORTABLE)
     notes = (*(check_limits(module) if xnnpack else ()), *notes_on_branches(module))
     declared = legalize(module, DECLARED) if xnnpack else {}
+    per_row = copy_graph(module) if declared else None
+    spelled = legalize(module, SPELLED) if xnnpack else {}
     decompose_bodies(module)
     known = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
     legal = _functional(module, plain, shapes)
@@ -190,8 +192,8 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
         shapes=shapes,
         exported=legal,
         signature=signature_of(legal),  # before partitioners take constants out of the program
-        per_row=module if declared else None,
-        rewrites={**rewrites, **declared},
+        per_row=per_row,
+        rewrites={**rewrites, **declared, **spelled},
         notes=notes,
         quantized_io=known or quantized_io_in(module),
         state=state_of(module),

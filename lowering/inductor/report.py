@@ -194,6 +194,12 @@ def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, Kernel]:
     return fused
 
 
+_FINER = {
+    qd.dequantize_per_token.default: "one activation scale per token",
+    qd.dequantize_per_channel.default: "one activation scale per image",
+}
+
+
 def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bool) -> str:
     if node.name in refused:
         return refused[node.name]
@@ -212,8 +218,8 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bo
         return "both operands are activations: there is no int8 kernel for their product"
     if weight.target is qd.dequantize_per_channel_group.default:
         return "groups of weights with a scale each: there is no int8 kernel for them"
-    if activation.target is qd.dequantize_per_token.default:
-        return "one activation scale per token: Inductor's patterns know one scale per tensor"
+    if activation.target in _FINER:
+        return f"{_FINER[activation.target]}: Inductor's patterns know one scale per tensor"
     return "no int8 pattern of Inductor matched"
 
 

@@ -23,6 +23,7 @@ from lowering.rewrites.average_pools import plain_average_pools
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.experts import product_of_every_expert
 from lowering.rewrites.layouts import PLAIN_LAYOUTS
+from lowering.rewrites.ranges import plain_byte_ranges
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import literal, operand, operands, set_operand
@@ -80,9 +81,10 @@ def form_of(convention: Convention) -> tuple[Pass, ...]:
     unsigned = (unsigned_quantization, unsigned_inputs_and_outputs) if convention.unsigned else ()
     products = integer_products if convention.integer_bias else linear_to_matmul
     plain = (*PLAIN_LAYOUTS, plain_average_pools)
+    ranges = (plain_byte_ranges,) if convention.unsigned else ()
     experts_and_lookups = (product_of_every_expert, gather_then_dequantize)
     cleaned = (plain_constants, remove_dead_code, prune_unused_attributes)
-    return (*plain, *experts_and_lookups, *unsigned, products, *cleaned)
+    return (*plain, *experts_and_lookups, *unsigned, *ranges, products, *cleaned)
 
 
 def _check_symmetric(module: GraphModule) -> None:

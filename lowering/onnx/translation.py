@@ -131,10 +131,12 @@ def _dequantize_per_channel(
     axis: int,
     _quant_min: int,
     _quant_max: int,
-    _dtype: int,
+    dtype: int,
     out_dtype: int = -1,
 ) -> Any:
-    zeros = () if zero_points is None else (zero_points,)  # `form` gave constants the dtype of the integers
+    zeros = () if zero_points is None else (zero_points,)
+    if zeros and zero_points.dtype != dtype:  # found at run time: `form` gave constants the dtype of the integers
+        zeros = (_op().Cast(zero_points, to=dtype),)
     return _cast(_op().DequantizeLinear(input, _as_float(scales), *zeros, axis=axis), out_dtype)
 
 
@@ -218,7 +220,7 @@ def _choose_per_token(input: Any, _dtype: int) -> Any:
 
 def _quantize_per_token(input: Any, scales: Any, zero_points: Any, quant_min: int, quant_max: int, dtype: int) -> Any:
     op = _op()
-    moved = op.Add(op.Round(op.Div(input, scales)), zero_points)
+    moved = op.Round(op.Add(op.Mul(input, op.Reciprocal(scales)), zero_points))
     return op.Cast(op.Clip(moved, _constant(float(quant_min)), _constant(float(quant_max))), to=dtype)
 
 

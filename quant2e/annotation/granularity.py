@@ -75,6 +75,16 @@ def get_block_size(input_shape: Sequence[int], granularity: Granularity) -> tupl
     raise AnnotationError(f"unknown granularity {granularity!r}: use PerTensor, PerAxis, PerGroup, PerToken or PerRow")
 
 
+DYNAMIC: tuple[Granularity, ...] = (PerTensor(), PerToken(), PerAxis(0))
+"""What may share a scale that is found at run time: the tensor, a token, or what has one index along the first
+dimension, an image of a batch."""
+
+
+def granularity_text(granularity: Granularity) -> str:
+    """A granularity of `DYNAMIC` behind the word dynamic: nothing for a whole tensor."""
+    return {DYNAMIC[1]: " per token", DYNAMIC[2]: " per image"}.get(granularity, "")
+
+
 def _axis(axis: int, shape: tuple[int, ...]) -> int:
     if not -len(shape) <= axis < len(shape):
         raise AnnotationError(f"axis {axis} does not exist in a tensor of shape {list(shape)}")

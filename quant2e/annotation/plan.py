@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from quant2e.annotation.specs import group_size_of, spec_text
+from quant2e.annotation.specs import dynamic_granularity_of, group_size_of, spec_text
 from quant2e.errors import PlanError
 
 
@@ -137,7 +137,7 @@ class Plan:
 
 NUMBERS = ("dtype", "is_dynamic", "quant_min", "quant_max", "qscheme", "ch_axis", "scale", "zero_point")
 """Fields that must agree for two specs to share implicitly. The observer is not one: it estimates, it does not define.
-Only the size of its groups, which no field of a spec says, is compared."""
+Only the size of its groups and the granularity of dynamic scales, which no field of a spec says, are compared."""
 
 _ABSENT = object()
 
@@ -147,7 +147,7 @@ def same_numbers(a: Any, b: Any) -> bool:
     if a is None or b is None or isinstance(a, DerivedFrom) or isinstance(b, DerivedFrom):
         return False
     same = all(getattr(a, name, _ABSENT) == getattr(b, name, _ABSENT) for name in NUMBERS)
-    return same and group_size_of(a) == group_size_of(b)
+    return same and all(of(a) == of(b) for of in (group_size_of, dynamic_granularity_of))
 
 
 class _Forest:

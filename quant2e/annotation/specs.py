@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from quant2e.annotation.granularity import Granularity, PerTensor, granularity_text
 from quant2e.errors import AnnotationError
 from quant2e.graph.printer import dtype_text
 
@@ -96,9 +97,22 @@ def group_size_of(spec: Any) -> int | None:
 
     It is an argument of the observer: PT2E's specs have no field for it.
     """
-    partial = getattr(getattr(spec, "observer_or_fake_quant_ctr", None), "p", None)
-    found = (getattr(partial, "keywords", None) or {}).get("group_size")
+    found = _observer_arguments(spec).get("group_size")
     return found if isinstance(found, int) else None
+
+
+def dynamic_granularity_of(spec: Any) -> Granularity:
+    """Which elements share a scale that is found at run time; the whole tensor where a spec does not say.
+
+    It is an argument of the observer, as the size of groups is.
+    """
+    found = _observer_arguments(spec).get("granularity")
+    return found if isinstance(found, Granularity) else PerTensor()
+
+
+def _observer_arguments(spec: Any) -> Mapping[str, Any]:
+    partial = getattr(getattr(spec, "observer_or_fake_quant_ctr", None), "p", None)
+    return getattr(partial, "keywords", None) or {}
 
 
 @dataclass(frozen=True)
@@ -187,7 +201,7 @@ def spec_text(spec: Any) -> str:
     if (group_size := group_size_of(spec)) is not None:
         parts.append(f"groups of {group_size}")
     if getattr(spec, "is_dynamic", False):
-        parts.append("dynamic")
+        parts.append("dynamic" + granularity_text(dynamic_granularity_of(spec)))
     if hasattr(spec, "sources"):
         parts.append("derived from " + " and ".join(f"({p})" for p in spec.sources))
     elif hasattr(spec, "scale"):

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from quant2e.annotation.granularity import PerTensor, PerToken
 from quant2e.annotation.specs import ANNOTATION
+from quant2e.graph.captured.dynamic_shapes import bounds_of
 from quant2e.graph.dataflow import SHAPE_READERS
-from quant2e.graph.edit import emit_constant, insert_call, replace, stands_for
+from quant2e.graph.edit import emit, emit_constant, insert_call, replace, stands_for
 from quant2e.graph.fake_values import FakeValueCache, empty_like
 from quant2e.graph.qdq_ops import qd
 from quant2e.observers.encodings import (
@@ -29,6 +31,8 @@ from quant2e.observers.encodings import (
     RoundedConstant,
 )
 from quant2e.observers.straight_through import round_to_grid
+
+aten = torch.ops.aten
 
 TAG = "quantization_tag"
 """Key under which an author marks the nodes of one annotated pattern. The q/dq nodes written for the pattern get its
@@ -76,8 +80,9 @@ def quantize_at(
     if isinstance(encoding, Float16Encoding):
         _half_precision(observer_call, x)
         return None
+    made: tuple[Node, ...] = ()
     if isinstance(encoding, DynamicEncoding):
-        ops, parameters = _dynamic_parameters(observer_call, x, encoding)
+        ops, made, parameters = _dynamic_parameters(observer_call, x, encoding)
     else:
         parameters = _parameters(gm, observer_call, encoding, prefix)
         ops = _OPS[type(encoding)]
@@ -85,7 +90,7 @@ def quantize_at(
     q = insert_call(observer_call, ops[0], (x, *parameters), value=value)
     stands_for(q, observer_call)
     if isinstance(encoding, DynamicEncoding):
-        for node in (parameters[0].args[0], *parameters[:2], q):
+        for node in (*made, q):
             _mark(node, next((user for user in observer_call.users if _tag(user)), None))
     elif x.op == "get_attr" or getattr(x.meta.get(ANNOTATION), "output_qspec", None) is not None:
         _mark(q, x)
@@ -100,20 +105,55 @@ _OPS = {
 }
 
 
-def _dynamic_parameters(call: Node, x: Node, encoding: DynamicEncoding) -> tuple[Any, tuple[Any, ...]]:
-    """``scale, zero_point = choose_qparams(x)``; the tensor overloads, so that tracing keeps them as data."""
+def _dynamic_parameters(
+    call: Node, x: Node, encoding: DynamicEncoding
+) -> tuple[Any, tuple[Node, ...], tuple[Any, ...]]:
+    """The ops, the nodes that find scale and zero point, and the arguments that q and dq share after the tensor."""
+    integers = (encoding.quant_min, encoding.quant_max, encoding.dtype)
+    if encoding.granularity == PerTensor():
+        made = _whole_tensor_parameters(call, x, encoding)
+        ops = (qd.quantize_per_tensor.tensor, qd.dequantize_per_tensor.tensor)
+        return ops, made, (*made[1:], *integers)
+    if encoding.granularity == PerToken():
+        made = _token_parameters(call, x, encoding)
+        return (qd.quantize_per_token.default, qd.dequantize_per_token.default), made, (*made[1:], *integers)
+    # An image of a batch is a token of the batch with one dimension for all that an image holds.
+    images = emit(call, aten.flatten.using_ints, x, 1)
+    made = _token_parameters(call, images, encoding)
+    per_image = [emit(call, aten.flatten.using_ints, part) for part in made[1:]]
+    ops = (qd.quantize_per_channel.default, qd.dequantize_per_channel.default)
+    return ops, (images, *made, *per_image), (*per_image, 0, *integers)
+
+
+def _token_parameters(call: Node, x: Node, encoding: DynamicEncoding) -> tuple[Node, Node, Node]:
+    """``scale, zero_point = choose_qparams_per_token(x)``: ``[..., 1]`` each, in XNNPACK's formula."""
+    chosen = emit(call, qd.choose_qparams_per_token_asymmetric.default, x, encoding.dtype)
+    return (chosen, emit(call, operator.getitem, chosen, 0), emit(call, operator.getitem, chosen, 1))
+
+
+def _whole_tensor_parameters(call: Node, x: Node, encoding: DynamicEncoding) -> tuple[Node, Node, Node]:
+    """``scale, zero_point = choose_qparams(x)``; the tensor overload, so that tracing keeps them as data."""
     choose = qd.choose_qparams_symmetric.tensor if encoding.symmetric else qd.choose_qparams.tensor
-    arguments = (x, encoding.quant_min, encoding.quant_max, encoding.eps, encoding.dtype)
+    arguments = (_never_empty(call, x), encoding.quant_min, encoding.quant_max, encoding.eps, encoding.dtype)
     value = x.meta.get("val")
     values: tuple[Any, Any] | None = None
     if isinstance(value, torch.Tensor):
         values = (value.new_empty(1, dtype=torch.float64), value.new_empty(1, dtype=torch.int64))
     chosen = insert_call(call, choose, arguments, value=values)
-    parts = [
+    scale, zero_point = (
         insert_call(call, operator.getitem, (chosen, i), value=None if values is None else values[i]) for i in range(2)
-    ]
-    ops = (qd.quantize_per_tensor.tensor, qd.dequantize_per_tensor.tensor)
-    return ops, (*parts, encoding.quant_min, encoding.quant_max, encoding.dtype)
+    )
+    return chosen, scale, zero_point
+
+
+def _never_empty(call: Node, x: Node) -> Node:
+    """``x``, or where a size of it may be 0 at run time its values and a zero more: every range holds zero anyway."""
+    value = x.meta.get("val")
+    sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    if all(size > 0 if isinstance(size, int) else bounds_of(size, {})[0] > 0 for size in sizes):
+        return x
+    values, zero = emit(call, aten.flatten.using_ints, x), emit(call, aten.new_zeros.default, x, [1])
+    return emit(call, aten.cat.default, [values, zero])
 
 
 def _tag(node: Node) -> Any:
@@ -132,7 +172,7 @@ def _dequantize_per_consumer(call: Node, q: Node, op: Any, parameters: tuple[Any
     out: dict[str, Any] = (
         {"out_dtype": value.dtype} if isinstance(value, torch.Tensor) and value.dtype != torch.float32 else {}
     )
-    if op is qd.dequantize_per_channel_group.default:  # it always names the dtype of its result
+    if op in (qd.dequantize_per_channel_group.default, qd.dequantize_per_token.default):  # they name that dtype
         parameters, out = (*parameters, out.get("out_dtype", torch.float32)), {}
     for user in list(call.users):
         if user.target in SHAPE_READERS:

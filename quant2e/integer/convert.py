@@ -14,7 +14,7 @@ from quant2e.graph.constants import Constants
 from quant2e.graph.control_flow import graphs_of, has_bodies
 from quant2e.graph.dataflow import readers
 from quant2e.graph.fake_values import is_float
-from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
+from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, serves_parameters
 from quant2e.integer.arithmetic.builder import Builder, Record
 from quant2e.integer.arithmetic.grid import QUANTIZE_STATIC
 from quant2e.integer.arithmetic.requantization import Requantization
@@ -98,7 +98,7 @@ def _compute_in_integers(gm: GraphModule, requantization: Requantization) -> Int
 
 
 def _computes_float(node: Node) -> bool:
-    if node.op != "call_function" or node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
+    if node.op != "call_function" or node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS or serves_parameters(node):
         return False
     return is_float(node) and node.target is not operator.getitem and not has_bodies(node)
 

@@ -14,8 +14,8 @@ import torch
 from torch.fx import Node
 
 from quant2e.graph.dataflow import operand
-from quant2e.graph.fake_values import is_float, node_tensor
-from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.graph.fake_values import is_float, node_tensor, shape_of
+from quant2e.graph.qdq_ops import CHOOSE_PER_TOKEN, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.integer.arithmetic.builder import NoIntegerFormError
 from quant2e.integer.arithmetic.grid import DEQUANTIZE_STATIC, QUANTIZE_STATIC, Grid, grid_of
 from quant2e.integer.arithmetic.values import Context, Stored, Value
@@ -62,9 +62,6 @@ FORMS: Mapping[Any, Form] = {
 }
 """ATen op → its integer form."""
 
-PER_TOKEN = frozenset({qd.choose_qparams_per_token.default, qd.choose_qparams_per_token_asymmetric.default})
-"""Choose a scale for each line along the last dimension."""
-
 _SHAPE_READERS = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int})
 
 
@@ -92,7 +89,7 @@ def _one(ctx: Context, node: Node) -> None:
         _quantize(ctx, node)
     elif node.target in DEQUANTIZE:
         _dequantize(ctx, node)
-    elif node.target in CHOOSE_QPARAMS | PER_TOKEN:
+    elif node.target in CHOOSE_QPARAMS:
         _choose(ctx, node)
     elif node not in ctx.constants:
         _float_op(ctx, node)
@@ -167,8 +164,19 @@ def _dequantize(ctx: Context, node: Node) -> None:
     elif node.target in (qd.dequantize_per_tensor.tensor, qd.dequantize_per_token.default):
         scale, zero_point, low, high = (operand(node, i) for i in range(1, 5))
         ctx.values[node] = DynamicStored(node, source, scale, zero_point, low, high)
+    elif node.target is qd.dequantize_per_channel.default and operand(node, "scales") not in ctx.constants:
+        ctx.values[node] = _stored_per_image(ctx, node, source)
     elif node.target in (qd.dequantize_per_channel.default, qd.dequantize_per_channel_group.default):
         ctx.values[node] = quantize.PerChannelStored(node)
+
+
+def _stored_per_image(ctx: Context, node: Node, source: Node) -> DynamicStored:
+    """Integers whose scales, found at run time, are of what has one index along an axis."""
+    along = [1] * len(shape_of(source))
+    along[operand(node, "axis")] = -1
+    with ctx.b.at(node):
+        scale, zero_point = (ctx.b.call(aten.reshape.default, operand(node, i), along) for i in (1, 2))
+    return DynamicStored(node, source, scale, zero_point, operand(node, "quant_min"), operand(node, "quant_max"))
 
 
 def _choose(ctx: Context, node: Node) -> None:
@@ -178,7 +186,7 @@ def _choose(ctx: Context, node: Node) -> None:
         node.replace_input_with(x, value.real(ctx))
     symmetric = node.target in (qd.choose_qparams_symmetric.tensor, qd.choose_qparams_per_token.default)
     with ctx.b.at(node):
-        choose = choose_per_token if node.target in PER_TOKEN else choose_parameters
+        choose = choose_per_token if node.target in CHOOSE_PER_TOKEN else choose_parameters
         parts = choose(ctx.b, node, symmetric=symmetric)
     for user in list(node.users):
         if user.target is operator.getitem:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant2e.annotation.granularity import Granularity, PerTensor
 from quant2e.annotation.specs import INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import CalibrationError
 from quant2e.observers.base import inner_observer
 
 _STORAGE = {torch.quint8: torch.uint8, torch.qint8: torch.int8, torch.qint32: torch.int32}
+_WHOLE = PerTensor()
 _FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
 
 
@@ -63,13 +65,17 @@ class PerGroupEncoding:
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicEncoding:
-    """Scale and zero point of the whole tensor, found at run time; ``eps`` is the smallest scale."""
+    """Scales and zero points found at run time; ``eps`` is the smallest scale.
+
+    ``granularity``: which elements share a scale, one of `granularity.DYNAMIC`.
+    """
 
     symmetric: bool
     eps: float
     quant_min: int
     quant_max: int
     dtype: torch.dtype
+    granularity: Granularity = _WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +189,7 @@ def _dynamic(observer: Any, dtype: torch.dtype, quant_min: int, quant_max: int) 
         quant_min=quant_min,
         quant_max=quant_max,
         dtype=dtype,
+        granularity=getattr(observer, "granularity", PerTensor()),
     )
 
 

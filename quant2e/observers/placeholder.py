@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from quant2e.annotation.granularity import DYNAMIC, Granularity, PerTensor
 from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.observers.base import ObserverBase
@@ -17,7 +18,8 @@ class PlaceholderObserver(ObserverBase):
     """Marks a tensor whose parameters are not found by calibration: dynamic quantization, float16, a float bias.
 
     ``dtype``: what the tensor becomes. With ``is_dynamic`` and an integer dtype, ``quant_min``/``quant_max`` default
-    to all integers that dtype holds.
+    to all integers that dtype holds. ``granularity``: which elements share a dynamic scale, one of
+    `granularity.DYNAMIC`; all but the whole tensor mean affine int8 in all of -128..127, by XNNPACK's formula.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class PlaceholderObserver(ObserverBase):
         eps: float | None = None,
         is_dynamic: bool | None = None,
         ch_axis: int | None = None,
+        granularity: Granularity | None = None,
     ) -> None:
         dtype = plain_dtype(dtype or torch.float32)
         super().__init__(dtype, bool(is_dynamic) or compute_dtype is not None)
@@ -48,6 +51,22 @@ class PlaceholderObserver(ObserverBase):
         self.eps = FLOAT32_EPS if eps is None else float(eps)
         self.ch_axis = ch_axis
         self.custom_op = custom_op_name
+        self.granularity = granularity or PerTensor()
+        if self.granularity != PerTensor():
+            self._check_granularity()
+
+    def _check_granularity(self) -> None:
+        if self.granularity not in DYNAMIC or not self.is_dynamic:
+            raise AnnotationError(
+                f"{self.granularity}: scales found at run time (is_dynamic=True) are of one of "
+                f"{', '.join(map(str, DYNAMIC))}"
+            )
+        numbers = (self.dtype, self.quant_min, self.quant_max, self.qscheme)
+        if numbers != (torch.int8, -128, 127, torch.per_tensor_affine):
+            raise AnnotationError(
+                f"{self.granularity} with {self.dtype} in [{self.quant_min}, {self.quant_max}], {self.qscheme}: the "
+                "ops that find such scales make torch.per_tensor_affine torch.int8 in [-128, 127]"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return x

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant2e.annotation.granularity import Granularity, PerTensor, PerToken
 from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.errors import AnnotationError
+from quant2e.graph.qdq_ops import qd
 from quant2e.ranges.minmax import as_rows
+from quant2e.ranges.qparams import FLOAT32_EPS
 
 
 def fake_quantize(
@@ -72,6 +75,15 @@ def learned_fake_quantize(
     return _apply(_Learned, rows, scales, zeros, numbers, factor)
 
 
+def fake_quantize_dynamic(x: Tensor, granularity: Granularity) -> Tensor:
+    """``x`` as it comes back from int8 with scales of its own: same shape and dtype, differentiable in ``x``.
+
+    ``granularity``: one scale (`PerTensor`), or one for each token (`PerToken`) or image (``PerAxis(0)``). The bits are
+    those of the ops that convert writes.
+    """
+    return _apply(_Dynamic, x, granularity)
+
+
 def round_to_grid(x: Tensor, scale: Tensor) -> Tensor:
     """The nearest multiples of ``scale`` that an int32 accumulator holds, ties to even; differentiable in ``x``.
 
@@ -117,6 +129,33 @@ class _Through(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         (inside,) = ctx.saved_tensors
         return grads[0] * inside, None, None, None, None
+
+
+class _Dynamic(torch.autograd.Function):
+    """Straight through inside of -128..127, zero outside, where rounding the zero point put an extreme."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, granularity: Granularity) -> Tensor:
+        if granularity == PerToken():
+            scale, zero = qd.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+            steps = torch.round(x * (1.0 / scale) + zero)
+        elif granularity == PerTensor():
+            scale, zero = qd.choose_qparams.tensor(x, -128, 127, FLOAT32_EPS, torch.int8)
+            steps = torch.round(x.to(torch.float32) * (1.0 / scale).to(torch.float32)) + zero
+            scale = scale.to(torch.float32)
+        else:
+            shape = (-1, *(1,) * (x.dim() - 1))
+            found = qd.choose_qparams_per_token_asymmetric.default(x.flatten(1), torch.int8)
+            scale, zero = (each.reshape(shape) for each in found)
+            steps = torch.round(x * (1.0 / scale)) + zero
+        ctx.save_for_backward((steps >= -128) & (steps <= 127))
+        made: Tensor = (steps.clamp(-128, 127) - zero) * scale
+        return made.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None
 
 
 class _Grid(torch.autograd.Function):

@@ -20,11 +20,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from quant2e.annotation.granularity import PerAxis, PerTensor
 from quant2e.annotation.plan import DerivedFrom, Edge, Group, Output, Plan, Point
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError
 from quant2e.graph.attributes import first_free
 from quant2e.graph.edit import NO_GRAD, set_origin, stands_for
+from quant2e.graph.fake_values import node_tensor
 from quant2e.observers.base import OBSERVER_PREFIX, observed
 from quant2e.observers.derived import DerivedFakeQuantize, DerivedObserver, is_fake_quantizer
 from quant2e.observers.fake_quant import FixedQParamsFakeQuantize
@@ -106,6 +108,19 @@ def _make(group: Group, sources: list[nn.Module], training: bool) -> nn.Module:
     )
     made: nn.Module = FixedQParamsFakeQuantize(fixed) if training else fixed()
     return made
+
+
+def find_scales_of_single_images(gm: GraphModule, plan: Plan, observers: Mapping[int, Any]) -> None:
+    """Let observers of a scale for each image find one for the tensor where a batch is always one image.
+
+    It is the same scale, in the spelling that other lowerings know.
+    """
+    values = {node.name: node_tensor(node) for node in gm.graph.nodes}
+    for index, observer in observers.items():
+        if getattr(observer, "granularity", None) == PerAxis(0):
+            tensors = [values.get(point.tensor) for point in plan.groups[index].points]
+            if all(tensor is not None and type(tensor.shape[0]) is int and tensor.shape[0] == 1 for tensor in tensors):
+                observer.granularity = PerTensor()
 
 
 class _Inserter:

@@ -33,7 +33,7 @@ from quant2e.passes.empty_operands import drop_empty_operands
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.train_batch_norm import FUSED, begin, norms_behind_products
 from quant2e.prepare.bodies import prepare_bodies
-from quant2e.prepare.insert_observers import make_observers, observe
+from quant2e.prepare.insert_observers import find_scales_of_single_images, make_observers, observe
 from quant2e.prepare.masks import watch_sentinels
 from quant2e.prepare.observer_callback import call_back
 from quant2e.prepare.qat import Trained, ready_to_learn, train_through_norms, training_report
@@ -115,6 +115,7 @@ def _prepared(own: CapturedModule, quantizer: Quantizer, *, training: bool) -> G
     for observer in observers.values():
         observer.to(device)
     watch_sentinels(gm, plan, observers)
+    find_scales_of_single_images(gm, plan, observers)
     _observe_constants(gm, plan, observers, constants | trained.computed(gm))
     names = observe(gm, plan, observers)
     if training:

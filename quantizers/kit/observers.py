@@ -5,7 +5,14 @@ In training, activations and weights follow a moving average (constant 0.01), as
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from quant2e.annotation.granularity import Granularity
 from quant2e.observers.base import ObserverFactory
+from quant2e.observers.dynamic_fake_quant import DynamicFakeQuantize
 from quant2e.observers.fake_quant import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from quant2e.observers.measuring import (
     HistogramObserver,
@@ -28,6 +35,23 @@ def activation_observer(is_dynamic: bool, is_qat: bool) -> ObserverFactory:
     if is_qat:
         return FakeQuantize.with_args(observer=_EACH_BATCH) if is_dynamic else FusedMovingAvgObsFakeQuantize.with_args()
     return PlaceholderObserver.with_args() if is_dynamic else HistogramObserver.with_args()
+
+
+def with_scale_for_each(spec: Any, granularity: Granularity) -> Any:
+    """A dynamic ``spec`` with a scale for each token or image; its observer becomes one that finds such scales.
+
+    Integers are affine int8 in all of -128..127, the only ones that such scales are found for.
+    """
+    factory = getattr(spec.observer_or_fake_quant_ctr, "p", spec.observer_or_fake_quant_ctr)
+    trains = hasattr(getattr(factory, "func", factory), "enable_fake_quant")
+    observer = DynamicFakeQuantize if trains else PlaceholderObserver
+    return replace(
+        spec,
+        observer_or_fake_quant_ctr=observer.with_args(granularity=granularity),
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_tensor_affine,
+    )
 
 
 def weight_observer(is_per_channel: bool, is_qat: bool) -> ObserverFactory:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.annotation.specs import ANNOTATION, group_size_of
+from quant2e.annotation.granularity import granularity_text
+from quant2e.annotation.specs import ANNOTATION, dynamic_granularity_of, group_size_of
 from quant2e.graph.printer import dtype_text
 
 
@@ -41,4 +42,6 @@ def _text(spec: Any) -> str:
         scheme += " derived"
     if (group_size := group_size_of(spec)) is not None:
         scheme += f" groups of {group_size}"
-    return dtype_text(spec.dtype) + bounds + scheme + " dynamic" * bool(spec.is_dynamic)
+    if spec.is_dynamic:
+        scheme += " dynamic" + granularity_text(dynamic_granularity_of(spec))
+    return dtype_text(spec.dtype) + bounds + scheme

@@ -65,14 +65,20 @@ def _passes(node: Node) -> bool:
     return elementwise or node.target in CLAMPS or _moves(node) or _is_getitem(node)
 
 
+def _differs_at_run_time(activation: Any) -> bool:
+    bounds = (activation.quant_min, activation.quant_max)
+    return bounds not in ((-128, 127), (None, None)) or activation.qscheme is torch.per_tensor_symmetric
+
+
 class XNNPACKQuantizer(ConfigurableQuantizer):
     """Annotates what ExecuTorch's XNNPACK delegate runs on 8-bit integers.
 
     Static: convolutions, transposed convolutions in two dimensions and linear; add, sub, mul, also with a number; all
     of these with a fused relu or clamp; cat, pooling, clamps and ops that move values, where they continue a quantized
     region. Activations that a model spells out (``x * sigmoid(x)``) and normalisations stay whole, in float. Dynamic:
-    linear, and convolutions in two dimensions that are not depthwise, also transposed. Weight-only configurations are
-    refused: the delegate has no such kernels.
+    linear, with a scale for each row (token) that it reads, and convolutions in two dimensions that are not depthwise,
+    also transposed, with a scale for each image of a batch, which is what the runtime finds. Weight-only configurations
+    are refused: the delegate has no such kernels.
 
     ``float_tail``: what a detector does behind its last convolution or linear, from the first sum or product on, stays
     float: box decoding mixes ranges that no common scale holds.
@@ -125,6 +131,8 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
         if weight is not None:
             weight = self._stored(weight, activation.is_dynamic)
             config = replace(config, weight=weight)
+        if activation.is_dynamic and _differs_at_run_time(activation):
+            self._own_notes.append("dynamic: activations are affine in [-128, 127], as XNNPACK quantizes at run time")
         if activation.is_dynamic and weight is not None and weight.qscheme not in PER_CHANNEL_SCHEMES:
             self._own_notes.append("dynamic: weights are per channel, since XNNPACK takes no per-tensor weights there")
             wide = replace(

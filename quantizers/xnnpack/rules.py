@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from quant2e.annotation.granularity import PerAxis, PerToken
 from quant2e.annotation.pattern import Either, Match, Op, op
 from quant2e.annotation.specs import PER_CHANNEL_SCHEMES, group_size_of
 from quantizers.kit import families as f
+from quantizers.kit.observers import with_scale_for_each
 from quantizers.kit.rule import Derived, Follow, Rule, Same, accumulator_scale
 from quantizers.xnnpack import limits
 
@@ -85,8 +87,12 @@ def is_four_bits(weight: Any) -> bool:
 
 
 def dynamic_rules(config: Any) -> tuple[Rule, ...]:
-    """Products with activations quantized at run time; results stay float."""
-    product = {"x": config.input_activation, "w": config.weight}
+    """Products with activations quantized at run time; results stay float.
+
+    The runtime finds a scale for each row that a linear reads, and for each image that a convolution reads.
+    """
+    rows, images = (with_scale_for_each(config.input_activation, each) for each in (PerToken(), PerAxis(0)))
+    product = {"x": rows, "w": config.weight}
     if is_four_bits(config.weight):
         size = group_size_of(config.weight)
 
@@ -94,9 +100,9 @@ def dynamic_rules(config: Any) -> tuple[Rule, ...]:
             return limits.of_four_bits(match, size)
 
         return (Rule(f.linear, product, None, limit, "dynamic linear"),)
-    turned = {"x": config.input_activation, "w": replace(config.weight, ch_axis=1)}
+    convolution, turned = {**product, "x": images}, {"x": images, "w": replace(config.weight, ch_axis=1)}
     return (
         Rule(f.linear, product, name="dynamic linear"),
-        Rule(f.conv2d | _CONVOLUTION, product, None, limits.dense_2d, "dynamic conv2d"),
+        Rule(f.conv2d | _CONVOLUTION, convolution, None, limits.dense_2d, "dynamic conv2d"),
         Rule(f.conv_transpose2d | _DECONVOLUTION, turned, None, limits.dense_2d, "dynamic conv_transpose2d"),
     )

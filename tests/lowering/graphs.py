@@ -25,6 +25,13 @@ def on_dynamic_grid(x: Tensor, chooser: object = qd.choose_qparams.tensor) -> Te
     return qd.dequantize_per_tensor.tensor(q, scale, zero_point, -128, 127, torch.int8)
 
 
+def by_token(x: Tensor) -> Tensor:
+    """Quantize and dequantize with a scale for each line along the last dimension, found at run time."""
+    scale, zero_point = qd.choose_qparams_per_token_asymmetric.default(x, torch.int8)
+    q = qd.quantize_per_token.default(x, scale, zero_point, -128, 127, torch.int8)
+    return qd.dequantize_per_token.default(q, scale, zero_point, -128, 127, torch.int8, torch.float32)
+
+
 class Weight(nn.Module):
     """An int8 tensor that dequantizes when called: per channel along ``axis``, or per tensor where it is None.
 

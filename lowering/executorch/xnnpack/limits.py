@@ -14,11 +14,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.executorch.xnnpack.legalize.data_movement import CLAMPS
-from lowering.executorch.xnnpack.legalize.dynamic_quantization import chooser_of
+from lowering.executorch.xnnpack.legalize.dynamic_quantization import DYNAMIC_CONVOLUTIONS, chooser_of
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.fake_values import shape_of
-from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.graph.qdq_ops import CHOOSE_PER_TENSOR, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 
 _ATEN = torch.ops.aten
 _PER_TENSOR = (qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default)
@@ -214,5 +214,6 @@ def _notes(node: Node) -> Iterator[str]:
                 f"beyond the calibrated range are cut off later"
             )
     yield from _axis_notes(node)
-    if node.target in (_ATEN.conv2d.default, _ATEN.conv_transpose2d.input) and chooser_of(node.args[0]) is not None:
+    chooser = chooser_of(node.args[0]) if node.target in DYNAMIC_CONVOLUTIONS else None
+    if chooser is not None and chooser.target in CHOOSE_PER_TENSOR:
         yield f"{where(node)}: XNNPACK quantizes the input of a dynamic convolution per image, the graph per tensor"

@@ -35,7 +35,7 @@ from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
 from quant2e.graph.edit import replace, take_over
-from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.graph.qdq_ops import CHOOSE_PER_TENSOR, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.passes import Pass
 from quant2e.passes.dead_code import remove_dead_code
 
@@ -51,6 +51,11 @@ _TO_STATIC = {
     qd.dequantize_per_tensor.tensor: qd.dequantize_per_tensor.default,
     qd.dequantize_per_tensor.tensor2: qd.dequantize_per_tensor.default,
 }
+_OF_TOKENS = (
+    qd.choose_qparams_per_token_asymmetric.default,
+    qd.quantize_per_token.default,
+    qd.dequantize_per_token.default,
+)
 _QPARAM_NAMES = ("scale", "zero_point", "quant_min", "quant_max")
 
 
@@ -110,7 +115,7 @@ def unsigned_activations(gm: GraphModule) -> int:
         if node.target is qd.quantize_per_tensor.default and node.args[5] is torch.int8:
             _quantize_unsigned(gm, node)
             count += 1
-        elif node.target in CHOOSE_QPARAMS and node.args[4] is torch.int8:
+        elif node.target in CHOOSE_PER_TENSOR and node.args[4] is torch.int8:
             quantizes = _parametrized(node)
             if quantizes is not None:
                 node.args = (node.args[0], node.args[1] + 128, node.args[2] + 128, node.args[3], torch.uint8)
@@ -201,8 +206,7 @@ def dynamic_parameters(gm: GraphModule) -> int:
     Inductor's own decomposition forgets zero: of an input in [5, 6] it makes integers that are wrong by 5. The
     symmetric form has no decomposition at all.
     """
-    targets = (qd.choose_qparams.tensor, qd.choose_qparams_symmetric.tensor)
-    found = [n for n in gm.graph.nodes if n.target in targets]
+    found = [n for n in gm.graph.nodes if n.target in CHOOSE_PER_TENSOR]
     for node in found:
         args = operands(node)
         low_int, high_int = int(args["quant_min"]), int(args["quant_max"])
@@ -230,6 +234,36 @@ def dynamic_parameters(gm: GraphModule) -> int:
             replace(user, scale if user.args[1] == 0 else point)
         gm.graph.erase_node(node)
     return len(found)
+
+
+def token_parameters(gm: GraphModule) -> int:
+    """Scales for each token => the same formulas in ATen, which are fused with what is around them.
+
+    torch's own ops for tokens are Python functions: slow inside of a program, and impossible in a package.
+    """
+    count = 0
+    for node in list(gm.graph.nodes):
+        if node.target not in _OF_TOKENS:
+            continue
+        count += 1
+        if node.target is qd.choose_qparams_per_token_asymmetric.default:
+            node.target = qd._choose_qparams_per_token_asymmetric_impl.default
+            continue
+        args = operands(node)
+        with gm.graph.inserting_before(node):
+            if node.target is qd.quantize_per_token.default:
+                inverse = call(gm, node, aten.reciprocal.default, args["scales"])
+                steps = call(gm, node, aten.mul.Tensor, args["input"], inverse)
+                steps = call(gm, node, aten.round.default, call(gm, node, aten.add.Tensor, steps, args["zero_points"]))
+                steps = call(gm, node, aten.clamp.default, steps, args["quant_min"], args["quant_max"])
+                made = call(gm, node, aten.to.dtype, steps, args["dtype"])
+            else:
+                shifted = call(gm, node, aten.sub.Tensor, args["input"], args["zero_points"])
+                scaled = call(gm, node, aten.mul.Tensor, shifted, args["scales"])
+                made = call(gm, node, aten.to.dtype, scaled, args["output_dtype"])
+        take_over(made, node)
+        replace(node, made)
+    return count
 
 
 def narrow_ranges(gm: GraphModule) -> int:
@@ -347,6 +381,7 @@ REWRITES: tuple[Pass, ...] = (
     contiguous_constants,  # packing a weight that is a transposed view gives another one
     convert_after_dequantize,
     dynamic_parameters,
+    token_parameters,
     narrow_ranges,
     plain_additions,
     single_precision,

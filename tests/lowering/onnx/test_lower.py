@@ -83,7 +83,7 @@ def test_a_network_of_convolutions(tmp_path):
 
 def test_attention_static_and_dynamic(tmp_path):
     example = (torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.int64))
-    mixed = ComposableQuantizer([XNNPACKQuantizer().set_module_name("[qk]", "w8a8-dynamic"), xnnpack()])
+    mixed = ComposableQuantizer([X86InductorQuantizer().set_module_name("[qk]", "w8a8-dynamic"), xnnpack()])
     _, program = lowered(tmp_path, Attention(), example, mixed)
     assert program.report.verification.max_steps <= 1
     kernels = program.report.integer_kernels
@@ -107,8 +107,8 @@ class Decoder(nn.Module):
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-dynamic"])
 def test_a_table_and_a_weight_that_is_used_twice(tmp_path, name):
     ids = (torch.arange(6).reshape(2, 3),)
-    quantizer = ComposableQuantizer([EmbeddingQuantizer(), xnnpack(name)])
-    _, program = lowered(tmp_path, Decoder(), ids, quantizer)
+    products = xnnpack() if name == "w8a8" else X86InductorQuantizer().set_global(name)
+    _, program = lowered(tmp_path, Decoder(), ids, ComposableQuantizer([EmbeddingQuantizer(), products]))
     assert program.report.verification.max_steps <= 0.001
     assert sum(program.report.integer_kernels.values()) == 3
     held = constants(program)

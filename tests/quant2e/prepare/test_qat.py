@@ -34,6 +34,8 @@ from quant2e import (
     prepare_pt2e,
     prepare_qat_pt2e,
 )
+from quant2e.annotation.granularity import PerToken
+from quant2e.observers.dynamic_fake_quant import DynamicFakeQuantize
 from quant2e.observers.encodings import encode
 from quant2e.passes.train_batch_norm import FUSED
 from quant2e.report.record import record_of
@@ -443,9 +445,12 @@ def test_configurations_for_training_make_the_modules_of_pt2e():
     kinds = {type(m) for m in made.modules() if isinstance(m, FakeQuantize)}
     assert kinds == {FusedMovingAvgObsFakeQuantize}
     made = prepare_qat_pt2e(capture(model, (x,)), dynamic)
-    inputs = [m for m in made.modules() if type(m) is FakeQuantize]
+    inputs = [m for m in made.modules() if isinstance(m, DynamicFakeQuantize)]
+    assert [(m.granularity, m.is_dynamic) for m in inputs] == [(PerToken(), True)] * 2
+    of_tensors = X86InductorQuantizer().set_global("w8a8-dynamic-qat")
+    made = prepare_qat_pt2e(capture(model, (x,)), of_tensors)
+    inputs = [m for m in made.modules() if type(m) is FakeQuantize and m.is_dynamic]
     assert [m.activation_post_process.averaging_constant for m in inputs] == [1, 1]
-    assert all(m.is_dynamic for m in inputs)
     config = get_default_x86_inductor_quantization_config(is_qat=True, reduce_range=True)
     assert config.is_qat
     assert config.input_activation.quant_max == 127

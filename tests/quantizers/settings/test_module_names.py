@@ -16,7 +16,7 @@ aten = torch.ops.aten
 FULL = get_symmetric_quantization_config(is_per_channel=True)
 LOW = get_symmetric_quantization_config(is_per_channel=True, act_qmin=0)
 DYNAMIC = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
-NAMES = {FULL: "full", LOW: "low", DYNAMIC: "dynamic"}
+NAMES = {FULL: "full", LOW: "low"}
 
 
 class Block(nn.Module):
@@ -50,6 +50,8 @@ def chosen(configure, model=None, example=ROWS) -> dict[str, str]:
         note = node.meta.get("quantization_annotation")
         spec = None if note is None else note.input_qspec_map[node.args[0]]
         named = next((name for config, name in NAMES.items() if config.input_activation == spec), "float")
+        if spec is not None and spec.is_dynamic:  # with a scale for each token, which no configuration spells
+            named = "dynamic"
         found[label] = named
     return found
 

@@ -269,10 +269,10 @@ def test_a_conversion_that_changes_the_dtype_moves_nothing():
 
 def test_dynamic():
     assert lines(Attention(), TOKENS, dynamic()) == [
-        "linear: x d, q_weight w0  [dynamic linear]",
-        "linear_1: x d, k_weight w0  [dynamic linear]",
-        "linear_2: x d, v_weight w0  [dynamic linear]",
-        "linear_3: reshape d, out_weight w0  [dynamic linear]",
+        "linear: x d per token, q_weight w0  [dynamic linear]",
+        "linear_1: x d per token, k_weight w0  [dynamic linear]",
+        "linear_2: x d per token, v_weight w0  [dynamic linear]",
+        "linear_3: reshape d per token, out_weight w0  [dynamic linear]",
     ]
     quantizer = dynamic()
     gm = annotated(Residual(), IMAGE, quantizer)
@@ -313,7 +313,7 @@ def test_three_dimensions_stay_float_and_it_is_said_that_xnnpack_has_none():
 
 def test_dynamic_per_tensor_weights_are_widened_and_it_is_said():
     quantizer = XNNPACKQuantizer().set_global(config(is_dynamic=True))
-    assert lines(nn.Linear(8, 4), ROWS, quantizer) == ["linear: input_1 d, weight w0  [dynamic linear]"]
+    assert lines(nn.Linear(8, 4), ROWS, quantizer) == ["linear: input_1 d per token, weight w0  [dynamic linear]"]
     assert quantizer.notes == ["dynamic: weights are per channel, since XNNPACK takes no per-tensor weights there"]
 
 

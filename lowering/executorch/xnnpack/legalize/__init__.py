@@ -15,6 +15,7 @@ from lowering.executorch.xnnpack.legalize.attention_scores import scores_in_thre
 from lowering.executorch.xnnpack.legalize.constants import fold_constants
 from lowering.executorch.xnnpack.legalize.data_movement import one_grid, quantize_moves
 from lowering.executorch.xnnpack.legalize.dynamic_quantization import (
+    per_image,
     per_row,
     short_group_scales,
     spread_weight_scale,
@@ -44,11 +45,13 @@ from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.rewrites.experts import EXPERTS
 from lowering.rewrites.layouts import PLAIN_LAYOUTS
+from lowering.rewrites.ranges import plain_ranges
 from quant2e.passes import Pass, Promise
 
 EXACT: tuple[Pass, ...] = (
     *PLAIN_LAYOUTS,
     plain_spellings,
+    plain_ranges,
     plain_attention,
     batched_matmul,
     batched_matrices,
@@ -87,6 +90,9 @@ EXACT: tuple[Pass, ...] = (
 DECLARED: tuple[Pass, ...] = (short_group_scales, per_row)
 """Rewrites that change numbers, because the target computes that way; what lowers with them says so."""
 
+SPELLED: tuple[Pass, ...] = (per_image,)
+"""Rewrites that say something else than the target computes, because its partitioner knows no other spelling."""
+
 
 _SHARED = frozenset({"one consumer per dequantize"})
 """The partitioner gives each consumer its own."""
@@ -94,4 +100,4 @@ _SHARED = frozenset({"one consumer per dequantize"})
 
 def legalize(module: GraphModule, rewrites: Sequence[Pass]) -> dict[str, int]:
     """Apply rewrites in order, in place; returns how often each applied, those that did not left out."""
-    return apply(module, rewrites, Promise(result=rewrites is not DECLARED, waived=_SHARED))
+    return apply(module, rewrites, Promise(result=rewrites not in (DECLARED, SPELLED), waived=_SHARED))

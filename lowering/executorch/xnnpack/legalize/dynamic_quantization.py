@@ -1,10 +1,11 @@
-"""Dynamic quantization as XNNPACK computes it: a scale for each row of an activation.
+"""Dynamic quantization as XNNPACK computes it: a scale for each row of an activation, or for each image.
 
     choose_qparams(x) → quantize → dequantize → linear(·, W)
         =  choose_qparams_per_token(x) → quantize → dequantize → linear(·, W)
 
-XNNPACK gives every row (token) of a dynamically quantized tensor a scale of its own, whatever the graph says.
-The graph that is handed over says so too: a finer grid than the per-tensor one, with other numbers.
+XNNPACK gives every row (token) that a linear reads, and every image that a convolution reads, a scale of its own,
+whatever the graph says. Graphs of `XNNPACKQuantizer` say so. Of those by others, the graph that is handed over says it
+for linears: a finer grid than the per-tensor one, with other numbers. Images have one spelling, that of a tensor.
 A weight with one scale becomes a weight with that scale in every channel, the only kind XNNPACK takes here.
 """
 
@@ -16,23 +17,35 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.attributes import tensor_at
+from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.edit import emit, emit_constant
-from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, qd
+from quant2e.graph.qdq_ops import CHOOSE_PER_TENSOR, CHOOSE_QPARAMS, qd
 
 _ATEN = torch.ops.aten
 DYNAMIC_CONSUMERS = {_ATEN.linear.default: 0, _ATEN.conv2d.default: 0, _ATEN.conv_transpose2d.input: 1}
 """Ops that XNNPACK computes on activations quantized at run time, and the axis of their weight's output channels."""
+DYNAMIC_CONVOLUTIONS = (_ATEN.conv2d.default, _ATEN.conv_transpose2d.input)
+"""Those that read images, and find a scale for each."""
 
+_DYNAMIC = (
+    qd.quantize_per_tensor.tensor,
+    qd.dequantize_per_tensor.tensor,
+    qd.dequantize_per_token.default,
+    qd.dequantize_per_channel.default,
+)
+_FLAT = movements(Effect.RESHAPE)
 _GROUPS = qd.dequantize_per_channel_group.default
 _WEIGHTS = (qd.dequantize_per_channel.default, _GROUPS)
 
 
-def chooser_of(dequantize: object) -> Node | None:
-    """The ``choose_qparams`` node behind a dequantized activation; None for a static one."""
-    if not isinstance(dequantize, Node) or dequantize.target is not qd.dequantize_per_tensor.tensor:
+def chooser_of(node: object) -> Node | None:
+    """The ``choose_qparams`` node behind a quantized or dequantized activation; None for a static one."""
+    if not isinstance(node, Node) or node.target not in _DYNAMIC:
         return None
-    scale = operand(dequantize, "scale")
+    scale = operand(node, 1)
+    while isinstance(scale, Node) and scale.target in _FLAT:
+        scale = scale.args[0]
     if not isinstance(scale, Node) or scale.target is not operator.getitem:
         return None
     chooser = scale.args[0]
@@ -76,7 +89,9 @@ def per_row(module: GraphModule) -> int:
             continue
         dequantize, weight = operand(node, "input"), operand(node, "weight")
         chooser = chooser_of(dequantize)
-        if chooser is None or not _int8(chooser) or weight.target not in _WEIGHTS:
+        if chooser is None or chooser.target not in CHOOSE_PER_TENSOR or not _int8(chooser):
+            continue
+        if weight.target not in _WEIGHTS:
             continue
         x = chooser.all_input_nodes[0]
         if x not in chains:
@@ -86,6 +101,29 @@ def per_row(module: GraphModule) -> int:
             node, qd.dequantize_per_token.default, quantized, scale, zero_point, -128, 127, torch.int8, torch.float32
         )
         node.replace_input_with(dequantize, row)
+    return len(chains)
+
+
+def per_image(module: GraphModule) -> int:
+    """Spell a scale for each image as one scale for the tensor, as XNNPACK's partitioner wants it; returns how many.
+
+    ``dequantize_per_channel(q, scale[N], 0)`` in front of a convolution becomes ``choose_qparams`` and the ops of a
+    whole tensor: XNNPACK finds a scale for each image whatever the graph says, and reads this spelling only.
+    """
+    chains: dict[Node, tuple[Node, Node, Node]] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or node.target not in DYNAMIC_CONVOLUTIONS:
+            continue
+        dequantize = operand(node, "input")
+        if dequantize.target is not qd.dequantize_per_channel.default or chooser_of(dequantize) is None:
+            continue
+        quantized = operand(dequantize, "input")
+        if quantized not in chains:
+            chains[quantized] = _whole_chain(operand(quantized, "input"), quantized)
+        scale, zero_point, whole = chains[quantized]
+        arguments = (whole, scale, zero_point, -128, 127, torch.int8)
+        own = emit(node, qd.dequantize_per_tensor.tensor, *arguments, **dequantize.kwargs)
+        node.replace_input_with(dequantize, own)
     return len(chains)
 
 
@@ -117,3 +155,12 @@ def _chain(x: Node, before: Node) -> tuple[Node, Node, Node]:
     zero_point = emit(before, operator.getitem, chosen, 1)
     quantized = emit(before, qd.quantize_per_token.default, x, scale, zero_point, -128, 127, torch.int8)
     return scale, zero_point, quantized
+
+
+def _whole_chain(x: Node, before: Node) -> tuple[Node, Node, Node]:
+    smallest = torch.finfo(torch.float32).eps
+    chosen = emit(before, qd.choose_qparams.tensor, x, -128, 127, smallest, torch.int8)
+    scale = emit(before, operator.getitem, chosen, 0)
+    zero_point = emit(before, operator.getitem, chosen, 1)
+    arguments = (x, scale, zero_point, -128, 127, torch.int8)
+    return scale, zero_point, emit(before, qd.quantize_per_tensor.tensor, *arguments)

@@ -18,6 +18,7 @@ from lowering.inductor.rewrites.pipeline import (
     one_dequantize_per_user,
     positional_arguments,
     single_precision,
+    token_parameters,
     unsigned_activations,
 )
 from lowering.inductor.rewrites.weights import (
@@ -29,7 +30,7 @@ from lowering.inductor.rewrites.weights import (
 )
 from quant2e.graph.qdq_ops import qd
 from quant2e.passes import run
-from tests.lowering.graphs import Cnn, DynamicAttentionInput, Lookup, Weight, on_dynamic_grid, on_grid
+from tests.lowering.graphs import Cnn, DynamicAttentionInput, Lookup, Weight, by_token, on_dynamic_grid, on_grid
 
 F = torch.nn.functional
 INT8, UINT8 = (-128, 127, torch.int8), (0, 255, torch.uint8)
@@ -173,6 +174,7 @@ TABLE = {
         dynamic_parameters, graph(lambda m, x: on_dynamic_grid(x, qd.choose_qparams_symmetric.tensor), X), (X,),
         "aten.aminmax.default", "choose_qparams_symmetric.tensor",
     ),
+    "tokens": (token_parameters, graph(lambda m, x: by_token(x), X), (X,), "aten.round.default", "per_token.default"),
     "narrow range": (narrow_ranges, graph(lambda m, x: narrow(x), X), (X,), "aten.minimum.default", ""),
     "signed": (unsigned_activations, graph(lambda m, x: on_grid(x, (0.03, 5)), X), (X,), "quantize_per_tensor.default",
         ""),
