@@ -3,8 +3,8 @@
 In: a captured ATen graph. Out: the same graph, annotated. Imports quant2e only.
 
 The kit: `Rule` (with `Same`, `Follow`, `Derived`), `RuleQuantizer`, and `ConfigurableQuantizer` for tables that are a
-function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86InductorQuantizer`, `EmbeddingQuantizer`;
-`ComposableQuantizer` puts several together.
+function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86InductorQuantizer`, `Int16Quantizer` and
+`EmbeddingQuantizer`; `ComposableQuantizer` puts several together.
 """
 
 from quant2e.annotation.config import OperatorConfig, QuantizationConfig
@@ -16,6 +16,7 @@ from quantizers.embedding import (
     get_embedding_operators_config,
     get_embedding_quantization_config,
 )
+from quantizers.int16 import Int16Quantizer, get_int16_quantization_config
 from quantizers.kit.printer import annotations_text
 from quantizers.kit.rule import ChosenConfig, Derived, Follow, Rule, Same
 from quantizers.kit.rule_quantizer import RuleQuantizer
@@ -41,6 +42,7 @@ __all__ = [
     "EmbeddingQuantizer",
     "Follow",
     "InstructionSet",
+    "Int16Quantizer",
     "Numbers",
     "OperatorConfig",
     "QuantizationConfig",
@@ -57,6 +59,7 @@ __all__ = [
     "get_default_x86_inductor_quantization_config",
     "get_embedding_operators_config",
     "get_embedding_quantization_config",
+    "get_int16_quantization_config",
     "get_symmetric_quantization_config",
     "get_x86_inductor_linear_dynamic_fp16_config",
     "recipe",

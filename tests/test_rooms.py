@@ -57,6 +57,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "settings",
         "composable",
         "embedding",
+        "int16",
         "x86",
         "xnnpack",
         "torchao",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -297,9 +298,10 @@ class ConfigurableQuantizer(RuleQuantizer):
         """The default configurations: static and dynamic, calibrated and trained. Others may run as well."""
         quantizer, found = cls(), []
         for is_dynamic, is_qat in ((False, False), (False, True), (True, False), (True, True)):
-            config = quantizer.base_config(is_dynamic=is_dynamic, is_qat=is_qat)
-            if config not in found:
-                found.append(config)
+            with suppress(Quant2eError):  # a kind that the backend has no configuration of
+                config = quantizer.base_config(is_dynamic=is_dynamic, is_qat=is_qat)
+                if config not in found:
+                    found.append(config)
         return found
 
     @classmethod

@@ -158,8 +158,9 @@ class X86InductorQuantizer(ConfigurableQuantizer):
                 "output channel. Groups are for weight-only linear layers, 'w4-g32'"
             )
         if activation.dtype is not torch.uint8:
+            hint = "; Int16Quantizer quantizes activations to 16 bits" if activation.dtype is torch.int16 else ""
             raise AnnotationError(
-                f"input_activation has dtype {activation.dtype}; this backend computes on torch.uint8"
+                f"input_activation has dtype {activation.dtype}; this backend computes on torch.uint8{hint}"
             )
         return config
 

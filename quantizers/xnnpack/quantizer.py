@@ -123,7 +123,8 @@ class XNNPACKQuantizer(ConfigurableQuantizer):
             )
         for name, spec in (("input_activation", activation), ("weight", weight)):
             if spec is not None and spec.dtype is not torch.int8:
-                raise AnnotationError(f"{name} has dtype {spec.dtype}; XNNPACK computes on torch.int8 only")
+                hint = "; Int16Quantizer quantizes activations to 16 bits" if spec.dtype is torch.int16 else ""
+                raise AnnotationError(f"{name} has dtype {spec.dtype}; XNNPACK computes on torch.int8 only{hint}")
         if weight is not None and weight.qscheme in (torch.per_channel_affine, torch.per_tensor_affine):
             raise AnnotationError(
                 f"the weight is {weight.qscheme}; XNNPACK ignores zero points of weights: use a symmetric one"
