@@ -85,13 +85,18 @@ def untraceable(error: Exception) -> LoweringError:
     return LoweringError(f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}")
 
 
-def refuse_dtypes(graph: GraphModule, dtypes: Collection[torch.dtype], target: str) -> None:
-    """Raise `LoweringError` naming the tensors of ``dtypes`` that the graph quantizes, and ``target`` does not."""
+def refuse_dtypes(
+    graph: GraphModule, dtypes: Collection[torch.dtype], target: str, besides: Collection[Node] = ()
+) -> None:
+    """Raise `LoweringError` naming the tensors of ``dtypes`` that the graph quantizes, and ``target`` does not.
+
+    ``besides``: quantize and dequantize nodes that the target has kernels for.
+    """
     found = [
         f"{where(node)} is {str(dtype).removeprefix('torch.')}"
         for _, one in graphs_of(graph)
         for node in one.graph.nodes
-        if node.target in QUANTIZE | DEQUANTIZE and (dtype := _float_dtype(node)) in dtypes
+        if node.target in QUANTIZE | DEQUANTIZE and node not in besides and (dtype := _float_dtype(node)) in dtypes
     ]
     if found:
         more = f" and {len(found) - 1} more" * (len(found) > 1)

@@ -23,7 +23,7 @@ from lowering.executorch.program import ExecuTorchProgram, LoadedFile, Method
 from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, SPELLED, legalize
-from lowering.executorch.xnnpack.limits import check_limits
+from lowering.executorch.xnnpack.limits import beside_float16, check_limits
 from lowering.executorch.xnnpack.partitioner import is_xnnpack, xnnpack_partitioner
 from lowering.export import (
     Lowerable,
@@ -176,7 +176,7 @@ def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: b
     graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
     refuse_control_flow(module, ("cond", "scan", "map_impl"), "ExecuTorch", "Write a fixed number of steps as a scan")
     if xnnpack:
-        refuse_dtypes(module, (torch.float16, torch.bfloat16), "XNNPACK")
+        refuse_dtypes(module, (torch.float16, torch.bfloat16), "XNNPACK", beside_float16(module))
     rewrites = legalize(module, EXACT) if xnnpack else apply(module, PORTABLE)
     notes = (*(check_limits(module) if xnnpack else ()), *notes_on_branches(module))
     declared = legalize(module, DECLARED) if xnnpack else {}

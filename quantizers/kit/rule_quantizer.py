@@ -281,7 +281,8 @@ class _Pass:
         if not isinstance(tensor, Tensor):
             return "not a single tensor"
         if tensor.dtype not in self.quantizer.dtypes:
-            return f"a {str(tensor.dtype).removeprefix('torch.')} tensor"
+            hint = ", which is not quantized here: use model.float()" if tensor.is_floating_point() else ""
+            return f"a {str(tensor.dtype).removeprefix('torch.')} tensor{hint}"
         sizes: tuple[Any, ...] = tuple(tensor.shape)  # ints, and symbols for dynamic dimensions
         return "an empty tensor" if any(isinstance(size, int) and size == 0 for size in sizes) else None
 

@@ -17,7 +17,8 @@ from lowering.executorch.xnnpack.legalize.data_movement import CLAMPS
 from lowering.executorch.xnnpack.legalize.dynamic_quantization import DYNAMIC_CONVOLUTIONS, chooser_of
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
-from quant2e.graph.fake_values import shape_of
+from quant2e.graph.dataflow import operand
+from quant2e.graph.fake_values import node_tensor, shape_of
 from quant2e.graph.qdq_ops import CHOOSE_PER_TENSOR, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 
 _ATEN = torch.ops.aten
@@ -46,6 +47,26 @@ def check_limits(module: GraphModule) -> tuple[str, ...]:
         listed = "\n  ".join(problems)
         raise LoweringError(f"XNNPACK cannot run this graph:\n  {listed}")
     return tuple(note for node in module.graph.nodes if node.op == "call_function" for note in _notes(node))
+
+
+def beside_float16(module: GraphModule) -> frozenset[Node]:
+    """The quantize and dequantize nodes that XNNPACK computes beside float16: of dynamic linears and convolutions.
+
+    Their weights have 8 bits per channel, or 4 in groups; with 4 per channel a program does not load. What is quantized
+    with parameters known in advance is refused: a static float16 convolution computes garbage.
+    """
+    found: set[Node] = set()
+    for node in module.graph.nodes:
+        if node.op != "call_function" or node.target not in (_ATEN.linear.default, _ATEN.conv2d.default):
+            continue
+        x, weight = operand(node, "input"), operand(node, "weight")
+        floats = node_tensor(x)
+        if chooser_of(x) is None or floats is None or floats.dtype is not torch.float16:
+            continue
+        per_channel = weight.target is qd.dequantize_per_channel.default
+        if not (per_channel and (operand(weight, "quant_min"), operand(weight, "quant_max")) == (-8, 7)):
+            found |= {x, operand(x, "input"), weight}
+    return frozenset(found)
 
 
 def _problems(module: GraphModule, node: Node) -> Iterator[str]:

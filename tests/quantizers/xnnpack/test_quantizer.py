@@ -349,7 +349,8 @@ def test_integers_are_never_annotated():
 def test_float64_stays_float():
     quantizer = static()
     gm = annotated(nn.Linear(8, 4).double(), (torch.randn(2, 8).double(),), quantizer)
-    assert reasons(gm, quantizer) == {"linear": "rule 'linear': the output of 'linear' is a float64 tensor"}
+    why = "rule 'linear': the output of 'linear' is a float64 tensor, which is not quantized here: use model.float()"
+    assert reasons(gm, quantizer) == {"linear": why}
 
 
 def test_dynamic_shapes_are_annotated_alike():
