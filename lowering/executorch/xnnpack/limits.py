@@ -17,7 +17,7 @@ from lowering.executorch.xnnpack.legalize.data_movement import CLAMPS
 from lowering.executorch.xnnpack.legalize.dynamic_quantization import DYNAMIC_CONVOLUTIONS, chooser_of
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
-from quant2e.graph.dataflow import operand
+from quant2e.graph.dataflow import literal, operand
 from quant2e.graph.fake_values import node_tensor, shape_of
 from quant2e.graph.qdq_ops import CHOOSE_PER_TENSOR, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 
@@ -236,5 +236,22 @@ def _notes(node: Node) -> Iterator[str]:
             )
     yield from _axis_notes(node)
     chooser = chooser_of(node.args[0]) if node.target in DYNAMIC_CONVOLUTIONS else None
-    if chooser is not None and chooser.target in CHOOSE_PER_TENSOR:
+    if chooser is None:
+        return
+    per_tensor = chooser.target in CHOOSE_PER_TENSOR
+    if _reads_pixels(node):
+        graph = "tensor" if per_tensor else "image"
+        yield f"{where(node)}: XNNPACK quantizes the input of this 1 × 1 convolution per pixel, the graph per {graph}"
+    elif per_tensor and shape_of(node)[0] != 1:
         yield f"{where(node)}: XNNPACK quantizes the input of a dynamic convolution per image, the graph per tensor"
+
+
+def _reads_pixels(node: Node) -> bool:
+    """Whether XNNPACK computes a convolution as a product of pixels: one by one, without strides, padding or groups."""
+    plain = {"stride": 1, "padding": 0, "groups": 1}
+    ones = all(set(_numbers(literal(node, name))) <= {value} for name, value in plain.items())
+    return node.target is _ATEN.conv2d.default and ones and tuple(shape_of(node.all_input_nodes[1])[2:]) == (1, 1)
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)

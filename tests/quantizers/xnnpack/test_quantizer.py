@@ -283,7 +283,9 @@ def test_dynamic():
 
 def test_dynamic_transposed_convolutions():
     turned = nn.ConvTranspose2d(3, 4, 3)
-    assert lines(turned, IMAGE, dynamic()) == ["conv_transpose2d: input_1 d, weight w1  [dynamic conv_transpose2d]"]
+    assert lines(turned, IMAGE, dynamic()) == [
+        "conv_transpose2d: input_1 d per image, weight w1  [dynamic conv_transpose2d]"
+    ]
     grouped, single = nn.ConvTranspose2d(4, 4, 3, groups=2), nn.ConvTranspose2d(1, 4, 3)
     for layer, reason in (
         (grouped, "with groups=2 XNNPACK takes per-tensor weights only"),
