@@ -220,7 +220,14 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bo
         return "groups of weights with a scale each: there is no int8 kernel for them"
     if activation.target in _FINER:
         return f"{_FINER[activation.target]}: Inductor's patterns know one scale per tensor"
+    if node.target in CONVOLUTION and _dtype(node) is torch.bfloat16:
+        return "a convolution of this kind is called as an int8 kernel in float32 only"
     return "no int8 pattern of Inductor matched"
+
+
+def _dtype(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def build_report(

@@ -15,11 +15,8 @@ w, b = constant("w"), constant("b", optional=True)
 
 conv1d = op(aten.conv1d.default, aten.conv1d.padding, when=batched)(x, w, b)
 conv2d = op(aten.conv2d.default, aten.conv2d.padding, when=batched)(x, w, b)
-conv3d = op(aten.conv3d.default, aten.conv3d.padding, when=batched)(x, w, b)
 convolution = op(aten.convolution.default, when=not_transposed)(x, w, b)
-conv_transpose1d = op(aten.conv_transpose1d.default, when=batched)(x, w, b)
 conv_transpose2d = op(aten.conv_transpose2d.input, when=batched)(x, w, b)
-conv_transpose3d = op(aten.conv_transpose3d.input, when=batched)(x, w, b)
 linear = op(aten.linear.default)(x, w, b)
 
 add = op(aten.add.Tensor, when=unscaled)

@@ -18,38 +18,44 @@ from quant2e.annotation.pattern import Match, Op, Pattern, op, short_name
 from quant2e.annotation.specs import group_size_of
 from quant2e.graph.dataflow import literal, operand
 from quantizers.kit import families as f
-from quantizers.kit.conditions import in_eval_mode, same_shape, spatial
+from quantizers.kit.conditions import batched, in_eval_mode, same_shape, spatial
 from quantizers.kit.rule import Follow, Rule, Same
 
 aten = torch.ops.aten
 
 
-def _two_numbers(node: Node) -> bool | str:
+def _of(kind: str, *dimensions: int) -> Op:
+    """The convolutions of one kind, ``"conv"`` or ``"conv_transpose"``, as modules and as ``aten.convolution``."""
+    named = {n: getattr(aten, f"{kind}{n}d") for n in dimensions}
+    overloads = [getattr(packet, name) for packet in named.values() for name in packet.overloads()]
+
+    def is_of_that_kind(node: Node) -> bool | str:
+        if node.target is not aten.convolution.default:
+            return batched(node)
+        if bool(operand(node, "transposed")) is not (kind == "conv_transpose"):
+            return "it is a transposed convolution" if kind == "conv" else "it is no transposed convolution"
+        n = spatial(node)
+        return n in dimensions or f"it is a convolution in {n} dimension(s)"
+
+    return op(*overloads, aten.convolution.default, when=is_of_that_kind)(f.x, f.w, f.b)
+
+
+def _with_its_numbers(node: Node) -> bool | str:
+    if short_name(node.target).removesuffix("_") != "clamp":
+        return True
     bounds = (literal(node, "min"), literal(node, "max"))
     return True if all(isinstance(b, int | float) for b in bounds) else "it has one bound, which no kernel takes in"
 
 
-def _convolution(*, transposed: bool, dimensions: tuple[int, ...]) -> Pattern:
-    """``aten.convolution``, which is every kind of convolution, of one kind."""
-
-    def is_of_that_kind(node: Node) -> bool | str:
-        if bool(operand(node, "transposed")) is not transposed:
-            return "it is a transposed convolution" if not transposed else "it is no transposed convolution"
-        n = spatial(node)
-        return n in dimensions or f"it is a convolution in {n} dimension(s)"
-
-    return op(aten.convolution.default, when=is_of_that_kind)(f.x, f.w, f.b)
-
-
-_CONV = f.conv2d | _convolution(transposed=False, dimensions=(1, 2)) | f.conv1d
-_CONV_3D = f.conv3d | _convolution(transposed=False, dimensions=(3,))
-_TRANSPOSED = f.conv_transpose2d | _convolution(transposed=True, dimensions=(1, 2)) | f.conv_transpose1d
-_TRANSPOSED_3D = f.conv_transpose3d | _convolution(transposed=True, dimensions=(3,))
+_CONV, _CONV_3D = _of("conv", 1, 2), _of("conv", 3)
+_TRANSPOSED, _TRANSPOSED_3D = _of("conv_transpose", 1, 2), _of("conv_transpose", 3)
 _CONV_UNARY = op(
-    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default, aten.silu.default
+    aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.hardswish.default, aten.silu.default,
+    aten.clamp.default, when=_with_its_numbers,
+)  # fmt: skip
+_LINEAR_UNARY = op(
+    *_CONV_UNARY.targets, aten.gelu.default, aten.leaky_relu.default, aten.tanh.default, when=_with_its_numbers
 )
-_CLAMP = op(aten.clamp.default, when=_two_numbers)
-_LINEAR_UNARY = op(*_CONV_UNARY.targets, aten.gelu.default, aten.leaky_relu.default, aten.tanh.default)
 _RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 """The reshapes that carry integers to an int8 kernel."""
 _DROPOUT = op(aten.dropout.default, aten.feature_dropout.default, when=in_eval_mode)
@@ -96,7 +102,7 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
         Rule(_added(f.conv2d), {**product, "y": act}, None, _equal_shapes, "conv + add"),
         *_convolutions(config),
         Rule(_added(_DROPOUT(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
-        Rule(_activated(_LINEAR_UNARY, f.linear), product, name="linear"),
+        Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
         Rule(op(aten.matmul.default, aten.bmm.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
         Rule(f.mul(f.x, f.y), {"x": act, "y": act}, when=_equal_factors, name="mul", opt_in=True),
         Rule(pools, moved, Same("x"), name="pool"),
@@ -110,18 +116,14 @@ def dynamic_rules(config: Any) -> tuple[Rule, ...]:
     product = {"x": config.input_activation, "w": config.weight}
     return (
         Rule(_added(_DROPOUT(f.linear) | f.linear), product, None, _equal_shapes, "dynamic linear + add"),
-        Rule(_activated(_LINEAR_UNARY, f.linear), product, name="dynamic linear"),
+        Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="dynamic linear"),
         *_convolutions(config, "dynamic "),
     )
 
 
-def _activated(unary: Op, product: Pattern) -> Pattern:
-    return unary(product) | _CLAMP(product) | product
-
-
 def _volume_last(image: Pattern, volume: Pattern) -> Pattern:
     """Kernels of three dimensions take in no activation; relu is what quantizing to unsigned integers does anyway."""
-    return _activated(_CONV_UNARY, image) | f.relu(volume) | volume
+    return _CONV_UNARY(image) | image | f.relu(volume) | volume
 
 
 def _convolutions(config: Any, kind: str = "") -> tuple[Rule, ...]:
