@@ -32,7 +32,7 @@ from lowering.executorch.xnnpack.legalize.pooling import (
 from lowering.executorch.xnnpack.legalize.projection import split_projections
 from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
 from lowering.executorch.xnnpack.legalize.reshape import full_rank_operands, one_view, quantized_numbers
-from lowering.executorch.xnnpack.legalize.slicing import few_slices, plain_spellings
+from lowering.executorch.xnnpack.legalize.slicing import few_slices, plain_spellings, windows_as_places
 from lowering.executorch.xnnpack.legalize.split_and_join import (
     distinct_operands,
     implicit_expand,
@@ -75,6 +75,7 @@ EXACT: tuple[Pass, ...] = (
     slice_selects,
     split_projections,
     implicit_expand,
+    windows_as_places,
     few_slices,
     tensor_operands,
     full_rank_operands,

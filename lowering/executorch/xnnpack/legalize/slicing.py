@@ -7,6 +7,9 @@
 
     alias(x), detach(x)            =  x       select_copy  =  select       native_channel_shuffle  =  channel_shuffle
 
+    im2col(x; by k × l)  =  rows and columns of pad(x), window by window, k and l in front     or, side by side,
+                         =  axes of pad(x), split and permuted
+
 XNNPACK slices, concatenates and views; other ops that move values it leaves to kernels, between two delegates. Moving
 values is exact: what is read from integers stays between integers.
 """
@@ -21,13 +24,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.executorch.xnnpack.legalize.data_movement import requantized
+from lowering.executorch.xnnpack.legalize.requirements import fixed, unary
+from quant2e.annotation.pattern import Match
 from quant2e.graph.constants import Constants
 from quant2e.graph.data_movement import MOVEMENTS, Effect, movements
 from quant2e.graph.dataflow import operand
-from quant2e.graph.edit import emit
+from quant2e.graph.edit import emit, emit_constant
 from quant2e.graph.fake_values import node_tensor, shape_of
 from quant2e.graph.places import Runs, Slicing, slicings
 from quant2e.graph.qdq_ops import qd
+from quant2e.passes.rewrite import Rewrite
 
 _ATEN = torch.ops.aten
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
@@ -60,6 +66,8 @@ def _plain(target: Any) -> Any:
     """The overload that an op is a copy of, or another name of; None for others."""
     if target is _ATEN.native_channel_shuffle.default:
         return _ATEN.channel_shuffle.default
+    if MOVEMENTS[target].effect is Effect.PERMUTE:
+        return None  # XNNPACK has the copy, and eager products of what is not one add in another order
     name, _, overload = str(target).removeprefix("aten.").partition(".")
     for suffix in ("_copy", "unsafe_"):
         packet = getattr(_ATEN, name.replace(suffix, ""), None) if suffix in name else None
@@ -159,3 +167,35 @@ class _Mover:
         source = self.source
         known = source.target is _DEQUANTIZE and not source.kwargs.get("out_dtype")
         return tuple(source.args[1:]) if known else None
+
+
+def _is_image(node: Node) -> bool | str:
+    shape = shape_of(operand(node, 0))
+    return (len(shape) == 4 and fixed(*shape)) or f"'{node.name}' has sizes that vary, or no batch"
+
+
+def _windows(module: GraphModule, match: Match) -> Node:
+    node, x = match.root, match.edges["x"][0]
+    kernel, dilation, padding, stride = (list(operand(node, place)) for place in range(1, 5))
+    if any(padding):
+        x = emit(node, _ATEN.constant_pad_nd.default, x, [padding[1], padding[1], padding[0], padding[0]], 0.0)
+    batch, channels, *sizes = (int(size) for size in shape_of(x))
+    counts = [(n - d * (k - 1) - 1) // s + 1 for n, k, d, s in zip(sizes, kernel, dilation, stride, strict=True)]
+    if stride == kernel and dilation == [1, 1]:
+        for axis, count, size in zip((2, 3), counts, kernel, strict=True):
+            x = emit(node, _ATEN.slice.Tensor, x, axis, 0, count * size)
+        split = [batch, channels, counts[0], kernel[0], counts[1], kernel[1]]
+        turned = emit(node, _ATEN.permute.default, emit(node, _ATEN.reshape.default, x, split), [0, 1, 3, 5, 2, 4])
+    else:
+        for axis, count, size, apart, step in zip((2, 3), counts, kernel, dilation, stride, strict=True):
+            places = torch.arange(size)[:, None] * apart + torch.arange(count) * step
+            taken: Any = emit_constant(module, node, "window_places", places.flatten())
+            x = emit(node, _ATEN.index_select.default, x, axis, taken)
+        split = [batch, channels, kernel[0], counts[0], kernel[1], counts[1]]
+        turned = emit(node, _ATEN.permute.default, emit(node, _ATEN.reshape.default, x, split), [0, 1, 2, 4, 3, 5])
+    return emit(node, _ATEN.reshape.default, turned, list(shape_of(node)))
+
+
+windows_as_places = Rewrite("windows_as_places", unary(_ATEN.im2col.default, when=_is_image), _windows)
+"""Windows of images of fixed size. ExecuTorch takes ``im2col`` (``F.unfold``) apart itself, with a padding that XNNPACK
+loads on floats only."""

@@ -108,6 +108,31 @@ def test_moves_between_convolutions_are_one_delegate():
     assert program.report.verification.max_steps <= 1
 
 
+WINDOWS = {
+    "overlapping": lambda m, x: F.unfold(x, 3),
+    "side by side": lambda m, x: F.unfold(x, 2, stride=2),
+    "padded, apart": lambda m, x: F.unfold(x, (2, 3), dilation=(2, 1), padding=(1, 2), stride=(2, 1)),
+    "with a rest": lambda m, x: F.unfold(x, 4, padding=1, stride=4),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_are_rows_and_columns(name):
+    module = exported(lambda m, x: WINDOWS[name](m, on_grid(x, GRID)))
+    expected = module(IMAGE)
+    legalize(module, EXACT)
+    assert torch.equal(module(IMAGE), expected)
+    assert aten.im2col.default not in {node.target for node in module.graph.nodes}
+
+
+@pytest.mark.slow
+def test_windows_behind_a_convolution_load():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Unfold(2, padding=1), nn.Conv1d(16, 2, 1))
+    program = to_executorch(quantize(model.eval(), (IMAGE,), quantizer(), [(torch.randn(IMAGE.shape),)] * 4))
+    assert program.report.leftovers == ()
+    assert len(program.report.partitions) == 1
+
+
 GOLDENS = {
     "places": (few_slices, lambda m, x: on_grid(x, GRID)[:, [3, 0, 1]]),
     "repeated": (few_slices, lambda m, x: F.interpolate(x, scale_factor=(1, 2))),
