@@ -29,6 +29,7 @@ from quant2e.observers.measuring import searchable
 from quant2e.passes import run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 from quant2e.passes.fold_weights import attribute_path, fold_weights
+from quant2e.passes.integer_buffers import integer_buffers
 from quant2e.passes.split_dequantize import split_dequantize
 from quant2e.passes.train_batch_norm import FUSED
 from quant2e.prepare.masks import left_float
@@ -123,6 +124,7 @@ def converted_graph(
         quantize_at(gm, call, encoding, prefix, fake_values)
     for name in encodings:
         gm.delete_submodule(name)
+    notes += integer_buffers(gm)
     fold = (fold_weights,) if fold_quantize else ()
     run(gm, (split_dequantize, *fold, remove_dead_code, prune_unused_attributes), compiled=False)
     if trained:

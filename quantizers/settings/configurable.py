@@ -28,6 +28,7 @@ from quantizers.rewrites.batches import BatchesOfOne
 from quantizers.rewrites.einsum_to_linear import einsums_as_linear
 from quantizers.rewrites.matmul_to_linear import products_as_linear
 from quantizers.rewrites.recurrent_to_linear import RECURRENT, RecurrentAsLinear, why_whole
+from quantizers.settings.buffers import annotate_buffers
 from quantizers.settings.diagnostics import Coverage
 from quantizers.settings.edges import EdgeSettings, edge_scope
 from quantizers.settings.recipes import Scheme, recipe
@@ -42,6 +43,8 @@ from quantizers.settings.scopes import (
 )
 from quantizers.settings.supported_functions import supported_functions
 
+_BUFFER = QuantizationSpec(torch.int8, HistogramObserver, -128, 127, torch.per_tensor_affine)
+
 
 class ConfigurableQuantizer(RuleQuantizer):
     """Base of the backends whose rules are a function of a `QuantizationConfig`.
@@ -55,6 +58,7 @@ class ConfigurableQuantizer(RuleQuantizer):
         super().__init__()
         self._settings = Settings()
         self._edges = EdgeSettings()
+        self._buffers: dict[str, Any] = {}
         self._own_notes: list[str] = []
 
     # ------------------------------------------------------------ what a backend says
@@ -157,6 +161,18 @@ class ConfigurableQuantizer(RuleQuantizer):
         )
         return self
 
+    def set_buffer(self, name: str, spec: Any = None) -> Self:
+        """A buffer that the model writes to, a cache of keys say, as integers; by its path. None are by default.
+
+        ``spec``: a `QuantizationSpec` per tensor; None: int8, affine, its range by a histogram of what is written.
+        What is written is quantized, what is read dequantized, and the initial value rounded in advance.
+        """
+        wanted = _BUFFER if spec is None else spec
+        if getattr(wanted, "is_dynamic", False) or getattr(wanted, "ch_axis", None) is not None:
+            raise AnnotationError(f"the buffer '{name}' has one scale, known in advance: give a spec per tensor")
+        self._buffers[name] = wanted
+        return self
+
     def set_filter_function(self, filter_fn: Callable[[Node], bool]) -> Self:
         """Quantize only what ``filter_fn`` answers True for. It is asked about the op that computes, not what is fused
         with it.
@@ -224,6 +240,7 @@ class ConfigurableQuantizer(RuleQuantizer):
             raise AnnotationError(f"{type(self).__name__}: " + "; ".join(lines))
         self._edges.bind(model)
         super().annotate(model)
+        annotate_buffers(model, self._buffers)
         about = [*absent, *coverage.notes(self.reason), *self._edges.notes()]
         self.notes = [*dict.fromkeys([*self._own_notes, *self.notes_on_configs(), *about])]
         return model
