@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowering.state import Apart
 from lowering.verify import Bound, Verification, verify_calls
 from quant2e.graph.captured.calls import Call
+from quant2e.graph.data_movement import MOVEMENTS
 
 LAST_BIT = 2.0**-23
 """Relative size of the last bit of a float32."""
@@ -29,14 +30,15 @@ LEEWAY_DB = 6.0
 
 
 def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int = NOISE_DRAWS) -> float:
-    """SQNR, in dB, of a graph against itself with every float parameter and buffer moved by about its last bit, and
-    every float of 16 bits that an op computes.
+    """SQNR, in dB, of a graph against itself with every float that it holds or computes moved by about its last
+    bit.
 
     Of several outputs, that of the worst.
     Where a value lies close to the middle between two integers, the last bit of a float decides which it becomes, and
     what follows sees a difference of a whole step. In a deep graph with activations quantized at many places this
     noise is far above that of float arithmetic; two correct programs that add in another order differ by it. So do two
-    where floats of 16 bits are rounded behind every op in the one, and at the end of several in the other.
+    of which one rounds ties up and the other to even, where averages of integers make ties; and two where floats of 16
+    bits are rounded behind every op in the one, and at the end of several in the other.
 
     Whether a given draw crosses such a middle early in the graph is luck: over six transformer layers single draws
     measure anything from 27 to 130 dB. The worst of ``draws`` is returned, which is steady.
@@ -51,7 +53,7 @@ def own_noise_db(reference: torch.nn.Module, batches: Iterable[Call], draws: int
         moved = {name: _moved(tensor.detach(), generator) for name, tensor in tensors.items()}
 
         def neighbour(*args: Any, **kwargs: Any) -> Any:
-            with _MovedHalves(generator):
+            with _MovedResults(generator):
                 return torch.func.functional_call(own, moved, args, kwargs)
 
         return min((output.sqnr_db for output in verify_calls(neighbour, reference, kept).outputs), default=math.inf)
@@ -66,10 +68,11 @@ def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor * (1 + LAST_BIT * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
 
 
-class _MovedHalves(TorchDispatchMode):
-    """Moves one in six of the floats that ops compute in 16 bits by its last bit.
+class _MovedResults(TorchDispatchMode):
+    """Moves the last bits of the floats that ops compute: what is exactly between two integers may become either.
 
-    The variance is that of the difference between two roundings: ``2 / 12`` of a squared step.
+    Of floats of 16 bits one in six moves: the variance is that of the difference between two roundings, ``2 / 12`` of a
+    squared step.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -78,17 +81,18 @@ class _MovedHalves(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
-        if any(r.alias_info is not None for r in func._schema.returns):
-            return results  # a view, or what was given: it is another one's
+        if func.namespace != "aten" or func in MOVEMENTS or any(r.alias_info is not None for r in func._schema.returns):
+            return results  # integers as floats, which is exact; the same values; or another one's
+        return pytree.tree_map(self._moved, results)
 
-        def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.dtype not in _HALVES:
-                return value
-            draw = torch.rand(value.shape, generator=self._generator, device="cpu").to(value.device)
-            bits = (draw < 1 / 12).float() - (draw > 11 / 12).float()
-            return (value.float() * (1 + 0.75 * torch.finfo(value.dtype).eps * bits)).to(value.dtype)
-
-        return pytree.tree_map(moved, results)
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if value.dtype not in _HALVES:
+            return _moved(value, self._generator)
+        draw = torch.rand(value.shape, generator=self._generator, device="cpu").to(value.device)
+        bits = (draw < 1 / 12).float() - (draw > 11 / 12).float()
+        return (value.float() * (1 + 0.75 * torch.finfo(value.dtype).eps * bits)).to(value.dtype)
 
 
 def compare_within_noise(
