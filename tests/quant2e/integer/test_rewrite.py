@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
-from quant2e import Quant2eError, quantize, to_integer
+from quant2e import Quant2eError, to_integer
 from quant2e.annotation.pattern import Either, Op
 from quant2e.integer.rewrite import FORMS
+from tests.quant2e.integer.graphs import Draw, Writer
 from tests.quant2e.integer.test_graph import x86, xnnpack
 
 aten = torch.ops.aten
@@ -33,18 +33,12 @@ def test_what_quantizers_annotate_has_an_integer_form(make, dynamic):
     assert {target for target in named if not target._schema.is_mutable} - set(FORMS) == set()
 
 
-class Strided(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.b(self.a(x).as_strided((2, 8), (8, 1)))
-
-
 def test_what_reads_memory_by_strides_stays_float_with_that_reason():
-    x = torch.randn(4, 8)
-    quantized = quantize(Strided().eval(), (x,), xnnpack(), [x])
-    with pytest.raises(Quant2eError, match="'as_strided' .*: it reads memory by strides"):
-        to_integer(quantized.module, strict=True)
-    assert torch.equal(to_integer(quantized.module)(x), quantized(x))
+    draw = Draw(0)
+    grid = draw.grid()
+    writer = Writer()
+    x = writer.input(draw.integers([4, 8], grid), grid)
+    gm = writer.finish(writer.q(writer.op(aten.as_strided.default, x, [2, 8], [8, 1]), grid))
+    with pytest.raises(Quant2eError, match="'as_strided_default' .*: it reads memory by strides"):
+        to_integer(gm, strict=True)
+    assert torch.equal(to_integer(gm)(*writer.inputs)[0], writer.results[0])
