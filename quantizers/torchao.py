@@ -20,7 +20,7 @@ from quant2e.annotation.granularity import PerTensor
 from quant2e.annotation.interop import read_plan
 from quant2e.annotation.plan import DerivedFrom, Edge, Output, Plan, Point
 from quant2e.annotation.quantizer import Quantizer, annotated, transformed
-from quant2e.annotation.specs import ANNOTATION, EdgeOrNode
+from quant2e.annotation.specs import ANNOTATION, EdgeOrNode, dynamic_granularity_of
 from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import evaluate
@@ -116,6 +116,8 @@ def _numbers(spec: Any, theirs: Any) -> Any:
     """A plain spec of torchao for one of ours. Its observer is replaced before it sees anything."""
     from torchao.quantization.pt2e import observer
 
+    # torchao looks for its own ops where a spec is dynamic, and finds none for tokens
+    of_tensor = dynamic_granularity_of(spec) == PerTensor()
     dtype = torch.int32 if isinstance(spec, DerivedFrom) and spec.dtype.is_floating_point else spec.dtype
     return theirs.QuantizationSpec(
         dtype=dtype,
@@ -124,7 +126,7 @@ def _numbers(spec: Any, theirs: Any) -> Any:
         quant_max=spec.quant_max,
         qscheme=spec.qscheme,
         ch_axis=getattr(spec, "ch_axis", None),
-        is_dynamic=bool(getattr(spec, "is_dynamic", False)),
+        is_dynamic=of_tensor and bool(getattr(spec, "is_dynamic", False)),
     )
 
 

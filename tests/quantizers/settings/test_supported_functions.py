@@ -32,7 +32,7 @@ def test_xnnpack_lists_what_executorch_lists():
     for pattern in ([F.conv2d, F.relu], [F.linear], [torch.add], [F.adaptive_avg_pool2d], [torch.add, F.relu]):
         assert pattern in found
     found = XNNPACKQuantizer.get_supported_operator_for_quantization_config(DYNAMIC)
-    assert found == [[F.linear], [F.conv2d], [torch.convolution]]
+    assert found == [[F.linear], [F.conv2d], [torch.convolution], [F.conv_transpose2d]]
     assert EmbeddingQuantizer.get_supported_operators()[0].operators == [[F.embedding], [F.embedding_bag]]
 
 
