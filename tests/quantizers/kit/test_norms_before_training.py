@@ -140,7 +140,7 @@ def test_settings_for_the_edge_behind_a_norm_apply():
     [
         ("relu", xnnpack, "batch_norm", "quantized by conv"),
         ("conv3d", xnnpack, "batch_norm", "folded into 'conv3d', which stays float"),
-        ("conv3d", xnnpack, "conv3d", "XNNPACK has no such convolution"),
+        ("conv3d", xnnpack, "conv3d", "XNNPACK convolves in one and two dimensions only"),
         ("not folded: alone", xnnpack, "batch_norm", "XNNPACK computes it in float"),
         ("read twice", Npu, "relu", "rule 'mac': the output of 'batch_norm' is used 2 times (relu, add)"),
         (

@@ -1,5 +1,8 @@
 """What our quantizers answer to PT2E's ``get_supported_operators`` and its kin: what their rules match."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,17 @@ def test_xnnpack_lists_what_executorch_lists():
     found = XNNPACKQuantizer.get_supported_operator_for_quantization_config(DYNAMIC)
     assert found == [[F.linear], [F.conv2d], [torch.convolution], [F.conv_transpose2d]]
     assert EmbeddingQuantizer.get_supported_operators()[0].operators == [[F.embedding], [F.embedding_bag]]
+
+
+@pytest.mark.slow
+def test_executorch_quantizes_at_run_time_what_xnnpack_lists_so():
+    pytest.importorskip("executorch")
+    script = (
+        "from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer\n"
+        "print(*(pattern.name for pattern in XNNPACKQuantizer.SUPPORTED_PATTERNS if pattern.is_dynamic))"
+    )
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert told.split() == ["linear", "conv", "conv_transpose"]
 
 
 def test_a_chain_reads_from_the_inside_out():
