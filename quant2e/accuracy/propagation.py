@@ -26,8 +26,7 @@ from quant2e.errors import Quant2eError, module_path
 from quant2e.graph.attributes import first_free
 from quant2e.graph.captured.capture import as_graph_module
 from quant2e.graph.captured.module import CapturedModule
-from quant2e.graph.edit import FROM_NODE
-from quant2e.passes.fold_batch_norm import FOLDED
+from quant2e.graph.edit import FROM_NODE, folded_ops
 
 NUMERIC_DEBUG_HANDLE = "numeric_debug_handle"
 """Key under ``meta["custom"]`` that `generate_numeric_debug_handle` numbers nodes with."""
@@ -186,7 +185,7 @@ def _source(node: Node) -> NodeSource | None:
     source = history[-1]
     while source.from_node:
         source = source.from_node[-1]
-    folded = node.meta.get(FOLDED, ())  # a convolution with a batch norm in it gives what the batch norm gave
+    folded = folded_ops(node)  # a convolution with a batch norm in it gives what the batch norm gave
     return NodeSource(folded[-1] if folded else source.name, source.graph_id)
 
 

@@ -27,6 +27,9 @@ ORIGIN = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "seq_
 PART_OF = "quant2e_part_of"
 """Metadata of nodes that were written in place of one op, which is gone: its name. Reports and settings speak of it."""
 
+FOLDED_OPS = "folded"
+"""Metadata of an op that others are part of now: a tuple of their names (`fold_into`, `folded_ops`)."""
+
 FROM_NODE = "from_node"
 """Metadata of torch.export: which op of the first exported graph a tensor is. Numeric debuggers match tensors by it."""
 
@@ -50,6 +53,17 @@ def set_origin(node: Node, source: Node, *, value: Any = None) -> None:
             node.meta["nn_module_stack"] = {**stack, last: (stack[last][0], _NO_LAYER)}
     if value is not None:
         node.meta["val"] = value
+
+
+def fold_into(node: Node, *names: str) -> None:
+    """Say that the ops of these ``names`` are part of ``node`` now, as a batch norm is of a convolution."""
+    node.meta[FOLDED_OPS] = (*folded_ops(node), *names)
+
+
+def folded_ops(node: Node) -> tuple[str, ...]:
+    """The names of the ops that are part of ``node`` now, in the order in which they were folded."""
+    names: tuple[str, ...] = node.meta.get(FOLDED_OPS, ())
+    return names
 
 
 def stands_for(node: Node, tensor: Node) -> None:

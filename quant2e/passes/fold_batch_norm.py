@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from quant2e.graph.attributes import attribute, free_path, replace_tensor
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand, set_operand
-from quant2e.graph.edit import emit_read
+from quant2e.graph.edit import emit_read, fold_into
 from quant2e.graph.effects import aten, flag_of
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
 
@@ -51,9 +51,6 @@ _NORMS = frozenset(
 
 _Claims = dict[int, set[Any]]
 """Who reads a tensor, by the tensor's ``id``: the ``get_attr`` nodes, and their users; alike folds count once."""
-
-FOLDED = "folded"
-"""Key in a node's metadata: names of the ops that are part of it now, as the batch norms folded into a convolution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +95,7 @@ def fold(gm: GraphModule) -> tuple[Fold, ...]:
     Folded: evaluation mode with running statistics, all parameters constant, no other reader of the op's result.
     The new tensors take the place of the old ones; of a weight with other uses (tied weights, one conv under two norms)
     a copy is folded, under a new name. Tensors of the caller's model are never written. The op keeps its name and
-    metadata, and the norm's name under ``meta["folded"]``. Linear in the graph.
+    metadata, and the norm's name among its `folded_ops`. Linear in the graph.
     """
     with torch.inference_mode(False), torch.no_grad():
         return _fold(gm)
@@ -121,7 +118,7 @@ def _fold(gm: GraphModule) -> tuple[Fold, ...]:
         for name, node in zip(("weight", "bias"), placed[key], strict=True):
             set_operand(mac, name, node)
         _bypass(norm)
-        mac.meta[FOLDED] = [*mac.meta.get(FOLDED, ()), norm.name]
+        fold_into(mac, norm.name)
         folds.append(
             Fold(
                 mac=mac.name,

@@ -28,12 +28,11 @@ from quant2e.graph.attributes import free_path, replace_tensor
 from quant2e.graph.captured.norm_forms import record_forms, set_form
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import operand, set_operand
-from quant2e.graph.edit import emit, emit_read, insert_call, stands_for
+from quant2e.graph.edit import emit, emit_read, fold_into, insert_call, stands_for
 from quant2e.graph.effects import aten
 from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.snapshot import snapshot
 from quant2e.passes.fold_batch_norm import (
-    FOLDED,
     GENERAL,
     LINEAR,
     TRANSPOSED,
@@ -373,7 +372,7 @@ def unfuse(gm: GraphModule, fused: Sequence[FusedNorm]) -> None:
             for name in reversed(record.tail):
                 gm.graph.erase_node(nodes[name])
             mac = nodes[record.mac]
-            mac.meta[FOLDED] = [*mac.meta.get(FOLDED, ()), record.norm]
+            fold_into(mac, record.norm)
 
 
 def _make_constant(

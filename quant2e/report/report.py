@@ -20,7 +20,7 @@ from quant2e.annotation.plan import Edge, Output, Plan
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.documents.schema import LATER, from_record
 from quant2e.graph.control_flow import prefixed
-from quant2e.graph.edit import PART_OF
+from quant2e.graph.edit import PART_OF, folded_ops
 from quant2e.graph.fake_values import node_tensor
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.html import html_table
@@ -224,7 +224,7 @@ def judge(
     ``constants``: nodes that depend on parameters only. ``explain``: why the quantizer left a node float.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
-    folded = {name: node.name for node in gm.graph.nodes for name in node.meta.get("folded", ())}
+    folded = {name: node.name for node in gm.graph.nodes for name in folded_ops(node)}
     products: dict[str, list[Node]] = defaultdict(list)
     for node in gm.graph.nodes:
         if count_macs(node) and (whole := node.meta.get(PART_OF)) is not None:

@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.dataflow import is_pointwise
+from quant2e.graph.edit import fold_into, folded_ops
 from quant2e.graph.effects import is_deterministic, is_in_place, writes
 from quantizers.rewrites.matmul_to_linear import ORIGINAL_TARGET
 
@@ -86,7 +87,7 @@ def _respelled(gm: GraphModule, source: Node, names: Sequence[str], regions: Ite
         activation, operands = found
         *inner, root = region
         root.meta[ORIGINAL_TARGET] = root.target
-        root.meta["folded"] = (*root.meta.get("folded", ()), *(node.name for node in inner))
+        fold_into(root, *(name for node in inner for name in (*folded_ops(node), node.name)))
         root.target, root.args, root.kwargs = activation.target, (source, *operands), dict(activation.keywords)
         for node in reversed(inner):
             gm.graph.erase_node(node)

@@ -18,10 +18,9 @@ from torch.fx import GraphModule, Node
 
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import operand
-from quant2e.graph.edit import PART_OF, emit
+from quant2e.graph.edit import PART_OF, emit, fold_into
 from quant2e.graph.effects import aliases, writes
 from quant2e.graph.fake_values import node_tensor, shape_of
-from quant2e.passes.fold_batch_norm import FOLDED
 
 aten = torch.ops.aten
 
@@ -184,7 +183,7 @@ def _write_out(node: Node) -> None:
     for user in list(node.users) if len(results) > 1 else ():
         assert user.target is operator.getitem, "several results are picked one by one"
         result = results[operand(user, 1)]
-        result.meta[FOLDED] = [*result.meta.get(FOLDED, ()), user.name]
+        fold_into(result, user.name)
         user.replace_all_uses_with(result)
         node.graph.erase_node(user)
     if len(results) == 1:

@@ -128,9 +128,8 @@ class OneDnn:
 
 def _interleaved(transposed: TransposedConvolution, made: Tensor) -> Tensor:
     """The phases of a plain convolution where they belong in memory, in one copy as Inductor makes it."""
-    n = len(transposed.stride)
-    phases: Tensor = made.unflatten(1, (transposed.groups, *transposed.stride, -1))
-    return phases.permute(0, *(place for i in range(n) for place in (3 + n + i, 2 + i)), 1, 2 + n).contiguous()
+    phases: Tensor = transposed.phases_beside_places(made, lambda op, *args: op(*args))
+    return phases.movedim((1, 2), (-2, -1)).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

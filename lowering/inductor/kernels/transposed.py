@@ -135,6 +135,16 @@ class TransposedConvolution:
         """Numbers of the output channels, ``[outputs]``, as ``[outputs · phases]``: by group, phase and channel."""
         return values.reshape(self.groups, 1, -1).expand(-1, self.phases, -1).reshape(-1)
 
+    def phases_beside_places(self, value: Any, emit: Callable[..., Any]) -> Any:
+        """What the plain convolution computed, seen as ``[batch, groups, outputs / groups, size, stride, ...]``.
+
+        A size and a stride for each dimension. ``emit``: makes a call, of op and operands.
+        """
+        n = len(self.stride)
+        value = emit(aten.unflatten.int, value, 1, [self.groups, *self.stride, -1])
+        pairs = [place for i in range(n) for place in (3 + n + i, 2 + i)]
+        return emit(aten.permute.default, value, [0, 1, 2 + n, *pairs])
+
     def interleave(self, value: Any, emit: Callable[..., Any]) -> Any:
         """What the plain convolution computed, as the transposed one does. ``emit``: makes a call, of op and operands.
 
@@ -142,9 +152,7 @@ class TransposedConvolution:
         """
         n = len(self.stride)
         if self.phases > 1:
-            value = emit(aten.unflatten.int, value, 1, [self.groups, *self.stride, -1])
-            pairs = [place for i in range(n) for place in (3 + n + i, 2 + i)]
-            value = emit(aten.permute.default, value, [0, 1, 2 + n, *pairs])
+            value = self.phases_beside_places(value, emit)
             for i in range(n + 1):
                 value = emit(aten.flatten.using_ints, value, 1 + i, 2 + i)
         for i, (first, last) in enumerate(self.crop):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lowering.inductor.kernels.engines import _interleaved
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 
 PLAIN = {1: F.conv2d, 2: F.conv2d, 3: F.conv3d}
@@ -69,3 +70,12 @@ def test_channels_go_by_group_and_phase():
     weight = torch.arange(1.0, 7).reshape(2, 3, 1, 1)
     assert sizes.plain_weight(weight).flatten().tolist() == [1, 2, 3, 0, 0, 0, 4, 5, 6, 0, 0, 0]
     assert sizes.plain_channels(torch.arange(6)).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]
+
+
+def test_what_engines_are_timed_with_is_what_is_lowered():
+    sizes = TransposedConvolution((2, 2), (2, 2), (0, 0), (0, 0), (1, 1), 2)
+    made = torch.randn(1, 24, 3, 4).contiguous(memory_format=torch.channels_last)
+    lowered = sizes.interleave(made, lambda op, *args: op(*args))
+    timed = _interleaved(sizes, made)
+    assert timed.is_contiguous()
+    assert torch.equal(timed.reshape(1, 6, 8, 6).permute(0, 3, 1, 2), lowered)

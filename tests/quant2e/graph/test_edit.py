@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 
-from quant2e.graph.edit import ORIGIN, emit, emit_constant, emit_number, replace, set_origin
+from quant2e.graph.edit import ORIGIN, emit, emit_constant, emit_number, fold_into, folded_ops, replace, set_origin
 
 aten = torch.ops.aten
 
@@ -38,6 +38,14 @@ def test_emit(fake):
     assert {key: total.meta[key] for key in total.meta if key != "val"} == {key: f"its {key}" for key in ORIGIN}
     assert (turned.meta["val"].shape, total.meta["val"].shape, total.meta["val"].dtype) == ((3, 2), (2,), torch.float64)
     assert isinstance(total.meta["val"], FakeTensor) == fake
+
+
+def test_folded_ops_are_told_in_order():
+    _, _, relu = _graph()
+    assert folded_ops(relu) == ()
+    fold_into(relu, "norm")
+    fold_into(relu, "add", "mul")
+    assert folded_ops(relu) == ("norm", "add", "mul")
 
 
 def test_emit_without_tensors():

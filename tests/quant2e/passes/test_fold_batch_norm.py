@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from quant2e.graph.captured.capture import capture
+from quant2e.graph.edit import folded_ops
 from quant2e.passes import run
-from quant2e.passes.fold_batch_norm import FOLDED, Fold, fold, fold_batch_norm
+from quant2e.passes.fold_batch_norm import Fold, fold, fold_batch_norm
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -83,8 +84,8 @@ def test_folds_without_changing_the_result(mac, norm, shape):
     assert all(
         before[n][0] == id(t) and torch.equal(before[n][1], t) for n, t in model.state_dict(keep_vars=True).items()
     )
-    (mac_node,) = (n for n in gm.graph.nodes if FOLDED in n.meta)
-    assert mac_node.meta[FOLDED] == ["batch_norm"]
+    (mac_node,) = (n for n in gm.graph.nodes if folded_ops(n))
+    assert folded_ops(mac_node) == ("batch_norm",)
     assert all("val" in n.meta for n in gm.graph.nodes if n.op == "get_attr")
     assert not run(gm, (fold_batch_norm,))
 
