@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from torch.utils import _pytree as pytree
 from quant2e.accuracy.comparison import compare
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.annotation.quantizer import Quantizer
-from quant2e.calibration.batches import check_batch
-from quant2e.calibration.calibrate import Progress, calibrate
-from quant2e.calibration.held_out import HoldOut
-from quant2e.calibration.range_selection import RangeChoice, ranges_of, select_ranges
+from quant2e.calibration.calibrate import Progress
+from quant2e.calibration.held_out import HeldOutData, calibrate_but_some
+from quant2e.calibration.range_selection import ranges_of
 from quant2e.convert.convert import converted_graph
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call, positional_inputs
@@ -37,17 +36,6 @@ from quant2e.report.report import BAD_SQNR_DB, Report
 
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
-
-_SELECT_RANGES_ON = 2
-"""Held-out batches on which candidate ranges are compared; each costs about four forwards."""
-
-
-class _HeldOut(NamedTuple):
-    """Data that was not calibrated on, what it is in words, and how candidate ranges fared on it."""
-
-    calls: list[Call]
-    source: str
-    choices: tuple[RangeChoice, ...] = ()
 
 
 def quantize(
@@ -93,9 +81,9 @@ def quantize(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
-    held_out = _HeldOut([Call(positional, dict(kwargs or {}))], "the example inputs")
+    held_out = HeldOutData([Call(positional, dict(kwargs or {}))], "the example inputs")
     if calibration_data is not None:
-        held_out = _calibrated(prepared, calibration_data, progress)
+        held_out = calibrate_but_some(prepared, calibration_data, progress)
     converted = _converted(prepared, use_reference_representation, int8_io)
     record = record_of(converted)
     report = _measured(record.report, (captured, prepared, converted), held_out, min_sqnr_db)
@@ -115,18 +103,8 @@ def quantize(
     )
 
 
-def _calibrated(prepared: GraphModule, data: Iterable[Any], progress: Progress | None) -> _HeldOut:
-    """Calibrate and choose ranges, in place."""
-    stream = HoldOut(data)
-    calibrate(prepared, stream, progress=progress)
-    held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
-    choices = select_ranges(prepared, held_out[:_SELECT_RANGES_ON])
-    kind = "held-out batch" if stream.separate else "calibration batch"
-    return _HeldOut(held_out, f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}", choices)
-
-
 def _measured(
-    report: Report, graphs: tuple[GraphModule, GraphModule, GraphModule], held_out: _HeldOut, least: float | None
+    report: Report, graphs: tuple[GraphModule, GraphModule, GraphModule], held_out: HeldOutData, least: float | None
 ) -> Report:
     """The report with the SQNR of the converted graph against the captured one; where it is bad, with the worst places.
 

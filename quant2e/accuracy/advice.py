@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from quant2e.accuracy.shadow import Powers
+from quant2e.accuracy.shadow import Powers, rounds
 from quant2e.graph.qdq_ops import DEQUANTIZE, qd
 
 _PER_TENSOR = frozenset(target for target in DEQUANTIZE if target.overloadpacket is qd.dequantize_per_tensor)
+
+_NEGLIGIBLE = 1e-12
+"""Part of the signal that is the rounding of float arithmetic."""
 
 _PART = 0.1
 """Part of the error below which an op's own is not the one to mend."""
@@ -19,14 +22,21 @@ def advice(node: Node, sums: Powers) -> str:
         return ""
     if sums.own < _PART * sums.total:
         return "the error is that of what it reads: look at the ops before it"
-    if sums.weights >= sums.rounding and sums.weights > 0.0:
-        if any(_is_weight_of_one_scale(source) for source in node.all_input_nodes):
+    weights = [root for source in node.all_input_nodes if (root := _quantized_constant(source)) is not None]
+    if weights and sums.weights >= sums.rounding:
+        if any(source.target in _PER_TENSOR for source in weights):
             return "its weight has one scale: give it one for each channel"
         return "its weight needs more bits, or the op stays float"
+    if sums.own < _NEGLIGIBLE * sums.signal:
+        return ""
     if node.op == "placeholder":
         return "few values own its range: look at the data (quant2e.check_data), or leave what reads it float"
     return "leave it float, find its scale at run time (a dynamic configuration), or give activations more bits"
 
 
-def _is_weight_of_one_scale(source: Node) -> bool:
-    return source.target in _PER_TENSOR and source.all_input_nodes[0].op == "get_attr"
+def _quantized_constant(source: Node) -> Node | None:
+    """The dequantize op, or fake-quantizer, through which a node reads a constant; None for anything else."""
+    root = source
+    while rounds(root):
+        root = root.all_input_nodes[0]
+    return source if root is not source and root.op == "get_attr" else None

@@ -18,7 +18,8 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.accuracy.advice import advice
-from quant2e.accuracy.shadow import FloatValues, Powers, ShadowRun
+from quant2e.accuracy.float_bodies import drop_observers_inside
+from quant2e.accuracy.shadow import FloatValues, Powers, ShadowRun, rounds
 from quant2e.calibration.batches import check_batch, check_count, check_iterable
 from quant2e.errors import CalibrationError, Quant2eError, module_path, source_line
 from quant2e.graph.captured.calls import Call
@@ -212,10 +213,7 @@ def compare(
     graph, report, program = _read(quantized)
     reference = _reference(float_model, first, graph)
     run = values = None
-    notes: list[str] = []
-    if graph is not None and (why := _outputs_only(graph)):
-        notes.append(why)
-    elif graph is not None:
+    if graph is not None and isinstance(reference, GraphModule) and not _outputs_only(graph):
         run = ShadowRun(graph, _counterparts(reference, graph, report))
         values = FloatValues(reference, frozenset(run.counterparts.values()))
     outputs = _Outputs(reference, program)
@@ -226,11 +224,23 @@ def compare(
             run.add(call, values.of(call))
         batches += 1
     rows = () if run is None or graph is None else _rows(graph, run.powers)
-    if run is not None and not any(row.target != INPUT for row in rows):
+    if run is not None and not run.not_compared and not any(row.target != INPUT for row in rows):
         raise Quant2eError(
             "no op of the two models has the same name and shape: compare a model with what was quantized from it"
         )
-    return Comparison(rows, outputs.errors(), batches, tuple(notes))
+    return Comparison(rows, outputs.errors(), batches, tuple(_notes(graph, run)))
+
+
+def _notes(graph: GraphModule | None, run: ShadowRun | None) -> Iterator[str]:
+    """What was not compared, and why."""
+    if graph is not None and (why := _outputs_only(graph)):
+        yield why
+    if run is not None and run.not_compared:
+        names = sorted(node.name for node in run.not_compared)
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        yield f"{len(names)} ops read or give tensors that the model writes to: not compared ({shown})"
+    if graph is not None and len(list(graphs_of(graph))) > 1:
+        yield "a loop or a branch is compared as one op, not what is inside"
 
 
 def _calls(data: Iterable[Any], num_batches: int | None) -> Iterator[Call]:
@@ -283,10 +293,13 @@ def _outputs_only(graph: GraphModule) -> str:
     return ""
 
 
-def _reference(model: Any, call: Call, graph: GraphModule | None) -> GraphModule:
+def _reference(model: Any, call: Call, graph: GraphModule | None) -> nn.Module:
+    """The float model, in tensors of its own: a graph where ops are compared, a module itself where outputs are."""
     captured = isinstance(model, ExportedProgram) or is_captured(model)
+    if graph is None and not captured and isinstance(model, nn.Module):
+        return copy.deepcopy(model)
     shapes = None if captured or graph is None else read_dynamic_shapes(graph)
-    gm = capture(model, call.args, call.kwargs, dynamic_shapes=shapes)
+    gm = drop_observers_inside(capture(model, call.args, call.kwargs, dynamic_shapes=shapes))
     own_written_tensors(gm)
     for node in [node for node in gm.graph.nodes if is_observer_call(node)]:  # of a prepared graph: it is float
         node.replace_all_uses_with(node.all_input_nodes[0])
@@ -298,7 +311,8 @@ def _reference(model: Any, call: Call, graph: GraphModule | None) -> GraphModule
 def _counterparts(reference: GraphModule, graph: GraphModule, report: Report | None) -> dict[str, str]:
     """For each op of ``graph``, the node of ``reference`` with the same result: the last op that was folded into it."""
     place = {node.name: i for i, node in enumerate(reference.graph.nodes)}
-    names = {node.name for node in graph.graph.nodes if node.op == "placeholder" or node.users}
+    nodes = (node for node in graph.graph.nodes if not rounds(node))  # a step of rounding may have an op's name
+    names = {node.name for node in nodes if node.op == "placeholder" or node.users}
     found = {name: name for name in names if name in place}
     for verdict in report.verdicts if report is not None else ():
         into, op = verdict.folded_into, verdict.op.name
@@ -320,8 +334,15 @@ class _Outputs:
         if len(wanted) != len(got):
             raise Quant2eError(f"the float model returns {len(wanted)} values and the quantized one {len(got)}")
         for index, (exact, result) in enumerate(zip(wanted, got, strict=True)):
-            if isinstance(exact, Tensor) and exact.is_floating_point():
-                self._sums.setdefault(index, Powers()).add_result(exact, result)
+            if not isinstance(exact, Tensor) or not exact.is_floating_point():
+                continue
+            if not isinstance(result, Tensor) or result.shape != exact.shape:
+                found = f"of shape {list(result.shape)}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
+                raise Quant2eError(
+                    f"output {index} is {found}, and a tensor of shape {list(exact.shape)} in float: compare a model "
+                    "with what was made from it"
+                )
+            self._sums.setdefault(index, Powers()).add_result(exact, result)
 
     def errors(self) -> tuple[OutputError, ...]:
         """One for each output that is a float tensor."""

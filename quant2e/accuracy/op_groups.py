@@ -1,13 +1,13 @@
 """Groups of ops that are quantized or left float together, and the points that each wants rounded.
 
 Together are: what one kernel computes (a convolution and the activation behind it, no point between them), ops whose
-results share a scale (a concatenation and what it joins), and those that read one weight. A point is wanted by the
-groups that make its tensor and by those that read it; it is rounded while any of them is quantized.
+results share a scale (a concatenation and what it joins), those that read one weight, and the steps of one layer. A
+point, one use of a tensor, is wanted by the group that makes the tensor and by the one that reads it: it is rounded
+while one of them is quantized.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.errors import module_path
+from quant2e.graph.edit import PART_OF
 from quant2e.report.report import Report
 
 
@@ -27,8 +28,8 @@ class OpGroup:
 
     @property
     def ops(self) -> tuple[str, ...]:
-        """Names of the ops."""
-        return tuple(node.name for node in self.nodes)
+        """Names of the ops; of a layer that was written out in steps, its name."""
+        return tuple(dict.fromkeys(node.meta.get(PART_OF, node.name) for node in self.nodes))
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -39,7 +40,8 @@ class OpGroup:
 def op_groups(simulated: SimulatedGraph, report: Report) -> tuple[OpGroup, ...]:
     """The groups of the ops that ``report`` calls quantized, in graph order."""
     names = {verdict.op.name for verdict in report.verdicts if verdict.quantized}
-    nodes = [node for node in simulated.graph.graph.nodes if node.op == "call_function" and node.name in names]
+    ops = [node for node in simulated.graph.graph.nodes if node.op == "call_function"]
+    nodes = [node for node in ops if node.name in names or node.meta.get(PART_OF) in names]
     leader = {node: node for node in nodes}
     for one, other in _together(simulated, leader):
         _union(leader, one, other)
@@ -62,12 +64,17 @@ def _together(simulated: SimulatedGraph, ops: Mapping[Node, Node]) -> Iterator[t
         for source in node.all_input_nodes:
             if source in ops and source not in simulated.constants:
                 yield source, node
+    layers: dict[str, Node] = {}
+    for node in ops:
+        if PART_OF in node.meta:
+            yield layers.setdefault(node.meta[PART_OF], node), node
     sharing: dict[str, Node] = {}
+    reading: dict[Node, Node] = {}
     for call in simulated.points:
         source = call.all_input_nodes[0]
         if source in simulated.constants:
-            readers = [user for user in call.users if user in ops]
-            yield from itertools.pairwise(readers)
+            for reader in (user for user in call.users if user in ops):
+                yield reading.setdefault(source, reader), reader
         elif source in ops:
             yield sharing.setdefault(simulated.observers[call], source), source
 

@@ -30,13 +30,12 @@ from quant2e.accuracy.output_error import powers
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_batch, check_count, check_iterable
-from quant2e.calibration.calibrate import calibrate
-from quant2e.calibration.held_out import HoldOut
-from quant2e.calibration.range_selection import select_ranges
+from quant2e.calibration.held_out import calibrate_but_some
 from quant2e.errors import CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.inputs import flat_inputs
+from quant2e.graph.effects import is_random, writes
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.base import is_observer_call
 from quant2e.prepare.prepare import prepare_pt2e
@@ -50,6 +49,9 @@ SensitivityMethod = Literal["toggle", "gradient"]
 
 _EVALUATED_ON = 2
 """Held-out batches on which groups are evaluated, unless the caller says more."""
+
+_DRAWS = 8
+"""Random signs for each item of data, at least: one for each sample of a batch, and the rest by further passes."""
 
 _SHOWN = 10
 
@@ -77,12 +79,16 @@ class GroupSensitivity:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Sensitivity:
-    """``rows``: groups, the costliest first; ``sqnr_db``: with all of them quantized, on ``batches`` items of data."""
+    """``rows``: groups, the costliest first; ``sqnr_db``: with all of them quantized, on ``batches`` items of data.
+
+    ``notes``: what was left out, and why.
+    """
 
     rows: tuple[GroupSensitivity, ...]
     sqnr_db: float
     batches: int
     method: str
+    notes: tuple[str, ...] = ()
 
     def of(self, op: str) -> GroupSensitivity:
         """The group that an op is in, by the name of its node. Raises KeyError when it is in none."""
@@ -102,13 +108,13 @@ class Sensitivity:
         return f"Sensitivity ({self.method}): {groups}, on {counted}"
 
     def __str__(self) -> str:
-        return "\n".join([self._head(), *(f"  {row}" for row in self.rows)])
+        return "\n".join([self._head(), *(f"  {row}" for row in self.rows), *(f"note: {note}" for note in self.notes)])
 
     def __repr__(self) -> str:
         lines = [self._head(), *map(str, self.rows[:_SHOWN])]
         if (left := len(self.rows) - _SHOWN) > 0:
             lines.append(f"… {left} more groups")
-        return summary(lines, ())
+        return summary(lines, self.notes)
 
     def _repr_html_(self) -> str:
         cells = [
@@ -139,11 +145,12 @@ def sensitivity(
     prepared and calibrated once, on all of ``data`` but a few held-out batches; or a graph that is calibrated already,
     and ``data`` is what it is evaluated on. ``num_batches``: how many items of data each group is evaluated on, None
     for all.
-    ``method``: ``"toggle"`` takes two evaluations a group, ``"gradient"`` one backward pass in all, for hundreds of
-    groups. The model is left as it is.
+    ``method``: ``"toggle"`` takes two evaluations a group, ``"gradient"`` one backward pass for each item of data (some
+    more for batches of few samples), for hundreds of groups: a first-order estimate, from random signs, within a few
+    dB, that takes samples of a batch for independent. The model is left as it is.
 
-    Raises `Quant2eError` where nothing is quantized or the arguments do not fit together, and the errors of capture,
-    prepare and calibrate.
+    Raises `Quant2eError` where nothing is quantized, the arguments do not fit together, or, by gradient, no output can
+    be differentiated, and the errors of capture, prepare and calibrate.
     """
     if method not in get_args(SensitivityMethod):
         raise Quant2eError(f"method={method!r}: one of {', '.join(get_args(SensitivityMethod))}")
@@ -152,8 +159,9 @@ def sensitivity(
     if quantizer is None:
         prepared, calls = _prepared(model, example_inputs), _first(data, num_batches)
     else:
-        prepared, calls = _calibrated(model, example_inputs, quantizer, data, dict(kwargs or {}), dynamic_shapes)
-        calls = calls[:num_batches]
+        captured = capture(model, example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+        prepared = prepare_pt2e(captured, quantizer)
+        calls = calibrate_but_some(prepared, data).calls[:num_batches]
     if not calls:
         raise CalibrationError("sensitivity needs at least one batch of data")
     simulated = SimulatedGraph(prepared)
@@ -164,7 +172,11 @@ def sensitivity(
     whole = evaluate.sqnr(rounded_without(groups, ()))
     rows = _by_gradient(simulated, groups, calls) if method == "gradient" else _by_toggling(evaluate, groups)
     rows = sorted(rows, key=lambda row: row.sqnr_db_alone)
-    return Sensitivity(tuple(rows), whole, len(calls), method)
+    notes = (_BODIES,) if simulated.float_bodies else ()
+    return Sensitivity(tuple(rows), whole, len(calls), method, notes)
+
+
+_BODIES = "the bodies of loops and branches stay float here: what is quantized in them is in no group"
 
 
 def _prepared(model: Any, example_inputs: Any) -> GraphModule:
@@ -180,17 +192,6 @@ def _prepared(model: Any, example_inputs: Any) -> GraphModule:
 
 def _first(data: Iterable[Any], count: int | None) -> list[Call]:
     return [check_batch(batch, f"batch {i}") for i, batch in enumerate(islice(data, count))]
-
-
-def _calibrated(
-    model: Any, example_inputs: Any, quantizer: Quantizer, data: Iterable[Any], kwargs: dict[str, Any], shapes: Any
-) -> tuple[GraphModule, list[Call]]:
-    prepared = prepare_pt2e(capture(model, example_inputs, kwargs, dynamic_shapes=shapes), quantizer)
-    stream = HoldOut(data)
-    calibrate(prepared, stream)
-    held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
-    select_ranges(prepared, held_out[:_EVALUATED_ON])
-    return prepared, held_out
 
 
 class _Evaluation:
@@ -235,14 +236,16 @@ def _by_toggling(evaluate: _Evaluation, groups: Sequence[OpGroup]) -> list[Group
 def _by_gradient(simulated: SimulatedGraph, groups: Sequence[OpGroup], calls: Sequence[Call]) -> list[GroupSensitivity]:
     signal, noise = 0.0, dict.fromkeys(groups, 0.0)
     run = _Changes(simulated, groups)
-    for seed, call in enumerate(calls):
+    generator = torch.Generator().manual_seed(0)
+    for call in calls:
         outputs = run.outputs(call)
-        generator = torch.Generator().manual_seed(seed)
-        signs = [torch.randint(0, 2, y.shape, generator=generator).to(y).mul(2).sub(1) for y in outputs]
-        run.differentiate(torch.stack([(y * v).sum() for y, v in zip(outputs, signs, strict=True)]).sum())
-        signal += math.fsum(float(y.detach().double().square().sum()) for y in outputs)
-        for group in groups:
-            noise[group] += run.noise(group, outputs)
+        signal += math.fsum(powers(y, y)[0] for y in outputs)
+        samples = outputs[0].shape[0] if outputs[0].dim() else 1
+        passes = max(1, -(-_DRAWS // max(samples, 1)))
+        for _ in range(passes):
+            run.differentiate(outputs, generator)
+            for group in groups:
+                noise[group] += run.noise(group, samples) / passes
     return [GroupSensitivity(group.ops, group.modules, sqnr_db(signal, noise[group])) for group in groups]
 
 
@@ -254,31 +257,43 @@ class _Changes(Interpreter):
         self._simulated = simulated
         self._group = {node: group for group in groups for node in group.nodes}
         self._found: dict[Node, tuple[Tensor, Tensor]] = {}
-        self._gradients: dict[Node, Tensor] = {}
+        self._gradients: dict[Node, Tensor | None] = {}
 
     def outputs(self, call: Call) -> list[Tensor]:
-        """The float outputs of one item of data, with gradients to every op."""
+        """The float outputs of one item of data that depend on some group. Raises `Quant2eError` when none does."""
         self._found.clear()
-        inputs = [
-            x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
-            for x in flat_inputs(self._simulated.graph, call.copied())
-        ]
+        inputs = flat_inputs(self._simulated.graph, call.copied())
         with torch.enable_grad(), IsolatedRandomness():
             leaves = pytree.tree_leaves(self.run(*inputs, enable_io_processing=False))
-        return [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad]
+        found = [y for y in leaves if isinstance(y, Tensor) and y.is_floating_point() and y.requires_grad]
+        if not found:
+            raise Quant2eError(
+                "no float output of this model can be differentiated by its quantized ops: use method='toggle', or "
+                "return what comes before the index"
+            )
+        return found
 
-    def differentiate(self, value: Tensor) -> None:
-        """Find the gradients of ``value``, a scalar; parameters, which are the model's, get none."""
+    def differentiate(self, outputs: Sequence[Tensor], generator: torch.Generator) -> None:
+        """Gradients of the outputs under random signs; parameters, which are the model's, get none."""
+        summed = []
+        for y in outputs:
+            signs = torch.randint(0, 2, y.shape, generator=generator).to(y).mul(2).sub(1)
+            summed.append((torch.where(torch.isfinite(y), y, 0.0) * signs).sum())
         results = [result for result, _ in self._found.values()]
-        found = torch.autograd.grad(value, results, allow_unused=True)
+        try:
+            found = torch.autograd.grad(torch.stack(summed).sum(), results, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise Quant2eError(f"this model cannot be differentiated, use method='toggle': {error}") from error
         self._gradients = dict(zip(self._found, found, strict=True))
 
-    def noise(self, group: OpGroup, outputs: Sequence[Tensor]) -> float:
+    def noise(self, group: OpGroup, samples: int) -> float:
         """Estimated noise at the output: one draw for each sample of the batch, where results keep the batch apart."""
-        found = [node for node in group.nodes if self._gradients.get(node) is not None]
-        parts = [self._gradients[node].double() * self._found[node][1].double() for node in found]
-        samples = outputs[0].shape[0] if outputs and outputs[0].dim() else 1
-        if all(part.dim() and part.shape[0] == samples for part in (*parts, *outputs)):
+        parts = [
+            gradient.double() * self._found[node][1].detach().double()
+            for node in group.nodes
+            if (gradient := self._gradients.get(node)) is not None
+        ]
+        if all(part.dim() and part.shape[0] == samples for part in parts):
             draws = [part.flatten(1).sum(1) if part.dim() > 1 else part for part in parts]
         else:
             draws = [part.sum().reshape(1) for part in parts]
@@ -287,17 +302,19 @@ class _Changes(Interpreter):
     def run_node(self, n: Node) -> Any:
         """The float value of ``n``."""
         result = super().run_node(n)
-        if n in self._group and isinstance(result, Tensor) and result.requires_grad and result.is_floating_point():
+        if n in self._group and isinstance(result, Tensor) and result.is_floating_point():
+            if not result.requires_grad:  # nothing before it is differentiated
+                result = result.detach().requires_grad_()
             self._found[n] = (result, self._changed(n, self._group[n], result) - result.detach())
         return result
 
     def _changed(self, n: Node, group: OpGroup, result: Tensor) -> Tensor:
         """The result with what the group rounds of the op's operands, and of its result."""
         points = self._simulated.points
-        mine = [x for x in n.all_input_nodes if x in points and x in group.points]
-        before = {x: self.env[x] for x in mine}
+        before = {x: self.env[x] for x in n.all_input_nodes}
+        mine = [] if is_random(n) or writes(n) else [x for x in before if x in points and x in group.points]
         with torch.no_grad():
-            self.env.update({x: points[x].rounded(value) for x, value in before.items()})
+            self.env.update({x: points[x].rounded(before[x]) for x in mine})
             try:
                 changed = super().run_node(n) if mine else result
             finally:

@@ -24,14 +24,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from quant2e.accuracy.float_bodies import drop_observers_inside
+from quant2e.accuracy.output_error import powers
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import SHAPE_READERS
 from quant2e.graph.effects import is_random, writes
-from quant2e.graph.mutation import own_written_tensors
+from quant2e.graph.mutation import own_written_tensors, written_nodes
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.integer.functionalize import use_functional_ops
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.base import is_observer_call
 
@@ -47,7 +49,7 @@ def rounds(node: Node) -> bool:
 
 @dataclass(slots=True)
 class Powers:
-    """Sums of squares over all data, of elements that are finite in float.
+    """Sums of squares over all data, of elements that are finite in float; inf where others differ.
 
     ``signal``: the float result. ``own``, ``weights``, ``rounding``: errors on exact operands; of weights alone, and
     of rounding activations alone. ``total``: the error of what came out. ``product``, ``reached``: for a cosine.
@@ -66,7 +68,7 @@ class Powers:
         finite = torch.isfinite(exact)
         wanted, got = (torch.where(finite, value, 0.0).double() for value in (exact, result))
         self.signal += float(wanted.square().sum())
-        self.total += error_power(exact, result)
+        self.total += powers(exact, result)[1]
         self.product += float((wanted * got).sum())
         self.reached += float(got.square().sum())
 
@@ -76,14 +78,6 @@ class Powers:
         if self.signal == 0.0 or self.reached == 0.0:
             return float(self.signal == self.reached)
         return self.product / math.sqrt(self.signal * self.reached)
-
-
-def error_power(exact: Tensor, value: Tensor) -> float:
-    """Sum of squared errors over the elements that are finite in float; inf where ``value`` is NaN."""
-    finite = torch.isfinite(exact)
-    difference = torch.where(finite, value, 0.0).double() - torch.where(finite, exact, 0.0).double()
-    power = float(difference.square().sum())
-    return math.inf if math.isnan(power) else power
 
 
 class FloatValues(Interpreter):
@@ -116,17 +110,23 @@ class FloatValues(Interpreter):
 class ShadowRun(Interpreter):
     """Runs a copy of a quantized graph and adds up the errors of its ops and inputs, by name, in ``powers``.
 
-    ``counterparts``: for ops of ``gm``, the node of the float graph that computes the same tensor.
+    ``counterparts``: for ops of ``gm``, the node of the float graph that computes the same tensor. Ops that read or
+    give a tensor that is written to have no exact operands: they are in ``not_compared``, and run on what reaches them.
     """
 
     def __init__(self, gm: GraphModule, counterparts: Mapping[str, str]) -> None:
         copied = copy_graph(gm)
+        use_functional_ops(copied)
         own_written_tensors(copied)
         super().__init__(copied)
         self._gm = copied
         self.counterparts = counterparts
         self._constants = Constants(copied.graph)
         self._made_by = _owners(copied, self._constants)
+        written = written_nodes(copied.graph)
+        self.not_compared = {
+            node for node in copied.graph.nodes if not written.isdisjoint((node, *node.all_input_nodes))
+        }
         self._exact: Mapping[str, Any] = {}
         self._shadows: dict[Node, Any] = {}
         self._unrounded: dict[Node, _Unrounded] = {}
@@ -158,9 +158,9 @@ class ShadowRun(Interpreter):
 
     def _compute(self, n: Node, result: Any) -> None:
         exact = self._exact.get(self.counterparts.get(n.name, ""))
-        if not _alike(exact, result):
+        if not _alike(exact, result) or n in self.not_compared:
             exact = None
-        if writes(n) or is_random(n):
+        if writes(n) or is_random(n) or n in self.not_compared:
             own = weights = result if exact is None else exact
         else:
             own = weights = self._on(n, self._shadows)
@@ -217,10 +217,10 @@ class ShadowRun(Interpreter):
             return
         sums = self.powers.setdefault(n.name, Powers())
         sums.add_result(exact, result)
-        own_error, weight_error = error_power(exact, own), error_power(exact, weights)
+        own_error, weight_error = powers(exact, own)[1], powers(exact, weights)[1]
         sums.own += own_error
         sums.weights += weight_error
-        sums.rounding += max(own_error - weight_error, 0.0) if rounded is None else error_power(exact, rounded)
+        sums.rounding += max(own_error - weight_error, 0.0) if rounded is None else powers(exact, rounded)[1]
 
 
 @dataclass(slots=True)

@@ -2,9 +2,9 @@
 
     x → observer → op        =>        x → (round, when on) → op
 
-A point is one observer call: one tensor on its way to those that read it. What it rounds to is what convert would
-write for it, made by the same edit, so with all points on the graph computes what the converted graph does, and with
-none what the float model does.
+A point is one use of an observed tensor: the tensor on its way to one op that reads it. What it rounds to is what
+convert would write for it, made by the same edit, so with all points on the graph computes what the converted graph
+does, and with none what the float model does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from quant2e.convert.insert_qdq import quantize_at
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
+from quant2e.graph.control_flow import graphs_of
+from quant2e.graph.effects import is_in_place
 from quant2e.graph.mutation import own_written_tensors
+from quant2e.integer.functionalize import use_functional_ops
 from quant2e.observers.base import OBSERVER_PREFIX, is_observer_call
 from quant2e.observers.encodings import Encoding, RoundedConstant
 from quant2e.observers.measuring import searchable
@@ -34,7 +37,7 @@ from quant2e.ranges.search import searched_together
 
 
 class Point(nn.Module):
-    """One observed tensor: handed on rounded when ``on``, else as it is."""
+    """One use of an observed tensor, which is handed on rounded when ``on``, else as it is."""
 
     def __init__(self, rounded: nn.Module) -> None:
         super().__init__()
@@ -50,8 +53,12 @@ class Point(nn.Module):
 
 
 class SimulatedGraph:
-    """``graph``: a copy of a calibrated graph, with a `Point` where it had an observer call; ``points``: those calls.
+    """``graph``: a copy of a calibrated graph, with a `Point` for each reader where it had an observer call.
 
+    ``points``: the calls of those; ``observers``: the name of the observer that each was.
+
+    What is written in place is written to new tensors, where nobody sees the difference. ``float_bodies``: bodies of
+    control flow have points as well, which are left out.
     Raises `Quant2eError` for a graph that is no prepared one or is being trained, and `CalibrationError` as
     `quant2e.convert_pt2e` does.
     """
@@ -59,29 +66,46 @@ class SimulatedGraph:
     def __init__(self, prepared: GraphModule) -> None:
         if FUSED in prepared.meta:
             raise Quant2eError("this graph was prepared for training: convert it, and compare the result with float")
+        inside = any(is_observer_call(node) for _, body in list(graphs_of(prepared))[1:] for node in body.graph.nodes)
         gm = drop_observers_inside(copy_graph(prepared))
         own_written_tensors(gm)
         calls = [node for node in gm.graph.nodes if is_observer_call(node)]
+        if not calls and inside:
+            raise Quant2eError("all that is quantized lies in bodies of control flow, which count as a whole here")
         if not calls:
             raise Quant2eError("this graph has no observers: call prepare_pt2e on it, and calibrate")
+        self.float_bodies = inside
         floats = left_float(prepared)
         with searched_together(searchable(prepared.modules())):
             encodings = encode_all(gm, calls, floats.observers)
         self.graph = gm
         self.constants = Constants(gm.graph)
-        self.observers = {call: str(call.target) for call in calls}
+        self.observers: dict[Node, str] = {}
         self.points: dict[Node, Point] = {}
-        for index, call in enumerate(calls):
-            rounded = _rounded(call, gm, encodings[str(call.target)], call.all_input_nodes[0] in self.constants)
-            if rounded is None:
-                call.replace_all_uses_with(call.all_input_nodes[0])
-                gm.graph.erase_node(call)
-                continue
-            name = f"{OBSERVER_PREFIX}point_{index}"
-            gm.add_submodule(name, point := Point(rounded))
-            call.target = name
-            self.points[call] = point
+        uses = []
+        for call in calls:
+            source = call.all_input_nodes[0]
+            rounded = _rounded(call, gm, encodings[str(call.target)], source in self.constants)
+            if rounded is not None:
+                uses += [(call, source, rounded, reader) for reader in call.users]
+            call.replace_all_uses_with(source)
+        writers = {node for node in gm.graph.nodes if is_in_place(node)}
+        use_functional_ops(gm)
+        for call, source, rounded, reader in uses:
+            self._insert(call, rounded, reader, _now(source, reader, writers))
+        for call in calls:
+            gm.graph.erase_node(call)
         gm.recompile()
+
+    def _insert(self, call: Node, rounded: nn.Module, reader: Node, source: Node) -> None:
+        """A point between ``source`` and one op that reads it."""
+        name = f"{OBSERVER_PREFIX}point_{len(self.points)}"
+        self.graph.add_submodule(name, module := Point(rounded))
+        with self.graph.graph.inserting_before(reader):
+            point = self.graph.graph.call_module(name, (source,))
+        point.meta = dict(call.meta)
+        reader.replace_input_with(source, point)
+        self.observers[point], self.points[point] = str(call.target), module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph(*args, **kwargs)
@@ -119,6 +143,13 @@ def _rounded(call: Node, gm: GraphModule, encoding: Encoding | None, constant: b
     made.delete_submodule("observer")
     made.recompile()
     return _Constant(_run(made, evaluate(gm, source))) if constant else made
+
+
+def _now(source: Node, reader: Node, writers: Collection[Node]) -> Node:
+    """What a reader of ``source`` reads where an op that wrote into it gives a new tensor."""
+    if source in reader.all_input_nodes:
+        return source
+    return next(node for node in reader.all_input_nodes if node in writers and source in node.all_input_nodes)
 
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from quant2e.calibration.batches import check_iterable
-from quant2e.calibration.calibrate import batch_count
+from torch.fx import GraphModule
+
+from quant2e.calibration.batches import check_batch, check_iterable
+from quant2e.calibration.calibrate import Progress, batch_count, calibrate
+from quant2e.calibration.range_selection import RangeChoice, select_ranges
+from quant2e.graph.captured.calls import Call
 
 _EVERY = 8
 _AT_MOST = 8
@@ -45,3 +49,25 @@ class HoldOut:
             if index == 0:
                 self.kept.append(batch)
             yield batch
+
+
+SELECT_RANGES_ON = 2
+"""Held-out batches on which candidate ranges are compared; each costs about four forwards."""
+
+
+class HeldOutData(NamedTuple):
+    """Data that was not calibrated on, what it is in words, and how candidate ranges fared on it."""
+
+    calls: list[Call]
+    source: str
+    choices: tuple[RangeChoice, ...] = ()
+
+
+def calibrate_but_some(prepared: GraphModule, data: Iterable[Any], progress: Progress | None = None) -> HeldOutData:
+    """Calibrate ``prepared`` in place on most of ``data``, and choose its ranges on the rest."""
+    stream = HoldOut(data)
+    calibrate(prepared, stream, progress=progress)
+    held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
+    choices = select_ranges(prepared, held_out[:SELECT_RANGES_ON])
+    kind = "held-out batch" if stream.separate else "calibration batch"
+    return HeldOutData(held_out, f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}", choices)

@@ -50,3 +50,20 @@ def test_an_input_with_an_outlier():
 def test_what_makes_no_error_of_its_own_points_to_what_it_reads():
     model = nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1)).eval()
     assert compared(model, data()).of("softmax").advice.startswith("the error is that of what it reads")
+
+
+def test_what_stays_float_has_no_advice():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval()
+    model[1].running_var.uniform_(0.5, 2.0)
+    images = [torch.randn(2, 3, 8, 8) for _ in range(4)]
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config()).set_module_name("0", None)
+    assert compare(model, quant2e.quantize(model, (images[0],), quantizer, images), images).of("conv2d").advice == ""
+
+
+def test_a_weight_that_was_not_folded_is_a_weight():
+    prepared = quant2e.prepare_pt2e(
+        quant2e.capture(layers(), (data()[0],)),
+        XNNPACKQuantizer().set_global(get_symmetric_quantization_config(weight_qmin=-3, weight_qmax=3)),
+    )
+    converted = quant2e.convert_pt2e(quant2e.calibrate(prepared, data()), fold_quantize=False)
+    assert "give it one for each channel" in compare(layers(), converted, data()).of("linear_1").advice

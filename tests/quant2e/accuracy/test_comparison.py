@@ -274,15 +274,127 @@ def test_text(comparison):
     assert comparison.as_dict()["rows"][0]["op"] == comparison.rows[0].op
 
 
+class Unlike(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(x).mean((2, 3))
+
+
 def test_two_other_models_are_refused(quantized):
-    other = nn.Sequential(nn.Flatten(), nn.Unflatten(1, (3, 8, 8)), nn.Conv2d(3, 10, 8), nn.Flatten()).eval()
-    other(batches()[0])
-    renamed = copy_graph(quantized.module)
-    for node in renamed.graph.nodes:
-        if node.op == "call_function":
-            node.name = f"other_{node.name}"
-    with pytest.raises(Quant2eError, match="what was quantized from it"):
-        compare(other, renamed, batches())
+    with pytest.raises(Quant2eError, match=r"output 0 is of shape \[4, 10\], and a tensor of shape \[4, 3\] in float"):
+        compare(Unlike(), quantized, batches())
+
+
+@pytest.mark.parametrize(
+    "result", [None, torch.zeros(4, 3), torch.zeros(4, 10).numpy()], ids=["none", "shape", "array"]
+)
+def test_outputs_of_another_kind_are_refused(result):
+    with pytest.raises(Quant2eError, match="output 0 is "):
+        compare(net(), lambda x: result, batches())
+
+
+def test_a_lowered_program_with_sizes_that_vary():
+    model = nn.Linear(8, 4).eval()
+    found = compare(model, lambda x: model(x) + 1e-3, [torch.randn(4, 8), torch.randn(7, 8)])
+    assert found.batches == 2
+    assert math.isfinite(found.outputs[0].sqnr_db)
+
+
+def test_what_is_not_finite_counts_as_in_quantize():
+    """A mask that a program turns into numbers is an error without bound."""
+    model = nn.Sequential(nn.Linear(8, 4)).eval()
+    masked = [torch.cat([torch.full((1, 8), -math.inf), torch.randn(3, 8)])]
+    found = compare(lambda_module(model), lambda x: lambda_module(model)(x).nan_to_num(neginf=-1e4), masked)
+    assert found.outputs[0].sqnr_db == -math.inf
+
+
+def lambda_module(model: nn.Module) -> nn.Module:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.where(x[:, :4] == -math.inf, -math.inf, model(x.clamp(-10.0, 10.0)))
+
+    return Masked()
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def test_a_recurrent_layer_has_a_row_of_its_own():
+    torch.manual_seed(0)
+    model, data = Recurrent().eval(), [torch.randn(2, 5, 8) for _ in range(3)]
+    float_head = XNNPACKQuantizer().set_global("w8a8-dynamic").set_module_name("head", None)
+    rows = {row.module: row for row in compare(model, quant2e.quantize(model, (data[0],), float_head, data), data).rows}
+    assert math.isfinite(rows["lstm"].local_sqnr_db)
+    assert rows["head"].local_sqnr_db == math.inf
+    assert rows["head"].advice.startswith("the error is that of what it reads")
+
+
+class Written(nn.Module):
+    """A view of an activation is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        y[:, :4].mul_(3.0)
+        return self.second(y)
+
+
+def test_tensors_that_are_written_to_are_left_out_and_said():
+    model, data = Written().eval(), [torch.randn(4, 8) for _ in range(6)]
+    found = compare(model, quant2e.quantize(model, (data[0],), xnnpack(), data), data)
+    assert "second" not in {row.module for row in found.rows}
+    assert "tensors that the model writes to: not compared" in found.notes[0]
+    assert found.outputs[0].sqnr_db > 20.0
+
+
+def test_what_is_written_in_place_where_nobody_sees_it_is_compared():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.relu(self.first(x), inplace=True)
+            z = self.second(y)
+            z += y
+            return z
+
+    torch.manual_seed(0)
+    model, data = Residual().eval(), [torch.randn(4, 8) for _ in range(6)]
+    found = compare(model, quant2e.quantize(model, (data[0],), xnnpack(), data), data)
+    assert found.notes == ()
+    assert {"relu_", "linear_1", "add_"} <= {row.op for row in found.rows}
+    assert all(row.local_sqnr_db > 25.0 for row in found.rows)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return torch.cond(x.sum() > 0, self.second, lambda y: torch.relu(self.second(y)), (y,))
+
+
+def test_a_prepared_graph_with_branches_observes_nothing_of_it():
+    torch.manual_seed(0)
+    data = [torch.randn(4, 8).abs() * (1.0 if i % 2 else -1.0) for i in range(6)]
+    prepared = quant2e.prepare_pt2e(quant2e.capture(Branching().eval(), (data[0],)), xnnpack())
+    quant2e.calibrate(prepared, data)
+    before = {key: value.clone() for key, value in prepared.state_dict().items()}
+    found = compare(prepared, quant2e.convert_pt2e(prepared), [x * 100.0 for x in data])
+    assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
+    assert any("compared as one op" in note for note in found.notes)
 
 
 def test_no_data_and_no_model_are_refused(quantized):
