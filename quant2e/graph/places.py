@@ -3,7 +3,8 @@
     index_select(x, 2, [3, 0, 1])     takes, along axis 2, the places 3, 0, 1:  cat(x[:, :, 3:4], x[:, :, 0:2])
     flip, repeat, tile, expand, a step in a slice, a reflecting pad, nearest upsampling        are such places, too
 
-Which places they are is seen by moving numbers: an op is run on the numbers of its operand's elements.
+Which places they are is seen by moving numbers: an op is run on the numbers of its operand's elements, and again on
+their negatives. What does not change sign is a value that the op brings, as a padding with ones does, and is no place.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def slicings(node: Node, constants: Constants) -> tuple[Slicing, ...] | str:
 def places_along_axes(node: Node, constants: Constants) -> tuple[Places, ...] | str:
     """For each axis of the result of an op that moves values, its places; or why it has none.
 
-    Operands of fewer axes count as having axes of one place in front. Costs a run of the op on 64-bit numbers.
+    Operands of fewer axes count as having axes of one place in front. Costs two runs of the op on 64-bit numbers.
     """
     row, x = movement(node.target), node_tensor(operand(node, 0))
     if row is None or x is None or node_tensor(node) is None:
@@ -107,11 +108,13 @@ def places_along_axes(node: Node, constants: Constants) -> tuple[Places, ...] | 
     others = [other for other in node.all_input_nodes if other is not source and node.target not in _SHAPES_ONLY]
     if (other := next((other for other in others if other not in constants), None)) is not None:
         return f"'{other.name}', which says what it takes, is not constant"
-    numbers = torch.arange(1, x.numel() + 1, dtype=torch.int64 if row.integers else torch.float64)
-    result = _run(node, numbers.reshape(x.shape)).to(torch.int64) - 1
-    if result.numel() and int(result.min()) < 0:
+    numbers = torch.arange(1, x.numel() + 1, dtype=torch.float64).reshape(x.shape)
+    result = _run(node, numbers)
+    if not torch.equal(_run(node, -numbers), -result):
+        return "it puts values of its own between those of its operand"
+    if bool((result == 0).any()):
         return "it puts zeros between values"
-    return _separated(result, tuple(x.shape))
+    return _separated(result.to(torch.int64) - 1, tuple(x.shape))
 
 
 def _fixed(tensor: Tensor | None) -> bool:

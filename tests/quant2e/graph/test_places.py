@@ -1,5 +1,7 @@
 """Places along axes: found by running ops, and taken by slices and views that give the same tensor."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from quant2e.graph.constants import Constants
 from quant2e.graph.places import Runs, SplitAxis, places_along_axes, slicing, slicings
 
 aten = torch.ops.aten
+OWN = "it puts values of its own between those of its operand"
 IMAGE = torch.randn(2, 4, 6, 6)
 
 
@@ -81,6 +84,12 @@ def test_slices_take_what_the_op_takes(name):
         (lambda m, x: x + x, "'add' is not known to move values of one tensor"),
         (lambda m, x: x.as_strided((2, 2), (1, 2)), "what it takes depends on how its operand lies in memory"),
         (lambda m, x: x.tril(), "it puts zeros between values"),
+        (lambda m, x: F.pad(x, (1, 1)), "it puts zeros between values"),
+        *(
+            (lambda m, x, value=value, sizes=sizes: F.pad(x[:1, :1, :1], sizes, value=value), OWN)
+            for value in (2.0, 1.0, 0.5, -3.0, 1e9, math.inf, -math.inf, math.nan)
+            for sizes in ((1, 1), (0, 0, 2, 0))
+        ),
         (lambda m, x: x.diagonal(), "it has fewer axes than its operand"),
         (lambda m, x: x.roll(5), "what it takes along one axis depends on another"),
         (lambda m, x: x.index_select(2, x.int()[0, 0, 0]), "which says what it takes, is not constant"),

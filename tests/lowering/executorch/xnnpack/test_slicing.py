@@ -152,8 +152,14 @@ def test_before_and_after(name, golden):
 
 @pytest.mark.parametrize(
     "function",
-    [lambda m, x: x.roll(5), lambda m, x: x.int().flip(2), lambda m, x: x[:, :, 1:3], lambda m, x: x.tril()],
-    ids=["places depend on each other", "integers", "a slice", "zeros"],
+    [
+        lambda m, x: x.roll(5),
+        lambda m, x: x.int().flip(2),
+        lambda m, x: x[:, :, 1:3],
+        lambda m, x: x.tril(),
+        lambda m, x: F.pad(x[:, :1, :1], (1, 1), value=2.0),
+    ],
+    ids=["places depend on each other", "integers", "a slice", "zeros", "a value of its own"],
 )
 def test_what_slices_do_not_do_is_left_alone(function):
     module = exported(function)
