@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowering.state import Apart
 from lowering.verify import Bound, Verification, verify_calls
 from quant2e.graph.captured.calls import Call
+from quant2e.graph.control_flow import form_in_python
 from quant2e.graph.data_movement import MOVEMENTS
 
 LAST_BIT = 2.0**-23
@@ -72,15 +74,23 @@ class _MovedResults(TorchDispatchMode):
     """Moves the last bits of the floats that ops compute: what is exactly between two integers may become either.
 
     Of floats of 16 bits one in six moves: the variance is that of the difference between two roundings, ``2 / 12`` of a
-    squared step.
+    squared step. Control flow is run in Python, so that the ops of its bodies are seen one by one; other ops that call
+    functions are run as they are, and what they return is moved.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch gives this base no types
         self._generator = generator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (in_python := form_in_python(func)) is not None:
+            with self:
+                return in_python(*args, **(kwargs or {}))
         results = func(*args, **(kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            return pytree.tree_map(self._moved, results)
         if func.namespace != "aten" or func in MOVEMENTS or any(r.alias_info is not None for r in func._schema.returns):
             return results  # integers as floats, which is exact; the same values; or another one's
         return pytree.tree_map(self._moved, results)

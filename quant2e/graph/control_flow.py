@@ -90,6 +90,12 @@ _ALL = (
 _KNOWN: Mapping[Any, ControlFlow] = {target: each for each in _ALL for target in (each.op, each.in_python)}
 
 
+def form_in_python(op: object) -> Callable[..., Any] | None:
+    """The function of Python that computes what a control-flow op does, of the same arguments; None for any other."""
+    flow = _KNOWN.get(op)
+    return None if flow is None else flow.in_python
+
+
 def control_flow(node: Node) -> ControlFlow | None:
     """The control flow that a node is, as the op or in Python; None for any other."""
     return _KNOWN.get(node.target) if node.op == "call_function" else None

@@ -10,6 +10,7 @@ from lowering.own_noise import LEEWAY_DB, compare_within_noise, own_noise_db
 from quant2e import quantize
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call
+from tests.control_flow_models import SHAPES, captured, data
 from tests.lowering.graphs import on_grid
 from tests.lowering.test_verify import graph
 from tests.quant2e.integer.test_graph import xnnpack
@@ -76,6 +77,47 @@ def test_rounding_to_16_bits_is_noise_and_a_wrong_scale_is_not(dtype):
     assert right.sqnr_db < asked.sqnr_db
     assert not wrong.passed
     assert graph(mixed, x)(x).equal(reference(x))
+
+
+class Chosen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.a(x), lambda x: torch.relu(self.b(x)), (x,))
+
+
+@pytest.mark.parametrize("kind", ["cond", *SHAPES])
+def test_what_bodies_compute_moves_too(kind):
+    torch.manual_seed(0)
+    batches = [Call(each, {}) for each in data(kind, 2)] if kind in SHAPES else [Call((torch.randn(4, 8),), {})]
+    gm = captured(kind) if kind in SHAPES else graph(Chosen(), *batches[0].args)
+    noise = own_noise_db(gm, batches)
+    assert 120 < noise < 140  # the last bits of floats, in the bodies as well
+    assert not compare_within_noise(lambda *x: gm(*x) * 1.1, gm, batches).passed
+    assert compare_within_noise(lambda *x: gm(*x) * (1 + 2.0**-23), gm, batches, Bound(steps=1e-9, sqnr_db=200.0)).passed
+
+
+def test_ties_in_bodies_are_noise():
+    """Nothing but the body moves: integers go in, and come out where their averages are ties."""
+
+    class Body(nn.Module):
+        def forward(self, x):
+            return torch.cond(x.sum() > 0, lambda x: on_grid(x * 0.5, (1.0, 0)), lambda x: x.clone(), (x,))
+
+    x = torch.arange(64.0)
+    gm, batches = graph(Body(), x), [Call((x,), {})]
+    assert 20 < own_noise_db(gm, batches) < 45
+
+
+def test_other_ops_that_call_functions_are_run():
+    class Strict(nn.Module):
+        def forward(self, x):
+            return torch.ops.higher_order.strict_mode(lambda x: (x * 2, x.argmax()), (x,))
+
+    x = torch.randn(64)
+    assert 120 < own_noise_db(Strict(), [Call((x,), {})]) < 160
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
