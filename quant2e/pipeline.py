@@ -25,6 +25,7 @@ from quant2e.graph.captured.calls import Call, positional_inputs
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
 from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.fake_values import is_float
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.isolation import IsolatedRandomness
 from quant2e.prepare.prepare import prepare_pt2e
@@ -111,8 +112,13 @@ def _measured(
     ``graphs``: captured, prepared, converted. Raises `AccuracyError` below ``least`` dB.
     """
     captured, prepared, converted = graphs
-    sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out.calls)
-    report = replace(report, sqnr_db=sqnr, sqnr_source=held_out.source, ranges=ranges_of(held_out.choices))
+    source = held_out.source
+    if any(is_float(leaf) for leaf in captured.graph.output_node().all_input_nodes):
+        sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out.calls)
+    else:
+        sqnr, place = _last_float(prepared, held_out.calls)
+        source += f", at {place}: no output of the model is a float"
+    report = replace(report, sqnr_db=sqnr, sqnr_source=source, ranges=ranges_of(held_out.choices))
     lost = least is not None and not sqnr >= least
     if lost:
         _check_float(_bystander(captured), held_out.calls, held_out.source)
@@ -122,6 +128,13 @@ def _measured(
     if least is not None and lost:
         raise AccuracyError(_lost(report, least))
     return report
+
+
+def _last_float(prepared: GraphModule, calls: list[Call]) -> tuple[float, str]:
+    """SQNR in dB of the last op with a float result, and its name: what an index or a comparison was made of."""
+    rows = {row.op: row for row in compare(prepared, converted_graph(prepared), calls).rows}
+    last = next(rows[node.name] for node in reversed(prepared.graph.nodes) if node.name in rows)
+    return last.sqnr_db, f"'{last.op}'"
 
 
 def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:

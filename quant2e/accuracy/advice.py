@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import Node
 
 from quant2e.accuracy.shadow import Powers, rounds
-from quant2e.graph.qdq_ops import DEQUANTIZE, qd
+from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, qd
 
 _PER_TENSOR = frozenset(target for target in DEQUANTIZE if target.overloadpacket is qd.dequantize_per_tensor)
 
@@ -31,7 +33,18 @@ def advice(node: Node, sums: Powers) -> str:
         return ""
     if node.op == "placeholder":
         return "few values own its range: look at the data (quant2e.check_data), or leave what reads it float"
+    if any(map(_is_dynamic, node.all_input_nodes)):
+        return "leave it float, or give activations more bits"
     return "leave it float, find its scale at run time (a dynamic configuration), or give activations more bits"
+
+
+def _is_dynamic(source: Node) -> bool:
+    """Whether a tensor comes with a scale that was found at run time."""
+    while rounds(source):
+        if source.target in CHOOSE_QPARAMS or any(x.target is operator.getitem for x in source.all_input_nodes[1:]):
+            return True
+        source = source.all_input_nodes[0]
+    return False
 
 
 def _quantized_constant(source: Node) -> Node | None:

@@ -25,8 +25,9 @@ from quant2e.errors import CalibrationError, Quant2eError, module_path, source_l
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture, is_captured
 from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
-from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.captured.module import check_dtypes, copy_graph
 from quant2e.graph.control_flow import graphs_of
+from quant2e.graph.fake_values import is_float
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.integer.report import INTEGER
 from quant2e.isolation import IsolatedRandomness
@@ -211,7 +212,7 @@ def compare(
     if first is None:
         raise CalibrationError("compare needs at least one batch of data")
     graph, report, program = _read(quantized)
-    reference = _reference(float_model, first, graph)
+    reference = _reference(float_model, _example(quantized, first), graph)
     run = values = None
     if graph is not None and isinstance(reference, GraphModule) and not _outputs_only(graph):
         run = ShadowRun(graph, _counterparts(reference, graph, report))
@@ -219,7 +220,10 @@ def compare(
     outputs = _Outputs(reference, program)
     batches = 0
     for call in _chained(first, calls):
-        outputs.add(call)
+        for model in (reference, graph):
+            if isinstance(model, GraphModule) and not quantized_io_of(model):
+                check_dtypes(model, call)
+        outputs.add(call, f"batch {batches}")
         if run is not None and values is not None:
             run.add(call, values.of(call))
         batches += 1
@@ -239,6 +243,8 @@ def _notes(graph: GraphModule | None, run: ShadowRun | None) -> Iterator[str]:
         names = sorted(node.name for node in run.not_compared)
         shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
         yield f"{len(names)} ops read or give tensors that the model writes to: not compared ({shown})"
+    if graph is not None and not any(is_float(leaf) for leaf in graph.graph.output_node().all_input_nodes):
+        yield "no output is a float: outputs are not compared"
     if graph is not None and len(list(graphs_of(graph))) > 1:
         yield "a loop or a branch is compared as one op, not what is inside"
 
@@ -248,6 +254,13 @@ def _calls(data: Iterable[Any], num_batches: int | None) -> Iterator[Call]:
         if num_batches is not None and index >= num_batches:
             return
         yield check_batch(batch, f"batch {index}")
+
+
+def _example(quantized: Any, first: Call) -> Call:
+    """Inputs to capture the float model with: those of the quantized one, for the first item may be a batch of one."""
+    if not isinstance(quantized, QuantizedModel) or quantized.quantized_io:
+        return first
+    return Call(quantized.example_inputs, dict(quantized.example_kwargs))
 
 
 def _chained(first: Call, rest: Iterator[Call]) -> Iterator[Call]:
@@ -328,9 +341,10 @@ class _Outputs:
         self._reference, self._program = reference, program
         self._sums: dict[int, Powers] = {}
 
-    def add(self, call: Call) -> None:
-        """Run both on one item of data."""
-        wanted, got = (pytree.tree_leaves(_called(model, call)) for model in (self._reference, self._program))
+    def add(self, call: Call, name: str) -> None:
+        """Run both on one item of data, which is ``name`` in errors."""
+        wanted = pytree.tree_leaves(_called(self._reference, call, f"the float model, on {name}"))
+        got = pytree.tree_leaves(_called(self._program, call, f"the quantized model, on {name}"))
         if len(wanted) != len(got):
             raise Quant2eError(f"the float model returns {len(wanted)} values and the quantized one {len(got)}")
         for index, (exact, result) in enumerate(zip(wanted, got, strict=True)):
@@ -349,10 +363,15 @@ class _Outputs:
         return tuple(OutputError(i, sqnr_db(s.signal, s.total), s.cosine) for i, s in self._sums.items())
 
 
-def _called(model: Callable[..., Any], call: Call) -> Any:
+def _called(model: Callable[..., Any], call: Call, name: str) -> Any:
     args, kwargs = call.copied()
-    with torch.no_grad(), IsolatedRandomness():
-        return model(*args, **kwargs)
+    try:
+        with torch.no_grad(), IsolatedRandomness():
+            return model(*args, **kwargs)
+    except Quant2eError:
+        raise
+    except Exception as error:
+        raise Quant2eError(f"{name}, failed: {type(error).__name__}: {error}") from error
 
 
 def _rows(graph: GraphModule, powers: Mapping[str, Powers]) -> tuple[OpError, ...]:

@@ -35,6 +35,7 @@ from quant2e.errors import CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.inputs import flat_inputs
+from quant2e.graph.captured.module import check_dtypes
 from quant2e.graph.effects import is_random, writes
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.base import is_observer_call
@@ -164,6 +165,8 @@ def sensitivity(
         calls = calibrate_but_some(prepared, data).calls[:num_batches]
     if not calls:
         raise CalibrationError("sensitivity needs at least one batch of data")
+    for call in calls:
+        check_dtypes(prepared, call)
     simulated = SimulatedGraph(prepared)
     groups = op_groups(simulated, record_of(prepared).report)
     if not groups:
@@ -201,22 +204,32 @@ class _Evaluation:
         self._simulated = simulated
         self._calls = calls
         with simulated.rounding(()):
-            self._wanted = [_outputs(simulated, call) for call in calls]
+            self._wanted = self._outputs()
+        if not any(self._wanted):
+            raise Quant2eError(
+                "this model has no float output, so nothing can be measured at it: return what comes before the index"
+            )
+
+    def _outputs(self) -> list[list[Tensor]]:
+        """The float outputs of each item of data, from the same state and with the same random numbers each time."""
+        self._simulated.start_again()
+        randomness = IsolatedRandomness()
+        return [_outputs(self._simulated, call, randomness) for call in self._calls]
 
     def sqnr(self, points: frozenset[Node]) -> float:
         """In dB, against the graph with no point rounded."""
         signal = noise = 0.0
         with self._simulated.rounding(points):
-            for call, wanted in zip(self._calls, self._wanted, strict=True):
-                for exact, got in zip(wanted, _outputs(self._simulated, call), strict=True):
+            for wanted, found in zip(self._wanted, self._outputs(), strict=True):
+                for exact, got in zip(wanted, found, strict=True):
                     s, n = powers(exact, got)
                     signal, noise = signal + s, noise + n
         return sqnr_db(signal, noise)
 
 
-def _outputs(model: SimulatedGraph, call: Call) -> list[Tensor]:
+def _outputs(model: SimulatedGraph, call: Call, randomness: IsolatedRandomness) -> list[Tensor]:
     args, kwargs = call.copied()
-    with torch.no_grad(), IsolatedRandomness():
+    with torch.no_grad(), randomness:
         leaves = pytree.tree_leaves(model(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -236,6 +249,7 @@ def _by_toggling(evaluate: _Evaluation, groups: Sequence[OpGroup]) -> list[Group
 def _by_gradient(simulated: SimulatedGraph, groups: Sequence[OpGroup], calls: Sequence[Call]) -> list[GroupSensitivity]:
     signal, noise = 0.0, dict.fromkeys(groups, 0.0)
     run = _Changes(simulated, groups)
+    simulated.start_again()
     generator = torch.Generator().manual_seed(0)
     for call in calls:
         outputs = run.outputs(call)

@@ -96,7 +96,7 @@ class FloatValues(Interpreter):
         """Values by the name of their node, for one item of data."""
         self._values = {}
         with torch.no_grad(), IsolatedRandomness():
-            self.run(*flat_inputs(self._gm, call), enable_io_processing=False)
+            self.run(*flat_inputs(self._gm, call.copied()), enable_io_processing=False)
         return self._values
 
     def run_node(self, n: Node) -> Any:
@@ -128,7 +128,8 @@ class ShadowRun(Interpreter):
             node for node in copied.graph.nodes if not written.isdisjoint((node, *node.all_input_nodes))
         }
         self._exact: Mapping[str, Any] = {}
-        self._shadows: dict[Node, Any] = {}
+        self._shadows: dict[Node, Any] = {}  # from exact operands
+        self._plain: dict[Node, Any] = {}  # where it differs: with no activation rounded
         self._unrounded: dict[Node, _Unrounded] = {}
         self.powers: dict[str, Powers] = {}
 
@@ -136,9 +137,10 @@ class ShadowRun(Interpreter):
         """Run one item of data, of which ``exact`` holds the float values."""
         self._exact = exact
         with torch.no_grad(), IsolatedRandomness():
-            self.run(*flat_inputs(self._gm, call), enable_io_processing=False)
+            self.run(*flat_inputs(self._gm, call.copied()), enable_io_processing=False)
         self._exact = {}
         self._shadows.clear()
+        self._plain.clear()
         self._unrounded.clear()
 
     def run_node(self, n: Node) -> Any:
@@ -151,7 +153,9 @@ class ShadowRun(Interpreter):
         elif n.op == "placeholder":
             self._made(n, result, result, result, result)
         elif rounds(n):
+            source = n.all_input_nodes[0]
             self._shadows[n] = self._on(n, self._shadows)
+            self._plain[n] = self._plain.get(source, self._shadows.get(source, self.env[source]))
         else:
             self._compute(n, result)
         return result
@@ -164,13 +168,11 @@ class ShadowRun(Interpreter):
             own = weights = result if exact is None else exact
         else:
             own = weights = self._on(n, self._shadows)
-            floats = {x: self._shadows[_root(x)] for x in n.all_input_nodes if self._rounds_for_reader(x)}
-            if floats and exact is not None:
-                weights = self._on(n, {**self._shadows, **floats})
+            if any(x in self._plain for x in n.all_input_nodes):
+                weights = self._on(n, {**self._shadows, **self._plain})
+                if exact is None:
+                    self._plain[n] = weights
         self._made(n, exact, own, weights, result)
-
-    def _rounds_for_reader(self, x: Node) -> bool:
-        return rounds(x) and x not in self._made_by and x not in self._constants and _root(x) in self._shadows
 
     def _made(self, n: Node, exact: Any, own: Any, weights: Any, result: Any) -> None:
         """``n`` has its value; where that is rounded for all readers, the record waits for it."""
@@ -242,13 +244,6 @@ def _alike(exact: Any, result: Any) -> bool:
     if isinstance(exact, Tensor) and isinstance(result, Tensor):
         return exact.shape == result.shape
     return exact is not None and type(exact) is type(result)
-
-
-def _root(node: Node) -> Node:
-    """The tensor that a chain of rounding begins with."""
-    while rounds(node):
-        node = node.all_input_nodes[0]
-    return node
 
 
 def _owners(gm: GraphModule, constants: Constants) -> dict[Node, Node]:

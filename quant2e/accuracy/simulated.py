@@ -25,7 +25,7 @@ from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.effects import is_in_place
-from quant2e.graph.mutation import own_written_tensors
+from quant2e.graph.mutation import own_written_tensors, written_attributes
 from quant2e.integer.functionalize import use_functional_ops
 from quant2e.observers.base import OBSERVER_PREFIX, is_observer_call
 from quant2e.observers.encodings import Encoding, RoundedConstant
@@ -96,6 +96,7 @@ class SimulatedGraph:
         for call in calls:
             gm.graph.erase_node(call)
         gm.recompile()
+        self._initial = {path: value.detach().clone() for path, value in written_attributes(gm).items()}
 
     def _insert(self, call: Node, rounded: nn.Module, reader: Node, source: Node) -> None:
         """A point between ``source`` and one op that reads it."""
@@ -109,6 +110,12 @@ class SimulatedGraph:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph(*args, **kwargs)
+
+    def start_again(self) -> None:
+        """Put the buffers that the model writes to back to their first values."""
+        with torch.no_grad():
+            for path, value in written_attributes(self.graph).items():
+                value.copy_(self._initial[path])
 
     @contextmanager
     def rounding(self, points: Collection[Node]) -> Iterator[None]:

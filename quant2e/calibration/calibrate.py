@@ -183,8 +183,9 @@ def _run_batch(
     call = check_batch(batch, f"calibration batch {index}")
     try:
         check_dtypes(prepared, call)
+        args, kwargs = call.copied()  # a model may write into its inputs
         with torch.no_grad(), randomness:
-            model(*call.args, **call.kwargs)
+            model(*args, **kwargs)
     except CalibrationError:
         raise
     except Exception as error:

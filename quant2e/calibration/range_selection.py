@@ -114,10 +114,10 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
     randomness = IsolatedRandomness()
     done = 0
     for batch in batches:
-        check_batch(batch, f"held-out batch {done}")
+        call = check_batch(batch, f"held-out batch {done}")
         runner.batch = done
         with torch.no_grad(), randomness:
-            runner.run(*flat_inputs(graph, batch), enable_io_processing=False)
+            runner.run(*flat_inputs(graph, call.copied()), enable_io_processing=False)
         done += 1
     if done == 0:
         raise CalibrationError("range selection needs at least one held-out batch")

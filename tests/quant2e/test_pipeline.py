@@ -513,3 +513,51 @@ def test_multiply_accumulates_of_dynamic_shapes_are_those_of_the_example():
     shapes = ({0: torch.export.Dim("n", min=2, max=64)},)
     gm = capture(nn.Linear(4, 5).eval(), torch.randn(3, 4), dynamic_shapes=shapes)
     assert max(count_macs(node) for node in gm.graph.nodes) == 3 * 4 * 5
+
+
+class Index(nn.Module):
+    """Returns no float."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 100))
+
+    def forward(self, x):
+        return self.layers(x).argmax(-1)
+
+
+def test_an_output_that_is_no_float_is_measured_at_the_last_float():
+    result = quantize(Index().eval(), rows()[0], products(), rows())
+    assert 20.0 < result.report.sqnr_db < 60.0
+    assert result.report.sqnr_source.endswith("at 'linear_1': no output of the model is a float")
+    spec = QuantizationSpec(torch.int8, HistogramObserver, -128, 127, torch.per_tensor_affine)
+    with pytest.raises(AccuracyError, match="at 'linear_1': no output of the model is a float"):
+        quantize(Index().eval(), rows()[0], products(act=spec, output=None), rows(batch3=1e30))
+
+
+def test_a_model_that_draws_numbers_draws_the_same_ones():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.second(self.first(x) + torch.randn_like(x))
+
+    assert quantize(Noisy().eval(), rows()[0], products(), rows()).report.sqnr_db > 20.0
+
+
+def test_data_is_left_alone_by_a_model_that_writes_to_its_input():
+    class Writing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            x.add_(1.0)
+            return self.layer(x)
+
+    data = rows()
+    before = [x.clone() for x in data]
+    quantize(Writing().eval(), rows()[0], products(), data)
+    assert all(map(torch.equal, data, before))

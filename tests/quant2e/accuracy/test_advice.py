@@ -67,3 +67,13 @@ def test_a_weight_that_was_not_folded_is_a_weight():
     )
     converted = quant2e.convert_pt2e(quant2e.calibrate(prepared, data()), fold_quantize=False)
     assert "give it one for each channel" in compare(layers(), converted, data()).of("linear_1").advice
+
+
+def test_a_dynamic_op_is_not_told_to_be_dynamic():
+    model = nn.Sequential(nn.Linear(16, 16)).eval()
+    model[0].weight.data[:, 0] = 0.0
+    batches = data()
+    for batch in batches:
+        batch[:, 0] = 3000.0
+    advice = compared(model, batches, is_dynamic=True, is_per_channel=True).of("linear").advice
+    assert advice == "leave it float, or give activations more bits"

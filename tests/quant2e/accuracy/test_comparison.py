@@ -335,6 +335,19 @@ def test_a_recurrent_layer_has_a_row_of_its_own():
     assert rows["head"].advice.startswith("the error is that of what it reads")
 
 
+def test_a_recurrent_layer_has_weights_and_activations_told_apart():
+    """A column that its weights do not read owns the range of the input: all the error is that of activations."""
+    torch.manual_seed(0)
+    model, data = nn.LSTM(6, 8, bias=False).eval(), [torch.randn(5, 10, 6) for _ in range(4)]
+    model.weight_ih_l0.data[:, 0] = 0.0
+    for x in data:
+        x[..., 0] = 300.0
+    dynamic = XNNPACKQuantizer().set_global("w8a8-dynamic")
+    row = compare(model, quant2e.quantize(model, (data[0],), dynamic, data, min_sqnr_db=None), data).rows[0]
+    assert row.activation_sqnr_db < 15.0
+    assert row.weight_sqnr_db > 30.0
+
+
 class Written(nn.Module):
     """A view of an activation is written to."""
 
@@ -395,6 +408,25 @@ def test_a_prepared_graph_with_branches_observes_nothing_of_it():
     found = compare(prepared, quant2e.convert_pt2e(prepared), [x * 100.0 for x in data])
     assert all(torch.equal(value, before[key]) for key, value in prepared.state_dict().items())
     assert any("compared as one op" in note for note in found.notes)
+
+
+def test_the_first_batch_may_be_a_single_sample():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    data = [torch.randn(n, 8) for n in (1, 4, 7)]
+    batch = torch.export.Dim("batch", min=1, max=32)
+    result = quant2e.quantize(model, (data[1],), xnnpack(), data, dynamic_shapes=({0: batch},))
+    assert compare(model, result, data).batches == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_data_of_another_dtype_is_refused(quantized, dtype):
+    with pytest.raises(Quant2eError, match="has dtype"):
+        compare(net(), quantized, [batches()[0].to(dtype)])
+
+
+def test_a_program_that_fails_is_named():
+    with pytest.raises(Quant2eError, match="the quantized model, on batch 0, failed: RuntimeError"):
+        compare(nn.Linear(8, 8), nn.Linear(3, 3), [torch.randn(4, 8)])
 
 
 def test_no_data_and_no_model_are_refused(quantized):

@@ -82,7 +82,10 @@ def test_alone_and_without_are_evaluations_of_the_model(toggled):
         signal = noise = 0.0
         for x in batches(2):
             exact = model()(x).detach().double()
-            signal, noise = signal + float(exact.square().sum()), noise + float((graph(x) - exact).square().sum())
+            signal, noise = (
+                signal + float(exact.square().sum()),
+                noise + float((graph(x).detach() - exact).square().sum()),
+            )
         return sqnr_db(signal, noise)
 
     assert toggled.sqnr_db == pytest.approx(measured(quant2e.convert_pt2e(prepared())), abs=1e-3)
@@ -205,15 +208,6 @@ def test_frozen_parameters_and_integer_inputs():
     assert all(math.isfinite(row.sqnr_db_alone) for row in found.rows)
 
 
-def test_an_output_without_gradients_is_refused_with_the_way_out():
-    class Index(Spread):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x).argmax(-1)
-
-    with pytest.raises(Quant2eError, match="use method='toggle'"):
-        sensitivity(Index().eval(), (batches()[0],), xnnpack(), batches(), method="gradient")
-
-
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -249,3 +243,30 @@ def test_bodies_are_left_out_and_it_says_so():
     assert "note: " in str(found)
     with pytest.raises(Quant2eError, match="lies in bodies of control flow"):
         sensitivity(Branching(False).eval(), (data[0],), xnnpack(), data)
+
+
+def test_state_begins_anew_for_every_evaluation():
+    class State(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+            self.register_buffer("h", torch.zeros(32, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.h.mul_(0.9).add_(self.first(x))
+            return self.second(self.h)
+
+    torch.manual_seed(0)
+    found = sensitivity(State().eval(), (batches()[0],), xnnpack(), batches(20))
+    assert found.sqnr_db > 25.0
+    assert all(row.sqnr_db_alone > found.sqnr_db - 1.0 for row in found.rows)
+    assert all(row.sqnr_db_without > found.sqnr_db - 1.0 for row in found.rows)
+
+
+def test_no_float_output_is_refused():
+    class Index(Spread):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).argmax(-1)
+
+    with pytest.raises(Quant2eError, match="has no float output"):
+        sensitivity(Index().eval(), (batches()[0],), xnnpack(), batches())
