@@ -37,6 +37,10 @@ SPELLINGS = {
     "relu6": (lambda x: x.relu().clamp(max=6), "relu6", ()),
     "tanh": (lambda x: 2 * torch.sigmoid(2 * x) - 1, "tanh", ()),
     "leaky_relu": (lambda x: torch.maximum(x, 0.1 * x), "leaky_relu", (0.1,)),
+    "relu, masked": (lambda x: x * (x > 0), "relu", ()),
+    "relu, by abs": (lambda x: (x + x.abs()) / 2, "relu", ()),
+    "leaky_relu, six digits": (lambda x: torch.maximum(x, 0.229167 * x), "leaky_relu", (0.229167,)),
+    "leaky_relu, of a long slope": (lambda x: torch.maximum(x, x * (11 / 48)), "leaky_relu", (11 / 48,)),
     "leaky_relu, chosen": (lambda x: torch.where(x > 0, x, 0.25 * x), "leaky_relu", (0.25,)),
 }  # fmt: skip
 
@@ -74,6 +78,22 @@ OTHERS = {
     "two tensors": lambda x: x * torch.sigmoid(x.flip(0)),
     "one op": torch.sigmoid,
     "random": lambda x: x * torch.rand_like(x),
+    "cut far above": lambda x: x.relu().clamp(max=20.0),
+    "cut far below": lambda x: torch.clamp(torch.clamp(x, min=-30.0), max=20.0),
+    "a gap at zero": lambda x: F.relu(F.hardshrink(x, 0.2)),
+    "a narrow gap at zero": lambda x: F.relu(F.threshold(x, 1e-4, 0.0)),
+    "a narrow gap": lambda x: torch.where((x > 5.0) & (x < 5.001), 0.0, x.relu()),
+    "a gap between switches": lambda x: torch.where(x * 3 > 7.0001, x, torch.where(x * 3 > 7.0, 0.0, x.relu())),
+    "a single number": lambda x: torch.where(x == 3.3, 0.0, x.relu()),
+    "shrunk": lambda x: F.relu(F.softshrink(x, 1e-3)) + 1e-3,
+    "rounded far out": lambda x: F.relu(x / 1024).round() * 1024,
+    "rounded by a division": lambda x: torch.div(x.relu(), 1e-6, rounding_mode="floor") * 1e-6,
+    "an offset": lambda x: x.relu() + 1e-7,
+    "the same": lambda x: torch.maximum(x, 1.0 * x),
+    "the same, by products": lambda x: x * 2 / 2,
+    "the same, clamped out of sight": lambda x: x.clamp(min=-1e5).clamp(max=1e5),
+    "another slope far out": lambda x: torch.where(x < -100, 0.2 * x, torch.maximum(x, 0.1 * x)),
+    "relu6, with another limit": lambda x: x.relu().clamp(max=6.001),
     "in another dtype": lambda x: x * torch.sigmoid(x.bfloat16()).float(),
 }
 
@@ -82,6 +102,23 @@ OTHERS = {
 def test_left_alone(name):
     _, gm, count = respelled(OTHERS[name])
     assert count == 0
+
+
+CUT = {
+    "silu": lambda x: (x * torch.sigmoid(x)).clamp(max=3e5),
+    "leaky_relu": lambda x: torch.maximum(x, 0.1 * x).clamp(min=-500.0),
+    "hardswish": lambda x: (x * F.relu6(x + 3) / 6).clamp(max=50),
+    "tanh": lambda x: (2 * torch.sigmoid(2 * x) - 1).clamp(max=0.9999),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_what_cuts_an_activation_stays_behind_it(name):
+    model, gm, _ = respelled(CUT[name])
+    calls = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    assert calls == [aten.linear.default, getattr(aten, name).default, aten.clamp.default]
+    x = ROWS[0] * 1e7
+    torch.testing.assert_close(gm(x), model(x))
 
 
 def test_a_slope_that_is_trained_is_left_alone():
