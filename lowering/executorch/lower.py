@@ -24,7 +24,7 @@ from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, SPELLED, legalize
 from lowering.executorch.xnnpack.limits import beside_float16, check_limits
-from lowering.executorch.xnnpack.partitioner import is_xnnpack, xnnpack_partitioner
+from lowering.executorch.xnnpack.partitioner import is_xnnpack, refuse_growing_means, xnnpack_partitioner
 from lowering.export import (
     Lowerable,
     drop_from_node,
@@ -208,7 +208,8 @@ def _verified(
     ``partitioners``: as given by the user, for lowering parts. Raises `LoweringError` when one is beyond its bound.
     """
     example = prepared.example
-    batches = [example, *calls_at_bounds(prepared.signature, example, prepared.reference), *map(call_of, more)]
+    # from the smallest sizes on, as memory that is planned for the first call must grow with the others
+    batches = [*calls_at_bounds(prepared.signature, example, prepared.reference), example, *map(call_of, more)]
     options: dict[str, Any] = {"dynamic_shapes": prepared.shapes, "partitioners": partitioners}
     lower: Lower = partial(to_executorch, example_inputs=example, verify=False, **options)
     what = "the ExecuTorch program"
@@ -248,6 +249,7 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
 
     published: dict[str, Any] = {}
     for name, one in prepared.items():
+        refuse_growing_means(one.exported.graph, partitioners)
         drop_from_node(one.exported.graph)
         published |= constants(name, one.quantized_io)
     try:

@@ -10,15 +10,20 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.utils import _pytree as pytree
 
-from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS
+from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS, fixed
 from lowering.executorch.xnnpack.stages import stages
 from lowering.export import drop_from_node
+from quant2e.errors import LoweringError, where
+from quant2e.graph.dataflow import operand
+from quant2e.graph.fake_values import shape_of
+from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 
 
 def xnnpack_partitioner() -> Any:
@@ -43,25 +48,71 @@ def xnnpack_partitioner() -> Any:
 
 
 def _configs() -> list[type[Any]]:
-    """XNNPACK's own conditions; sums, differences and products take the clamps behind them along, as its kernels do.
-
-    Its own do so for a sum and relu; other clamps make it compute in float, between a dequantize and a quantize.
-    """
+    """XNNPACK's own conditions, but for the quantized ops that it takes in more or fewer cases."""
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
-    from executorch.backends.xnnpack.partition.config.generic_node_configs import AddConfig, MulConfig, SubConfig
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import (
+        AddConfig,
+        MeanDimConfig,
+        MulConfig,
+        SubConfig,
+    )
 
-    return [
-        _with_clamps(each) if each in (AddConfig, MulConfig, SubConfig) else each for each in ALL_PARTITIONER_CONFIGS
-    ]
+    ours = {each: _with_clamps(each) for each in (AddConfig, MulConfig, SubConfig)}
+    ours[MeanDimConfig] = _quantized_where_fixed(MeanDimConfig)
+    return [ours.get(each, each) for each in ALL_PARTITIONER_CONFIGS]
 
 
 def _with_clamps(config: Any) -> Any:
+    """With the clamps behind a sum, a difference or a product, as the kernels have them.
+
+    Its own condition has a sum and relu; other clamps make it compute in float, between a dequantize and a quantize.
+    """
+
     class WithClamps(config):  # type: ignore[misc]
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
             self.fused_acts = ["relu.default", "hardtanh.default"]
 
     return WithClamps
+
+
+def _quantized_where_fixed(config: Any) -> Any:
+    """A mean whose result has a size that varies is one of floats, between a dequantize and a quantize of the delegate.
+
+    XNNPACK's quantized mean has an accumulator for each element of its result, and room for those of the first call:
+    ``reshape_reduce_operator`` asks for more memory where the result grows beyond the bounds, and not where the
+    accumulators do. A larger call writes behind them. The mean of floats has none.
+    """
+
+    class QuantizedWhereFixed(config):  # type: ignore[misc]
+        def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
+            if not fixed(*shape_of(node)):
+                return [node]
+            matched: list[Node] = super().get_node_and_deps(node, ep)
+            return matched
+
+    return QuantizedWhereFixed
+
+
+def refuse_growing_means(graph: Graph, partitioners: Sequence[Any]) -> None:
+    """Refuse quantized means that outgrow their accumulators, where a partitioner of XNNPACK's own would take them."""
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import MeanDimConfig
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+
+    configs: list[Any] = [getattr(each, "target_partitioner_configs", {}).get("mean.dim") for each in partitioners]
+    if not any(
+        type(config) is MeanDimConfig and ConfigPrecisionType.STATIC_QUANT in config.enabled_precision_types
+        for config in configs
+    ):
+        return
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim):
+        quantized = operand(node, 0).target in DEQUANTIZE and [user.target in QUANTIZE for user in node.users] == [True]
+        if quantized and not fixed(*shape_of(node)):
+            raise LoweringError(
+                f"{where(node)} averages quantized values, and its result has a size that varies: XNNPACK's own "
+                "partitioner makes a program of it that writes behind its memory when a call is larger than the first. "
+                "Leave partitioners out: then the mean is one of floats"
+            )
 
 
 def _fits(node: Node) -> bool:

@@ -1,11 +1,16 @@
 """What XNNPACK fuses, pools and turns: one delegate, the numbers of the graph, and nothing in between."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export import Dim
 
 from lowering import to_executorch
+from lowering.executorch.xnnpack.partitioner import xnnpack_partitioner
 from quant2e import quantize, to_integer
+from quant2e.errors import LoweringError
+from quant2e.graph.qdq_ops import qd
 from quantizers import XNNPACKQuantizer
 from quantizers.xnnpack import get_symmetric_quantization_config
 
@@ -75,3 +80,79 @@ def test_a_transposed_convolution_is_quantized_at_run_time():
     _, program, ops = lowered(layer, torch.randn(2, 4, 6, 6), is_dynamic=True)
     assert program.report.verification.max_abs_diff < 1e-4
     assert any("choose_qparams" in op for op in ops)
+
+
+class Fn(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+class Averaged(nn.Module):
+    def __init__(self, average, layer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.average, self.head = layer(3, 8, 3, padding=1), average, nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.average(F.relu(self.layer(x))).flatten(1))
+
+
+def averaged(shape, varying, average=None, layer=nn.Conv2d):
+    x, data = torch.randn(shape), [(torch.randn(shape),) for _ in range(4)]
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    model = Averaged(average or nn.AdaptiveAvgPool2d(1), layer).eval()
+    return quantize(model, (x,), quantizer, data, dynamic_shapes=(varying,))
+
+
+AVERAGES = {
+    "batch": ((4, 3, 8, 8), {0: Dim("batch", min=4, max=16)}, nn.AdaptiveAvgPool2d(1), nn.Conv2d),
+    "largest at capture": ((16, 3, 8, 8), {0: Dim("batch", min=4, max=16)}, lambda x: x.mean([2, 3]), nn.Conv2d),
+    "one pixel": ((2, 3, 1, 1), {0: Dim("batch", max=32)}, lambda x: x.mean([-1, -2], keepdim=True), nn.Conv2d),
+    "sequences": ((4, 3, 16), {0: Dim("batch", min=4, max=16)}, nn.AdaptiveAvgPool1d(1), nn.Conv1d),
+}
+
+
+@pytest.mark.parametrize(("shapes", "together"), [(None, 3), (({0: Dim("batch", max=8)},), 1)])
+def test_only_a_mean_of_fixed_size_is_matched_with_its_integers(shapes, together):
+    def function(x):
+        x = qd.dequantize_per_tensor.default(x, 0.1, 0, -128, 127, torch.int8).mean([2, 3], keepdim=True)
+        return qd.quantize_per_tensor.default(x, 0.1, 0, -128, 127, torch.int8)
+
+    x = torch.zeros(4, 3, 2, 2, dtype=torch.int8)
+    exported = torch.export.export(Fn(function), (x,), dynamic_shapes=shapes)
+    mean = next(node for node in exported.graph.nodes if node.target is torch.ops.aten.mean.dim)
+    config = xnnpack_partitioner().target_partitioner_configs["mean.dim"]
+    assert len(config.get_node_and_deps(mean, exported)) == together
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_of_a_varying_batch_is_right_whatever_ran_before(name):
+    shape, *rest = AVERAGES[name]
+    quantized = averaged(shape, *rest)
+    program = to_executorch(quantized)
+    (delegate,) = program.report.partitions
+    assert program.report.leftovers == ()
+    assert delegate.ops["aten.mean.dim"] == 1
+    for batch in (4, 5, 16, 9, 15, 4, 16):
+        x = torch.randn(batch, *shape[1:])
+        torch.testing.assert_close(program(x), quantized(x), rtol=0, atol=0.01)
+
+
+def test_images_of_every_size_have_means_too():
+    varying = {0: Dim("batch", max=16), 2: Dim("height", min=4, max=12), 3: Dim("width", min=4, max=12)}
+    quantized = averaged((2, 3, 8, 8), varying)
+    program = to_executorch(quantized)
+    for size in ((1, 3, 4, 4), (16, 3, 12, 5), (16, 3, 12, 12), (3, 3, 4, 12), (1, 3, 4, 4)):
+        x = torch.randn(size)
+        torch.testing.assert_close(program(x), quantized(x), rtol=0, atol=0.01)
+
+
+def test_the_own_partitioner_of_xnnpack_gets_no_mean_that_outgrows_its_memory():
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    own = [XnnpackPartitioner()]
+    varying = averaged((4, 3, 8, 8), {0: Dim("batch", max=32)})
+    with pytest.raises(LoweringError, match=r"'mean'.*averages quantized values.*Leave partitioners out"):
+        to_executorch(varying, partitioners=own)
+    assert to_executorch(averaged((4, 3, 8, 8), None), partitioners=own).report.verification.max_steps <= 1
