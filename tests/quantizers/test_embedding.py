@@ -128,7 +128,7 @@ def test_a_tied_head_and_table_share_one_int8_weight():
     quantizer = ComposableQuantizer([EmbeddingQuantizer(), backend])
     assert annotations(Tied(), IDS, quantizer).splitlines() == [
         f"embedding: head_weight {ROW}  [embedding]",
-        f"linear: embedding s8[-128,127] dynamic, head_weight {ROW}  [dynamic linear]",
+        f"linear: embedding s8[-128,127] dynamic per token, head_weight {ROW}  [dynamic linear]",
     ]
     converted = convert_pt2e(prepare_pt2e(capture(Tied().eval(), IDS), quantizer))
     assert [tuple(p.shape) for p in converted.state_dict().values() if p.dtype == torch.int8] == [(10, 8)]

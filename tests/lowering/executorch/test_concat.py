@@ -1,5 +1,6 @@
 """A tensor that is concatenated with itself runs in the delegate."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,7 @@ from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quantizers.models import IMAGE, Of
 
 
+@pytest.mark.slow
 def test_one_tensor_twice_is_concatenated_in_the_delegate():
     torch.manual_seed(0)  # other weights may meet a tie, which float noise settles
     model = Of(

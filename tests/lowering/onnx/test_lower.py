@@ -337,7 +337,7 @@ def test_ties_may_be_ordered_otherwise(tmp_path):
 SHAPES = ({0: torch.export.Dim("rows")},)
 
 
-@pytest.mark.parametrize("opset", [17, 20, 22, 23])
+@pytest.mark.parametrize("opset", [17, *(pytest.param(x, marks=pytest.mark.slow) for x in (20, 22)), 23])
 def test_another_version_of_onnx(tmp_path, opset):
     """Static, dynamic and grouped weights, with a number of rows that has no upper bound."""
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8), nn.LayerNorm(8))

@@ -45,8 +45,13 @@ STATIC = ("a number, added", "a number, to rows", "a number, reshaped", "one of 
 DYNAMIC = ("a number, multiplied", "a row", "a literal", "a row of parameters", "channels")
 
 
+SPELLED = [*((name, False) for name in STATIC), *((name, True) for name in DYNAMIC)]
+IN_SHORT = (("a number, added", False), ("a row", True))
+"""What runs on every change; the other spellings go the same way."""
+
+
 @pytest.mark.parametrize(
-    ("name", "dynamic"), [*((name, False) for name in STATIC), *((name, True) for name in DYNAMIC)]
+    ("name", "dynamic"), [pytest.param(*one, marks=() if one in IN_SHORT else pytest.mark.slow) for one in SPELLED]
 )
 def test_operands_of_fewer_dimensions(name, dynamic):
     function, x, n = CASES[name]
