@@ -90,11 +90,11 @@ def to_onnx(
         _check_stateless(module)
         refuse_integers_inside(reference if isinstance(reference, GraphModule) else module, "to_onnx")
         refuse_dtypes(module, (torch.float16, torch.bfloat16), "onnxruntime")
-        if target == "onnxruntime":
-            _check_computes(graph)
         if opset < OPSET:
             _check_integers(module, opset)
         in_form(module, CONVENTIONS[target])
+        if target == "onnxruntime":
+            _check_computes(module)
         exported = export(module, contiguous_call(inputs), shapes)
         quantized_io = quantized_io_of(reference) if isinstance(reference, GraphModule) else QuantizedIO()
         with atomic_file(Path(path)) as part:
