@@ -136,6 +136,13 @@ _COPIES = _copies()
 # ---------------------------------------------------------------- the pass
 
 
+_ONLY_WHOLE = frozenset(
+    {aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.layer_norm.default}
+)
+"""Ops that no decomposed program has: beside them, what is in smaller ops was written so, and quantizers of other
+libraries may look for it."""
+
+
 def compose_core_ops(gm: GraphModule) -> int:
     """Rewrite ops of core ATen in ``gm``, in place, those in the bodies of control flow too; returns how many.
 
@@ -154,6 +161,8 @@ def compose_core_ops(gm: GraphModule) -> int:
 def _compose(graph: Graph) -> int:
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     found = {node.target for node in nodes}
+    if found & _ONLY_WHOLE:
+        return 0
     decomposed = bool(found & _ONLY_DECOMPOSED)
     count = sum(_one(node) for node in nodes if node.target in _SINGLE or node.target in _FIRST_OF_SEVERAL)
     if found & _PRODUCTS:

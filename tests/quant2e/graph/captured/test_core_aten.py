@@ -238,3 +238,9 @@ def test_sizes_that_vary_stay_so():
     assert not [op for op in ops(gm) if op.startswith("view")]
     other = torch.randn(7, 2, 4)
     assert torch.equal(gm(other), program.module()(other))
+
+
+def test_what_is_written_so_beside_whole_ops_stays():
+    """Quantizers of other libraries look for it by its name."""
+    graph = capture(Call(lambda m, x: torch._softmax(m(x), -1, False), nn.Linear(6, 4)).eval(), (torch.randn(2, 6),))
+    assert torch.ops.aten._softmax.default in {node.target for node in graph.graph.nodes}
