@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from quant2e.graph.captured.module import copy_graph
-from quant2e.graph.mutation import clone_together, own_written_tensors, written_attributes
+from quant2e.graph.captured.module import independent_copy
+from quant2e.graph.mutation import clone_together, written_attributes
 
 State = Mapping[str, Tensor]
 """Values of the tensors that a graph writes, by their paths in it."""
@@ -112,8 +112,7 @@ def own_graph(graph: GraphModule, start: State | None = None) -> GraphModule:
     """
     if not written_attributes(graph):
         return graph
-    copy = copy_graph(graph)
-    own_written_tensors(copy)
+    copy = independent_copy(graph)
     with torch.no_grad():
         for path, tensor in written_attributes(copy).items():
             value = (start or {}).get(path)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quant2e.accuracy.comparison import compare
+from quant2e.accuracy.compare import compare
 from quant2e.accuracy.sensitivity import sensitivity
 from quant2e.annotation.config import QuantizationConfig
 from quant2e.annotation.pattern import Match, Op, constant, op

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
-from quant2e.accuracy.comparison import compare
-from quant2e.accuracy.output_error import output_sqnr
+from quant2e.accuracy.compare import compare
+from quant2e.accuracy.comparison import Comparison
+from quant2e.accuracy.output_error import output_sqnr, outputs_of
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.calibrate import Progress
 from quant2e.calibration.held_out import HeldOutData, calibrate_but_some
@@ -24,10 +25,9 @@ from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call, positional_inputs
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
-from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.captured.module import independent_copy
 from quant2e.graph.fake_values import is_float
-from quant2e.graph.mutation import own_written_tensors
-from quant2e.isolation import IsolatedRandomness
+from quant2e.integer.report import INTEGER
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_io import called_with_floats, quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel
@@ -73,8 +73,8 @@ def quantize(
         raise Quant2eError(f"min_sqnr_db={min_sqnr_db!r}: a number of dB, or None to accept any result")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise Quant2eError(f"kwargs is a {type(kwargs).__name__}: keyword inputs by name, a dict")
-    positional = positional_inputs(example_inputs)
-    captured = capture(model, positional, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
+    positional, named = positional_inputs(example_inputs), dict(kwargs or {})
+    captured = capture(model, positional, named, dynamic_shapes=dynamic_shapes)
     prepared = prepare_pt2e(captured, quantizer)
     report = record_of(prepared).report
     if report.quantized_ops == 0 and not allow_unquantized:
@@ -82,25 +82,23 @@ def quantize(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
-    held_out = HeldOutData([Call(positional, dict(kwargs or {}))], "the example inputs")
+    held_out = HeldOutData([Call(positional, named)], "the example inputs")
     if calibration_data is not None:
         held_out = calibrate_but_some(prepared, calibration_data, progress)
     converted = _converted(prepared, use_reference_representation, int8_io)
     record = record_of(converted)
     report = _measured(record.report, (captured, prepared, converted), held_out, min_sqnr_db)
     converted.meta[RECORD_KEY] = replace(record, report=report)
-    example, keywords = _example(converted, positional, dict(kwargs or {}))
+    example, keywords = _example(converted, positional, named)
+    given = dynamic_shapes is not None
+    shapes = of_graph(dynamic_shapes, model, positional, named) if given else read_dynamic_shapes(captured)
     return QuantizedModel(
         module=converted,
         report=report,
         encodings=encodings_of(record, type(quantizer).__name__),
         example_inputs=example,
         example_kwargs=keywords,
-        dynamic_shapes=(
-            read_dynamic_shapes(captured)
-            if dynamic_shapes is None
-            else of_graph(dynamic_shapes, model, positional, kwargs or {})
-        ),
+        dynamic_shapes=shapes,
     )
 
 
@@ -114,27 +112,38 @@ def _measured(
     captured, prepared, converted = graphs
     source = held_out.source
     if any(is_float(leaf) for leaf in captured.graph.output_node().all_input_nodes):
-        sqnr = output_sqnr(_bystander(captured), called_with_floats(_bystander(converted)), held_out.calls)
+        sqnr = output_sqnr(independent_copy(captured), called_with_floats(independent_copy(converted)), held_out.calls)
+    elif not report.verdicts:  # nothing is float, anywhere
+        sqnr = math.inf
     else:
-        sqnr, place = _last_float(prepared, held_out.calls)
+        compared = compare(prepared, _in_floats(prepared, converted), held_out.calls)
+        sqnr, place = _last_float(prepared, compared)
         source += f", at {place}: no output of the model is a float"
     report = replace(report, sqnr_db=sqnr, sqnr_source=source, ranges=ranges_of(held_out.choices))
     lost = least is not None and not sqnr >= least
     if lost:
-        _check_float(_bystander(captured), held_out.calls, held_out.source)
+        _check_float(independent_copy(captured), held_out.calls, held_out.source)
     if lost or not sqnr >= BAD_SQNR_DB:
-        places = compare(prepared, converted_graph(prepared), held_out.calls[:1]).worst_places()
+        places = compare(prepared, _in_floats(prepared, converted), held_out.calls[:1]).worst_places()
         report = replace(report, worst_places=tuple(f"{place}: {place.advice}" for place in places))
     if least is not None and lost:
         raise AccuracyError(_lost(report, least))
     return report
 
 
-def _last_float(prepared: GraphModule, calls: list[Call]) -> tuple[float, str]:
-    """SQNR in dB of the last op with a float result, and its name: what an index or a comparison was made of."""
-    rows = {row.op: row for row in compare(prepared, converted_graph(prepared), calls).rows}
-    last = next(rows[node.name] for node in reversed(prepared.graph.nodes) if node.name in rows)
-    return last.sqnr_db, f"'{last.op}'"
+def _in_floats(prepared: GraphModule, converted: GraphModule) -> GraphModule:
+    """The Q/DQ graph that takes and returns floats: ``converted`` itself unless it computes in integers."""
+    return converted_graph(prepared) if INTEGER in converted.meta or quantized_io_of(converted) else converted
+
+
+def _last_float(prepared: GraphModule, compared: Comparison) -> tuple[float, str]:
+    """SQNR in dB of the last tensor that is float, and its name: what an index or a comparison was made of.
+
+    inf where nothing is compared: no op has a float result.
+    """
+    rows = {row.op: row for row in compared.rows}
+    last = next((rows[node.name] for node in reversed(prepared.graph.nodes) if node.name in rows), None)
+    return (math.inf, "no op") if last is None else (last.sqnr_db, f"'{last.op}'")
 
 
 def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:
@@ -149,9 +158,7 @@ def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphMo
 def _check_float(model: GraphModule, held_out: list[Call], source: str) -> None:
     """Raise `CalibrationError` when the float model itself returns NaN: there is no signal to compare with."""
     for index, call in enumerate(held_out):
-        args, kwargs = call.copied()
-        with torch.no_grad(), IsolatedRandomness():
-            leaves = pytree.tree_leaves(model(*args, **kwargs))
+        leaves = outputs_of(model, call)
         if any(isinstance(x, Tensor) and x.is_floating_point() and bool(torch.isnan(x).any()) for x in leaves):
             raise CalibrationError(
                 f"the float model returns NaN on batch {index} of {source}, so nothing can be measured on it; look at "
@@ -180,10 +187,3 @@ def _example(
     if convention is None:
         return copy.copy(args), kwargs
     return quantized_io_of(converted).quantize_inputs(convention, args, kwargs)
-
-
-def _bystander(gm: GraphModule) -> GraphModule:
-    """A copy to measure with: running it leaves caches and counters of the original as they are."""
-    copied = copy_graph(gm)
-    own_written_tensors(copied)
-    return copied

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from quant2e.graph.captured.calls import call_of
+from quant2e.graph.captured.calls import Call, call_of
 from quant2e.isolation import IsolatedRandomness
 from quant2e.ranges.sqnr import sqnr_db
+
+
+def outputs_of(model: Callable[..., Any], call: Call, randomness: IsolatedRandomness | None = None) -> list[Any]:
+    """The outputs of one call, flat, without gradients; inputs and the caller's random streams stay as they are."""
+    args, kwargs = call.copied()
+    with torch.no_grad(), randomness or IsolatedRandomness():
+        return pytree.tree_leaves(model(*args, **kwargs))
 
 
 def output_sqnr(reference: Callable[..., Any], candidate: Callable[..., Any], batches: Iterable[Any]) -> float:
@@ -24,13 +31,7 @@ def output_sqnr(reference: Callable[..., Any], candidate: Callable[..., Any], ba
     signal = noise = 0.0
     ours, theirs = IsolatedRandomness(), IsolatedRandomness()  # a model that draws numbers draws the same in both
     for call in map(call_of, batches):
-        args, kwargs = call.copied()
-        with torch.no_grad(), ours:
-            wanted = pytree.tree_leaves(reference(*args, **kwargs))
-        args, kwargs = call.copied()
-        with torch.no_grad(), theirs:
-            got = pytree.tree_leaves(candidate(*args, **kwargs))
-        for a, b in zip(wanted, got, strict=True):
+        for a, b in zip(outputs_of(reference, call, ours), outputs_of(candidate, call, theirs), strict=True):
             if isinstance(a, Tensor) and a.is_floating_point():
                 s, n = powers(a, b)
                 signal, noise = signal + s, noise + n

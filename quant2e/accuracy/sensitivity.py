@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.accuracy.op_groups import OpGroup, op_groups, rounded_without
-from quant2e.accuracy.output_error import powers
+from quant2e.accuracy.output_error import outputs_of, powers
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_batch, check_count, check_iterable
@@ -228,9 +228,7 @@ class _Evaluation:
 
 
 def _outputs(model: SimulatedGraph, call: Call, randomness: IsolatedRandomness) -> list[Tensor]:
-    args, kwargs = call.copied()
-    with torch.no_grad(), randomness:
-        leaves = pytree.tree_leaves(model(*args, **kwargs))
+    leaves = outputs_of(model, call, randomness)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from quant2e.accuracy.float_bodies import drop_observers_inside
 from quant2e.accuracy.output_error import powers
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.inputs import flat_inputs
-from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.captured.module import independent_copy
 from quant2e.graph.constants import Constants
 from quant2e.graph.dataflow import SHAPE_READERS
 from quant2e.graph.effects import is_random, writes
-from quant2e.graph.mutation import own_written_tensors, written_nodes
+from quant2e.graph.mutation import written_nodes
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.integer.functionalize import use_functional_ops
 from quant2e.isolation import IsolatedRandomness
@@ -84,8 +83,7 @@ class FloatValues(Interpreter):
     """Runs a copy of a float graph and keeps what the named nodes give."""
 
     def __init__(self, gm: GraphModule, names: frozenset[str]) -> None:
-        copied = drop_observers_inside(copy_graph(gm))
-        own_written_tensors(copied)
+        copied = independent_copy(gm)
         super().__init__(copied)
         self._gm = copied
         self._names = names
@@ -115,9 +113,8 @@ class ShadowRun(Interpreter):
     """
 
     def __init__(self, gm: GraphModule, counterparts: Mapping[str, str]) -> None:
-        copied = copy_graph(gm)
+        copied = independent_copy(gm)
         use_functional_ops(copied)
-        own_written_tensors(copied)
         super().__init__(copied)
         self._gm = copied
         self.counterparts = counterparts

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from quant2e.accuracy.float_bodies import drop_observers_inside
+from quant2e.accuracy.float_graphs import drop_observers
 from quant2e.convert.encode_all import encode_all
 from quant2e.convert.insert_qdq import quantize_at
 from quant2e.errors import Quant2eError
-from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.captured.module import independent_copy
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.effects import is_in_place
-from quant2e.graph.mutation import own_written_tensors, written_attributes
+from quant2e.graph.mutation import written_attributes
 from quant2e.integer.functionalize import use_functional_ops
 from quant2e.observers.base import OBSERVER_PREFIX, is_observer_call
 from quant2e.observers.encodings import Encoding, RoundedConstant
@@ -67,8 +67,8 @@ class SimulatedGraph:
         if FUSED in prepared.meta:
             raise Quant2eError("this graph was prepared for training: convert it, and compare the result with float")
         inside = any(is_observer_call(node) for _, body in list(graphs_of(prepared))[1:] for node in body.graph.nodes)
-        gm = drop_observers_inside(copy_graph(prepared))
-        own_written_tensors(gm)
+        gm = independent_copy(prepared)
+        drop_observers(body for _, body in list(graphs_of(gm))[1:])
         calls = [node for node in gm.graph.nodes if is_observer_call(node)]
         if not calls and inside:
             raise Quant2eError("all that is quantized lies in bodies of control flow, which count as a whole here")

@@ -21,10 +21,9 @@ from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.inputs import flat_inputs
-from quant2e.graph.captured.module import copy_graph
+from quant2e.graph.captured.module import independent_copy
 from quant2e.graph.control_flow import GraphInterpreter, prefixed
 from quant2e.graph.effects import is_random, writes
-from quant2e.graph.mutation import own_written_tensors
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.base import is_observer_call, observed
 from quant2e.observers.measuring import HistogramObserver
@@ -108,8 +107,7 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
     observers = {name: ranges for name, o in measuring(prepared).items() if (ranges := _ranges_of(o)) is not None}
     if not observers:
         return ()
-    graph = copy_graph(prepared)
-    own_written_tensors(graph)
+    graph = independent_copy(prepared)
     runner = _Comparison(graph, observers)
     randomness = IsolatedRandomness()
     done = 0

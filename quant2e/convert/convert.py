@@ -7,9 +7,10 @@ tensor that is wrong, not only the first.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from quant2e.calibration.batches import FEW_SAMPLES
 from quant2e.calibration.statistics import SAMPLES, measuring
@@ -24,7 +25,7 @@ from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.fake_values import FakeValueCache
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.observers.base import is_observer_call
-from quant2e.observers.encodings import RoundedConstant
+from quant2e.observers.encodings import Encoding, RoundedConstant
 from quant2e.observers.measuring import searchable
 from quant2e.passes import run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
@@ -109,19 +110,7 @@ def converted_graph(
     moved = map(str, moved_biases(gm, calls, encodings, constants))
     losses = (*losses_of(gm, calls, encodings, constants), *moved)
     notes += [*notes_of(gm, calls, encodings), *_few_samples(prepared)]
-    fake_values = FakeValueCache()
-    for call in calls:
-        encoding = encodings[str(call.target)]
-        if encoding is None or (isinstance(encoding, RoundedConstant) and call.all_input_nodes[0] not in constants):
-            call.replace_all_uses_with(call.all_input_nodes[0])
-            gm.graph.erase_node(call)
-            continue
-        source = call.all_input_nodes[0]
-        prefix = attribute_path(source) if source in constants else source.name
-        if isinstance(encoding, RoundedConstant):
-            round_at(gm, call, evaluate(gm, source), encoding, prefix)
-            continue
-        quantize_at(gm, call, encoding, prefix, fake_values)
+    _write(gm, calls, encodings, constants)
     for name in encodings:
         gm.delete_submodule(name)
     notes += integer_buffers(gm)
@@ -148,3 +137,20 @@ def converted_graph(
 
         return to_integer(gm)
     return gm
+
+
+def _write(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None], constants: Constants) -> None:
+    """Put what its encoding asks for in the place of every observer call."""
+    fake_values = FakeValueCache()
+    for call in calls:
+        encoding = encodings[str(call.target)]
+        if encoding is None or (isinstance(encoding, RoundedConstant) and call.all_input_nodes[0] not in constants):
+            call.replace_all_uses_with(call.all_input_nodes[0])
+            gm.graph.erase_node(call)
+            continue
+        source = call.all_input_nodes[0]
+        prefix = attribute_path(source) if source in constants else source.name
+        if isinstance(encoding, RoundedConstant):
+            round_at(gm, call, evaluate(gm, source), encoding, prefix)
+            continue
+        quantize_at(gm, call, encoding, prefix, fake_values)

@@ -561,3 +561,13 @@ def test_data_is_left_alone_by_a_model_that_writes_to_its_input():
     before = [x.clone() for x in data]
     quantize(Writing().eval(), rows()[0], products(), data)
     assert all(map(torch.equal, data, before))
+
+
+def test_a_model_without_any_float_is_returned_when_that_is_asked_for():
+    class Count(nn.Module):
+        def forward(self, ids):
+            return ids + 1
+
+    ids = torch.arange(4)
+    result = quantize(Count().eval(), ids, products(), [ids] * 3, allow_unquantized=True)
+    assert result.report.sqnr_db == math.inf

@@ -20,6 +20,7 @@ from quant2e.graph.captured.modes import set_training
 from quant2e.graph.captured.no_grad import set_detached
 from quant2e.graph.captured.serialized import GraphState, graph_from_state, graph_state
 from quant2e.graph.control_flow import graphs_of
+from quant2e.graph.mutation import own_written_tensors
 
 _MACHINERY = frozenset(vars(GraphModule({}, Graph()))) | {
     "_in_spec",
@@ -165,6 +166,13 @@ def copy_graph(gm: GraphModule, *, compiled: bool = True) -> CapturedModule:
     on the first call, or by ``recompile``; for a copy that is going to be edited.
     """
     return _copy(gm, _shallow, {}, compiled=compiled)
+
+
+def independent_copy(gm: GraphModule) -> CapturedModule:
+    """A copy that writes to tensors of its own: running it leaves caches and counters of ``gm`` as they are."""
+    copied = copy_graph(gm)
+    own_written_tensors(copied)
+    return copied
 
 
 def allow_train_eval(gm: GraphModule) -> GraphModule:

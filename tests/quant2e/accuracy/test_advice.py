@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import quant2e
-from quant2e.accuracy.comparison import compare
+from quant2e.accuracy.compare import compare
 from quantizers.xnnpack import XNNPACKQuantizer, get_symmetric_quantization_config
 
 

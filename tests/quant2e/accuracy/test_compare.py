@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import quant2e
-from quant2e.accuracy.comparison import compare
+from quant2e.accuracy.compare import compare
 from quant2e.errors import CalibrationError, Quant2eError
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
