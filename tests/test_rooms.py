@@ -43,6 +43,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "storage",
         "quantized_model",
         "accuracy",
+        "accuracy/algorithms",
         "pipeline",
         "pt2e",
         "signature_types",
