@@ -29,6 +29,7 @@ from quant2e.graph.mutation import written_attributes
 from quant2e.integer.functionalize import use_functional_ops
 from quant2e.observers.base import OBSERVER_PREFIX, is_observer_call
 from quant2e.observers.encodings import Encoding, RoundedConstant
+from quant2e.observers.given import constant_of
 from quant2e.observers.measuring import searchable
 from quant2e.observers.straight_through import round_to_grid
 from quant2e.passes.train_batch_norm import FUSED
@@ -149,7 +150,7 @@ def _rounded(call: Node, gm: GraphModule, encoding: Encoding | None, constant: b
     quantize_at(made, observer, encoding, "x")
     made.delete_submodule("observer")
     made.recompile()
-    return _Constant(_run(made, evaluate(gm, source))) if constant else made
+    return _Constant(_run(made, constant_of(gm, call))) if constant else made
 
 
 def _now(source: Node, reader: Node, writers: Collection[Node]) -> Node:

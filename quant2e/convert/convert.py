@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from quant2e.calibration.batches import FEW_SAMPLES
@@ -20,12 +21,15 @@ from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.convert.legality import check_legality
 from quant2e.convert.moved_biases import moved_biases
 from quant2e.errors import Quant2eError, QuantizationWarning
+from quant2e.graph.attributes import replace_tensor, tensor_at
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
+from quant2e.graph.edit import emit_constant
 from quant2e.graph.fake_values import FakeValueCache
 from quant2e.graph.mutation import own_tensors, own_written_tensors
 from quant2e.observers.base import is_observer_call
 from quant2e.observers.encodings import Encoding, RoundedConstant
+from quant2e.observers.given import constant_of, integers_given
 from quant2e.observers.measuring import searchable
 from quant2e.passes import run
 from quant2e.passes.dead_code import prune_unused_attributes, remove_dead_code
@@ -153,4 +157,19 @@ def _write(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding 
         if isinstance(encoding, RoundedConstant):
             round_at(gm, call, evaluate(gm, source), encoding, prefix)
             continue
+        if integers_given(gm, call) is not None:
+            _put_on_grid(gm, call, prefix)
         quantize_at(gm, call, encoding, prefix, fake_values)
+
+
+def _put_on_grid(gm: GraphModule, call: Node, prefix: str) -> None:
+    """Let ``call`` read the constant with its given integers: under its own name where nothing else reads that."""
+    source, value = call.all_input_nodes[0], constant_of(gm, call)
+    old = tensor_at(gm, source)
+    alone = (
+        list(source.users) == [call] and sum(n.target == source.target for n in gm.graph.find_nodes(op="get_attr")) == 1
+    )
+    if old is not None and old.dtype == value.dtype and alone:
+        replace_tensor(gm, str(source.target), nn.Parameter(value, requires_grad=False))
+    else:
+        call.args = (emit_constant(gm, call, f"{prefix}_on_grid", value),)

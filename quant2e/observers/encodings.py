@@ -127,10 +127,10 @@ def saw_no_data(observer: Any) -> bool:
     sources = getattr(observer, "sources", None)
     if isinstance(sources, list):
         return any(saw_no_data(source) for source in sources)
+    for one in (observer, inner_observer(observer)):
+        if isinstance(observed := getattr(one, "observed", None), bool):
+            return not observed
     observer = inner_observer(observer)
-    observed = getattr(observer, "observed", None)
-    if isinstance(observed, bool):
-        return not observed
     low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
     if not isinstance(low, Tensor) or not isinstance(high, Tensor):
         return False

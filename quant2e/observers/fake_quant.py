@@ -320,15 +320,14 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
 
 
 class FixedQParamsFakeQuantize(FakeQuantize):
-    """Fake quantization with a scale and zero point known in advance; ``observer`` makes a `FixedQParamsObserver`."""
+    """Fake quantization with scales and zero points known in advance; ``observer`` makes a `FixedQParamsObserver`."""
 
     def __init__(self, observer: Callable[..., Any]) -> None:
         super().__init__(observer)
         fixed = self.activation_post_process
         if not hasattr(fixed, "scale") or not hasattr(fixed, "zero_point"):
             raise AnnotationError(f"{type(fixed).__name__} has no fixed scale; use FakeQuantize with it")
-        self.scale.copy_(fixed.scale)
-        self.zero_point.copy_(fixed.zero_point)
+        self._store(fixed.scale, fixed.zero_point)
 
     def _observe(self, x: Tensor) -> None:
         """Nothing to learn."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from quant2e.annotation.granularity import DYNAMIC, Granularity, PerTensor
-from quant2e.annotation.specs import INTEGER_BOUNDS
+from quant2e.annotation.specs import INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.observers.base import ObserverBase
-from quant2e.ranges.qparams import FLOAT32_EPS, plain_dtype
+from quant2e.ranges.qparams import FLOAT32_EPS, FLOAT_QPARAMS, plain_dtype
 
 
 class PlaceholderObserver(ObserverBase):
@@ -82,24 +83,30 @@ class PlaceholderObserver(ObserverBase):
 
 
 class FixedQParamsObserver(ObserverBase):
-    """A scale and zero point known in advance, per tensor.
+    """Scales and zero points known in advance: per tensor, with ``ch_axis`` per channel, with ``group_size`` per group.
 
-    ``quant_min``/``quant_max`` default to all integers that ``dtype`` holds. Raises `AnnotationError` for a scale that
-    is not positive and finite, a range that does not fit the dtype, or a zero point outside the range.
+    ``scale``: a number or float tensor, ``[1]``, ``[channels]`` or ``[rows, groups]``. ``zero_point``: as many integers
+    or, for ``per_channel_affine_float_qparams``, floats. ``quant_min``/``quant_max`` default to all integers that
+    ``dtype`` holds. Raises `AnnotationError` for a scale that is not positive and finite, a range that does not fit the
+    dtype, or a zero point outside the range. Their place in a prepared graph: `quant2e.observers.given`.
     """
 
     scale: Tensor
     zero_point: Tensor
+    observed = True
+    """It needs no data."""
 
     def __init__(
         self,
-        scale: float,
-        zero_point: int,
+        scale: float | Tensor,
+        zero_point: float | Tensor,
         dtype: torch.dtype | None = None,
         qscheme: torch.qscheme | None = None,
         quant_min: int | None = None,
         quant_max: int | None = None,
         is_dynamic: bool | None = None,
+        ch_axis: int | None = None,
+        group_size: int | None = None,
     ) -> None:
         dtype = plain_dtype(dtype or torch.uint8)
         super().__init__(dtype)
@@ -110,27 +117,57 @@ class FixedQParamsObserver(ObserverBase):
         low, high = INTEGER_BOUNDS[dtype]
         self.quant_min = low if quant_min is None else quant_min
         self.quant_max = high if quant_max is None else quant_max
-        if not (math.isfinite(scale) and scale > 0):
-            raise AnnotationError(f"scale={scale}: a fixed scale is a positive, finite number")
-        if not low <= self.quant_min <= zero_point <= self.quant_max <= high:
-            raise AnnotationError(
-                f"zero_point={zero_point} with the range [{self.quant_min}, {self.quant_max}]: "
-                f"need {low} <= quant_min <= zero_point <= quant_max <= {high} for {dtype}"
-            )
         self.qscheme = qscheme or torch.per_tensor_affine
+        self.ch_axis, self.group_size = ch_axis, group_size
         self.eps = FLOAT32_EPS
-        self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32))
-        self.register_buffer("zero_point", torch.tensor([zero_point], dtype=torch.int64))
+        zero = torch.float32 if self.qscheme == FLOAT_QPARAMS else torch.int64
+        self.register_buffer("scale", torch.atleast_1d(torch.as_tensor(scale)).detach().to(torch.float32, copy=True))
+        self.register_buffer("zero_point", torch.atleast_1d(torch.as_tensor(zero_point)).detach().to(zero, copy=True))
+        self._check((self.quant_min, self.quant_max))
+
+    def _check(self, integers: tuple[int, int]) -> None:
+        low, high = INTEGER_BOUNDS[self.dtype]
+        least, most = integers
+        scales, zeros = self.scale.flatten(), self.zero_point.flatten()
+        if scales.numel() != zeros.numel() or not scales.numel():
+            raise AnnotationError(f"{scales.numel()} scales and {zeros.numel()} zero points do not pair up")
+        wrong = scales[~(torch.isfinite(scales) & (scales > 0))]
+        if wrong.numel():
+            raise AnnotationError(f"scale={wrong[0].item()}: a fixed scale is a positive, finite number")
+        if zeros.is_floating_point() and bool(torch.isfinite(zeros).all()):
+            zeros = zeros.new_zeros(1)  # such a zero point may lie anywhere
+        outside = zeros[~((zeros >= least) & (zeros <= most))]
+        if outside.numel() or not low <= least <= most <= high:
+            zero = outside[0].item() if outside.numel() else zeros[0].item()
+            raise AnnotationError(
+                f"zero_point={zero} with the range [{least}, {most}]: "
+                f"need {low} <= quant_min <= zero_point <= quant_max <= {high} for {self.dtype}"
+            )
+        if scales.numel() > 1 and self.qscheme not in PER_CHANNEL_SCHEMES:
+            raise AnnotationError(
+                f"{scales.numel()} scales with {self.qscheme}: one for the tensor, or a scheme of channels"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """The fixed float32 scale and int64 zero point, ``[1]`` each."""
+        """The fixed float32 scales and zero points, of the shapes that were given."""
         return self.scale, self.zero_point
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Parameters follow their module to another device, but stay exact when the model becomes half precision.
+        for name, value in self.named_buffers(recurse=False):
+            moved = fn(value)
+            setattr(self, name, moved if moved.dtype == value.dtype else value.to(moved.device))
+        for child in self.children():
+            child._apply(fn)
+        return self
+
     def extra_repr(self) -> str:
-        return f"scale={self.scale.item():g}, zero_point={self.zero_point.item()}, dtype={self.dtype}"
+        if self.scale.numel() == 1:
+            return f"scale={self.scale.item():g}, zero_point={self.zero_point.item()}, dtype={self.dtype}"
+        return f"{self.scale.numel()} scales, dtype={self.dtype}"
 
 
 class NoopObserver(ObserverBase):
