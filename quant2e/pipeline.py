@@ -13,23 +13,25 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from quant2e.accuracy.algorithms.driver import Driver, Mended
+from quant2e.accuracy.algorithms.ladder import ENOUGH_DB, attempts_of
+from quant2e.accuracy.algorithms.registry import Algorithms
 from quant2e.accuracy.compare import compare
-from quant2e.accuracy.comparison import Comparison
-from quant2e.accuracy.output_error import output_sqnr, outputs_of
+from quant2e.accuracy.output_error import outputs_of
+from quant2e.accuracy.output_loss import converted_sqnr, in_floats
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.calibrate import Progress
 from quant2e.calibration.held_out import HeldOutData, calibrate_but_some
 from quant2e.calibration.range_selection import ranges_of
+from quant2e.calibration.repeated_data import RepeatedData
 from quant2e.convert.convert import converted_graph
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call, positional_inputs
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
 from quant2e.graph.captured.module import independent_copy
-from quant2e.graph.fake_values import is_float
-from quant2e.integer.report import INTEGER
 from quant2e.prepare.prepare import prepare_pt2e
-from quant2e.quantized_io import called_with_floats, quantized_io_of, with_quantized_io
+from quant2e.quantized_io import quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel
 from quant2e.report.encodings import encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
@@ -49,6 +51,7 @@ def quantize(
     dynamic_shapes: Any = None,
     use_reference_representation: bool = False,
     int8_io: bool = False,
+    algorithms: Algorithms = (),
     allow_unquantized: bool = False,
     min_sqnr_db: float | None = LEAST_SQNR_DB,
     progress: Progress | None = None,
@@ -61,6 +64,11 @@ def quantize(
     compared on them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``:
     the module computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it
     quantizes its inputs and outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`.
+    ``algorithms``: what is to mend accuracy, in their order: names, ``{name: settings}`` or `Algorithm` objects, or
+    "auto", which tries what may help this model and quantizer until the output keeps 30 dB. Each works on a copy and is
+    kept only where the held-out error does not grow; ``report.algorithms`` has a line for each. They learn from the
+    first 64 batches, those held out excepted, and the data is read more than once: up to 256 batches are kept in
+    memory, and more must be an iterable that gives the same batches each time, not a generator.
     ``allow_unquantized``: accept a result in which no op is quantized. ``min_sqnr_db``: the least SQNR that a result
     must have, in dB; None accepts any. ``progress``: called with the number of batches done and the total, where it is
     known.
@@ -73,6 +81,7 @@ def quantize(
         raise Quant2eError(f"min_sqnr_db={min_sqnr_db!r}: a number of dB, or None to accept any result")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise Quant2eError(f"kwargs is a {type(kwargs).__name__}: keyword inputs by name, a dict")
+    attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf
     positional, named = positional_inputs(example_inputs), dict(kwargs or {})
     captured = capture(model, positional, named, dynamic_shapes=dynamic_shapes)
     prepared = prepare_pt2e(captured, quantizer)
@@ -82,24 +91,37 @@ def quantize(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
-    held_out = HeldOutData([Call(positional, named)], "the example inputs")
-    if calibration_data is not None:
-        held_out = calibrate_but_some(prepared, calibration_data, progress)
-    converted = _converted(prepared, use_reference_representation, int8_io)
+    example = Call(positional, named)
+    if attempts:
+        driver = Driver(captured, quantizer, RepeatedData(calibration_data, example), enough_db)
+        mended = driver.run(prepared, attempts, progress)
+    else:
+        mended = Mended(captured, prepared, _calibrated(prepared, calibration_data, example, progress))
+    converted = _converted(mended.prepared, use_reference_representation, int8_io)
     record = record_of(converted)
-    report = _measured(record.report, (captured, prepared, converted), held_out, min_sqnr_db)
+    report = replace(record.report, algorithms=mended.steps)
+    report = _measured(report, (captured, mended.prepared, converted), mended.held_out, min_sqnr_db)
     converted.meta[RECORD_KEY] = replace(record, report=report)
-    example, keywords = _example(converted, positional, named)
+    inputs, keywords = _example(converted, positional, named)
     given = dynamic_shapes is not None
     shapes = of_graph(dynamic_shapes, model, positional, named) if given else read_dynamic_shapes(captured)
     return QuantizedModel(
         module=converted,
         report=report,
         encodings=encodings_of(record, type(quantizer).__name__),
-        example_inputs=example,
+        example_inputs=inputs,
         example_kwargs=keywords,
         dynamic_shapes=shapes,
     )
+
+
+def _calibrated(
+    prepared: GraphModule, data: Iterable[Any] | None, example: Call, progress: Progress | None
+) -> HeldOutData:
+    """What is held out of ``data``, after ``prepared`` was calibrated in place on the rest."""
+    if data is None:
+        return HeldOutData([example], "the example inputs")
+    return calibrate_but_some(prepared, data, progress)
 
 
 def _measured(
@@ -110,40 +132,18 @@ def _measured(
     ``graphs``: captured, prepared, converted. Raises `AccuracyError` below ``least`` dB.
     """
     captured, prepared, converted = graphs
-    source = held_out.source
-    if any(is_float(leaf) for leaf in captured.graph.output_node().all_input_nodes):
-        sqnr = output_sqnr(independent_copy(captured), called_with_floats(independent_copy(converted)), held_out.calls)
-    elif not report.verdicts:  # nothing is float, anywhere
-        sqnr = math.inf
-    else:
-        compared = compare(prepared, _in_floats(prepared, converted), held_out.calls)
-        sqnr, place = _last_float(prepared, compared)
-        source += f", at {place}: no output of the model is a float"
+    sqnr, place = converted_sqnr(captured, prepared, converted, held_out.calls)
+    source = f"{held_out.source}, {place}" if place else held_out.source
     report = replace(report, sqnr_db=sqnr, sqnr_source=source, ranges=ranges_of(held_out.choices))
     lost = least is not None and not sqnr >= least
     if lost:
         _check_float(independent_copy(captured), held_out.calls, held_out.source)
     if lost or not sqnr >= BAD_SQNR_DB:
-        places = compare(prepared, _in_floats(prepared, converted), held_out.calls[:1]).worst_places()
+        places = compare(prepared, in_floats(prepared, converted), held_out.calls[:1]).worst_places()
         report = replace(report, worst_places=tuple(f"{place}: {place.advice}" for place in places))
     if least is not None and lost:
         raise AccuracyError(_lost(report, least))
     return report
-
-
-def _in_floats(prepared: GraphModule, converted: GraphModule) -> GraphModule:
-    """The Q/DQ graph that takes and returns floats: ``converted`` itself unless it computes in integers."""
-    return converted_graph(prepared) if INTEGER in converted.meta or quantized_io_of(converted) else converted
-
-
-def _last_float(prepared: GraphModule, compared: Comparison) -> tuple[float, str]:
-    """SQNR in dB of the last tensor that is float, and its name: what an index or a comparison was made of.
-
-    inf where nothing is compared: no op has a float result.
-    """
-    rows = {row.op: row for row in compared.rows}
-    last = next((rows[node.name] for node in reversed(prepared.graph.nodes) if node.name in rows), None)
-    return (math.inf, "no op") if last is None else (last.sqnr_db, f"'{last.op}'")
 
 
 def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:

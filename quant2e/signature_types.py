@@ -15,12 +15,14 @@ from quant2e.calibration.range_selection import RangeChoice
 from quant2e.errors import AccuracyError, QuantizationWarning
 from quant2e.graph.captured.inputs import Inputs
 from quant2e.quantized_io import Port
+from quant2e.report.algorithm_step import AlgorithmStep
 from quant2e.report.encodings import GroupEncoding
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.report import ChosenRange
 
 __all__ = [
     "AccuracyError",
+    "AlgorithmStep",
     "Arg",
     "ChosenRange",
     "Comparison",

@@ -25,7 +25,9 @@ from lowering.inductor.kernels.engines import KernelChoice, Product
 from quant2e import Edge, Group, IntegerReport, IntegerVerdict, Output, Plan, RangeChoice, Report
 from quant2e.annotation.plan import Ignored
 from quant2e.calibration.data_checks import DataFinding, DataReport
+from quant2e.errors import FileFormatError
 from quant2e.integer import Overflow
+from quant2e.report.algorithm_step import AlgorithmStep
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.report import Verdict
 from quantizers.conformance import Conformance, Finding
@@ -64,7 +66,12 @@ ONNX = OnnxReport(
 )
 REPORTS = {
     "quantization": Report(
-        (Verdict(FloatOp("linear", "aten.linear.default", "fc", "m.py:3", 32), "static", "linear"),), sqnr_db=INF
+        (Verdict(FloatOp("linear", "aten.linear.default", "fc", "m.py:3", 32), "static", "linear"),),
+        sqnr_db=INF,
+        algorithms=(
+            AlgorithmStep("equalize", "kept", ("<lambda>: 8 channels",), before_db=8.5, after_db=INF),
+            AlgorithmStep("gptq", "not tried", reason="8 bits"),
+        ),
     ),
     "integer": IntegerReport("float32", (IntegerVerdict("linear", "aten.linear.default", True, "linear", True),)),
     "overflow": Overflow(name="mm", sums=8, overflowing=2, wrong=1, peak=40000, limit=32767, worst_error=9),
@@ -103,7 +110,16 @@ def test_the_json_form_of_a_quantization_is_read_again(sqnr_db):
     assert Report.from_dict(json.loads(json.dumps(report.as_dict(), allow_nan=False))) == report
 
 
-@pytest.mark.parametrize("kind", [*OF_PROGRAMS, "data"])
+def test_a_report_of_before_there_were_algorithms_is_read():
+    data = REPORTS["quantization"].as_dict()
+    del data["algorithms"]
+    assert Report.from_dict(data) == replace(REPORTS["quantization"], algorithms=())
+    data["algorithms"] = [{**REPORTS["quantization"].as_dict()["algorithms"][0], "outcome": "perfect"}]
+    with pytest.raises(FileFormatError, match="'perfect' is no outcome: kept, rolled back"):
+        Report.from_dict(data)
+
+
+@pytest.mark.parametrize("kind", [*OF_PROGRAMS, "data", "quantization"])
 def test_the_short_form_fits_a_screen_and_html_is_escaped(kind, golden):
     report = REPORTS[kind]
     assert len(repr(report).splitlines()) <= 10

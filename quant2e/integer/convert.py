@@ -18,7 +18,7 @@ from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, serves_p
 from quant2e.integer.arithmetic.builder import Builder, Record
 from quant2e.integer.arithmetic.grid import QUANTIZE_STATIC
 from quant2e.integer.arithmetic.requantization import Requantization
-from quant2e.integer.arithmetic.values import Context
+from quant2e.integer.arithmetic.values import IntegerContext
 from quant2e.integer.functionalize import exposed, use_functional_ops
 from quant2e.integer.report import INTEGER, IntegerReport, IntegerVerdict, with_integers_of
 from quant2e.integer.rewrite import rewrite
@@ -75,7 +75,7 @@ def _compute_in_integers(gm: GraphModule, requantization: Requantization) -> Int
     float_ops = [node.name for node in gm.graph.nodes if _computes_float(node)]
     targets = {node.name: str(node.target) for node in gm.graph.nodes}
     asked = _asked(gm)
-    ctx = Context(gm, Builder(gm, requantization), Constants(gm.graph), exposed=exposed(gm))
+    ctx = IntegerContext(gm, Builder(gm, requantization), Constants(gm.graph), exposed=exposed(gm))
     constants = {node.name for node in ctx.constants}
 
     def integer_form(_: GraphModule) -> int:
@@ -133,7 +133,7 @@ def _is_part(node: Node) -> bool:
     return node.target is operator.getitem
 
 
-def _reason(ctx: Context, name: str) -> str:
+def _reason(ctx: IntegerContext, name: str) -> str:
     return ctx.failed.get(name) or ctx.integer.get(name) or ctx.left.get(name) or "nothing reads it in integers"
 
 

@@ -18,7 +18,7 @@ from quant2e.graph.fake_values import is_float, node_tensor, shape_of
 from quant2e.graph.qdq_ops import CHOOSE_PER_TOKEN, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
 from quant2e.integer.arithmetic.builder import NoIntegerFormError
 from quant2e.integer.arithmetic.grid import DEQUANTIZE_STATIC, QUANTIZE_STATIC, Grid, grid_of
-from quant2e.integer.arithmetic.values import Context, Stored, Value
+from quant2e.integer.arithmetic.values import IntegerContext, Stored, Value
 from quant2e.integer.ops import (
     data_movement as moves,
 )
@@ -47,7 +47,7 @@ from quant2e.integer.ops.dynamic_quantization import (
 
 aten = torch.ops.aten
 
-Form = Callable[[Context, Node], Value]
+Form = Callable[[IntegerContext, Node], Value]
 
 FORMS: Mapping[Any, Form] = {
     **moves.FORMS,
@@ -65,7 +65,7 @@ FORMS: Mapping[Any, Form] = {
 _SHAPE_READERS = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int})
 
 
-def rewrite(ctx: Context) -> int:
+def rewrite(ctx: IntegerContext) -> int:
     """Write the integer form of everything in ``ctx.gm``, in place; returns for how many tensors integers stand.
 
     Dead float nodes are left for the caller.
@@ -84,7 +84,7 @@ def rewrite(ctx: Context) -> int:
     return len(ctx.values)
 
 
-def _one(ctx: Context, node: Node) -> None:
+def _one(ctx: IntegerContext, node: Node) -> None:
     if node.target in QUANTIZE:
         _quantize(ctx, node)
     elif node.target in DEQUANTIZE:
@@ -95,7 +95,7 @@ def _one(ctx: Context, node: Node) -> None:
         _float_op(ctx, node)
 
 
-def _float_op(ctx: Context, node: Node) -> None:
+def _float_op(ctx: IntegerContext, node: Node) -> None:
     known = [operand for operand in node.all_input_nodes if operand in ctx.values]
     form = FORMS.get(node.target)
     try:
@@ -121,7 +121,7 @@ def _clamped_function(node: Node, value: Value) -> Value:
     return value
 
 
-def _quantize(ctx: Context, node: Node) -> None:
+def _quantize(ctx: IntegerContext, node: Node) -> None:
     x = node.args[0]
     assert isinstance(x, Node)
     grid = grid_of(node) if node.target is QUANTIZE_STATIC else None
@@ -156,7 +156,7 @@ def _quantize(ctx: Context, node: Node) -> None:
             node.replace_all_uses_with(written)
 
 
-def _dequantize(ctx: Context, node: Node) -> None:
+def _dequantize(ctx: IntegerContext, node: Node) -> None:
     source = node.args[0]
     assert isinstance(source, Node)
     if node.target is DEQUANTIZE_STATIC and (grid := grid_of(node)) is not None:
@@ -170,7 +170,7 @@ def _dequantize(ctx: Context, node: Node) -> None:
         ctx.values[node] = quantize.PerChannelStored(node)
 
 
-def _stored_per_image(ctx: Context, node: Node, source: Node) -> DynamicStored:
+def _stored_per_image(ctx: IntegerContext, node: Node, source: Node) -> DynamicStored:
     """Integers whose scales, found at run time, are of what has one index along an axis."""
     along = [1] * len(shape_of(source))
     along[operand(node, "axis")] = -1
@@ -179,7 +179,7 @@ def _stored_per_image(ctx: Context, node: Node, source: Node) -> DynamicStored:
     return DynamicStored(node, source, scale, zero_point, operand(node, "quant_min"), operand(node, "quant_max"))
 
 
-def _choose(ctx: Context, node: Node) -> None:
+def _choose(ctx: IntegerContext, node: Node) -> None:
     x = node.args[0]
     assert isinstance(x, Node)
     if (value := ctx.values.get(x)) is not None:
@@ -193,13 +193,13 @@ def _choose(ctx: Context, node: Node) -> None:
             user.replace_all_uses_with(parts[operand(user, 1)])
 
 
-def _materialise(ctx: Context, node: Node) -> None:
+def _materialise(ctx: IntegerContext, node: Node) -> None:
     for x in list(node.all_input_nodes):
         if (value := ctx.values.get(x)) is not None and (real := value.real(ctx)) is not x:
             node.replace_input_with(x, real)
 
 
-def _read_shape(ctx: Context, reader: Node) -> None:
+def _read_shape(ctx: IntegerContext, reader: Node) -> None:
     """A size is read from integers where a float tensor is not computed any more."""
     x = reader.args[0]
     assert isinstance(x, Node)

@@ -22,6 +22,7 @@ from quant2e.documents.schema import LATER, from_record
 from quant2e.graph.control_flow import prefixed
 from quant2e.graph.edit import PART_OF, folded_ops
 from quant2e.graph.fake_values import node_tensor
+from quant2e.report.algorithm_step import AlgorithmStep, lines_of_steps
 from quant2e.report.float_ops import FloatOp
 from quant2e.report.html import html_table
 from quant2e.report.macs import count_macs
@@ -90,6 +91,7 @@ class Report:
     ``losses``: tensors whose values integers turn into zero or clip, and what helps, the worst first; then biases that
     move by more than one step of the result. ``ranges``: tensors for which several ranges were compared, those that
     lose most first. ``worst_places``: where the error of a bad output comes from, and what to do about it, a sentence
+    each. ``algorithms``: the algorithms that were to mend accuracy, in the order in which they ran, and what became of
     each.
     """
 
@@ -102,6 +104,7 @@ class Report:
     losses: tuple[str, ...] = field(default=(), metadata=LATER)
     ranges: tuple[ChosenRange, ...] = field(default=(), metadata=LATER)
     worst_places: tuple[str, ...] = field(default=(), metadata=LATER)
+    algorithms: tuple[AlgorithmStep, ...] = field(default=(), metadata=LATER)
 
     @property
     def int8_mac_share(self) -> float:
@@ -168,7 +171,7 @@ class Report:
             lines.append(f"tensors: {self.float_bytes:,} -> {self.quantized_bytes:,} bytes ({ratio:.3f} x)")
         if self.sqnr_db is not None:
             lines.append(f"SQNR against float: {self.sqnr_db:.1f} dB on {self.sqnr_source}")
-        return lines
+        return [*lines, *lines_of_steps(self.algorithms)]
 
     def _warning(self) -> list[str]:
         """What comes first where the output is bad: how bad, and where it comes from."""
@@ -184,6 +187,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [*self._headline(), *(f"loss: {loss}" for loss in self.losses), *self._bad_ranges()]
+        lines += [f"{step.name}: {change}" for step in self.algorithms for change in step.changes]
         width = max((len(v.op.name) for v in self.verdicts), default=0)
         for v in self.verdicts:
             place = f"  [{v.op.module}]" if v.op.module else ""

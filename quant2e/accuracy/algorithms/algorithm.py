@@ -48,7 +48,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def apply(self, model: GraphModule, context: Context) -> list[str]:
-        """Edit ``model``, a copy that is the caller's own; tensors that it shares with others are replaced, not written.
+        """Edit ``model``, a copy that is the caller's own; tensors it shares with others are replaced, not written.
 
         Returns a line for each place that was changed, with its numbers; none: there was nothing to mend, and ``model``
         is as it was.

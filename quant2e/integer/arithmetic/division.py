@@ -18,7 +18,7 @@ from torch.fx import Node
 from quant2e.integer.arithmetic.builder import Builder, NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
 from quant2e.integer.arithmetic.rescale import saturate
-from quant2e.integer.arithmetic.values import Context, Value, grid_attributes
+from quant2e.integer.arithmetic.values import IntegerContext, Value, grid_attributes
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ class Quotient(Value):
         self.acc, self.count, self.scale = acc, count, scale
         self.inputs, self.attributes, self.constants = inputs, attributes, constants or {}
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         if ctx.b.requantization == "power_of_two":
             raise NoIntegerFormError(self.node, "it divides by a number that is known at run time only: no shift")
         ratio = self.scale / grid.scale

@@ -19,7 +19,7 @@ from torch.fx import Node
 
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Value, grid_attributes
+from quant2e.integer.arithmetic.values import IntegerContext, Value, grid_attributes
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ Staircase = Callable[[Tensor], Tensor]
 """Float64 numbers to the integers of the output, int64."""
 
 
-def on_thresholds(ctx: Context, node: Node, source: Value, function: Staircase, grid: Grid) -> tuple[Node, int]:
+def on_thresholds(ctx: IntegerContext, node: Node, source: Value, function: Staircase, grid: Grid) -> tuple[Node, int]:
     """The integers on ``grid`` of a function of ``source``, and how many thresholds it takes.
 
     Raises `NoIntegerFormError` when ``source`` cannot be requantized, or the output still changes at very large

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 @dataclass(slots=True)
-class Context:
+class IntegerContext:
     """The graph being rewritten, and what is known so far.
 
     ``values``: float node → its integers. ``constants``: nodes that depend on parameters only. ``integer``: float ops
@@ -87,7 +87,7 @@ class Value(ABC):
         """The grid on which the float value lies exactly, if there is one."""
         return None
 
-    def quantized(self, ctx: Context, grid: Grid) -> Node:
+    def quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         """Integers of the value on ``grid``. Raises `NoIntegerFormError`."""
         if grid not in self.forms:
             with ctx.b.at(self.node):
@@ -95,14 +95,14 @@ class Value(ABC):
         return self.forms[grid]
 
     @abstractmethod
-    def _quantized(self, ctx: Context, grid: Grid) -> Node: ...
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node: ...
 
-    def real(self, ctx: Context) -> Node:
+    def real(self, ctx: IntegerContext) -> Node:
         """The float value: the float node itself, on dequantized operands."""
         ctx.keep(self.node, ctx.why)
         return self.node
 
-    def parts(self, ctx: Context) -> list[Part]:
+    def parts(self, ctx: IntegerContext) -> list[Part]:
         """The value as a sum of integers with scales. Raises `NoIntegerFormError` when it is not one."""
         raise NoIntegerFormError(self.node, f"the result of '{self.node.name}' is no sum of integers")
 
@@ -158,7 +158,7 @@ class Stored(Value):
     def grid(self) -> Grid:
         return self._grid
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         if grid == self._grid:
             return self.integers
         part = self.parts(ctx)[0]
@@ -175,13 +175,13 @@ class Stored(Value):
         )
         return out
 
-    def real(self, ctx: Context) -> Node:
+    def real(self, ctx: IntegerContext) -> Node:
         if self._real is None:
             with ctx.b.at(self.node):
                 self._real = dequantize(ctx.b, self.integers, self._grid, self.node)
         return self._real
 
-    def parts(self, ctx: Context) -> list[Part]:
+    def parts(self, ctx: IntegerContext) -> list[Part]:
         with ctx.b.at(self.node):
             wide = ctx.b.shifted(self.integers, self._grid.zero_point)
         narrow = self._grid.dtype in (torch.int8, torch.uint8)
@@ -231,13 +231,13 @@ class Wide(Value):
         self.constants = constants or {}
         self.attributes = attributes or {}
 
-    def parts(self, ctx: Context) -> list[Part]:
+    def parts(self, ctx: IntegerContext) -> list[Part]:
         return self._parts
 
     def unit(self) -> float:
         return max(part.unit() for part in self._parts)
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         terms = [part.term(grid, 0 if part.axis is None else rank(self.node)) for part in self._parts]
         if len(terms) == 1 and terms[0].sign > 0:
             out, constants = requantize(ctx.b, terms[0], grid, self.node)

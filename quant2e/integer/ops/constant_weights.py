@@ -17,7 +17,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.graph.qdq_ops import qd
 from quant2e.integer.arithmetic.builder import NoIntegerFormError
 from quant2e.integer.arithmetic.grid import grid_of
-from quant2e.integer.arithmetic.values import Context
+from quant2e.integer.arithmetic.values import IntegerContext
 from quant2e.integer.ops.data_movement import MOVES
 
 _PER_CHANNEL = qd.dequantize_per_channel.default
@@ -71,7 +71,7 @@ class IntegerWeight:
         zero = torch.as_tensor(self.zero_point)
         return [int(z) for z in zero.flatten()] if zero.numel() > 1 else int(zero)
 
-    def node(self, ctx: Context, place: Node, dtype: torch.dtype) -> Node:
+    def node(self, ctx: IntegerContext, place: Node, dtype: torch.dtype) -> Node:
         """The constant in the graph, without its zero point, in a wide dtype."""
         stored = self.source if self.source is not None else ctx.b.constant(self.integers, f"{place.name}_weight")
         wide = ctx.b.cast(stored, dtype)
@@ -104,7 +104,7 @@ class IntegerWeight:
         return torch.as_tensor(self.along(node, 1)).repeat(groups)
 
 
-def integer_weight_of(ctx: Context, node: Any) -> IntegerWeight | None:
+def integer_weight_of(ctx: IntegerContext, node: Any) -> IntegerWeight | None:
     """The integers behind a constant operand; None when it is not constant, or float."""
     if not isinstance(node, Node) or node not in ctx.constants:
         return None
@@ -119,7 +119,7 @@ def integer_weight_of(ctx: Context, node: Any) -> IntegerWeight | None:
     return _moved(found, chain[::-1])
 
 
-def _dequantized(ctx: Context, node: Node) -> IntegerWeight | None:
+def _dequantized(ctx: IntegerContext, node: Node) -> IntegerWeight | None:
     grid = grid_of(node)
     source = operand(node, 0) if node.op == "call_function" else None
     if not isinstance(source, Node):

@@ -19,7 +19,7 @@ from quant2e.graph.data_movement import Effect, When, movements
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Stored, Value, grid_attributes
+from quant2e.integer.arithmetic.values import IntegerContext, Stored, Value, grid_attributes
 
 aten = torch.ops.aten
 
@@ -46,7 +46,7 @@ class Moved(Value):
     def unit(self) -> float:
         return self.source.unit()
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
         ctx.integer[self.node.name] = "moves integers"
         if self._drop:
@@ -55,7 +55,7 @@ class Moved(Value):
         return ctx.b.call(self.node.target, *args, **self.node.kwargs)
 
 
-def _shape_giver(ctx: Context, argument: Any) -> Any:
+def _shape_giver(ctx: IntegerContext, argument: Any) -> Any:
     """An argument of a move; of a quantized tensor (``view_as(x, y)``) only the sizes are read, which integers have."""
     value = ctx.values.get(argument) if isinstance(argument, Node) else None
     return argument if value is None or value.grid is None else value.quantized(ctx, value.grid)
@@ -77,7 +77,7 @@ class Clamped(Value):
     def unit(self) -> float:
         return self.source.unit()
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
         ctx.integer[self.node.name] = "clamp of integers"
         low, high = grid.bound(self.low), grid.bound(self.high)
@@ -100,7 +100,7 @@ class Clamped(Value):
 class Padded(Moved):
     """A border of one value around others: an integer of the grid, rounded as any other."""
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
         ctx.integer[self.node.name] = "pads integers"
         border = grid.bound(float(operand(self.node, "value") or 0.0))
@@ -121,7 +121,7 @@ class Padded(Moved):
 class AmongZeros(Moved):
     """Values among zeros, which are zero points: the integers move as distances from it."""
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
         ctx.integer[self.node.name] = "moves integers"
         zero = grid.bound(0.0)
@@ -144,7 +144,7 @@ class SplitPart(Value):
     def unit(self) -> float:
         return self.source.unit()
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         return ctx.b.call(operator.getitem, self.source.quantized(ctx, grid), self.node.args[1])
 
 
@@ -155,7 +155,7 @@ class FirstOf(Value):
         super().__init__(node)
         self.first = first
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         raise NoIntegerFormError(self.node, "it has several results")
 
 
@@ -174,7 +174,7 @@ class Joined(Value):
     def unit(self) -> float:
         return max(source.unit() for source in self.sources)
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         parts = [source.quantized(ctx, grid) for source in self.sources]
         ctx.integer[self.node.name] = "joins integers"
         dim = operand(self.node, "dim")
@@ -192,19 +192,19 @@ class Joined(Value):
         return out
 
 
-def _moved(ctx: Context, node: Node) -> Value:
+def _moved(ctx: IntegerContext, node: Node) -> Value:
     return Moved(node, ctx.value(node.args[0], node))
 
 
-def _by_strides(_ctx: Context, node: Node) -> Value:
+def _by_strides(_ctx: IntegerContext, node: Node) -> Value:
     raise NoIntegerFormError(node, "it reads memory by strides, and integers may lie in another order")
 
 
-def _among_zeros(ctx: Context, node: Node) -> Value:
+def _among_zeros(ctx: IntegerContext, node: Node) -> Value:
     return AmongZeros(node, ctx.value(node.args[0], node))
 
 
-def _split_part(ctx: Context, node: Node) -> Value:
+def _split_part(ctx: IntegerContext, node: Node) -> Value:
     source = ctx.value(node.args[0], node)
     if isinstance(source, FirstOf) and node.args[1] == 0:
         return Moved(node, source.first, drop=True)
@@ -213,7 +213,7 @@ def _split_part(ctx: Context, node: Node) -> Value:
     return SplitPart(node, source)
 
 
-def _padded(ctx: Context, node: Node) -> Value:
+def _padded(ctx: IntegerContext, node: Node) -> Value:
     mode = operand(node, "mode")
     if mode not in (None, "constant"):
         return _moved(ctx, node)  # with values of the tensor itself
@@ -222,13 +222,13 @@ def _padded(ctx: Context, node: Node) -> Value:
     return Padded(node, ctx.value(node.args[0], node))
 
 
-def _dropout(ctx: Context, node: Node) -> Value:
+def _dropout(ctx: IntegerContext, node: Node) -> Value:
     if operand(node, "train") is not False:
         raise NoIntegerFormError(node, "it drops values, in training mode")
     return Moved(node, ctx.value(node.args[0], node), drop=True)
 
 
-def _cast(ctx: Context, node: Node) -> Value:
+def _cast(ctx: IntegerContext, node: Node) -> Value:
     source = ctx.value(node.args[0], node)
     before, after = source.node.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
@@ -236,7 +236,7 @@ def _cast(ctx: Context, node: Node) -> Value:
     return Moved(node, source, drop=True)
 
 
-def clamp(low: float | str, high: float | str) -> Callable[[Context, Node], Value]:
+def clamp(low: float | str, high: float | str) -> Callable[[IntegerContext, Node], Value]:
     """The form of a clamp whose bounds are numbers, or the names of operands that hold them."""
 
     def bound(node: Node, given: float | str, otherwise: float) -> float:
@@ -249,19 +249,19 @@ def clamp(low: float | str, high: float | str) -> Callable[[Context, Node], Valu
             raise NoIntegerFormError(node, "a bound is a tensor")
         return float(value)
 
-    def form(ctx: Context, node: Node) -> Value:
+    def form(ctx: IntegerContext, node: Node) -> Value:
         source = ctx.value(node.args[0], node)
         return Clamped(node, source, bound(node, low, -math.inf), bound(node, high, math.inf))
 
     return form
 
 
-def _joined(ctx: Context, node: Node) -> Value:
+def _joined(ctx: IntegerContext, node: Node) -> Value:
     tensors: Any = node.args[0]
     return Joined(node, [ctx.value(t, node) for t in tensors])
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {
     **dict.fromkeys(MOVES, _moved),
     **dict.fromkeys(_AMONG_ZEROS, _among_zeros),
     **dict.fromkeys(_BY_STRIDES, _by_strides),

@@ -12,12 +12,12 @@ from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import Builder, NoIntegerFormError
 from quant2e.integer.arithmetic.division import Quotient
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Value, rank
+from quant2e.integer.arithmetic.values import IntegerContext, Value, rank
 
 aten = torch.ops.aten
 
 
-def total(ctx: Context, node: Node, x: Node, grid: Grid, dims: list[int], *, keepdim: bool, mean: bool) -> Value:
+def total(ctx: IntegerContext, node: Node, x: Node, grid: Grid, dims: list[int], *, keepdim: bool, mean: bool) -> Value:
     """The mean over dimensions some of which vary. Raises `NoIntegerFormError` for a sum, whose range has no bound."""
     if not mean:
         raise NoIntegerFormError(node, "how many values it adds depends on the input's shape")
@@ -32,7 +32,7 @@ def total(ctx: Context, node: Node, x: Node, grid: Grid, dims: list[int], *, kee
     return Quotient(node, acc, count, grid.scale, inputs={"x": x.name}, attributes=attributes)
 
 
-def average_windows(ctx: Context, node: Node, x: Node, grid: Grid, acc: Node, *, counted: bool) -> Value:
+def average_windows(ctx: IntegerContext, node: Node, x: Node, grid: Grid, acc: Node, *, counted: bool) -> Value:
     """Average pooling whose windows hang over the border: the same pooling of ones counts what each averages."""
     if counted and operand(node, "ceil_mode"):
         raise NoIntegerFormError(node, "with ceil_mode, windows that count padding depend on the input's shape")
@@ -61,7 +61,7 @@ def _line(value: Any, spatial: int) -> list[int]:
     return sizes * spatial if len(sizes) == 1 else sizes
 
 
-def adaptive(ctx: Context, node: Node, x: Node, grid: Grid, outputs: list[int]) -> Value:
+def adaptive(ctx: IntegerContext, node: Node, x: Node, grid: Grid, outputs: list[int]) -> Value:
     """Windows ``floor(i·n/o) .. ceil((i+1)·n/o)`` of a size n that varies: differences of running sums."""
     b = ctx.b
     dims = rank(node)

@@ -16,7 +16,7 @@ from torch.fx import Node
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import Builder, NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Value, rank
+from quant2e.integer.arithmetic.values import IntegerContext, Value, rank
 
 aten = torch.ops.aten
 
@@ -30,17 +30,17 @@ class DynamicStored(Value):
         self.span = high - low
         self._real: Node | None = None
 
-    def shifted(self, ctx: Context, dtype: torch.dtype) -> Node:
+    def shifted(self, ctx: IntegerContext, dtype: torch.dtype) -> Node:
         """``q - zero_point`` in a wide integer dtype."""
         zero = ctx.b.cast(self.zero_point, dtype)
         return ctx.b.call(aten.sub.Tensor, ctx.b.cast(self.integers, dtype), zero)
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         raise NoIntegerFormError(
             self.node, "its scale is found at run time, so there is no constant ratio to another one"
         )
 
-    def real(self, ctx: Context) -> Node:
+    def real(self, ctx: IntegerContext) -> Node:
         if self._real is None:
             with ctx.b.at(self.node):
                 shifted = self.shifted(ctx, torch.int32)
@@ -73,12 +73,12 @@ class DynamicProduct(Value):
         self._axis, self._bias, self._kind = axis, bias, kind
         self._real: Node | None = None
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         raise NoIntegerFormError(
             self.node, "its scale is found at run time, so there is no constant ratio to another one"
         )
 
-    def real(self, ctx: Context) -> Node:
+    def real(self, ctx: IntegerContext) -> Node:
         if self._real is None:
             ctx.integer[self.node.name] = f"dynamic {self._kind}, int32 accumulator"
             with ctx.b.at(self.node):
@@ -86,7 +86,7 @@ class DynamicProduct(Value):
             self._record(ctx, self._real)
         return self._real
 
-    def _record(self, ctx: Context, real: Node) -> None:
+    def _record(self, ctx: IntegerContext, real: Node) -> None:
         if "weight" not in self.constants:
             return
         known = {"weight_scale": torch.as_tensor(self._weight_scale)} | (

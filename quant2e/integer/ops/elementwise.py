@@ -14,13 +14,13 @@ from torch.fx import Node
 
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError
-from quant2e.integer.arithmetic.values import Context, Part, Value, Wide, rank
+from quant2e.integer.arithmetic.values import IntegerContext, Part, Value, Wide, rank
 from quant2e.integer.ops import lookup_tables as tables
 
 aten = torch.ops.aten
 
 
-def _on_grid(ctx: Context, value: Value) -> tuple[Node, int, float, int, bool]:
+def _on_grid(ctx: IntegerContext, value: Value) -> tuple[Node, int, float, int, bool]:
     """Integers of a value on its own grid: node, zero point, scale, span, whether they have 8 bits."""
     grid = value.grid
     if grid is None:
@@ -29,7 +29,7 @@ def _on_grid(ctx: Context, value: Value) -> tuple[Node, int, float, int, bool]:
     return value.quantized(ctx, grid), grid.zero_point, grid.scale, grid.span, narrow
 
 
-def _sum(ctx: Context, node: Node) -> Value:
+def _sum(ctx: IntegerContext, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
     if not isinstance(right, Node) or not isinstance(left, Node):
         return tables.unary_table(ctx, node)
@@ -59,7 +59,7 @@ def _sum(ctx: Context, node: Node) -> Value:
     return Wide(node, parts, kind="sum", inputs=inputs, attributes=attributes)
 
 
-def _parts(ctx: Context, value: Value, node: Node) -> list[tuple[Part, str, int]]:
+def _parts(ctx: IntegerContext, value: Value, node: Node) -> list[tuple[Part, str, int]]:
     """The terms of one operand with the node they are read from and its zero point."""
     dims = rank(node) - rank(value.node)
     if value.grid is not None:
@@ -73,7 +73,7 @@ def _parts(ctx: Context, value: Value, node: Node) -> list[tuple[Part, str, int]
     ]
 
 
-def _product(ctx: Context, node: Node) -> Value:
+def _product(ctx: IntegerContext, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
     if not isinstance(right, Node) or not isinstance(left, Node):
         return tables.unary_table(ctx, node)
@@ -94,7 +94,7 @@ def _product(ctx: Context, node: Node) -> Value:
     )
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {
     aten.add.Tensor: _sum,
     aten.sub.Tensor: _sum,
     aten.mul.Tensor: _product,

@@ -19,7 +19,7 @@ from torch.fx import Node
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Value, grid_attributes
+from quant2e.integer.arithmetic.values import IntegerContext, Value, grid_attributes
 from quant2e.integer.ops.constant_weights import IntegerWeight, integer_weight_of
 
 aten = torch.ops.aten
@@ -33,7 +33,7 @@ class Lookup(Value):
         self.table = table
         self._real: Node | None = None
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         scale, _ = self.table.by_row()
         width = self.table.integers.shape[1]
         scale = scale.repeat_interleave(width // scale.shape[1], 1)
@@ -54,14 +54,14 @@ class Lookup(Value):
         )
         return out
 
-    def real(self, ctx: Context) -> Node:
+    def real(self, ctx: IntegerContext) -> Node:
         if self._real is None:
             ctx.integer.setdefault(self.node.name, "lookup of integers, read in float")
             with ctx.b.at(self.node):
                 self._real = self._dequantized(ctx)
         return self._real
 
-    def _dequantized(self, ctx: Context) -> Node:
+    def _dequantized(self, ctx: IntegerContext) -> Node:
         b, indices = ctx.b, operand(self.node, 1)
         scale, zero = self.table.by_row()
         groups = scale.shape[1]
@@ -96,7 +96,7 @@ class Lookup(Value):
         return b.cast(x, value.dtype) if isinstance(value, Tensor) else x
 
 
-def _embedding(ctx: Context, node: Node) -> Value:
+def _embedding(ctx: IntegerContext, node: Node) -> Value:
     table = integer_weight_of(ctx, operand(node, 0))
     if table is None or table.integers.dim() != 2:
         raise NoIntegerFormError(node, "its table is not a matrix of integers")
@@ -105,5 +105,5 @@ def _embedding(ctx: Context, node: Node) -> Value:
     return Lookup(node, table)
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {aten.embedding.default: _embedding}
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {aten.embedding.default: _embedding}
 """Target → form."""

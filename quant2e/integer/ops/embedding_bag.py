@@ -20,7 +20,7 @@ from torch.fx import Node
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import Builder, NoIntegerFormError
 from quant2e.integer.arithmetic.division import Quotient
-from quant2e.integer.arithmetic.values import Context, Part, Value, Wide
+from quant2e.integer.arithmetic.values import IntegerContext, Part, Value, Wide
 from quant2e.integer.ops.constant_weights import IntegerWeight, integer_weight_of
 from quant2e.integer.ops.data_movement import FirstOf
 
@@ -93,7 +93,7 @@ def _maximum(b: Builder, bags: _Bags, taken: Node, width: int) -> Node:
     return b.call(aten.mul.Tensor, most, b.call(aten.gt.Scalar, bags.sizes(b), 0))
 
 
-def _embedding_bag(ctx: Context, node: Node) -> Value:
+def _embedding_bag(ctx: IntegerContext, node: Node) -> Value:
     table, mode = integer_weight_of(ctx, operand(node, 0)), operand(node, "mode")
     if table is None or table.integers.dim() != 2:
         raise NoIntegerFormError(node, "its table is not a matrix of integers")
@@ -128,7 +128,7 @@ def _embedding_bag(ctx: Context, node: Node) -> Value:
     return FirstOf(node, value)
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = dict.fromkeys(
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = dict.fromkeys(
     (aten.embedding_bag.default, aten.embedding_bag.padding_idx), _embedding_bag
 )
 """Target → form."""

@@ -20,7 +20,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
 from quant2e.integer.arithmetic.thresholds import on_thresholds
-from quant2e.integer.arithmetic.values import Context, Stored, Value, grid_attributes
+from quant2e.integer.arithmetic.values import IntegerContext, Stored, Value, grid_attributes
 from quant2e.integer.ops.data_movement import Clamped, Moved
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ class Function(Value):
                 found |= value.functions()
         return found
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         functions, source = self.functions(), self.root
         own = source.grid
         if own is None or own.dtype not in _BITS:
@@ -103,7 +103,7 @@ def _staircase(function: Function, x: Tensor, grid: Grid) -> Tensor:
     return steps.clamp(grid.quant_min, grid.quant_max).to(torch.int64)
 
 
-def unary_table(ctx: Context, node: Node) -> Value:
+def unary_table(ctx: IntegerContext, node: Node) -> Value:
     """The form of a function whose other operands are numbers."""
     tensors = node.all_input_nodes
     if len(tensors) != 1 or operand(node, 0) is not tensors[0]:
@@ -112,7 +112,7 @@ def unary_table(ctx: Context, node: Node) -> Value:
     return Function(node, _root(source), {tensors[0]: source})
 
 
-def joint(ctx: Context, node: Node) -> Function | None:
+def joint(ctx: IntegerContext, node: Node) -> Function | None:
     """``x * sigmoid(x)`` and the like: a function of one value, though it has two operands; None for others."""
     values = {n: ctx.values.get(n) for n in node.all_input_nodes}
     known = {n: v for n, v in values.items() if v is not None}
@@ -161,14 +161,14 @@ _TAME = frozenset(t for t in _overloads() if t._schema.name.removeprefix("aten::
 """Functions whose staircase ends in both directions; of a tensor and a number."""
 
 
-def _of_two(ctx: Context, node: Node) -> Value:
+def _of_two(ctx: IntegerContext, node: Node) -> Value:
     found = joint(ctx, node)
     if found is None:
         raise NoIntegerFormError(node, "it is no function of one tensor")
     return found
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {
     **dict.fromkeys(_overloads(), unary_table),
     **dict.fromkeys((aten.maximum.default, aten.minimum.default), _of_two),
 }

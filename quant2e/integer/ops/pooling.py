@@ -18,7 +18,7 @@ from torch.fx import Node
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Part, Value, Wide, grid_attributes, rank
+from quant2e.integer.arithmetic.values import IntegerContext, Part, Value, Wide, grid_attributes, rank
 from quant2e.integer.ops import dynamic_pooling as varying
 
 aten = torch.ops.aten
@@ -35,7 +35,7 @@ class Maximum(Value):
     def grid(self) -> Grid | None:
         return self.source.grid
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
         ctx.integer[self.node.name] = "maximum of integers"
         if self.node.target is aten.max_pool1d.default:
@@ -69,11 +69,11 @@ def _pair(size: Sequence[int] | int, first: int) -> list[int]:
     return [first, sizes[0]] if sizes else []
 
 
-def _maximum(ctx: Context, node: Node) -> Value:
+def _maximum(ctx: IntegerContext, node: Node) -> Value:
     return Maximum(node, ctx.value(node.args[0], node))
 
 
-def _source(ctx: Context, node: Node) -> tuple[Node, Grid, Sequence[Any]]:
+def _source(ctx: IntegerContext, node: Node) -> tuple[Node, Grid, Sequence[Any]]:
     """The integers that are averaged, their grid and their shape."""
     value = ctx.value(node.args[0], node)
     if value.grid is None:
@@ -117,7 +117,7 @@ class Mean(Wide):
         )
         self._raw, self._source = raw, source
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         """On the grid of its operand, in float32: ``round(Σ q * (1 / n) + offset)``, as XNNPACK (``reduce-nd.c``) does.
 
         The offset is what is left of ``zero_point - n * zero_point * (1 / n)`` in float32: 0, or just enough to settle
@@ -150,7 +150,7 @@ class Mean(Wide):
         return out
 
 
-def _mean(ctx: Context, node: Node) -> Value:
+def _mean(ctx: IntegerContext, node: Node) -> Value:
     x, grid, shape = _source(ctx, node)
     if operand(node, "dtype") is not None:
         raise NoIntegerFormError(node, "it changes the dtype")
@@ -160,7 +160,15 @@ def _mean(ctx: Context, node: Node) -> Value:
 
 
 def _total(
-    ctx: Context, node: Node, x: Node, grid: Grid, shape: Sequence[Any], dims: list[int], *, keepdim: bool, mean: bool
+    ctx: IntegerContext,
+    node: Node,
+    x: Node,
+    grid: Grid,
+    shape: Sequence[Any],
+    dims: list[int],
+    *,
+    keepdim: bool,
+    mean: bool,
 ) -> Value:
     sizes = _static([shape[d] for d in dims])
     if sizes is None:
@@ -175,7 +183,7 @@ def _total(
     return Mean(wide, raw, grid) if mean else wide
 
 
-def _total_of(ctx: Context, node: Node) -> Value:
+def _total_of(ctx: IntegerContext, node: Node) -> Value:
     x, grid, shape = _source(ctx, node)
     if operand(node, "dtype") not in (None, torch.float32):
         raise NoIntegerFormError(node, "it changes the dtype")
@@ -197,7 +205,7 @@ _ADAPTIVE: Mapping[Any, int] = {
 }
 
 
-def _average_pool(ctx: Context, node: Node) -> Value:
+def _average_pool(ctx: IntegerContext, node: Node) -> Value:
     x, grid, shape = _source(ctx, node)
     spatial = _AVERAGES[node.target]
     kernel = _sizes(operand(node, "kernel_size"), spatial)
@@ -239,7 +247,7 @@ def _one_if_same(count: Tensor) -> float | Tensor:
 
 
 def _window_sums(
-    ctx: Context, node: Node, x: Node, grid: Grid, window: tuple[list[int], list[int], list[int]], ceil: bool
+    ctx: IntegerContext, node: Node, x: Node, grid: Grid, window: tuple[list[int], list[int], list[int]], ceil: bool
 ) -> Node:
     """Sums over windows: average pooling with a divisor of 1, for which torch has an int64 kernel only."""
     kernel, stride, padding = window
@@ -255,7 +263,7 @@ def _window_sums(
         return ctx.b.cast(acc, torch.int32) if math.prod(kernel) * grid.span < 2**31 else acc
 
 
-def _adaptive_pool(ctx: Context, node: Node) -> Value:
+def _adaptive_pool(ctx: IntegerContext, node: Node) -> Value:
     x, grid, shape = _source(ctx, node)
     spatial = _ADAPTIVE[node.target]
     outputs = _sizes(operand(node, "output_size"), spatial)
@@ -299,7 +307,7 @@ def _lines(inputs: int, outputs: int) -> Tensor:
     return rows
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {
     **dict.fromkeys(
         (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, aten.amax.default), _maximum
     ),

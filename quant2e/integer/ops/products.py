@@ -24,7 +24,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.bias import bias_fraction, bias_integers
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Part, Value, Wide, rank
+from quant2e.integer.arithmetic.values import IntegerContext, Part, Value, Wide, rank
 from quant2e.integer.ops.constant_weights import IntegerWeight, integer_weight_of
 from quant2e.integer.ops.dynamic_quantization import DynamicProduct, DynamicStored
 
@@ -40,7 +40,7 @@ class IntegerProduct(Wide):
         super().__init__(*args, **kwargs)
         self._real: Node | None = None
 
-    def real(self, ctx: Context) -> Node:
+    def real(self, ctx: IntegerContext) -> Node:
         if self._real is None:
             ctx.integer.setdefault(self.node.name, f"{self.kind}, read in float")
             with ctx.b.at(self.node):
@@ -48,7 +48,7 @@ class IntegerProduct(Wide):
             self._record(ctx, self._real)
         return self._real
 
-    def _record(self, ctx: Context, real: Node) -> None:
+    def _record(self, ctx: IntegerContext, real: Node) -> None:
         """A sum that is dequantized: ``float32(acc) * scale``."""
         part = self._parts[0]
         if len(self._parts) > 1 or self.forms:
@@ -74,7 +74,7 @@ def float32_scale(part: Part) -> Tensor:
     return scale
 
 
-def dequantized_sum(ctx: Context, node: Node, parts: list[Part]) -> Node:
+def dequantized_sum(ctx: IntegerContext, node: Node, parts: list[Part]) -> Node:
     """``Σ acc * scale`` in the float dtype of ``node``."""
     total: Node | None = None
     for part in parts:
@@ -95,7 +95,7 @@ def _spread(values: Tensor, axis: int | None, dims: int) -> Tensor:
     return values.reshape([-1 if i == axis else 1 for i in range(dims)])
 
 
-def _bias(ctx: Context, node: Node, name: str | int) -> Tensor | None:
+def _bias(ctx: IntegerContext, node: Node, name: str | int) -> Tensor | None:
     """The values of a constant bias; None when there is none. Raises `NoIntegerFormError` when it is not constant."""
     bias = operand(node, name)
     if bias is None:
@@ -107,7 +107,7 @@ def _bias(ctx: Context, node: Node, name: str | int) -> Tensor | None:
     return value.detach()
 
 
-def _operands(ctx: Context, node: Node, x: Any, w: Any) -> tuple[Any, IntegerWeight]:
+def _operands(ctx: IntegerContext, node: Node, x: Any, w: Any) -> tuple[Any, IntegerWeight]:
     activation = ctx.value(x, node)
     weight = integer_weight_of(ctx, w)
     if weight is None:
@@ -137,7 +137,7 @@ class _Product:
     attributes: dict[str, Any] = field(default_factory=dict)
     laid_out: IntegerWeight | None = None
 
-    def weight_node(self, ctx: Context, node: Node, dtype: torch.dtype) -> Node:
+    def weight_node(self, ctx: IntegerContext, node: Node, dtype: torch.dtype) -> Node:
         return (self.laid_out or self.weight).node(ctx, node, dtype)
 
     def dtype(self, span: int) -> torch.dtype:
@@ -145,13 +145,13 @@ class _Product:
         return torch.int64 if self.wide or span >= INT32 else torch.int32
 
 
-def _accumulated(ctx: Context, node: Node, activation: Any, product: _Product) -> Value:
+def _accumulated(ctx: IntegerContext, node: Node, activation: Any, product: _Product) -> Value:
     """The accumulator of a product, by the kind of its activation."""
     dynamic = isinstance(activation, DynamicStored)
     return (_dynamic_sum if dynamic else _static_sum)(ctx, node, activation, product)
 
 
-def _dynamic_sum(ctx: Context, node: Node, activation: DynamicStored, product: _Product) -> Value:
+def _dynamic_sum(ctx: IntegerContext, node: Node, activation: DynamicStored, product: _Product) -> Value:
     """Sums without a bias: the scale of the activation, and so the unit of the sums, is known at run time only."""
     span = int(product.reach.max()) * activation.span
     with ctx.b.at(node):
@@ -165,7 +165,7 @@ def _dynamic_sum(ctx: Context, node: Node, activation: DynamicStored, product: _
     )  # fmt: skip
 
 
-def _static_sum(ctx: Context, node: Node, activation: Any, product: _Product) -> Value:
+def _static_sum(ctx: IntegerContext, node: Node, activation: Any, product: _Product) -> Value:
     """Sums with the bias in their units, and with what is left of it as a fraction."""
     grid: Grid = activation.grid
     integers = activation.quantized(ctx, grid)
@@ -216,7 +216,7 @@ def _plain(value: Any) -> Any:
     return [int(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _convolution(ctx: Context, node: Node) -> Value:
+def _convolution(ctx: IntegerContext, node: Node) -> Value:
     activation, weight = _operands(ctx, node, operand(node, 0), operand(node, 1))
     bias = _bias(ctx, node, "bias")
     spatial = weight.integers.dim() - 2
@@ -256,7 +256,7 @@ def _convolution(ctx: Context, node: Node) -> Value:
     return _accumulated(ctx, node, activation, product)
 
 
-def _linear(ctx: Context, node: Node) -> Value:
+def _linear(ctx: IntegerContext, node: Node) -> Value:
     activation, weight = _operands(ctx, node, operand(node, 0), operand(node, 1))
     bias = _bias(ctx, node, "bias")
     if weight.group_size:
@@ -275,12 +275,14 @@ def _linear(ctx: Context, node: Node) -> Value:
     return _accumulated(ctx, node, activation, product)
 
 
-def _matmul_and_add(ctx: Context, x: Node, w: Node, bias: Node | None) -> Node:
+def _matmul_and_add(ctx: IntegerContext, x: Node, w: Node, bias: Node | None) -> Node:
     product = ctx.b.call(aten.matmul.default, x, w)
     return product if bias is None else ctx.b.call(aten.add.Tensor, product, bias)
 
 
-def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: IntegerWeight, bias: Tensor | None) -> Value:
+def _grouped_linear(
+    ctx: IntegerContext, node: Node, activation: Any, weight: IntegerWeight, bias: Tensor | None
+) -> Value:
     """One product for each group of input channels, and the sum of these on their scales."""
     size = weight.group_size
     scales = torch.as_tensor(weight.scale)
@@ -325,7 +327,7 @@ def _grouped_linear(ctx: Context, node: Node, activation: Any, weight: IntegerWe
     )
 
 
-def _times_weight(ctx: Context, node: Node, x: Any, w: Any, bias: Tensor | None) -> Value:
+def _times_weight(ctx: IntegerContext, node: Node, x: Any, w: Any, bias: Tensor | None) -> Value:
     """A matrix product with a constant on the right, [..., K] × [K, N]."""
     activation, weight = _operands(ctx, node, x, w)
     if weight.integers.dim() != 2:
@@ -339,7 +341,7 @@ def _times_weight(ctx: Context, node: Node, x: Any, w: Any, bias: Tensor | None)
     return _accumulated(ctx, node, activation, product)
 
 
-def _addmm(ctx: Context, node: Node) -> Value:
+def _addmm(ctx: IntegerContext, node: Node) -> Value:
     if operand(node, "alpha") != 1 or operand(node, "beta") != 1:
         raise NoIntegerFormError(node, "alpha or beta is not 1")
     bias = _bias(ctx, node, 0)
@@ -348,7 +350,7 @@ def _addmm(ctx: Context, node: Node) -> Value:
     return _times_weight(ctx, node, operand(node, 1), operand(node, 2), bias)
 
 
-def _matmul(ctx: Context, node: Node) -> Value:
+def _matmul(ctx: IntegerContext, node: Node) -> Value:
     left, right = operand(node, 0), operand(node, 1)
     if isinstance(right, Node) and right in ctx.constants and integer_weight_of(ctx, right) is not None:
         weight = integer_weight_of(ctx, right)
@@ -379,7 +381,7 @@ def _matmul(ctx: Context, node: Node) -> Value:
     )
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {
     **dict.fromkeys((*_CONVOLUTIONS, *_TRANSPOSED, aten.convolution.default), _convolution),
     aten.linear.default: _linear,
     aten.addmm.default: _addmm,

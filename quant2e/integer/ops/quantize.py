@@ -10,7 +10,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.graph.qdq_ops import qd
 from quant2e.integer.arithmetic.builder import Builder, NoIntegerFormError
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Value
+from quant2e.integer.arithmetic.values import IntegerContext, Value
 
 aten = torch.ops.aten
 
@@ -48,10 +48,10 @@ class PerChannelStored(Value):
         super().__init__(node)
         self._real: Node | None = None
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         raise NoIntegerFormError(self.node, "it has a scale for each channel, and its reader one for the tensor")
 
-    def real(self, ctx: Context) -> Node:
+    def real(self, ctx: IntegerContext) -> Node:
         if self._real is None:
             with ctx.b.at(self.node):
                 self._real = self._dequantized(ctx.b)

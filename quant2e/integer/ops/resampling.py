@@ -18,7 +18,7 @@ from torch.fx import Node
 from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import Builder
 from quant2e.integer.arithmetic.grid import Grid
-from quant2e.integer.arithmetic.values import Context, Value, rank
+from quant2e.integer.arithmetic.values import IntegerContext, Value, rank
 from quant2e.integer.ops.data_movement import Moved
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ _BY_LISTS: Mapping[Any, Any] = {packet.vec: line.vec for line, *more in _NEAREST
 class Upsampled(Moved):
     """Values several times, as their nearest places say."""
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         x = self.source.quantized(ctx, grid)
         ctx.integer[self.node.name] = "picks integers"
         for axis in range(2, rank(self.node)):
@@ -70,7 +70,7 @@ class Upsampled(Moved):
 class Columns(Moved):
     """The windows of an image as columns, zeros around it: ``[..., C, H, W]`` → ``[..., C * kh * kw, windows]``."""
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         b, node, first = ctx.b, self.node, rank(self.node)
         x = self.source.quantized(ctx, grid)
         ctx.integer[node.name] = "moves integers"
@@ -89,11 +89,11 @@ class Columns(Moved):
         return b.call(aten.flatten.using_ints, b.call(aten.flatten.using_ints, x, lead, lead + 2), -2, -1)
 
 
-def _form(kind: type[Moved]) -> Callable[[Context, Node], Value]:
+def _form(kind: type[Moved]) -> Callable[[IntegerContext, Node], Value]:
     return lambda ctx, node: kind(node, ctx.value(node.args[0], node))
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {
     **dict.fromkeys((*_BY_NUMBERS, *_BY_LISTS), _form(Upsampled)),
     aten.im2col.default: _form(Columns),
 }

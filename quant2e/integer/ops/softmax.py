@@ -17,7 +17,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.integer.arithmetic.builder import NoIntegerFormError, Record
 from quant2e.integer.arithmetic.grid import Grid
 from quant2e.integer.arithmetic.rescale import saturate
-from quant2e.integer.arithmetic.values import Context, Value, grid_attributes
+from quant2e.integer.arithmetic.values import IntegerContext, Value, grid_attributes
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ class Softmax(Value):
         super().__init__(node)
         self.source = source
 
-    def _quantized(self, ctx: Context, grid: Grid) -> Node:
+    def _quantized(self, ctx: IntegerContext, grid: Grid) -> Node:
         own = self.source.grid
         if own is None or own.dtype not in (torch.int8, torch.uint8):
             raise NoIntegerFormError(self.node, f"its operand '{self.source.node.name}' is not on an 8-bit grid")
@@ -59,7 +59,9 @@ class Softmax(Value):
         )
         return out
 
-    def _nodes(self, ctx: Context, x: Node, table: Any, dim: int, multiplier: int, shift: int, grid: Grid) -> Node:
+    def _nodes(
+        self, ctx: IntegerContext, x: Node, table: Any, dim: int, multiplier: int, shift: int, grid: Grid
+    ) -> Node:
         b = ctx.b
         wide = b.cast(x, torch.int64)
         distance = b.call(aten.sub.Tensor, b.call(aten.amax.default, wide, [dim], True), wide)
@@ -70,13 +72,13 @@ class Softmax(Value):
         return saturate(b, steps, grid)
 
 
-def _softmax(ctx: Context, node: Node) -> Value:
+def _softmax(ctx: IntegerContext, node: Node) -> Value:
     if node.target is not aten._softmax.default and operand(node, "dtype") not in (None, torch.float32):
         raise NoIntegerFormError(node, "it changes the dtype")
     return Softmax(node, ctx.value(node.args[0], node))
 
 
-FORMS: Mapping[Any, Callable[[Context, Node], Value]] = {
+FORMS: Mapping[Any, Callable[[IntegerContext, Node], Value]] = {
     aten.softmax.int: _softmax,
     aten._softmax.default: _softmax,
 }

@@ -1,0 +1,86 @@
+"""Ladder: what ``algorithms="auto"`` tries, in this order, and what it does not try where it cannot help.
+
+Scales move first, between layers and from activations into weights, while the graph is float; then weights find their
+ranges and their rounding; biases come last, since they make up for what is left on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from quant2e.accuracy.algorithms.driver import Attempt
+from quant2e.accuracy.algorithms.registry import ALGORITHMS, Algorithms, read_algorithms
+from quant2e.errors import Quant2eError
+from quant2e.graph.constants import Constants
+from quant2e.graph.control_flow import graphs_of
+from quant2e.observers.base import inner_observer, is_observer_call
+from quant2e.report.record import record_of
+from quant2e.report.report import DYNAMIC, STATIC
+
+ENOUGH_DB = 30.0
+"""SQNR of the output, in dB, from which on nothing more is tried: a thousandth of its power is noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUse:
+    """What a prepared graph does with its weights. ``few_bits``: some have 16 levels or fewer."""
+
+    any: bool
+    few_bits: bool
+
+
+def without_integer_activations(prepared: GraphModule) -> str:
+    """A reason where no op computes on quantized activations."""
+    kinds = {verdict.kind for verdict in record_of(prepared).report.verdicts}
+    return "" if kinds & {STATIC, DYNAMIC} else "no activation is quantized"
+
+
+def with_integer_activations(prepared: GraphModule) -> str:
+    """A reason where ops compute on quantized activations."""
+    return "" if without_integer_activations(prepared) else "it is for weights alone, and activations are quantized"
+
+
+def without_weights(prepared: GraphModule) -> str:
+    """A reason where no weight is quantized."""
+    return "" if weights_of(prepared).any else "no weight is quantized"
+
+
+def without_few_bits(prepared: GraphModule) -> str:
+    """A reason where all weights have more than 16 levels."""
+    return "" if weights_of(prepared).few_bits else "weights of so many bits are hardly moved by their rounding"
+
+
+LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = ()
+"""Names of algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
+
+
+def attempts_of(asked: Algorithms) -> tuple[Attempt, ...]:
+    """What is to be tried, for ``algorithms=`` of `quant2e.quantize`. Raises as `read_algorithms` does."""
+    if asked == "auto":
+        return tuple(Attempt(ALGORITHMS[name](), unless) for name, unless in LADDER)
+    if isinstance(asked, str):
+        raise Quant2eError(f'algorithms="{asked}": give a list, ["{asked}"], or "auto" for the default ladder')
+    return tuple(map(Attempt, read_algorithms(asked)))
+
+
+def weights_of(prepared: GraphModule) -> WeightUse:
+    """Of the observers of constants that are no biases, those with two dimensions or more."""
+    levels = [levels for _, graph in graphs_of(prepared) for levels in _levels(graph)]
+    return WeightUse(bool(levels), any(count <= 16 for count in levels))
+
+
+def _levels(graph: GraphModule) -> list[int]:
+    constants = Constants(graph.graph)
+    found = []
+    for call in graph.graph.nodes:
+        if is_observer_call(call) and (source := call.all_input_nodes[0]) in constants:
+            observer: Any = inner_observer(graph.get_submodule(str(call.target)))
+            low, high = getattr(observer, "quant_min", None), getattr(observer, "quant_max", None)
+            value = source.meta.get("val")
+            if value is not None and value.dim() > 1:
+                found.append(256 if low is None or high is None else int(high) - int(low) + 1)
+    return found

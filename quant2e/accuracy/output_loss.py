@@ -1,0 +1,51 @@
+"""Output loss: SQNR of a converted graph against the float one it came from, wherever the model has its last float."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch.fx import GraphModule
+
+from quant2e.accuracy.compare import compare
+from quant2e.accuracy.comparison import Comparison
+from quant2e.accuracy.output_error import output_sqnr
+from quant2e.convert.convert import converted_graph
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.module import independent_copy
+from quant2e.graph.fake_values import is_float
+from quant2e.integer.report import INTEGER
+from quant2e.quantized_io import called_with_floats, quantized_io_of
+from quant2e.report.record import record_of
+
+
+def converted_sqnr(
+    captured: GraphModule, prepared: GraphModule, converted: GraphModule, calls: Sequence[Call]
+) -> tuple[float, str]:
+    """SQNR in dB of ``converted`` against ``captured``, and where it was measured unless that is at the outputs.
+
+    ``prepared``: what ``converted`` was made from. A model none of whose outputs is a float (an index, a comparison) is
+    measured at its last float tensor; one without any float op has an SQNR of inf.
+    """
+    if any(is_float(leaf) for leaf in captured.graph.output_node().all_input_nodes):
+        candidate = called_with_floats(independent_copy(converted))
+        return output_sqnr(independent_copy(captured), candidate, calls), ""
+    if not record_of(prepared).report.verdicts:
+        return math.inf, ""
+    sqnr, place = _last_float(prepared, compare(prepared, in_floats(prepared, converted), calls))
+    return sqnr, f"at {place}: no output of the model is a float"
+
+
+def in_floats(prepared: GraphModule, converted: GraphModule) -> GraphModule:
+    """The Q/DQ graph that takes and returns floats: ``converted`` itself unless it computes in integers."""
+    return converted_graph(prepared) if INTEGER in converted.meta or quantized_io_of(converted) else converted
+
+
+def _last_float(prepared: GraphModule, compared: Comparison) -> tuple[float, str]:
+    """SQNR in dB of the last tensor that is float, and its name: what an index or a comparison was made of.
+
+    inf where nothing is compared: no op has a float result.
+    """
+    rows = {row.op: row for row in compared.rows}
+    last = next((rows[node.name] for node in reversed(prepared.graph.nodes) if node.name in rows), None)
+    return (math.inf, "no op") if last is None else (last.sqnr_db, f"'{last.op}'")
