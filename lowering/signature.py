@@ -236,8 +236,8 @@ def check_bounded(exported: ExportedProgram) -> None:
     if open_ended:
         raise LoweringError(
             f"{', '.join(open_ended)} may be of any size, and the target plans memory for the largest: "
-            "give an upper bound, "
-            f'as in dynamic_shapes=({{{0}: torch.export.Dim("batch", max=64)}},)'
+            "give an upper bound, dynamic_batch=64 where it is quantized, or "
+            f'dynamic_shapes=({{{0}: torch.export.Dim("batch", max=64)}},)'
         )
 
 

@@ -20,14 +20,17 @@ from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_error import outputs_of
 from quant2e.accuracy.output_loss import converted_sqnr, in_floats
 from quant2e.annotation.quantizer import Quantizer
+from quant2e.calibration.batches import check_iterable
 from quant2e.calibration.calibrate import Progress
+from quant2e.calibration.feed import Feed, Transform
 from quant2e.calibration.held_out import HeldOutData, calibrate_but_some
 from quant2e.calibration.range_selection import ranges_of
 from quant2e.calibration.repeated_data import RepeatedData
 from quant2e.convert.convert import converted_graph
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
-from quant2e.graph.captured.calls import Call, positional_inputs
+from quant2e.graph.captured.calls import Call, example_call
 from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
 from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
 from quant2e.graph.captured.module import independent_copy
 from quant2e.prepare.prepare import prepare_pt2e
@@ -49,6 +52,8 @@ def quantize(
     *,
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    dynamic_batch: bool | int = False,
+    transform: Transform | None = None,
     use_reference_representation: bool = False,
     int8_io: bool = False,
     algorithms: Algorithms = (),
@@ -58,12 +63,16 @@ def quantize(
 ) -> QuantizedModel:
     """Capture, prepare, calibrate, convert; then measure against float.
 
-    ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one), ``kwargs``: keyword inputs.
-    ``calibration_data``: any iterable of what the model takes (tensors, tuples, dicts; a DataLoader works); dynamic and
-    weight-only quantizers need none. A few of its batches are held out, never calibrated on: candidate ranges are
-    compared on them (see `select_ranges`), and they measure the SQNR in the report. ``use_reference_representation``:
-    the module computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes and returns integers wherever it
-    quantizes its inputs and outputs, with the parameters in ``.quantized_io``; see `quant2e.with_quantized_io`.
+    ``example_inputs``: positional inputs (a tuple; a single tensor is taken as one) or a dict of keyword inputs,
+    ``kwargs``: keyword inputs. ``dynamic_shapes``: sizes that vary, as for ``torch.export.export``; ``dynamic_batch``:
+    the first size of every input does, to any (True) or to that many samples at most. ``calibration_data``: any
+    iterable of what the model takes (tensors, tuples, dicts; the DataLoader of a training script works, see
+    `quant2e.calibrate`), each item through ``transform`` first; dynamic and weight-only quantizers need none. A few of
+    its batches are held out, never calibrated on: candidate ranges are compared on them (see `select_ranges`), and they
+    measure the SQNR in the report.
+    ``use_reference_representation``: the module computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes
+    and returns integers wherever it quantizes its inputs and outputs, with the parameters in ``.quantized_io``; see
+    `quant2e.with_quantized_io`.
     ``algorithms``: what is to mend accuracy, in their order: names, ``{name: settings}`` or `Algorithm` objects, or
     "auto", which tries what may help this model and quantizer until the output keeps 30 dB. Each works on a copy and is
     kept only where the held-out error does not grow; ``report.algorithms`` has a line for each. They learn from the
@@ -79,10 +88,15 @@ def quantize(
     """
     if min_sqnr_db is not None and not isinstance(min_sqnr_db, int | float):
         raise Quant2eError(f"min_sqnr_db={min_sqnr_db!r}: a number of dB, or None to accept any result")
+    if calibration_data is not None:
+        check_iterable(calibration_data, "calibration_data")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise Quant2eError(f"kwargs is a {type(kwargs).__name__}: keyword inputs by name, a dict")
     attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf
-    positional, named = positional_inputs(example_inputs), dict(kwargs or {})
+    given = example_call(example_inputs, kwargs)
+    if dynamic_batch is not False:
+        given, dynamic_shapes = with_dynamic_batch(model, given, dynamic_batch, dynamic_shapes)
+    positional, named = given
     captured = capture(model, positional, named, dynamic_shapes=dynamic_shapes)
     prepared = prepare_pt2e(captured, quantizer)
     report = record_of(prepared).report
@@ -91,20 +105,20 @@ def quantize(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
-    example = Call(positional, named)
+    data = None if calibration_data is None else Feed(calibration_data, captured, "calibration", transform)
     if attempts:
-        driver = Driver(captured, quantizer, RepeatedData(calibration_data, example), enough_db)
+        driver = Driver(captured, quantizer, RepeatedData(data, given), enough_db)
         mended = driver.run(prepared, attempts, progress)
     else:
-        mended = Mended(captured, prepared, _calibrated(prepared, calibration_data, example, progress))
+        mended = Mended(captured, prepared, _calibrated(prepared, data, given, progress))
     converted = _converted(mended.prepared, use_reference_representation, int8_io)
     record = record_of(converted)
-    report = replace(record.report, algorithms=mended.steps)
+    report = replace(record.report, algorithms=mended.steps).with_notes(data.notes if data is not None else ())
     report = _measured(report, (captured, mended.prepared, converted), mended.held_out, min_sqnr_db)
     converted.meta[RECORD_KEY] = replace(record, report=report)
     inputs, keywords = _example(converted, positional, named)
-    given = dynamic_shapes is not None
-    shapes = of_graph(dynamic_shapes, model, positional, named) if given else read_dynamic_shapes(captured)
+    stated = dynamic_shapes is not None
+    shapes = of_graph(dynamic_shapes, model, positional, named) if stated else read_dynamic_shapes(captured)
     return QuantizedModel(
         module=converted,
         report=report,

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
-from quant2e.graph.captured.calls import positional_inputs
+from quant2e.graph.captured.calls import example_call
 from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
 from quant2e.report.encodings import Encodings, encodings_of
@@ -82,16 +82,17 @@ def save(
 def _contents(
     model: QuantizedModel | GraphModule, example_inputs: tuple[Any, ...] | None, dynamic_shapes: Any
 ) -> Pt2Contents:
+    given = None if example_inputs is None else example_call(example_inputs)
     if isinstance(model, QuantizedModel):
         return Pt2Contents(
             module=model.module,
             report=model.report,
             encodings=model.encodings,
-            example_inputs=model.example_inputs if example_inputs is None else positional_inputs(example_inputs),
-            example_kwargs=model.example_kwargs if example_inputs is None else {},
+            example_inputs=model.example_inputs if given is None else given.args,
+            example_kwargs=model.example_kwargs if given is None else given.kwargs,
             dynamic_shapes=model.dynamic_shapes if dynamic_shapes is None else dynamic_shapes,
         )
-    if example_inputs is None:
+    if given is None:
         raise Quant2eError("save(module, path, example_inputs): a GraphModule does not remember its example inputs")
     record = model.meta.get(RECORD_KEY)
     report, encodings = Report(verdicts=()), Encodings("", ())
@@ -101,8 +102,8 @@ def _contents(
         module=model,
         report=report,
         encodings=encodings,
-        example_inputs=positional_inputs(example_inputs),
-        example_kwargs={},
+        example_inputs=given.args,
+        example_kwargs=given.kwargs,
         dynamic_shapes=read_dynamic_shapes(model) if dynamic_shapes is None else dynamic_shapes,
     )
 

@@ -10,6 +10,7 @@ from quant2e.annotation.pattern import Arg, Condition, Either, NodeEdge, Pattern
 from quant2e.annotation.plan import Group, Ignored, Point
 from quant2e.calibration.calibrate import Progress
 from quant2e.calibration.data_checks import DataFinding, DataReport
+from quant2e.calibration.feed import Transform
 from quant2e.calibration.plausibility import State
 from quant2e.calibration.range_selection import RangeChoice
 from quant2e.errors import AccuracyError, QuantizationWarning
@@ -49,4 +50,5 @@ __all__ = [
     "Sensitivity",
     "SensitivityMethod",
     "State",
+    "Transform",
 ]

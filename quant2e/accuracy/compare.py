@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from quant2e.accuracy.float_graphs import drop_observers
 from quant2e.accuracy.output_error import outputs_of
 from quant2e.accuracy.shadow import FloatValues, Powers, ShadowRun, rounds
 from quant2e.calibration.batches import check_batch, check_count, check_iterable
+from quant2e.calibration.feed import Feed, Transform
 from quant2e.errors import CalibrationError, Quant2eError, module_path, source_line
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture, is_captured
@@ -43,6 +45,7 @@ def compare(
     quantized: QuantizedModel | GraphModule | Callable[..., Any],
     data: Iterable[Any],
     *,
+    transform: Transform | None = None,
     num_batches: int | None = None,
 ) -> Comparison:
     """How far each op of ``quantized`` is from ``float_model``, on ``data``: by itself, and with what it inherits.
@@ -50,19 +53,20 @@ def compare(
     ``float_model``: a module, an ExportedProgram, or a graph that `quant2e.capture` or `quant2e.prepare_pt2e` returned.
     ``quantized``: what was made from it, a `QuantizedModel`, also one that was loaded, a converted graph, or one that
     is trained with fake quantization. Of what has no ATen graph (a lowered program) and of integer graphs the outputs
-    are compared. ``data``: what the models take, as for `quant2e.calibrate`, the first ``num_batches`` of it. Memory is
-    that of one item of data, whatever their number. Both models are left as they are.
+    are compared. ``data``, ``transform``: what the models take, as for `quant2e.calibrate`, the first ``num_batches``
+    of it. Memory is that of one item of data, whatever their number. Both models are left as they are.
 
     Raises `Quant2eError` when no op of the two has the same name and shape, so that they are not one model, and
     `CalibrationError` without data.
     """
     check_iterable(data, "data")
     check_count(num_batches)
-    calls = _calls(data, num_batches)
+    graph, report, program = _read(quantized)
+    feed = Feed(data, graph, transform=transform)
+    calls = _checked(islice(feed, num_batches))
     first = next(calls, None)
     if first is None:
         raise CalibrationError("compare needs at least one batch of data")
-    graph, report, program = _read(quantized)
     reference = _reference(float_model, _example(quantized, first), graph)
     run = values = None
     if graph is not None and isinstance(reference, GraphModule) and not _outputs_only(graph):
@@ -83,7 +87,7 @@ def compare(
         raise Quant2eError(
             "no op of the two models has the same name and shape: compare a model with what was quantized from it"
         )
-    return Comparison(rows, outputs.errors(), batches, tuple(_notes(graph, run)))
+    return Comparison(rows, outputs.errors(), batches, (*_notes(graph, run), *feed.notes))
 
 
 def _notes(graph: GraphModule | None, run: ShadowRun | None) -> Iterator[str]:
@@ -100,11 +104,9 @@ def _notes(graph: GraphModule | None, run: ShadowRun | None) -> Iterator[str]:
         yield "a loop or a branch is compared as one op, not what is inside"
 
 
-def _calls(data: Iterable[Any], num_batches: int | None) -> Iterator[Call]:
-    for index, batch in enumerate(data):
-        if num_batches is not None and index >= num_batches:
-            return
-        yield check_batch(batch, f"batch {index}")
+def _checked(calls: Iterable[Call]) -> Iterator[Call]:
+    for index, call in enumerate(calls):
+        yield check_batch(call, f"batch {index}")
 
 
 def _example(quantized: Any, first: Call) -> Call:

@@ -30,6 +30,7 @@ from quant2e.accuracy.output_error import outputs_of, powers
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_batch, check_count, check_iterable
+from quant2e.calibration.feed import Feed, Transform
 from quant2e.calibration.held_out import calibrate_but_some
 from quant2e.errors import CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call
@@ -138,14 +139,15 @@ def sensitivity(
     kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
     method: SensitivityMethod = "toggle",
+    transform: Transform | None = None,
     num_batches: int | None = _EVALUATED_ON,
 ) -> Sensitivity:
     """What each group of ops costs at the output: fused ops, and those that share a scale or a weight, are one group.
 
     ``model``: what `quant2e.quantize` takes, with ``example_inputs``, ``quantizer`` and ``data``: it is captured,
     prepared and calibrated once, on all of ``data`` but a few held-out batches; or a graph that is calibrated already,
-    and ``data`` is what it is evaluated on. ``num_batches``: how many items of data each group is evaluated on, None
-    for all.
+    and ``data`` is what it is evaluated on, in any form that `quant2e.calibrate` takes, with ``transform``.
+    ``num_batches``: how many items of data each group is evaluated on, None for all.
     ``method``: ``"toggle"`` takes two evaluations a group, ``"gradient"`` one backward pass for each item of data (some
     more for batches of few samples), for hundreds of groups: a first-order estimate, from random signs, within a few
     dB, that takes samples of a batch for independent. The model is left as it is.
@@ -158,11 +160,15 @@ def sensitivity(
     check_count(num_batches)
     check_iterable(data, "data")
     if quantizer is None:
-        prepared, calls = _prepared(model, example_inputs), _first(data, num_batches)
+        prepared = _prepared(model, example_inputs)
+        feed = Feed(data, prepared, transform=transform)
+        calls = [check_batch(call, f"batch {i}") for i, call in enumerate(islice(feed, num_batches))]
+        notes = feed.notes
     else:
         captured = capture(model, example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
         prepared = prepare_pt2e(captured, quantizer)
-        calls = calibrate_but_some(prepared, data).calls[:num_batches]
+        held_out = calibrate_but_some(prepared, data, transform=transform)
+        calls, notes = held_out.calls[:num_batches], held_out.notes
     if not calls:
         raise CalibrationError("sensitivity needs at least one batch of data")
     for call in calls:
@@ -175,7 +181,7 @@ def sensitivity(
     whole = evaluate.sqnr(rounded_without(groups, ()))
     rows = _by_gradient(simulated, groups, calls) if method == "gradient" else _by_toggling(evaluate, groups)
     rows = sorted(rows, key=lambda row: row.sqnr_db_alone)
-    notes = (_BODIES,) if simulated.float_bodies else ()
+    notes += (_BODIES,) if simulated.float_bodies else ()
     return Sensitivity(tuple(rows), whole, len(calls), method, notes)
 
 
@@ -191,10 +197,6 @@ def _prepared(model: Any, example_inputs: Any) -> GraphModule:
     if example_inputs is not None:
         raise Quant2eError("a calibrated graph needs no example_inputs: pass the data as data=")
     return model
-
-
-def _first(data: Iterable[Any], count: int | None) -> list[Call]:
-    return [check_batch(batch, f"batch {i}") for i, batch in enumerate(islice(data, count))]
 
 
 class _Evaluation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from quant2e.calibration import distributed
 from quant2e.calibration.batches import check_batch, check_count, check_iterable, describe, sample_count
 from quant2e.calibration.compiled import compiled_graph
 from quant2e.calibration.early_stopping import EarlyStopping
+from quant2e.calibration.feed import Feed, Transform
 from quant2e.calibration.statistics import SAMPLES, Statistics, measuring, observers_of
 from quant2e.errors import CalibrationError
 from quant2e.graph.captured.calls import Call
@@ -42,6 +43,7 @@ def calibrate(
     prepared: GraphModule,
     data: Iterable[Any],
     *,
+    transform: Transform | None = None,
     num_batches: int | None = None,
     seconds: float | None = None,
     range_tolerance: float | None = None,
@@ -52,7 +54,10 @@ def calibrate(
     """Run ``data`` through a prepared model, so that its observers learn their ranges; returns the same model.
 
     ``data``: any iterable of what the model takes: tensors, tuples of positional inputs, dicts of keyword inputs, or a
-    `Call` for both; a DataLoader works. Nothing but statistics is kept, and the caller's random stream is as it was.
+    `Call` for both; a DataLoader works, that of the training script as well: what the model does not take (labels, say)
+    is left out where that is clear, and so is a last batch of fewer samples than it was captured for; the report notes
+    it. ``transform``: a function of an item of the data that returns what the model takes. Nothing but statistics is
+    kept, and the caller's random stream is as it was.
 
     It stops after ``num_batches``; after ``seconds``; or when no range grew by more than ``range_tolerance`` (0.01 is 1
     %) of its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
@@ -75,14 +80,23 @@ def calibrate(
         raise CalibrationError(f"progress is a {type(progress).__name__}: a function of batches done and their total")
     stopping = EarlyStopping(seconds, range_tolerance)
     run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), progress, compiled)
+    feed = Feed(data, prepared, "calibration", transform)
     known = batch_count(data)
     total = known if num_batches is None else num_batches if known is None else min(known, num_batches)
     native.load_ops()
     if distributed.world() > 1:
-        _shard(run, islice(data, num_batches), total)
-    elif run.feed(islice(data, num_batches), total) == 0:
+        _shard(run, islice(feed, num_batches), total)
+    elif run.feed(islice(feed, num_batches), total) == 0:
         raise CalibrationError("the calibration data held no batch (an exhausted generator?); give it anew")
+    add_notes(prepared, feed.notes)
     return prepared
+
+
+def add_notes(prepared: GraphModule, notes: tuple[str, ...]) -> None:
+    """Put notes into the report of a prepared graph, where it has one."""
+    record = prepared.meta.get(RECORD_KEY)
+    if notes and isinstance(record, GraphRecord):
+        prepared.meta[RECORD_KEY] = replace(record, report=record.report.with_notes(notes))
 
 
 def _check_prepared(prepared: Any) -> None:
@@ -191,7 +205,7 @@ def _run_batch(
     except Exception as error:
         raise CalibrationError(
             f"the model failed on calibration batch {index} ({describe(batch)}): {error}. "
-            "Give batches of what the captured model takes, without labels."
+            "Give batches of what the captured model takes; transform= can pick it out of each."
         ) from error
     return call
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
-from quant2e.calibration.batches import FEW_SAMPLES, check_count, check_iterable, check_kind, sample_count
+from quant2e.calibration.batches import FEW_SAMPLES, check_count, check_iterable, sample_count
+from quant2e.calibration.feed import Feed, Transform
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.capture import as_graph_module
 from quant2e.graph.captured.inputs import flat_inputs
@@ -105,14 +107,20 @@ class DataReport:
         return f"DataReport: {found} ({self.samples} samples in {self.batches} batches)"
 
 
-def check_data(model: GraphModule | ExportedProgram, data: Iterable[Any], num_batches: int | None = None) -> DataReport:
+def check_data(
+    model: GraphModule | ExportedProgram,
+    data: Iterable[Any],
+    num_batches: int | None = None,
+    *,
+    transform: Transform | None = None,
+) -> DataReport:
     """Run ``data`` through a captured float model and say what looks wrong with it.
 
     Found are: too few samples; non-finite values; channels that are zero throughout, or stuck at a bound of an
     activation; a single batch without which a range would be `OWNS` times smaller; inputs of batch norms that are
     not as their running statistics expect, which is how inputs look that were not normalised as in training.
-    ``data`` in any form that `calibrate` takes. Memory does not grow with the number of batches. Raises
-    `CalibrationError` for data without a batch.
+    ``data`` in any form that `calibrate` takes, with ``transform``. Memory does not grow with the number of batches.
+    Raises `CalibrationError` for data without a batch.
     """
     check_iterable(data, "the data")
     check_count(num_batches)
@@ -121,10 +129,8 @@ def check_data(model: GraphModule | ExportedProgram, data: Iterable[Any], num_ba
     watcher = _Watcher(graph)
     randomness = IsolatedRandomness()
     done = samples = 0
-    for batch in data:
-        if num_batches is not None and done >= num_batches:
-            break
-        inputs = flat_inputs(graph, check_kind(batch, f"batch {done} of the data"))
+    for call in islice(Feed(data, graph, transform=transform), num_batches):
+        inputs = flat_inputs(graph, call)
         samples += sample_count(inputs)
         with torch.no_grad(), randomness:
             watcher.run(*inputs, enable_io_processing=False)

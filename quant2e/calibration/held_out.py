@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch.fx import GraphModule
 
 from quant2e.calibration.batches import check_batch, check_iterable
-from quant2e.calibration.calibrate import Progress, batch_count, calibrate
+from quant2e.calibration.calibrate import Progress, add_notes, batch_count, calibrate
+from quant2e.calibration.feed import Feed, Transform
 from quant2e.calibration.range_selection import RangeChoice, select_ranges
 from quant2e.graph.captured.calls import Call
 
@@ -56,18 +57,28 @@ SELECT_RANGES_ON = 2
 
 
 class HeldOutData(NamedTuple):
-    """Data that was not calibrated on, what it is in words, and how candidate ranges fared on it."""
+    """Data that was not calibrated on, what it is in words, how candidate ranges fared on it, and what was left out."""
 
     calls: list[Call]
     source: str
     choices: tuple[RangeChoice, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def calibrate_but_some(prepared: GraphModule, data: Iterable[Any], progress: Progress | None = None) -> HeldOutData:
+def calibrate_but_some(
+    prepared: GraphModule,
+    data: Iterable[Any],
+    progress: Progress | None = None,
+    transform: Transform | None = None,
+) -> HeldOutData:
     """Calibrate ``prepared`` in place on most of ``data``, and choose its ranges on the rest."""
-    stream = HoldOut(data)
+    check_iterable(data, "calibration_data")
+    feed = data if isinstance(data, Feed) else Feed(data, prepared, "calibration", transform)
+    stream = HoldOut(feed)
     calibrate(prepared, stream, progress=progress)
     held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
+    add_notes(prepared, feed.notes)
     choices = select_ranges(prepared, held_out[:SELECT_RANGES_ON])
     kind = "held-out batch" if stream.separate else "calibration batch"
-    return HeldOutData(held_out, f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}", choices)
+    source = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
+    return HeldOutData(held_out, source, choices, feed.notes)

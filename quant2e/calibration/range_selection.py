@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.calibration.batches import check_batch, check_iterable
+from quant2e.calibration.feed import Feed
 from quant2e.calibration.statistics import measuring
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.inputs import flat_inputs
@@ -111,7 +112,7 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
     runner = _Comparison(graph, observers)
     randomness = IsolatedRandomness()
     done = 0
-    for batch in batches:
+    for batch in Feed(batches, prepared, "held-out"):
         call = check_batch(batch, f"held-out batch {done}")
         runner.batch = done
         with torch.no_grad(), randomness:

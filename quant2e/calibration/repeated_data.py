@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.calibration.batches import check_iterable, check_kind
 from quant2e.calibration.calibrate import Progress, calibrate
+from quant2e.calibration.feed import Feed
 from quant2e.calibration.held_out import SELECT_RANGES_ON, HeldOutData, HoldOut, calibrate_but_some
 from quant2e.calibration.range_selection import select_ranges
 from quant2e.errors import CalibrationError
@@ -85,7 +86,8 @@ def _owned(data: Iterable[Any]) -> Iterator[Any]:
 
 def _check_repeatable(data: Iterable[Any], first: list[Any]) -> None:
     why = f"algorithms need to read the calibration data several times, and it has more than {KEPT_BATCHES} batches, "
-    if iter(data) is data:
+    source = data.data if isinstance(data, Feed) else data
+    if iter(source) is source:
         raise CalibrationError(
             f"{why}the most that are kept in memory, of which each can be read only once: give something that can be "
             "read again (a list, a DataLoader), or fewer batches, itertools.islice(data, 256)"

@@ -266,8 +266,8 @@ def test_a_model_that_makes_nan_of_held_out_data():
         ({"calibration_data": 7}, "calibration_data is an iterable of batches .*, and this is a int"),
         ({"calibration_data": ["ab"]}, "calibration batch 0 is a str"),
         (
-            {"calibration_data": [(torch.zeros(2, 4), None, torch.ones(1))]},
-            "got 3 positional inputs.*without labels",
+            {"calibration_data": [(torch.zeros(2, 5), None, torch.ones(1))]},
+            "got 3 positional inputs.*transform=",
         ),
         ({"calibration_data": [torch.zeros(2, 4, dtype=torch.int64)]}, "'x' has dtype torch.int64, .*float32"),
         ({"calibration_data": numbered(2), "progress": 5}, "progress is a int"),

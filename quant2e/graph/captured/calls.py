@@ -35,18 +35,30 @@ def call_of(batch: Any) -> Call:
     return Call(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
 
 
-def positional_inputs(example_inputs: Any) -> tuple[Any, ...]:
-    """Example inputs as the tuple that torch.export takes: a tensor stands for itself, None for no inputs.
+def example_call(example_inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Call:
+    """Example inputs as a call: a tuple or list of positional ones, a dict of keyword inputs, one tensor, or None.
 
-    Raises `CaptureError` for anything else, which could mean one input or several.
+    ``kwargs``: keyword inputs besides. Raises `CaptureError` for anything else, which could mean one input or several,
+    and for an input that is named twice.
     """
+    named = dict(kwargs or {})
+    if isinstance(example_inputs, Call):
+        example_inputs, given = example_inputs
+    elif isinstance(example_inputs, Mapping):
+        example_inputs, given = (), dict(example_inputs)
+    else:
+        given = {}
+    if twice := named.keys() & given.keys():
+        raise CaptureError(
+            f"{', '.join(sorted(map(str, twice)))}: given in example_inputs and in kwargs; give each once"
+        )
     if isinstance(example_inputs, Tensor):
-        return (example_inputs,)
+        return Call((example_inputs,), {**given, **named})
     if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs)
+        return Call(tuple(example_inputs), {**given, **named})
     if example_inputs is None:
-        return ()
-    hint = "for keyword inputs use kwargs=, " if isinstance(example_inputs, Mapping) else ""
+        return Call((), named)
     raise CaptureError(
-        f"example_inputs is a {type(example_inputs).__name__}: {hint}for one positional input use a tuple, (value,)"
+        f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of positional inputs or a dict "
+        "of keyword inputs; for one positional input of another kind use a tuple, (value,)"
     )

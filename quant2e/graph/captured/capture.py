@@ -21,8 +21,9 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 
 from quant2e.errors import CaptureError, where
-from quant2e.graph.captured.calls import positional_inputs
+from quant2e.graph.captured.calls import Call, example_call
 from quant2e.graph.captured.core_aten import compose_core_ops
+from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
 from quant2e.graph.captured.inline_regions import inline_regions
 from quant2e.graph.captured.inputs import Inputs, distinct, read_inputs
 from quant2e.graph.captured.modes import is_training_graph
@@ -42,17 +43,23 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    dynamic_batch: bool | int = False,
 ) -> CapturedModule:
     """Capture ``model`` as a graph of ATen ops that shares the model's parameters and buffers.
 
-    ``example_inputs``: the positional inputs, as a tuple or a list; one tensor stands for itself. ``kwargs``: the
-    keyword inputs. Any nesting of lists, tuples and dicts. ``dynamic_shapes``: as for ``torch.export.export``; sizes
-    not named there are fixed to those of the example.
+    ``example_inputs``: the positional inputs, as a tuple or a list; one tensor stands for itself, and a dict holds
+    keyword inputs. ``kwargs``: the keyword inputs. Any nesting of lists, tuples and dicts. ``dynamic_shapes``: as for
+    ``torch.export.export``; sizes not named there are fixed to those of the example. ``dynamic_batch``: the first size
+    of every input varies, together: to any (True), or to that many samples at most.
     An `ExportedProgram` or an already captured graph is copied, and the example inputs are checked against it.
     The model, its flags and buffers, and the random state are left as they were, also on failure.
     Raises `CaptureError` when the inputs do not fit ``forward``, or the model cannot be exported.
     """
-    args, keywords = positional_inputs(example_inputs), dict(kwargs or {})
+    args, keywords = example_call(example_inputs, kwargs)
+    if dynamic_batch is not False:
+        (args, keywords), dynamic_shapes = with_dynamic_batch(
+            model, Call(args, keywords), dynamic_batch, dynamic_shapes
+        )
     if isinstance(model, ExportedProgram) or is_captured(model):
         if dynamic_shapes is not None:
             raise CaptureError(

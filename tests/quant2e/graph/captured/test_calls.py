@@ -1,10 +1,12 @@
-"""A batch as a call, and example inputs as a tuple."""
+"""A batch as a call, and so are example inputs."""
+
+from collections import UserDict
 
 import pytest
 import torch
 
 from quant2e.errors import CaptureError
-from quant2e.graph.captured.calls import Call, call_of, positional_inputs
+from quant2e.graph.captured.calls import Call, call_of, example_call
 
 
 @pytest.mark.parametrize(
@@ -33,17 +35,26 @@ def test_a_copied_call_has_tensors_of_its_own():
 X = torch.zeros(2)
 
 
-@pytest.mark.parametrize(("given", "expected"), [(X, (X,)), ([X], (X,)), ((X, 3), (X, 3)), (None, ())])
-def test_example_inputs_are_a_tuple(given, expected):
-    found = positional_inputs(given)
-    assert len(found) == len(expected)
-    assert all(one is other for one, other in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize(
-    ("given", "message"),
-    [({"x": X}, "is a dict: for keyword inputs use kwargs=, for one"), (3, r"is a int: .* use a tuple, \(value,\)")],
+    ("given", "expected"),
+    [
+        (X, ((X,), {})),
+        ([X], ((X,), {})),
+        ((X, 3), ((X, 3), {})),
+        (None, ((), {})),
+        ({"x": X}, ((), {"x": X})),
+        (UserDict(x=X), ((), {"x": X})),
+        (Call((X,), {"n": 3}), ((X,), {"n": 3})),
+    ],
 )
-def test_what_could_mean_one_input_or_several_is_refused(given, message):
-    with pytest.raises(CaptureError, match=message):
-        positional_inputs(given)
+def test_example_inputs_are_a_call(given, expected):
+    found = example_call(given, {"flag": True})
+    assert found.args == expected[0]
+    assert found.kwargs == {**expected[1], "flag": True}
+
+
+def test_what_could_mean_one_input_or_several_is_refused():
+    with pytest.raises(CaptureError, match=r"is a int: .* use a tuple, \(value,\)"):
+        example_call(3)
+    with pytest.raises(CaptureError, match="x: given in example_inputs and in kwargs; give each once"):
+        example_call({"x": X, "y": X}, {"x": X})

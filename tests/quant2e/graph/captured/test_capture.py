@@ -286,7 +286,10 @@ def test_exported_programs_and_captured_graphs_are_taken_as_they_are():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: capture(conv_net(), {"input": 1}), "is a dict: for keyword inputs use kwargs="),
+        (
+            lambda: capture(conv_net(), {"inputs": 1}),
+            r"\(inputs=\.\.\.\): missing a required argument",
+        ),
         (lambda: capture(conv_net(), ()), r"forward\(input\) cannot be called .* missing a required argument: 'input'"),
         (lambda: capture(nn.Linear(3, 4), torch.ones(2)), r"could not capture Linear.*\n.*"),
         (lambda: capture(F.relu, torch.ones(2)), "cannot capture a function: give an nn.Module"),
