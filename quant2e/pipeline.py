@@ -27,6 +27,7 @@ from quant2e.calibration.held_out import HeldOutData, calibrate_but_some
 from quant2e.calibration.range_selection import ranges_of
 from quant2e.calibration.repeated_data import RepeatedData
 from quant2e.convert.convert import converted_graph
+from quant2e.convert.given_encodings import with_encodings
 from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call, example_call
 from quant2e.graph.captured.capture import capture
@@ -36,7 +37,7 @@ from quant2e.graph.captured.module import independent_copy
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_io import quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel
-from quant2e.report.encodings import encodings_of
+from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import BAD_SQNR_DB, Report
 
@@ -57,6 +58,7 @@ def quantize(
     use_reference_representation: bool = False,
     int8_io: bool = False,
     algorithms: Algorithms = (),
+    encodings: Encodings | None = None,
     allow_unquantized: bool = False,
     min_sqnr_db: float | None = LEAST_SQNR_DB,
     progress: Progress | None = None,
@@ -78,6 +80,8 @@ def quantize(
     kept only where the held-out error does not grow; ``report.algorithms`` has a line for each. They learn from the
     first 64 batches, those held out excepted, and the data is read more than once: up to 256 batches are kept in
     memory, and more must be an iterable that gives the same batches each time, not a generator.
+    ``encodings``: what points become, bit for bit: those of an earlier result, or of a file edited by hand; where they
+    name all points, no data is needed, and what is given only measures. See `quant2e.convert_pt2e`.
     ``allow_unquantized``: accept a result in which no op is quantized. ``min_sqnr_db``: the least SQNR that a result
     must have, in dB; None accepts any. ``progress``: called with the number of batches done and the total, where it is
     known.
@@ -105,12 +109,16 @@ def quantize(
             f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
+    # What is wrong with encodings is told before anything runs.
+    told = prepared if encodings is None else with_encodings(prepared, encodings)
     data = None if calibration_data is None else Feed(calibration_data, captured, "calibration", transform)
     if attempts:
         driver = Driver(captured, quantizer, RepeatedData(data, given), enough_db)
         mended = driver.run(prepared, attempts, progress)
+        if encodings is not None:
+            mended = replace(mended, prepared=with_encodings(mended.prepared, encodings))
     else:
-        mended = Mended(captured, prepared, _calibrated(prepared, data, given, progress))
+        mended = Mended(captured, told, _calibrated(told, data, given, progress))
     converted = _converted(mended.prepared, use_reference_representation, int8_io)
     record = record_of(converted)
     report = replace(record.report, algorithms=mended.steps).with_notes(data.notes if data is not None else ())

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.calibration.feed import Feed
-from quant2e.calibration.statistics import measuring
+from quant2e.calibration.statistics import undecided
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.inputs import flat_inputs
 from quant2e.graph.captured.module import independent_copy
@@ -101,11 +101,12 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
     """Give every histogram observer of ``prepared``, in place, the best of `CANDIDATES` and say how they fared.
 
     ``batches``: held-out data, in any form that `calibrate` takes. An observer with another method than "mse", the
-    default, keeps what its author chose. Observers without data, and those whose candidates agree, are left alone.
+    default, keeps what its author chose. Observers without data, those whose candidates agree, and those of points
+    whose encodings were given are left alone.
     Raises `CalibrationError` when ``batches`` is empty, or one brings NaN or +inf to an observed tensor.
     """
     check_iterable(batches, "the held-out data")
-    observers = {name: ranges for name, o in measuring(prepared).items() if (ranges := _ranges_of(o)) is not None}
+    observers = {name: ranges for name, o in undecided(prepared).items() if (ranges := _ranges_of(o)) is not None}
     if not observers:
         return ()
     graph = independent_copy(prepared)

@@ -28,6 +28,7 @@ from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.control_flow import control_flow, graphs_of, prefixed
+from quant2e.observers.given_encoding import has_given
 from quant2e.observers.base import OBSERVER_PREFIX, inner_observer
 from quant2e.observers.measuring import (
     HistogramObserver,
@@ -63,6 +64,11 @@ def measuring(prepared: GraphModule) -> dict[str, UniformQuantizationObserverBas
     """Those of `observers_of` that keep statistics of ours."""
     found = observers_of(prepared).items()
     return {name: observer for name, observer in found if isinstance(observer, UniformQuantizationObserverBase)}
+
+
+def undecided(prepared: GraphModule) -> dict[str, UniformQuantizationObserverBase[Any]]:
+    """Those of `measuring` whose statistics decide what becomes of a tensor: its encoding was not given."""
+    return {name: o for name, o in measuring(prepared).items() if not has_given(prepared.get_submodule(name))}
 
 
 def fingerprint(prepared: GraphModule) -> str:

@@ -14,9 +14,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from quant2e.calibration.batches import FEW_SAMPLES
-from quant2e.calibration.statistics import SAMPLES, measuring
+from quant2e.calibration.statistics import SAMPLES, undecided
 from quant2e.convert.bodies import convert_bodies, never_ran
 from quant2e.convert.encode_all import encode_all, losses_of, notes_of
+from quant2e.convert.given_encodings import with_encodings
 from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.convert.legality import check_legality
 from quant2e.convert.moved_biases import moved_biases
@@ -40,25 +41,35 @@ from quant2e.passes.train_batch_norm import FUSED
 from quant2e.prepare.masks import left_float
 from quant2e.prepare.qat import end_training
 from quant2e.ranges.search import searched_together
+from quant2e.report.encodings import Encodings
 from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import FLOAT, tensor_bytes, with_body
 
 
 def convert_pt2e(
-    prepared: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
+    prepared: GraphModule,
+    use_reference_representation: bool = False,
+    fold_quantize: bool = True,
+    *,
+    encodings: Encodings | None = None,
 ) -> GraphModule:
     """Replace every observer by the quantize/dequantize pair its statistics ask for.
 
     ``use_reference_representation``: the graph computes in integers, as `quant2e.to_integer` writes it, in place of
     float ops between dequantize and quantize.
     ``fold_quantize``: keep weights as integers; False leaves them float, in front of their quantize op.
+    ``encodings``: what points become, bit for bit, whatever was calibrated (`QuantizedModel.encodings`, a file edited
+    by hand); points that they do not name are as calibration found them. See `quant2e.convert.given_encodings`.
     A model trained after `prepare_qat_pt2e` has its batch norms folded here, into the weights it was trained with; it
     shares no tensor with the result. ``prepared`` is not changed and can be converted again.
 
     Warns once (`QuantizationWarning`) when ops stayed float or tensors lost values; `report_of` has all of it. Raises
-    `CaptureError` for a trained model with other ops in training mode, and `CalibrationError` that names the first ops
-    whose tensor saw no data, has no usable range, or would become all zero.
+    `CaptureError` for a trained model with other ops in training mode, `CalibrationError` that names the first ops
+    whose tensor saw no data, has no usable range, or would become all zero, and `AnnotationError` for encodings of
+    points or tensors that are not there.
     """
+    if encodings is not None:
+        prepared = with_encodings(prepared, encodings)
     gm = converted_graph(prepared, use_reference_representation, fold_quantize)
     if told := _in_short(gm):
         warnings.warn(told, QuantizationWarning, stacklevel=2)
@@ -85,7 +96,7 @@ def _in_short(gm: GraphModule) -> str:
 
 def _few_samples(prepared: GraphModule) -> list[str]:
     samples = prepared.meta.get(SAMPLES)
-    if samples is None or samples >= FEW_SAMPLES or all(observer.frozen for observer in measuring(prepared).values()):
+    if samples is None or samples >= FEW_SAMPLES or all(observer.frozen for observer in undecided(prepared).values()):
         return []
     count = f"{samples} sample{'s' if samples != 1 else ''}"
     told = f"calibrated on only {count}: ranges, and an accuracy measured on as few, may be far from the truth"

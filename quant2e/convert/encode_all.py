@@ -18,6 +18,7 @@ from quant2e.observers.encodings import (
     PerTensorEncoding,
     encode,
 )
+from quant2e.observers.given_encoding import has_given
 
 _NAMED = 5
 """Tensors that an error names."""
@@ -81,8 +82,10 @@ def losses_of(
         loss = constant_loss(evaluate(gm, source), encoding) if constant else activation_loss(observer, encoding)
         if (loss is not None and loss.gone) or (not constant and vanishes(observer, encoding)):
             gone[call] = (
-                "every value rounds to 0 at the smallest scale its spec allows: give it a smaller eps, or leave the "
-                "ops that read it float"
+                "every value rounds to 0 at the scale that was given"
+                if has_given(gm.get_submodule(str(call.target)))
+                else "every value rounds to 0 at the smallest scale its spec allows: give it a smaller eps, or leave "
+                "the ops that read it float"
             )
         elif loss is not None and loss.worth_a_word:
             found.append((loss, f"{_place(call)}: {loss}"))
@@ -108,7 +111,7 @@ def notes_of(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encodin
         first.setdefault(str(call.target), call)
     for name, call in first.items():
         observer = inner_observer(gm.get_submodule(str(call.target)))
-        if encodings[name] is None:
+        if encodings[name] is None or has_given(gm.get_submodule(str(call.target))):
             continue
         if callable(remark := getattr(observer, "remark", None)) and (said := remark()):
             notes.append(said)

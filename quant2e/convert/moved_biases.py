@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.errors import where
 from quant2e.graph.constants import Constants, evaluate
+from quant2e.observers.base import inner_observer
 from quant2e.observers.derived import DerivedObserver
 from quant2e.observers.encodings import Encoding, PerChannelEncoding, PerTensorEncoding, RoundedConstant
 from quant2e.observers.straight_through import fake_quantize, round_to_grid
@@ -53,7 +54,8 @@ def moved_biases(
     found = [
         moved
         for call in calls
-        if isinstance(gm.get_submodule(str(call.target)), DerivedObserver) and call.all_input_nodes[0] in constants
+        if isinstance(inner_observer(gm.get_submodule(str(call.target))), DerivedObserver)
+        and call.all_input_nodes[0] in constants
         for moved in _moved(gm, call, encodings)
         if bool((moved.steps > 1).any())
     ]

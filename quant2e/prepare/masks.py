@@ -12,12 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.plan import Edge, Plan
 from quant2e.graph.selections import WEIGHED, Marks, asked_of, keeps, marks, together
 from quant2e.observers.base import inner_observer, is_observer_call, observed
+from quant2e.observers.encodings import encode
+from quant2e.observers.given_encoding import has_given
 from quant2e.observers.uniform import UniformQuantizationObserverBase
 from quant2e.ranges.sentinels import Never, owned_by_sentinels
 from quant2e.report.record import RECORD_KEY, GraphRecord
@@ -57,7 +60,7 @@ def left_float(prepared: GraphModule) -> FloatTensors:
 
     Those that hold sentinels, or were zero throughout where a mask would be; those whose fake-quantizer was switched
     off; and what was to be quantized only for an op that now reads a float tensor. Not among them are tensors in which
-    NaN or +inf was seen: they have no range, which is an error.
+    NaN or +inf was seen: they have no range, which is an error. Where an encoding was given, it alone decides.
     """
     asked = marks(prepared.graph)
     calls: dict[str, list[Node]] = defaultdict(list)
@@ -69,7 +72,9 @@ def left_float(prepared: GraphModule) -> FloatTensors:
         wanted = _all(asked.get(node, {}) for node in nodes)
         if objection := _objection(prepared.get_submodule(name), wanted):
             reasons[name] = f"{_tensors(nodes)} {objection}"
-    reasons = {**_passed_on(prepared, asked, reasons), **reasons}
+    given = {name for name in calls if has_given(prepared.get_submodule(name))}
+    passed_on = _passed_on(prepared, asked, reasons)
+    reasons = {**{name: reason for name, reason in passed_on.items() if name not in given}, **reasons}
     readers = {
         user.name: reason
         for name, reason in reasons.items()
@@ -81,9 +86,19 @@ def left_float(prepared: GraphModule) -> FloatTensors:
     if reasons and isinstance(record, GraphRecord):
         for group, name in zip(record.plan.groups, record.observers, strict=True):
             ops = [point.dst if isinstance(point, Edge) else "" for point in group.points]
-            if name and name not in reasons and all(op in readers for op in ops):
+            if name and name not in {*reasons, *given} and all(op in readers for op in ops):
                 reasons[name] = readers[ops[0]]
-    return FloatTensors(_with_derived(prepared, reasons), readers)
+        readers |= _results(record, {name: reason for name, reason in reasons.items() if name in given})
+    derived = {name: why for name, why in _derived(prepared, reasons).items() if name not in given}
+    return FloatTensors({**derived, **reasons}, readers)
+
+
+def _results(record: GraphRecord, floats: Mapping[str, str]) -> dict[str, str]:
+    """Ops whose result was given as float and that read nothing else in integers: a relu behind a linear, say."""
+    named = list(zip(record.plan.groups, record.observers, strict=True))
+    reading = {p.dst for group, name in named if name not in floats for p in group.points if isinstance(p, Edge)}
+    ends = ((p.tensor, name) for group, name in named for p in group.points if not isinstance(p, Edge))
+    return {op: floats[name] for op, name in ends if name in floats and op not in reading}
 
 
 def _passed_on(gm: GraphModule, asked: Mapping[Node, Marks], reasons: Mapping[str, str]) -> dict[str, str]:
@@ -109,16 +124,15 @@ def _passed_on(gm: GraphModule, asked: Mapping[Node, Marks], reasons: Mapping[st
     return found
 
 
-def _with_derived(prepared: GraphModule, reasons: dict[str, str]) -> dict[str, str]:
+def _derived(prepared: GraphModule, reasons: Mapping[str, str]) -> dict[str, str]:
     """Parameters that would be derived from those of a tensor that stays float do not exist either."""
     of_source = {id(prepared.get_submodule(name)): reason for name, reason in reasons.items()}
-    derived = {
+    return {
         name: of_source[id(source)]
         for name, module in prepared.named_children()
         for source in _sources(module)
         if id(source) in of_source
     }
-    return {**derived, **reasons}
 
 
 def _sources(observer: Any) -> list[Any]:
@@ -153,6 +167,9 @@ def _switched_off(observer: Any) -> bool:
 
 def _objection(observer: Any, asked: Marks) -> str | None:
     """Why no integers can stand for what an observer saw, by what the readers of its tensors ask; None if they can."""
+    if has_given(observer):
+        stays = encode(observer) is None and getattr(inner_observer(observer), "dtype", None) != torch.float32
+        return "stays float: the encodings that were given say so" if stays else None
     if _switched_off(observer):
         return "stays float: its fake-quantizer was switched off (enable_fake_quant switches it on again)"
     inner = inner_observer(observer)

@@ -6,12 +6,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from quant2e.annotation.granularity import Granularity, PerAxis, PerTensor, PerToken
 from quant2e.annotation.plan import Group
 from quant2e.annotation.specs import spec_text
 from quant2e.documents.json_text import read_json
@@ -34,28 +35,37 @@ ENCODINGS_FORMAT = 1
 
 ENCODINGS = ("per_tensor", "per_channel", "per_group", "dynamic", "float16", "on_grid", "custom", "float")
 
+GRANULARITIES: Mapping[str, Granularity] = {"": PerTensor(), "token": PerToken(), "image": PerAxis(0)}
+"""What shares a scale that is found at run time, by the names that they have in records."""
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class GroupEncoding:
     """One group of points that share parameters.
 
-    ``spec``: the numbers asked for, as text. ``encoding``: what they became: ``per_tensor``, ``per_channel``,
-    ``per_group`` (of ``group_size`` neighbours in a row; rows first), ``dynamic``, ``float16``, ``on_grid`` (a float
-    constant rounded to multiples of a derived scale), ``custom`` or ``float``. ``scale``/``zero_point``: one per tensor
-    or per channel; empty when they are found at run time. Scales are positive and finite, zero points finite, and there
-    are as many of both.
+    ``spec``: the numbers asked for, as text; for readers. ``encoding``: what they became: ``per_tensor``,
+    ``per_channel``, ``per_group`` (of ``group_size`` neighbours in a row; rows first), ``dynamic``, ``float16``,
+    ``on_grid`` (a float constant rounded to multiples of a scale that is derived from those of other points; a
+    ``scale`` of its own is only there when somebody wrote it), ``custom`` or ``float``. ``scale``/``zero_point``: one
+    per tensor or per channel; empty when they are found at run time, and then ``symmetric`` says whether zero is the
+    integer zero, ``eps`` what the smallest scale is (0: the default) and ``granularity`` what shares one: ``""`` the
+    tensor, ``"token"`` or ``"image"``. Scales are positive and finite, zero points finite, and there are as many of
+    both; a scale ``on_grid`` has no zero point. In a file all but ``points`` and ``encoding`` may be left out.
     """
 
     points: tuple[str, ...]
-    spec: str
-    encoding: str
-    dtype: str = ""
-    quant_min: int = 0
-    quant_max: int = 0
-    axis: int | None = None
-    scale: tuple[float, ...] = ()
-    zero_point: tuple[int | float, ...] = ()
+    spec: str = field(default="", metadata=LATER)
+    encoding: str = ""
+    dtype: str = field(default="", metadata=LATER)
+    quant_min: int = field(default=0, metadata=LATER)
+    quant_max: int = field(default=0, metadata=LATER)
+    axis: int | None = field(default=None, metadata=LATER)
+    scale: tuple[float, ...] = field(default=(), metadata=LATER)
+    zero_point: tuple[int | float, ...] = field(default=(), metadata=LATER)
     group_size: int = field(default=0, metadata=LATER)
+    symmetric: bool | None = field(default=None, metadata=LATER)
+    eps: float = field(default=0.0, metadata=LATER)
+    granularity: str = field(default="", metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.encoding not in ENCODINGS:
@@ -66,7 +76,11 @@ class GroupEncoding:
             raise AnnotationError("a scale is not a positive, finite number")
         if not all(abs(point) < math.inf for point in self.zero_point):
             raise AnnotationError("a zero point is not finite")
-        if len(self.scale) != len(self.zero_point):
+        if self.granularity not in GRANULARITIES:
+            raise AnnotationError(f"'{self.granularity[:80]}' is none of the granularities {', '.join(GRANULARITIES)}")
+        if not 0 <= self.eps < math.inf:
+            raise AnnotationError("eps, the smallest scale, is not a finite number")
+        if len(self.scale) != len(self.zero_point) and (self.encoding != "on_grid" or self.zero_point):
             raise AnnotationError(f"{len(self.scale)} scales and {len(self.zero_point)} zero points do not pair up")
 
     def __repr__(self) -> str:
@@ -119,7 +133,7 @@ class Encodings:
     def to_file(self, path: str | Path) -> None:
         """Write as JSON; an existing file is replaced only once the new one is complete."""
         with atomic_file(Path(path)) as part:
-            part.write_text(json.dumps(self.as_dict(), indent=1), encoding="utf-8")
+            part.write_text(_text(self.as_dict()), encoding="utf-8")
 
     @classmethod
     def from_file(cls, path: str | Path) -> Encodings:
@@ -128,6 +142,16 @@ class Encodings:
             return cls.from_dict(read_json(Path(path).read_bytes(), str(path)))
         except FileFormatError as error:
             raise FileFormatError(f"{path} is not a record of encodings: {error}") from error
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    """JSON to be edited by hand: a line for each part of a group that says something, numbers next to each other."""
+    head = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items() if name != "groups"]
+    usual = {part.name: part.default for part in fields(GroupEncoding)}
+    said = [{name: value for name, value in group.items() if value != usual[name]} for group in data["groups"]]
+    groups = [",\n".join(f"   {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in g.items()) for g in said]
+    listed = ",\n".join(f"  {{\n{group}\n  }}" for group in groups)
+    return "{\n" + "".join(f" {line},\n" for line in head) + f' "groups": [\n{listed}\n ]\n}}\n'
 
 
 def encodings_of(record: GraphRecord, quantizer: str) -> Encodings:
@@ -157,7 +181,8 @@ def _group_encoding(group: Group, encoding: Encoding | None) -> GroupEncoding:
     dtype = str(encoding.dtype).removeprefix("torch.")
     bare = GroupEncoding(points, spec, "dynamic", dtype, encoding.quant_min, encoding.quant_max)
     if isinstance(encoding, DynamicEncoding):
-        return bare
+        (grain,) = (name for name, granularity in GRANULARITIES.items() if granularity == encoding.granularity)
+        return replace(bare, symmetric=encoding.symmetric, eps=encoding.eps, granularity=grain)
     if isinstance(encoding, PerTensorEncoding):
         return replace(bare, encoding="per_tensor", scale=(encoding.scale,), zero_point=(encoding.zero_point,))
     return replace(
