@@ -28,8 +28,8 @@ from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.control_flow import control_flow, graphs_of, prefixed
-from quant2e.observers.given_encoding import has_given
 from quant2e.observers.base import OBSERVER_PREFIX, inner_observer
+from quant2e.observers.given import has_given
 from quant2e.observers.measuring import (
     HistogramObserver,
     PerChannelHistogramObserver,

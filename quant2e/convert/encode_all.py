@@ -18,7 +18,7 @@ from quant2e.observers.encodings import (
     PerTensorEncoding,
     encode,
 )
-from quant2e.observers.given_encoding import has_given
+from quant2e.observers.given import has_given
 
 _NAMED = 5
 """Tensors that an error names."""

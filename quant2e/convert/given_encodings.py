@@ -6,7 +6,7 @@ prepared + encodings        =>        prepared', whose observers are told what t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from quant2e.observers.encodings import (
     RoundedConstant,
     encode,
 )
-from quant2e.observers.given_encoding import in_place_of
+from quant2e.observers.given import has_integers, in_place_of
 from quant2e.observers.placeholder import PlaceholderObserver
 from quant2e.report.encodings import GRANULARITIES, Encodings, GroupEncoding
 from quant2e.report.record import RECORD_KEY, record_of
@@ -171,6 +171,8 @@ def _entry_of(place: _Place, asked: Mapping[str, GroupEncoding]) -> GroupEncodin
 def _exchange(place: _Place, entry: GroupEncoding) -> None:
     """Tell the observer of a place what its tensors become; not where it says so itself."""
     own = place.module
+    if has_integers(own) and _same(encode(own), _encoding(entry, place, own)):
+        return  # an algorithm chose its integers, and the numbers are those that it chose them for
     if entry.encoding in ("custom", "float", "on_grid"):
         said = _said_by(own)
         if entry.encoding == "custom" and not isinstance(said, CustomEncoding):
@@ -182,6 +184,14 @@ def _exchange(place: _Place, entry: GroupEncoding) -> None:
                 raise AnnotationError("it is 'on_grid' without a scale, and derives none from other points here")
             return
     place.graph.add_submodule(place.observer, in_place_of(_encoding(entry, place, own), own))
+
+
+def _same(a: Encoding | None, b: Encoding | None) -> bool:
+    """Whether two encodings have the same numbers."""
+    if type(a) is not type(b) or a is None or b is None:
+        return False
+    pairs = [(getattr(a, part.name), getattr(b, part.name)) for part in fields(a)]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
 def _said_by(observer: nn.Module) -> Encoding | str | None:
@@ -249,7 +259,7 @@ def _check_count(entry: GroupEncoding, place: _Place, axis: int | None) -> None:
         if axis is not None and not 0 <= axis < tensor.dim():
             raise AnnotationError(f"it has no axis {axis}: its shape is {list(tensor.shape)}")
         size = 1 if axis is None else tensor.shape[axis]
-        if isinstance(size, int) and size != len(entry.scale):
+        if type(size) is int and size != len(entry.scale):
             raise AnnotationError(
                 f"{len(entry.scale)} scales for {size} channels along axis {axis} of {list(tensor.shape)}"
             )
@@ -275,7 +285,7 @@ def _dynamic(entry: GroupEncoding, own: Any) -> DynamicEncoding:
     symmetric = entry.symmetric if entry.symmetric is not None else base is not None and base.symmetric
     eps = entry.eps or (base.eps if base is not None else None)
     grain = GRANULARITIES[entry.granularity]
-    if entry.symmetric is None and base is not None and not entry.granularity:
+    if base is not None and entry.symmetric is None and not entry.granularity:
         grain = base.granularity
     made = encode(
         PlaceholderObserver(

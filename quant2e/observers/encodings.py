@@ -140,8 +140,8 @@ def saw_no_data(observer: Any) -> bool:
 def encode(observer: Any) -> Encoding | None:
     """The encoding an observer asks for; None when its tensor stays float.
 
-    One that was given (`quant2e.observers.given_encoding`) is returned as it is. Raises `CalibrationError` when a static
-    observer saw no data, or found no usable scale; the caller adds the place.
+    What was given (`quant2e.observers.given`) is returned as it is. Raises `CalibrationError` when a static observer
+    saw no data, or found no usable scale; the caller adds the place.
     """
     if callable(told := getattr(observer, "given_encoding", None)):
         given: Encoding | None = told()

@@ -20,7 +20,7 @@ from quant2e.annotation.plan import Edge, Plan
 from quant2e.graph.selections import WEIGHED, Marks, asked_of, keeps, marks, together
 from quant2e.observers.base import inner_observer, is_observer_call, observed
 from quant2e.observers.encodings import encode
-from quant2e.observers.given_encoding import has_given
+from quant2e.observers.given import has_given
 from quant2e.observers.uniform import UniformQuantizationObserverBase
 from quant2e.ranges.sentinels import Never, owned_by_sentinels
 from quant2e.report.record import RECORD_KEY, GraphRecord

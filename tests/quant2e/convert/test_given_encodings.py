@@ -15,11 +15,14 @@ import quant2e
 from quant2e import AnnotationError, CalibrationError, Encodings, FileFormatError, QuantizationSpec
 from quant2e.annotation.config import QuantizationConfig
 from quant2e.convert.given_encodings import with_encodings
+from quant2e.observers.encodings import encode
+from quant2e.observers.given import give_encoding, give_integers
 from quant2e.observers.measuring import PerChannelMinMaxObserver
+from quant2e.report.encodings import encodings_of
 from quant2e.report.record import record_of
 from quantizers import ComposableQuantizer, EmbeddingQuantizer, Int16Quantizer, X86InductorQuantizer, XNNPACKQuantizer
 from quantizers.conformance.capabilities import patterns_to_test
-from quantizers.conformance.generate import by_dice, random_programs, special_input, SPECIAL_INPUTS
+from quantizers.conformance.generate import SPECIAL_INPUTS, by_dice, random_programs, special_input
 from tests.control_flow_models import SHAPES, Branches, captured, data
 
 
@@ -173,9 +176,10 @@ def test_trained_models(net, tmp_path):
         prepared(*batch)
     prepared.eval()
     converted = quant2e.convert_pt2e(prepared)
-    encodings = quant2e.report.encodings.encodings_of(record_of(converted), "")
+    encodings = encodings_of(record_of(converted), "")
     for observer in (m for n, m in prepared.named_children() if n.startswith("activation_post_process_")):
-        observer.reset_min_max_vals() if hasattr(observer, "reset_min_max_vals") else None
+        if hasattr(observer, "reset_min_max_vals"):
+            observer.reset_min_max_vals()
     assert_same(converted, quant2e.convert_pt2e(prepared, encodings=encodings), IDS)
 
 
@@ -297,6 +301,21 @@ def test_a_graph_with_given_encodings_is_saved_trained_and_copied(net, made, tmp
     assert_same(made.module, quant2e.convert_pt2e(with_encodings(given, made.encodings)), IDS)
     quant2e.calibrate(given, IDS)
     assert_same(made.module, quant2e.convert_pt2e(given), IDS)
+
+
+def test_integers_that_an_algorithm_chose_stay_with_their_numbers(net):
+    prepared = prepared_net(net, calibrated=True)
+    (call,) = [n for n in prepared.graph.nodes if n.op == "call_module" and n.args[0].name == "up_weight"]
+    give_encoding(prepared, call.target, encode(prepared.get_submodule(call.target)))
+    integers = torch.full((64, 32), 3, dtype=torch.int8)
+    give_integers(prepared, call, integers)
+    converted = quant2e.convert_pt2e(prepared)
+    assert torch.equal(converted.state_dict()["up.weight_quantized"], integers)
+    encodings = encodings_of(record_of(converted), "")
+    assert_same(converted, quant2e.convert_pt2e(prepared, encodings=encodings), IDS)
+    other = edited(encodings, "up_weight -> linear", scale=(0.01,) * 64)
+    anew = quant2e.convert_pt2e(prepared, encodings=other).state_dict()["up.weight_quantized"]
+    assert not torch.equal(anew, integers)
 
 
 # ------------------------------------------------------------------------------------------------------------ refused
