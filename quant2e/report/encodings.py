@@ -120,6 +120,12 @@ class Encodings:
         by = f" by {self.quantizer}" if self.quantizer else ""
         return f"Encodings{by}: {len(self.groups)} groups of points{': ' if told else ''}{told}"
 
+    def diff(self, other: Encodings) -> str:
+        """What ``other`` changes, as a review: removed, added, other kinds, other numbers with the relative change."""
+        from quant2e.report.encodings_diff import encodings_diff
+
+        return encodings_diff(self, other)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; `from_dict` is its inverse."""
         return {"format": ENCODINGS_FORMAT, **asdict(self)}
