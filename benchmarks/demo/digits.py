@@ -114,7 +114,7 @@ class DigitsNet(nn.Module):
         return self.classifier(torch.flatten(x, 1))
 
 
-def _shifted(images: Tensor) -> Tensor:
+def shifted(images: Tensor) -> Tensor:
     """Move each image by −1, 0 or 1 pixel along each axis; what enters is background."""
     padded = F.pad(images, (1, 1, 1, 1))
     rows, columns = (torch.randint(0, 3, (len(images), 1)) + torch.arange(8) for _ in range(2))
@@ -140,7 +140,7 @@ def train(
             order = torch.randperm(len(digits.train_labels))[: steps * batch].view(steps, batch)
             total = 0.0
             for chosen in order:
-                logits = model(_shifted(digits.train_images[chosen]))
+                logits = model(shifted(digits.train_images[chosen]))
                 loss = F.cross_entropy(logits, digits.train_labels[chosen], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()

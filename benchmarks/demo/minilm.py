@@ -49,7 +49,7 @@ def model_folder() -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the import of transformers from logging about optional libraries and unused weights."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -68,7 +68,7 @@ class SentenceEmbedder(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        with _quiet():
+        with quiet():
             from transformers import AutoModel
             from transformers.utils import logging as transformers_logging
 
@@ -179,7 +179,7 @@ def run(folder: Path, phases: Phases) -> Outcome:
     with phases.phase("minilm: load the model, tokenize the topics"):
         where = model_folder()
         model = SentenceEmbedder(where).eval()
-        with _quiet():
+        with quiet():
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(where)
