@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from quant2e.accuracy.compare import compare
 from quant2e.accuracy.sensitivity import sensitivity
+from quant2e.accuracy.tuning.tune import tune
 from quant2e.annotation.config import QuantizationConfig
 from quant2e.annotation.pattern import Match, Op, constant, op
 from quant2e.annotation.plan import Edge, Output, Plan
@@ -157,5 +158,6 @@ __all__ = [
     "select_ranges",
     "sensitivity",
     "to_integer",
+    "tune",
     "with_quantized_io",
 ]

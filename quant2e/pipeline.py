@@ -19,6 +19,8 @@ from quant2e.accuracy.algorithms.registry import Algorithms
 from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_error import outputs_of
 from quant2e.accuracy.output_loss import converted_sqnr, in_floats
+from quant2e.accuracy.tuning.evaluation import Evaluate
+from quant2e.accuracy.tuning.tune import tune
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_iterable
 from quant2e.calibration.calibrate import Progress
@@ -61,6 +63,8 @@ def quantize(
     encodings: Encodings | None = None,
     allow_unquantized: bool = False,
     min_sqnr_db: float | None = LEAST_SQNR_DB,
+    evaluate: Evaluate | None = None,
+    max_drop: float | None = None,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Capture, prepare, calibrate, convert; then measure against float.
@@ -85,6 +89,9 @@ def quantize(
     ``allow_unquantized``: accept a result in which no op is quantized. ``min_sqnr_db``: the least SQNR that a result
     must have, in dB; None accepts any. ``progress``: called with the number of batches done and the total, where it is
     known.
+    ``evaluate``: a function of a model that returns its metric; groups of ops are left float until no more than
+    ``max_drop`` of the float model's is lost (0.01, one per cent, unless told otherwise): the short form of
+    `quant2e.tune`, which has the trials and more to say.
 
     ``model`` and its tensors are left untouched. Raises the errors of each step, `CalibrationError` for NaN or +inf in
     any of the data, `Quant2eError` when nothing was quantized, and `AccuracyError`, which names the ops at which it was
@@ -96,6 +103,23 @@ def quantize(
         check_iterable(calibration_data, "calibration_data")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise Quant2eError(f"kwargs is a {type(kwargs).__name__}: keyword inputs by name, a dict")
+    if evaluate is not None or max_drop is not None:
+        if use_reference_representation or int8_io or algorithms or encodings is not None or progress is not None:
+            raise Quant2eError(
+                "evaluate= goes without use_reference_representation, int8_io, algorithms, encodings and progress"
+            )
+        return _tuned(
+            evaluate,
+            max_drop,
+            model=model,
+            example_inputs=example_inputs,
+            quantizer=quantizer,
+            calibration_data=calibration_data,
+            kwargs=kwargs,
+            dynamic_shapes=dynamic_shapes,
+            dynamic_batch=dynamic_batch,
+            transform=transform,
+        )
     attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf
     given = example_call(example_inputs, kwargs)
     if dynamic_batch is not False:
@@ -135,6 +159,16 @@ def quantize(
         example_kwargs=keywords,
         dynamic_shapes=shapes,
     )
+
+
+def _tuned(evaluate: Evaluate | None, max_drop: float | None, **arguments: Any) -> QuantizedModel:
+    """The model that `quant2e.tune` finds. Raises `AccuracyError` where it does not keep the goal."""
+    if evaluate is None:
+        raise Quant2eError("max_drop= goes with evaluate=, a function of a model that returns its metric")
+    result = tune(evaluate=evaluate, max_drop=0.01 if max_drop is None else max_drop, **arguments)
+    if not result.met:
+        raise AccuracyError(f"no mix of precisions keeps the goal; quant2e.tune returns the best of them.\n{result}")
+    return result.model
 
 
 def _calibrated(

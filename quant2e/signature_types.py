@@ -6,6 +6,12 @@ imported from `quant2e` as well.
 
 from quant2e.accuracy.comparison import Comparison, GroupError, OpError, OutputError
 from quant2e.accuracy.sensitivity import GroupSensitivity, Sensitivity, SensitivityMethod
+from quant2e.accuracy.tuning.evaluation import Evaluate
+from quant2e.accuracy.tuning.goal import Goal
+from quant2e.accuracy.tuning.result import TuningResult
+from quant2e.accuracy.tuning.space import Mix
+from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.tune import TrialProgress, TuningStrategy
 from quant2e.annotation.pattern import Arg, Condition, Either, NodeEdge, Pattern
 from quant2e.annotation.plan import Group, Ignored, Point
 from quant2e.calibration.calibrate import Progress
@@ -31,13 +37,16 @@ __all__ = [
     "DataFinding",
     "DataReport",
     "Either",
+    "Evaluate",
     "FloatOp",
+    "Goal",
     "Group",
     "GroupEncoding",
     "GroupError",
     "GroupSensitivity",
     "Ignored",
     "Inputs",
+    "Mix",
     "NodeEdge",
     "OpError",
     "OutputError",
@@ -51,4 +60,8 @@ __all__ = [
     "SensitivityMethod",
     "State",
     "Transform",
+    "TrialProgress",
+    "TuningResult",
+    "TuningStrategy",
+    "TuningTrial",
 ]

@@ -59,3 +59,8 @@ def test_it_is_mended(names):
     result, better, also_better = (names[name].report for name in ("result", "better", "also_better"))
     assert better.sqnr_db > result.sqnr_db
     assert also_better.sqnr_db > result.sqnr_db + 15.0
+
+
+def test_the_search_keeps_its_goal(names):
+    assert names["tuned"].met
+    assert names["tuned"].metric >= -0.001

@@ -44,6 +44,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "quantized_model",
         "accuracy",
         "accuracy/algorithms",
+        "accuracy/tuning",
         "pipeline",
         "pt2e",
         "signature_types",
