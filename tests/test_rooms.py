@@ -43,6 +43,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "storage",
         "quantized_model",
         "accuracy",
+        "accuracy/algorithms/layers",
         "accuracy/algorithms",
         "accuracy/tuning",
         "pipeline",

@@ -56,7 +56,8 @@ class Point(nn.Module):
 class SimulatedGraph:
     """``graph``: a copy of a calibrated graph, with a `Point` for each reader where it had an observer call.
 
-    ``points``: the calls of those; ``observers``: the name of the observer that each was.
+    ``points``: the calls of those; ``observers``: the name of the observer that each was; ``observed``: the name of its
+    call.
 
     What is written in place is written to new tensors, where nobody sees the difference. ``float_bodies``: bodies of
     control flow have points as well, which are left out.
@@ -82,6 +83,7 @@ class SimulatedGraph:
         self.graph = gm
         self.constants = Constants(gm.graph)
         self.observers: dict[Node, str] = {}
+        self.observed: dict[Node, str] = {}
         self.points: dict[Node, Point] = {}
         uses = []
         for call in calls:
@@ -107,10 +109,21 @@ class SimulatedGraph:
             point = self.graph.graph.call_module(name, (source,))
         point.meta = dict(call.meta)
         reader.replace_input_with(source, point)
-        self.observers[point], self.points[point] = str(call.target), module
+        self.observers[point], self.observed[point], self.points[point] = str(call.target), call.name, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.graph(*args, **kwargs)
+
+    def constant(self, point: Node) -> Tensor | None:
+        """What the constant of ``point`` is rounded to, once; None where it is no constant."""
+        rounded = self.points[point].rounded
+        return rounded.value if isinstance(rounded, _Constant) else None
+
+    def round_to(self, point: Node, value: Tensor) -> None:
+        """Let a constant be rounded to ``value``, of its shape, at ``point`` and at the others of the same call."""
+        rounded = self.points[point].rounded
+        assert isinstance(rounded, _Constant), "only constants are rounded once"
+        rounded.value = value
 
     def start_again(self) -> None:
         """Put the buffers that the model writes to back to their first values."""

@@ -79,21 +79,25 @@ class RepeatedData:
 
 def _owned(data: Iterable[Any]) -> Iterator[Any]:
     """Batches that stay as they are while further ones are read: some loaders fill one buffer again and again."""
-    if isinstance(data, list | tuple):
+    if isinstance(_source(data), list | tuple):
         return iter(data)
     return (pytree.tree_map_only(Tensor, torch.clone, batch) for batch in data)
 
 
+def _source(data: Iterable[Any]) -> Iterable[Any]:
+    """What the user gave."""
+    return data.data if isinstance(data, Feed) else data
+
+
 def _check_repeatable(data: Iterable[Any], first: list[Any]) -> None:
     why = f"algorithms need to read the calibration data several times, and it has more than {KEPT_BATCHES} batches, "
-    source = data.data if isinstance(data, Feed) else data
-    if iter(source) is source:
+    if iter(source := _source(data)) is source:
         raise CalibrationError(
             f"{why}the most that are kept in memory, of which each can be read only once: give something that can be "
             "read again (a list, a DataLoader), or fewer batches, itertools.islice(data, 256)"
         )
-    again = [leaf for batch in itertools.islice(data, 2) for leaf in pytree.tree_leaves(batch)]
-    if not all(map(_equal, pytree.tree_leaves(first[:2]), again)):
+    one, other = (pytree.tree_leaves(list(itertools.islice(batches, 2))) for batches in (first, data))
+    if len(one) != len(other) or not all(map(_equal, one, other)):
         raise CalibrationError(
             f"{why}the most that are kept in memory, and other ones each time it is read, so that the batches that "
             "measure the result would be calibrated on: give them in one order (shuffle=False), or fewer batches, "

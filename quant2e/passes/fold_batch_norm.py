@@ -49,6 +49,10 @@ _NORMS = frozenset(
     }
 )
 
+NORMALIZED = "quant2e_normalized"
+"""Metadata of an op that a batch norm was folded into: what its result has, per channel, on the data of training, the
+mean (the norm's bias) and the standard deviation (the size of its weight); a pair of 1-D tensors."""
+
 _Claims = dict[int, set[Any]]
 """Who reads a tensor, by the tensor's ``id``: the ``get_attr`` nodes, and their users; alike folds count once."""
 
@@ -117,6 +121,7 @@ def _fold(gm: GraphModule) -> tuple[Fold, ...]:
             )
         for name, node in zip(("weight", "bias"), placed[key], strict=True):
             set_operand(mac, name, node)
+        mac.meta[NORMALIZED] = _result_of_norm(gm, norm)
         _bypass(norm)
         fold_into(mac, norm.name)
         folds.append(
@@ -231,6 +236,15 @@ def _folded_tensors(gm: GraphModule, match: _Match) -> tuple[Tensor, Tensor]:
         for wg, bg, mg, vg, gg, hg in zip(*chunks, strict=True)
     ]
     return torch.cat([part.data for part, _ in parts]), torch.cat([part.data for _, part in parts])
+
+
+def _result_of_norm(gm: GraphModule, norm: Node) -> tuple[Tensor, Tensor]:
+    mean = evaluate(gm, operand(norm, "running_mean")).detach()
+    gain, shift = (operand(norm, name) for name in ("weight", "bias"))
+    return (
+        torch.zeros_like(mean) if shift is None else evaluate(gm, shift).detach(),
+        torch.ones_like(mean) if gain is None else evaluate(gm, gain).detach().abs(),
+    )
 
 
 def _claims(gm: GraphModule, matches: list[_Match]) -> _Claims:

@@ -1,9 +1,11 @@
 """Algorithms that mend accuracy: rewrites of a captured graph, or of the weights of a calibrated one.
 
 In one call, guarded: ``quantize(..., algorithms=["equalize", {"smooth": {"alpha": 0.5}}])``, or ``algorithms="auto"``.
+Step by step: the functions below, each of which returns a new graph and leaves the one that it was given as it is.
 """
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
+from quant2e.accuracy.algorithms.correct_bias import CorrectBias, correct_bias
 from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read_algorithms
 
 __all__ = [
@@ -11,6 +13,8 @@ __all__ = [
     "AlgorithmItem",
     "Algorithms",
     "Context",
+    "CorrectBias",
     "Stage",
+    "correct_bias",
     "read_algorithms",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from quant2e.accuracy.algorithms.driver import Attempt
-from quant2e.accuracy.algorithms.registry import ALGORITHMS, Algorithms, read_algorithms
+from quant2e.accuracy.algorithms.registry import Algorithms, make_algorithm, read_algorithms
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import Constants
 from quant2e.graph.control_flow import graphs_of
@@ -54,14 +54,14 @@ def without_few_bits(prepared: GraphModule) -> str:
     return "" if weights_of(prepared).few_bits else "weights of so many bits are hardly moved by their rounding"
 
 
-LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = ()
+LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (("correct_bias", without_weights),)
 """Names of algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
 
 
 def attempts_of(asked: Algorithms) -> tuple[Attempt, ...]:
     """What is to be tried, for ``algorithms=`` of `quant2e.quantize`. Raises as `read_algorithms` does."""
     if asked == "auto":
-        return tuple(Attempt(ALGORITHMS[name](), unless) for name, unless in LADDER)
+        return tuple(Attempt(make_algorithm(name, {}), unless) for name, unless in LADDER)
     if isinstance(asked, str):
         raise Quant2eError(f'algorithms="{asked}": give a list, ["{asked}"], or "auto" for the default ladder')
     return tuple(map(Attempt, read_algorithms(asked)))

@@ -13,9 +13,10 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm
+from quant2e.accuracy.algorithms.correct_bias import CorrectBias
 from quant2e.errors import Quant2eError
 
-_CLASSES: tuple[type[Algorithm], ...] = ()
+_CLASSES: tuple[type[Algorithm], ...] = (CorrectBias,)
 """Every algorithm: a new one is one line here."""
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = {kind.name: kind for kind in _CLASSES}
