@@ -4,9 +4,10 @@ In: an ``nn.Module``, an ``ExportedProgram`` or a captured graph. Out: a Q/DQ gr
 
 `quantize` does it in one call; `capture`, `prepare_pt2e`, `calibrate` and `convert_pt2e` are its steps.
 
-`quant2e.pt2e` holds what scripts written for PT2E need besides, `quant2e.integer` the integer form,
-`quant2e.accuracy.algorithms` what mends accuracy, and `quant2e.signature_types` what only annotations name; all of
-their names can be imported from here as well.
+`quant2e.pt2e` holds what scripts written for PT2E need besides, `quant2e.pytorch_quantization` NVIDIA's descriptors,
+`quant2e.training` what training needs, `quant2e.integer` the integer form, `quant2e.accuracy.algorithms` what mends
+accuracy, and `quant2e.signature_types` what only annotations name; all of their names can be imported from here as
+well.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ if TYPE_CHECKING:
     from quant2e.accuracy.algorithms import *
     from quant2e.integer import *
     from quant2e.pt2e import *
+    from quant2e.pytorch_quantization import *
     from quant2e.signature_types import *
+    from quant2e.training import *
 
     __version__: str
 else:
@@ -84,7 +87,14 @@ else:
         raise AttributeError(f"module 'quant2e' has no attribute {name!r}")
 
 
-_ELSEWHERE = ("quant2e.signature_types", "quant2e.integer", "quant2e.accuracy.algorithms", "quant2e.pt2e")
+_ELSEWHERE = (
+    "quant2e.signature_types",
+    "quant2e.integer",
+    "quant2e.accuracy.algorithms",
+    "quant2e.pt2e",
+    "quant2e.training",
+    "quant2e.pytorch_quantization",
+)
 """Public modules whose names can be imported from this one, which does not list them."""
 
 

@@ -24,7 +24,9 @@ PUBLIC = (
     "quant2e.integer",
     "quant2e.accuracy.algorithms",
     "quant2e.pt2e",
+    "quant2e.pytorch_quantization",
     "quant2e.signature_types",
+    "quant2e.training",
     "quantizers.conformance",
 )
 """Modules whose ``__all__`` is the interface."""
@@ -200,7 +202,14 @@ def annotations_of(target: object) -> Iterator[tuple[Mapping[str, object], objec
 
 @pytest.mark.parametrize(
     ("module", "listed"),
-    [("pt2e", set()), ("signature_types", set()), ("accuracy.algorithms", set()), ("integer", {"to_integer"})],
+    [
+        ("pt2e", set()),
+        ("signature_types", set()),
+        ("accuracy.algorithms", set()),
+        ("integer", {"to_integer"}),
+        ("training", set()),
+        ("pytorch_quantization", set()),
+    ],
 )
 def test_what_is_listed_elsewhere_comes_from_quant2e_too(module, listed):
     quant2e = importlib.import_module("quant2e")

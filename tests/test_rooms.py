@@ -30,6 +30,8 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "observers/native",
         "observers",
         "passes",
+        "training",
+        "pytorch_quantization",
         "report",
         "prepare",
         "calibration",

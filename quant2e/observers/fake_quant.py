@@ -260,7 +260,8 @@ class FusedMovingAvgObsFakeQuantize(FakeQuantize):
         symmetric = self.qscheme in SYMMETRIC_SCHEMES
         ours = isinstance(inner, UniformQuantizationObserverBase) and not self.is_dynamic
         close = not symmetric or (self.dtype == torch.int8 and self.quant_max - self.quant_min >= 254)
-        self._kernel_fits = ours and close and self.qscheme != FLOAT_QPARAMS
+        plain = ours and not inner.grid.from_amax and inner.scale_amax == 1.0
+        self._kernel_fits = plain and close and self.qscheme != FLOAT_QPARAMS
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

@@ -118,7 +118,8 @@ class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
     """A histogram of all data, per tensor, and the range that ``method`` derives from it (see `quant2e.ranges.search`).
 
     ``method``: "mse", "percentile" (of ``|x|``), "entropy" or "minmax". ``method`` and ``percentile`` are plain
-    attributes: change them after calibration to derive other parameters from the same data.
+    attributes: change them after calibration to derive other parameters from the same data. ``skip_zeros``: zeros are
+    not counted.
     """
 
     histogram: Tensor
@@ -129,6 +130,7 @@ class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
         *,
         method: str = "mse",
         percentile: float = 99.99,
+        skip_zeros: bool = False,
         **options: Unpack[ObserverOptions],
     ) -> None:
         check_method(method, percentile)
@@ -137,7 +139,7 @@ class HistogramObserver(UniformQuantizationObserverBase[HistogramState]):
                 "a histogram needs calibration data: use PlaceholderObserver for dynamic quantization"
             )
         grid = number_format_of(options, _PER_TENSOR, torch.per_tensor_affine)
-        super().__init__(Histogram(bins), HistogramState, grid, options)
+        super().__init__(Histogram(bins, skip_zeros=skip_zeros), HistogramState, grid, options)
         self.bins = bins
         self.method = method
         self.percentile = percentile
@@ -160,7 +162,10 @@ def searchable(modules: Iterable[nn.Module]) -> list[tuple[HistogramState, Numbe
 
 
 class PerChannelHistogramObserver(UniformQuantizationObserverBase[HistogramState]):
-    """A histogram of each slice along ``ch_axis`` (0), and the range that ``method`` derives from each."""
+    """A histogram of each slice along ``ch_axis`` (0), and the range that ``method`` derives from each.
+
+    For the arguments see `HistogramObserver`.
+    """
 
     histogram: Tensor
     ch_axis: int
@@ -171,12 +176,13 @@ class PerChannelHistogramObserver(UniformQuantizationObserverBase[HistogramState
         *,
         method: str = "mse",
         percentile: float = 99.99,
+        skip_zeros: bool = False,
         **options: Unpack[ObserverOptions],
     ) -> None:
         check_method(method, percentile)
         axis = _channel_axis(options)
         grid = number_format_of(options, PER_CHANNEL_SCHEMES, torch.per_channel_affine)
-        super().__init__(Histogram(bins, axis), HistogramState, grid, options)
+        super().__init__(Histogram(bins, axis, skip_zeros=skip_zeros), HistogramState, grid, options)
         self.ch_axis = axis
         self.bins = bins
         self.method = method

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Sequence
+from typing import Self, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from quant2e.annotation.granularity import DYNAMIC, Granularity, PerTensor
 from quant2e.annotation.specs import INTEGER_BOUNDS, PER_CHANNEL_SCHEMES
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.observers.base import ObserverBase
-from quant2e.ranges.qparams import FLOAT32_EPS, FLOAT_QPARAMS, plain_dtype
+from quant2e.observers.uniform import ObserverOptions, checked_factor, number_format_of
+from quant2e.ranges.qparams import AFFINE_SCHEMES, FLOAT32_EPS, FLOAT_QPARAMS, SYMMETRIC_SCHEMES, plain_dtype
 
 
 class PlaceholderObserver(ObserverBase):
@@ -168,6 +169,53 @@ class FixedQParamsObserver(ObserverBase):
         if self.scale.numel() == 1:
             return f"scale={self.scale.item():g}, zero_point={self.zero_point.item()}, dtype={self.dtype}"
         return f"{self.scale.numel()} scales, dtype={self.dtype}"
+
+
+class FixedAmaxObserver(ObserverBase):
+    """The largest magnitude known in advance, of a tensor or of each slice along ``ch_axis``: no data is looked at.
+
+    ``amax``: a number, or one for each channel; finite and not negative. The scale is ``scale_amax * amax / quant_max``
+    (at least ``eps``) and the zero point 0, see `NumberFormat.from_amax`; the other arguments are those of
+    `ObserverOptions`. Raises `AnnotationError` for an ``amax`` that is none, or does not fit the scheme, and
+    `CalibrationError` for a tensor with another number of channels.
+    """
+
+    amax: Tensor
+
+    def __init__(self, amax: float | Sequence[float] | Tensor, **options: Unpack[ObserverOptions]) -> None:
+        if options.get("is_dynamic"):
+            raise AnnotationError("a fixed amax is static: drop is_dynamic, or use PlaceholderObserver")
+        options["from_amax"] = True
+        grid = number_format_of(options, (*AFFINE_SCHEMES, *SYMMETRIC_SCHEMES), torch.per_tensor_symmetric)
+        super().__init__(grid.dtype)
+        values = torch.as_tensor(amax, dtype=torch.float32).detach().clone()
+        per_channel = grid.qscheme in PER_CHANNEL_SCHEMES
+        if values.dim() != int(per_channel) or not bool((torch.isfinite(values) & (values >= 0)).all()):
+            wanted = "one number per channel" if per_channel else "one number"
+            raise AnnotationError(f"amax={values.tolist()}: {grid.qscheme} takes {wanted}, finite and 0 or larger")
+        self.grid, self.eps = grid, grid.eps
+        self.quant_min, self.quant_max, self.qscheme = grid.quant_min, grid.quant_max, grid.qscheme
+        self.ch_axis = (options.get("ch_axis") or 0) if per_channel else None
+        self.scale_amax = checked_factor(options.get("scale_amax"))
+        self.register_buffer("amax", values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ch_axis is not None and x.shape[self.ch_axis] != self.amax.numel():
+            raise CalibrationError(
+                f"amax holds {self.amax.numel()} numbers, and a tensor of shape {list(x.shape)} has "
+                f"{x.shape[self.ch_axis]} channels along axis {self.ch_axis}: give one number for each"
+            )
+        return x
+
+    @torch.no_grad()
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Float32 scales and int64 zero points, which are 0: ``[1]`` or ``[channels]``."""
+        amax = self.amax * self.scale_amax
+        return self.grid.qparams(-amax, amax)
+
+    def extra_repr(self) -> str:
+        shown = f"{self.amax.item():g}" if self.amax.dim() == 0 else f"of {self.amax.numel()} channels"
+        return f"amax={shown}, {self.dtype}, [{self.quant_min}, {self.quant_max}]"
 
 
 class NoopObserver(ObserverBase):

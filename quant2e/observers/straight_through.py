@@ -5,7 +5,8 @@
 
 Values are those that convert's quantize/dequantize pairs compute, bit for bit. Straight-through: Bengio et al.,
 arXiv:1308.3432; Jacob et al., arXiv:1712.05877, section 3. Learned steps: Esser et al., arXiv:1902.08153 (LSQ),
-equation 3; learned zero points: Bhalgat et al., arXiv:2004.09576 (LSQ+), equation 5.
+equation 3; learned zero points: Bhalgat et al., arXiv:2004.09576 (LSQ+), equation 5; learned clipping: Choi et al.,
+arXiv:1805.06085 (PACT), equations 1 to 3.
 """
 
 from __future__ import annotations
@@ -73,6 +74,31 @@ def learned_fake_quantize(
     if scale_gradients:
         factor = 1.0 / math.sqrt(max(1, x.numel() // scale.numel()) * max(1, quant_max))
     return _apply(_Learned, rows, scales, zeros, numbers, factor)
+
+
+def clipped_fake_quantize(
+    x: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    axis: int | None = None,
+) -> Tensor:
+    """As `fake_quantize`, differentiable in the clipping values from which scale and zero point were made as well.
+
+    ``alpha``: the upper one; ``beta``: minus the lower one, or None where that is ``-alpha`` too. Shapes as ``scale``.
+    With ``top`` and ``bottom`` for the largest and the smallest value that the integers stand for::
+
+        dy/dalpha = 1 where x >= top, -1 where x < bottom (of beta, where there is one), 0 between
+        dy/dx     = 1 where bottom <= x < top, 0 elsewhere
+    """
+    scales, zeros, rows = _broadcast(x, scale, zero_point, axis, None)
+    shape = scales.shape
+    upper, lower = alpha.reshape(shape), None if beta is None else beta.reshape(shape)
+    return _apply(_Clipped, rows, upper, lower, scales, zeros, (quant_min, quant_max))
 
 
 def fake_quantize_dynamic(x: Tensor, granularity: Granularity) -> Tensor:
@@ -205,3 +231,35 @@ class _Learned(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _Clipped(torch.autograd.Function):
+    """PACT's gradients, for clipping values of a shape that broadcasts; ``beta`` is None where ``alpha`` is both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        alpha: Tensor,
+        beta: Tensor | None,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: tuple[int, int],
+    ) -> Tensor:
+        low, high = bounds
+        values = x.to(torch.float32)
+        steps = torch.round(values * (1.0 / scale)) + zero_point
+        over, under = values >= (high - zero_point) * scale, values < (low - zero_point) * scale
+        moved = under & (zero_point != low)  # where the integers begin at zero, alpha does not move the lower end
+        ctx.save_for_backward(over, under, moved)
+        ctx.shape, ctx.both = alpha.shape, beta is None
+        return ((torch.clamp(steps, low, high) - zero_point) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        over, under, moved = ctx.saved_tensors
+        grad = grads[0].to(torch.float32)
+        by_upper = (grad * over).sum_to_size(ctx.shape)
+        by_lower = -(grad * (moved if ctx.both else under)).sum_to_size(ctx.shape)
+        alone = (by_upper + by_lower, None) if ctx.both else (by_upper, by_lower)
+        return (grads[0] * ~(over | under), *alone, None, None, None)

@@ -6,6 +6,7 @@ what was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, Generic, Self, TypedDict, TypeVar
@@ -32,8 +33,10 @@ class ObserverOptions(TypedDict, total=False):
 
     ``dtype``: integer dtype of the quantized tensor (uint8). ``qscheme``: symmetric or affine.
     ``quant_min``, ``quant_max``: both or neither (all integers of the dtype). ``reduce_range``: one bit less.
-    ``eps``: smallest scale. ``power_of_two``: scales are powers of two (see `NumberFormat`). ``is_dynamic``: parameters
-    are found at run time. ``factory_kwargs``: ``device`` of the statistics. ``ch_axis`` matters per channel only.
+    ``eps``: smallest scale. ``power_of_two``: scales are powers of two; ``from_amax``: scale ``max|x| / quant_max`` and
+    zero point 0 (see `NumberFormat`). ``scale_amax``: a positive factor on the range that was found. ``is_dynamic``:
+    parameters are found at run time. ``factory_kwargs``: ``device`` of the statistics. ``ch_axis`` matters per channel
+    only.
     """
 
     dtype: torch.dtype | None
@@ -44,6 +47,8 @@ class ObserverOptions(TypedDict, total=False):
     factory_kwargs: Mapping[str, Any] | None
     eps: float | None
     power_of_two: bool | None
+    from_amax: bool | None
+    scale_amax: float | None
     is_dynamic: bool | None
     ch_axis: int | None
 
@@ -86,12 +91,21 @@ def number_format_of(
         eps=FLOAT32_EPS if eps is None else float(eps),
         custom_range=custom,
         power_of_two=bool(options.get("power_of_two")),
+        from_amax=bool(options.get("from_amax")),
     )
     if options.get("reduce_range") and grid.symmetric and dtype == torch.uint8 and not custom:
         raise AnnotationError(
             "symmetric uint8 has its zero point at 128, outside the reduced range [0, 127]; use int8, or affine uint8"
         )
     return grid
+
+
+def checked_factor(given: float | None) -> float:
+    """The factor on a range. Raises `AnnotationError` unless it is positive and finite."""
+    factor = 1.0 if given is None else float(given)
+    if not (math.isfinite(factor) and factor > 0):
+        raise AnnotationError(f"scale_amax={given}: the factor on a range is a positive, finite number")
+    return factor
 
 
 class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
@@ -120,6 +134,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         self.grid = grid
         self.quant_min, self.quant_max, self.qscheme, self.eps = grid.quant_min, grid.quant_max, grid.qscheme, grid.eps
         self.reduce_range = bool(options.get("reduce_range"))
+        self.scale_amax = checked_factor(options.get("scale_amax"))
         self.frozen = False
         self._state_type: Callable[..., S] = state_type
         device = (options.get("factory_kwargs") or {}).get("device")
@@ -227,7 +242,16 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
             raise CalibrationError(f"{seen}: run calibration data that reaches this tensor before converting")
         if missing := int(torch.isinf(self.min_val).sum()):
             raise CalibrationError(f"{missing} of {self.min_val.numel()} channels saw masked values only")
-        return self._range()
+        if self.grid.from_amax and self.quant_min == 0 and float(self.min_val.min()) < 0:
+            raise CalibrationError(
+                f"saw {float(self.min_val.min()):g} where integers from 0 to {self.quant_max} stand for values from 0 "
+                "on: quantize this tensor with signed integers, or clamp it first"
+            )
+        return self._scaled_range()
+
+    def _scaled_range(self) -> tuple[Tensor, Tensor]:
+        low, high = self._range()
+        return (low, high) if self.scale_amax == 1.0 else (low * self.scale_amax, high * self.scale_amax)
 
     def _range(self) -> tuple[Tensor, Tensor]:
         return self.estimator.range(self._live_state())
@@ -242,7 +266,7 @@ class UniformQuantizationObserverBase(ObserverBase, Generic[S]):
         """As `calculate_qparams`, in the middle of the data:
         one batch with NaN or +inf does not stop a training run.
         """
-        return self.grid.qparams(*self._range())
+        return self.grid.qparams(*self._scaled_range())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Statistics follow their module to another device, but stay exact when the model becomes half precision.

@@ -26,7 +26,7 @@ from quant2e.graph.dataflow import operand
 from quant2e.observers.base import is_observer_call
 from quant2e.observers.derived import DerivedObserver, is_fake_quantizer
 from quant2e.observers.fake_quant import FakeQuantizeBase
-from quant2e.observers.learned_fake_quant import LearnableFakeQuantize
+from quant2e.observers.learned_fake_quant import LearnedFakeQuantizeBase
 from quant2e.passes import run
 from quant2e.passes.dead_code import remove_dead_code
 from quant2e.passes.fold_batch_norm import fold_batch_norm
@@ -122,7 +122,7 @@ def _moved(
 def ready_to_learn(observers: Mapping[int, nn.Module]) -> None:
     """Give learned scales their parameters, so that an optimizer that is built now knows them."""
     for observer in observers.values():
-        if isinstance(observer, LearnableFakeQuantize):
+        if isinstance(observer, LearnedFakeQuantizeBase):
             observer.allocate()
 
 

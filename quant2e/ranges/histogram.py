@@ -25,6 +25,7 @@ from quant2e.ranges.minmax import (
     look,
     on_host,
     state_without_data,
+    without_zeros,
 )
 
 _EXACT_BITS = 24
@@ -154,18 +155,24 @@ def widen(histogram: Tensor, old: Windows, new: Windows) -> Tensor:
 class Histogram:
     """Counts of values in a fixed number of bins, with the exact minimum and maximum.
 
-    Per tensor, per channel or per group, as `MinMax`. `merge` is exact, associative and commutative. Raises
-    `AnnotationError` unless ``2 <= bins <= 2**20``.
+    Per tensor, per channel or per group, as `MinMax`. `merge` is exact, associative and commutative. ``skip_zeros``:
+    zeros are not counted at all, as if they were not there. Raises `AnnotationError` unless ``2 <= bins <= 2**20``.
     """
 
     bins: int = 2048
     axis: int | None = None
     group_size: int | None = None
+    skip_zeros: bool = False
 
     def __post_init__(self) -> None:
         check_layout(self.axis, self.group_size)
         if not 2 <= self.bins <= 1 << 20:
             raise AnnotationError(f"bins={self.bins}: a histogram has between 2 and {1 << 20} bins")
+
+    def __repr__(self) -> str:
+        # Statistics are bound to this text: files written before zeros could be skipped hold the shorter one.
+        skipped = ", skip_zeros=True" if self.skip_zeros else ""
+        return f"Histogram(bins={self.bins}, axis={self.axis}, group_size={self.group_size}{skipped})"
 
     @property
     def _whole(self) -> bool:
@@ -182,7 +189,7 @@ class Histogram:
         if x.numel() == 0:
             return state
         rows, shape = by_row(x.detach(), self.axis, self.group_size)
-        seen = look(rows)
+        seen = without_zeros(rows) if self.skip_zeros else look(rows)
         if state.min_val.numel() == 0:
             none = torch.full(shape, float("inf"), device=x.device)
             bins = torch.zeros((*shape, self.bins), dtype=torch.int64, device=x.device)

@@ -129,6 +129,16 @@ def look(rows: Tensor) -> Seen:
     return Seen(_bound(low), _bound(high), counts, usable)
 
 
+def without_zeros(rows: Tensor) -> Seen:
+    """As `look`, as if the zeros of each row were not there; they are in none of the counts."""
+    zero = rows == 0
+    seen = look(torch.where(zero, float("-inf"), rows))  # counted as masked, and taken out again
+    none = torch.zeros_like(zero.sum())
+    return Seen(
+        seen.min_val, seen.max_val, seen.counts - torch.stack([zero.sum(), none, none, zero.sum()]), seen.usable
+    )
+
+
 def _ordinary(rows: Tensor, limit: float) -> Seen | None:
     """What `look` finds when every value is data, with the least number of passes; None when some are not."""
     if rows.shape[0] == 1:  # torch.aminmax along a dimension is several times slower than the two

@@ -52,6 +52,9 @@ class NumberFormat:
     - ``custom_range``: the bounds were given by the author of a spec. A symmetric uint8 grid then has its zero point
       at ``(quant_min + quant_max) // 2`` instead of at 128, as in PT2E.
     - ``power_of_two``: every scale is rounded up to a power of two, for hardware that requantizes by shifts.
+    - ``from_amax``: the scale is ``max|x| / quant_max`` and the zero point 0, as in TensorRT (H. Wu et al.,
+      arXiv:2004.09602, equations 8 and 9), also where the bounds are not symmetric: -128..127, or 0..255 for what has
+      no negative values. Not with float zero points.
 
     Raises `AnnotationError` when one of these does not hold.
     """
@@ -63,6 +66,7 @@ class NumberFormat:
     eps: float = FLOAT32_EPS
     custom_range: bool = False
     power_of_two: bool = False
+    from_amax: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in INTEGER_BOUNDS:
@@ -82,6 +86,11 @@ class NumberFormat:
             )
         if self.power_of_two and self.qscheme == FLOAT_QPARAMS:
             raise AnnotationError(f"power_of_two with {self.qscheme}: its zero points would lose their exact place")
+        if self.from_amax and (self.qscheme == FLOAT_QPARAMS or self.quant_max < 1):
+            raise AnnotationError(
+                f"from_amax with {self.qscheme} and quant_max={self.quant_max}: it needs integer zero points, and "
+                "positive integers"
+            )
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise AnnotationError(f"eps={self.eps}: the smallest scale is a finite number, 0 or larger")
 
@@ -105,6 +114,9 @@ class NumberFormat:
             scale = torch.where(scale > max(self.eps, SMALLEST_SCALE), scale, torch.ones_like(scale))
             return scale, -1 * low / scale
         low, high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
+        if self.from_amax:
+            scale = self._at_least_eps(torch.maximum(-low, high) / float(self.quant_max))
+            return scale, torch.zeros_like(scale, dtype=torch.int64)
         if self.symmetric:
             scale = self._at_least_eps(torch.maximum(-low, high) / (steps / 2))
             return scale, torch.full_like(scale, self._symmetric_zero_point(), dtype=torch.int64)

@@ -25,7 +25,7 @@ def kernel_of(estimator: Any) -> tuple[str, tuple[Any, ...]]:
         return "observe_minmax", ()
     if type(estimator) is MovingAverage:
         return "observe_average", (estimator.averaging_constant,)
-    if type(estimator) is Histogram:
+    if type(estimator) is Histogram and not estimator.skip_zeros:
         return "observe_histogram", ()
     return "", ()
 
