@@ -50,6 +50,7 @@ OPTIONAL: Mapping[str, str] = {
     "torchao": "quantizers/torchao.py",
     "rich": "quant2e/calibration/progress.py",
     "sympy": "quant2e/storage/",  # comes with torch
+    "yaml": "quant2e/documents/yaml_text.py",
 }
 """Module → the only place of `SHIPPED` that may import it, inside functions: users have it, or do without that place.
 """

@@ -44,7 +44,7 @@ def kept_axes(shape: Sequence[int], axis: tuple[int, ...] | None) -> tuple[int, 
     return tuple(kept)
 
 
-def rows_of(x: Tensor, kept: Sequence[int]) -> Tensor:
+def channel_rows(x: Tensor, kept: Sequence[int]) -> Tensor:
     """``x`` as ``[channels, values]``, a channel for each index along the axes that are kept."""
     rest = [each for each in range(x.dim()) if each not in kept]
     channels = math.prod(x.shape[each] for each in kept)
@@ -83,7 +83,7 @@ class _Calibrator:
             raise CalibrationError(f"amax has the shape {list(self._shape or ())}, and this tensor gives {list(shape)}")
         if not bool(torch.isfinite(x).all()):
             raise CalibrationError("the tensor holds NaN or infinity: fix the data, or leave it out")
-        self._state = self._estimator.update(self._state, rows_of(x, kept))
+        self._state = self._estimator.update(self._state, channel_rows(x, kept))
         self._shape = shape
 
     def reset(self) -> None:

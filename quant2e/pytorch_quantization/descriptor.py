@@ -6,7 +6,6 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib import import_module
 from typing import Any, Literal, Self, TypeAlias, get_args
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from quant2e.annotation.config import QuantizationConfig
 from quant2e.annotation.specs import QuantizationSpec
+from quant2e.documents.yaml_text import read_yaml, yaml_text
 from quant2e.errors import AnnotationError
 from quant2e.observers.fake_quant import FakeQuantize
 from quant2e.observers.learned_fake_quant import PACTFakeQuantize
@@ -124,12 +124,12 @@ class QuantDescriptor:
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML. Needs PyYAML (``pip install quant2e[yaml]``); raises ImportError without it."""
-        return str(_yaml().safe_dump(self.to_dict(), sort_keys=False, width=120))
+        return yaml_text(self.to_dict())
 
     @classmethod
     def from_yaml(cls, text: str) -> Self:
-        """The descriptor of such a text. Raises as `from_dict`, and `AnnotationError` for what is no mapping."""
-        data = _yaml().safe_load(text)
+        """The descriptor of such a text. Raises as `from_dict` and `read_yaml`, and for what is no mapping."""
+        data = read_yaml(text, "the descriptor")
         if not isinstance(data, Mapping):
             raise AnnotationError(f"a descriptor is a mapping such as 'num_bits: 8', not {str(data)[:60]!r}")
         return cls.from_dict(data)
@@ -250,13 +250,6 @@ def _plain(value: Any) -> Any:
 
 def _flat(amax: Any) -> tuple[float, ...]:
     return tuple(torch.tensor(amax, dtype=torch.float32).flatten().tolist())
-
-
-def _yaml() -> Any:
-    try:
-        return import_module("yaml")
-    except ImportError as error:
-        raise ImportError("descriptors as YAML need PyYAML: pip install 'quant2e[yaml]', or use to_dict") from error
 
 
 QUANT_DESC_8BIT_PER_TENSOR = QuantDescriptor()

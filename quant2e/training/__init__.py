@@ -7,13 +7,14 @@ from quant2e.observers.learned_fake_quant import LearnedFakeQuantizeBase, PACTFa
 from quant2e.observers.placeholder import FixedAmaxObserver
 from quant2e.training.names import select_names
 from quant2e.training.parameter_groups import parameter_groups
-from quant2e.training.schedule import Schedule
+from quant2e.training.schedule import Schedule, ScheduledAction
 
 __all__ = [
     "FixedAmaxObserver",
     "LearnedFakeQuantizeBase",
     "PACTFakeQuantize",
     "Schedule",
+    "ScheduledAction",
     "clipping_penalty",
     "parameter_groups",
     "select_names",

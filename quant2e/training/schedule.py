@@ -22,7 +22,7 @@ from quant2e.observers.fake_quant import (
 )
 from quant2e.observers.learned_fake_quant import disable_range_learning, enable_range_learning
 
-Action = str | Callable[..., Any]
+ScheduledAction = str | Callable[..., Any]
 """A function of `ACTIONS`, or its name."""
 
 _SWITCHES: Sequence[Callable[[nn.Module], None]] = (
@@ -61,7 +61,7 @@ class Schedule:
     the last; and when an action that is due changes nothing: there is no norm to freeze, all observers are off already.
     """
 
-    def __init__(self, model: nn.Module, actions: Mapping[int, Action | Sequence[Action]]) -> None:
+    def __init__(self, model: nn.Module, actions: Mapping[int, ScheduledAction | Sequence[ScheduledAction]]) -> None:
         self._model = _inner(model)
         self._due = {step: [_name(action) for action in _several(actions[step])] for step in sorted(actions)}
         if not self._due:
@@ -101,11 +101,11 @@ class Schedule:
         return f"Schedule({ {step: tuple(names) for step, names in self._due.items()} })"
 
 
-def _several(actions: Action | Sequence[Action]) -> Sequence[Action]:
+def _several(actions: ScheduledAction | Sequence[ScheduledAction]) -> Sequence[ScheduledAction]:
     return [actions] if isinstance(actions, str) or callable(actions) else actions
 
 
-def _name(action: Action) -> str:
+def _name(action: ScheduledAction) -> str:
     name = action if isinstance(action, str) else getattr(action, "__name__", repr(action))
     if name not in ACTIONS or (callable(action) and action is not ACTIONS[name]):
         near = difflib.get_close_matches(name, ACTIONS, n=1)
