@@ -64,3 +64,5 @@ def test_it_is_mended(names):
 def test_the_search_keeps_its_goal(names):
     assert names["tuned"].met
     assert names["tuned"].metric >= -0.001
+    assert names["equalized"].report.sqnr_db > result.sqnr_db + 18.0
+    assert set(names["channels_left"](names["captured"])) == {"linear_3"}

@@ -5,7 +5,9 @@ Step by step: the functions below, each of which returns a new graph and leaves 
 """
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
+from quant2e.accuracy.algorithms.channel_scaling import channels_left
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias, correct_bias
+from quant2e.accuracy.algorithms.equalize import Equalize, equalize
 from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read_algorithms
 
 __all__ = [
@@ -14,7 +16,10 @@ __all__ = [
     "Algorithms",
     "Context",
     "CorrectBias",
+    "Equalize",
     "Stage",
+    "channels_left",
     "correct_bias",
+    "equalize",
     "read_algorithms",
 ]

@@ -89,7 +89,7 @@ def moved(node: Node, labels: Tensor) -> Tensor | None:
     return _one_by_one(node, labels, shape_of(source)) if row.effect in _ONE_BY_ONE else None
 
 
-def parts(node: Node, labels: Tensor) -> list[Tensor] | None:
+def split_labels(node: Node, labels: Tensor) -> list[Tensor] | None:
     """Labels of the tensors into which an op splits its first operand; None where they cannot be told."""
     made, axis = node.meta.get("val"), _axis(node, labels)
     if axis is None or not isinstance(made, list | tuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.accuracy.algorithms.channel_labels import Labels, aligned, along, on_axis, tidy
-from quant2e.accuracy.algorithms.channel_walk import Parameter, Strength, Term, Walk
+from quant2e.accuracy.algorithms.channel_walk import FactorTerm, Parameter, Strength, Walk
 from quant2e.graph.dataflow import operand
 from quant2e.graph.effects import trains
 from quant2e.graph.fake_values import shape_of
@@ -86,7 +86,7 @@ def embedding(walk: Walk, node: Node) -> Labels:
     if isinstance(weight, str):
         return None
     rows = walk.axis(weight, "makes", (int(weight.value.shape[1]),))
-    weight.terms["makes"] = Term(rows[None], 1)
+    weight.terms["makes"] = FactorTerm(rows[None], 1)
     walk.strengths[node] = Strength(node, weight.value.abs(), rows[None])
     return on_axis(rows, -1, len(shape_of(node)))
 
@@ -154,7 +154,7 @@ def _own_batch_norm(walk: Walk, node: Node, count: int) -> Labels:
         return made
     read = walk.axis(mean, "reads", (count,))
     walk.join(read, channels)
-    mean.terms["reads"], weight.terms["reads"] = Term(read, 1), Term(read, -1)
+    mean.terms["reads"], weight.terms["reads"] = FactorTerm(read, 1), FactorTerm(read, -1)
     known = walk.strengths[node]
     walk.strengths[node] = Strength(node, known.size, known.makes, read, x, is_matrix=False)
     return made
@@ -178,7 +178,7 @@ def _scaled(walk: Walk, node: Node, sizes: tuple[int, ...], axis: int) -> Labels
     rank = len(shape_of(node))
     labels = rows.reshape((1,) * axis + sizes + (1,) * (rank - axis - len(sizes)))
     made = _with_bias(walk, node, rows, labels) if has_bias else labels
-    weight.terms["makes"] = Term(rows, 1)
+    weight.terms["makes"] = FactorTerm(rows, 1)
     size = weight.value.abs().double() * _SIGMAS
     if has_bias and operand(node, "bias") in walk.constants:
         size = size + walk.value(operand(node, "bias")).abs().reshape(sizes)
@@ -202,7 +202,7 @@ def times(walk: Walk, node: Node, x: Any, name: str) -> Labels:
         walk.stop(labels, node, factor)
         return None
     rows, read = (walk.axis(factor, role, sizes) for role in ("makes", "reads"))
-    factor.terms["makes"], factor.terms["reads"] = Term(rows, 1), Term(read, -1)
+    factor.terms["makes"], factor.terms["reads"] = FactorTerm(rows, 1), FactorTerm(read, -1)
     channels = None if labels is None else _within(labels, sizes)
     if channels is None:
         walk.stop(labels, node, "its constant has not an entry for each channel")
@@ -240,7 +240,7 @@ def plus(walk: Walk, node: Node, x: Any, name: str) -> Labels:
     elif len(shift.places) > 1:
         why = "its constant is added in several places"
     else:
-        shift.terms["makes"] = Term(labels, 1)
+        shift.terms["makes"] = FactorTerm(labels, 1)
         return labels
     walk.stop(labels, node, why)
     return None
@@ -260,7 +260,7 @@ def _reads(walk: Walk, node: Node, labels: Labels, axis: int, weight: Parameter,
 
 def _matrix(walk: Walk, node: Node, weight: Parameter, rows: Tensor, columns: Tensor, x: Node) -> None:
     """What a weight matrix makes and reads; over the other axes, of a kernel, its largest absolute values."""
-    weight.terms["makes"], weight.terms["reads"] = Term(rows, 1), Term(columns, -1)
+    weight.terms["makes"], weight.terms["reads"] = FactorTerm(rows, 1), FactorTerm(columns, -1)
     size = weight.value.abs()
     if size.dim() > _TWO_AXES:
         size = size.flatten(_TWO_AXES).amax(-1) if size.numel() else size.flatten(_TWO_AXES).sum(-1)
@@ -278,7 +278,7 @@ def _with_bias(walk: Walk, node: Node, rows: Tensor, labels: Tensor, name: str =
         return None
     own = walk.axis(bias, "makes", tuple(rows.shape))
     walk.join(own, rows)
-    bias.terms["makes"] = Term(own, 1)
+    bias.terms["makes"] = FactorTerm(own, 1)
     return labels
 
 

@@ -59,7 +59,8 @@ def _scale(gm: GraphModule, parameter: Parameter, factors: Tensor) -> None:
     new = nn.Parameter(value, requires_grad=trained) if is_parameter else value
     for source in sources:
         if isinstance(source, Node) and source.op == "get_attr":
-            _put(gm, str(source.target), new)
+            for path in _paths(gm, tensor_at(gm, source)):
+                _put(gm, path, new)
             if "val" in source.meta and source.meta["val"].shape != value.shape:
                 _read_again(gm, source)
             continue
@@ -70,6 +71,12 @@ def _scale(gm: GraphModule, parameter: Parameter, factors: Tensor) -> None:
                 set_operand(node, name, emit_read(gm, node, path))
         if isinstance(source, Node):
             _erase(source)
+
+
+def _paths(gm: GraphModule, tensor: Tensor | None) -> list[str]:
+    """All names of a tensor: tied ones that the graph does not read stay tied."""
+    named = (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    return [path for path, value in named if value is tensor]
 
 
 def _put(gm: GraphModule, path: str, tensor: Tensor) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from quant2e.accuracy.algorithms.channel_labels import Labels, aligned, moved, parts, tidy
+from quant2e.accuracy.algorithms.channel_labels import Labels, aligned, moved, split_labels, tidy
 from quant2e.accuracy.algorithms.channel_layers import LAYERS, plus, times, times_constant
 from quant2e.accuracy.algorithms.channel_walk import Walk
 from quant2e.graph.data_movement import Effect, movement
@@ -43,7 +43,7 @@ def label(walk: Walk, node: Node) -> None:
     if node.target is operator.getitem:
         walk.labels[node] = _item(walk, node)
         return
-    name = op_name(node)
+    name = aten_name(node)
     row = movement(node.target)
     made: Labels = None
     if name in LAYERS:
@@ -62,7 +62,7 @@ def label(walk: Walk, node: Node) -> None:
     walk.labels[node] = None if made is None else tidy(made)
 
 
-def op_name(node: Node) -> str:
+def aten_name(node: Node) -> str:
     """Name of an ATen op, of its in-place spelling as well; empty for other nodes."""
     if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
         return ""
@@ -91,7 +91,7 @@ def _item(walk: Walk, node: Node) -> Labels:
 
 def _split(walk: Walk, node: Node) -> None:
     labels = walk.of(operand(node, 0))
-    found = None if labels is None else parts(node, labels)
+    found = None if labels is None else split_labels(node, labels)
     if found is None:
         _stop_all(walk, node, "splits channels in a way that is not followed")
     else:
@@ -183,7 +183,7 @@ def _clamp(walk: Walk, node: Node) -> Labels:
 
 def clamp_bounds(node: Node) -> tuple[float | None, float | None] | None:
     """The bounds of a clamp, hardtanh or relu6 with numbers as bounds; None for other ops and bounds."""
-    name = op_name(node)
+    name = aten_name(node)
     if name == "relu6":
         return 0.0, 6.0
     names = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")

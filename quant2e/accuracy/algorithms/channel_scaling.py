@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.accuracy.algorithms.channel_rules import label
-from quant2e.accuracy.algorithms.channel_walk import Parameter, Strength, Term, Walk
+from quant2e.accuracy.algorithms.channel_walk import FactorTerm, Parameter, Strength, Walk
 from quant2e.errors import where
+from quant2e.graph.captured.capture import as_graph_module
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class ChannelGroup:
     """Factors that are chosen together: the ``channels`` (numbers of factors) between some ops.
 
     ``makers``, ``readers``: names of the ops whose weights take a factor and its inverse.
@@ -51,10 +52,10 @@ class ChannelScaling:
     strengths: tuple[Strength, ...]
     clamps: Mapping[Node, Tensor]
     tensors: Mapping[str, Tensor]
-    groups: tuple[Group, ...]
+    groups: tuple[ChannelGroup, ...]
     left: Mapping[str, str]
 
-    def clamped(self, group: Group) -> tuple[Node, ...]:
+    def clamped(self, group: ChannelGroup) -> tuple[Node, ...]:
         """The clamps between makers and readers whose bounds take factors of a group."""
         return tuple(node for node, labels in self.clamps.items() if bool(torch.isin(labels, group.channels).any()))
 
@@ -95,6 +96,14 @@ def channel_scaling(gm: GraphModule) -> ChannelScaling:
     )
 
 
+def channels_left(captured: GraphModule) -> Mapping[str, str]:
+    """The ops of a captured graph whose channels can take no factor, by name, each with the reason.
+
+    They are what `equalize`, `smooth` and `awq` cannot scale. Raises `CaptureError` for what is no captured graph.
+    """
+    return channel_scaling(as_graph_module(captured)).left
+
+
 def _numbers(walk: Walk) -> tuple[Tensor, dict[int, str]]:
     """The number of the factor of each label; and for labels that are stopped why, by the class of the label."""
     total = next(walk._count)
@@ -124,11 +133,11 @@ def _numbers(walk: Walk) -> tuple[Tensor, dict[int, str]]:
 
 
 def _numbered(parameter: Parameter, number: Tensor) -> Parameter:
-    terms = {role: Term(number[term.labels], term.sign) for role, term in parameter.terms.items()}
+    terms = {role: FactorTerm(number[term.labels], term.sign) for role, term in parameter.terms.items()}
     return Parameter(parameter.value, parameter.places, {r: t for r, t in terms.items() if bool(t.labels.any())})
 
 
-def _groups(strengths: tuple[Strength, ...], count: int) -> Iterator[Group]:
+def _groups(strengths: tuple[Strength, ...], count: int) -> Iterator[ChannelGroup]:
     """Factors that one op makes, or reads, are chosen together."""
     leader = torch.arange(count)
     for _ in range(count):
@@ -148,7 +157,7 @@ def _groups(strengths: tuple[Strength, ...], count: int) -> Iterator[Group]:
                 names[int(leader[side[side > 0]][0])].append(each.node.name)
     for first in makers:
         if readers[first]:
-            yield Group(tuple(makers[first]), tuple(readers[first]), (leader == first).nonzero().flatten())
+            yield ChannelGroup(tuple(makers[first]), tuple(readers[first]), (leader == first).nonzero().flatten())
 
 
 def _left(walk: Walk, number: Tensor, reasons: Mapping[int, str]) -> Iterator[tuple[str, str]]:

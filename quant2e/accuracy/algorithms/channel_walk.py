@@ -30,7 +30,7 @@ from quant2e.graph.fake_values import is_float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Term:
+class FactorTerm:
     """Factors on a constant: ``labels`` broadcast against it; ``sign`` 1: it is multiplied by them, -1: divided."""
 
     labels: Tensor
@@ -46,7 +46,7 @@ class Parameter:
 
     value: Tensor
     places: tuple[tuple[Node, str], ...]
-    terms: dict[str, Term] = field(default_factory=dict)
+    terms: dict[str, FactorTerm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

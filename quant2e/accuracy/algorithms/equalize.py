@@ -27,7 +27,7 @@ from torch.fx import GraphModule
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
 from quant2e.accuracy.algorithms.channel_moves import move
 from quant2e.accuracy.algorithms.channel_ranges import activation_ranges, largest, scaled
-from quant2e.accuracy.algorithms.channel_scaling import ChannelScaling, Group, channel_scaling
+from quant2e.accuracy.algorithms.channel_scaling import ChannelGroup, ChannelScaling, channel_scaling
 from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.calls import Call
@@ -71,7 +71,7 @@ class Equalize(Algorithm):
 def equalize(captured: GraphModule, data: Iterable[Any] = ()) -> GraphModule:
     """A captured graph with equalized channels, which computes the same to rounding; ``captured`` stays as it is.
 
-    ``data``: batches of what the model takes, for the ranges of activations; it works without. `channel_scaling` says
+    ``data``: batches of what the model takes, for the ranges of activations; it works without. `channels_left` says
     which ops are left, and why. Raises `CaptureError` for what is no captured graph, and `CalibrationError` for data
     that the model does not take.
     """
@@ -108,7 +108,7 @@ def equalizing_factors(
 class _Sides:
     """The ops on both sides of the channels of one group."""
 
-    def __init__(self, scaling: ChannelScaling, group: Group, measured: dict[str, Tensor]) -> None:
+    def __init__(self, scaling: ChannelScaling, group: ChannelGroup, measured: dict[str, Tensor]) -> None:
         self.group = group
         self._count = scaling.count
         self._makers = [each for each in scaling.strengths if each.node.name in group.makers]
@@ -142,7 +142,7 @@ def _together(found: Sequence[Tensor]) -> Tensor:
     return torch.stack([each - mean for each, mean in zip(logs, means, strict=True)]).amax(0)
 
 
-def _line(scaling: ChannelScaling, group: Group, factors: Tensor) -> str:
+def _line(scaling: ChannelScaling, group: ChannelGroup, factors: Tensor) -> str:
     """What was done to a group; empty when nothing was."""
     own = factors[group.channels]
     if bool((own == 1.0).all()):

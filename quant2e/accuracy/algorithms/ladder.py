@@ -54,7 +54,10 @@ def without_few_bits(prepared: GraphModule) -> str:
     return "" if weights_of(prepared).few_bits else "weights of so many bits are hardly moved by their rounding"
 
 
-LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (("correct_bias", without_weights),)
+LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (
+    ("equalize", without_integer_activations),
+    ("correct_bias", without_weights),
+)
 """Names of algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
 
 

@@ -41,14 +41,14 @@ def check(net: nn.Module, seed: int = 0) -> int:
     return count
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(net=nets(), seed=st.integers(0, 100))
 def test_the_float_result_is_kept(net, seed):
     check(net, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 @given(net=nets(), seed=st.integers(0, 100))
 def test_the_float_result_is_kept_on_many(net, seed):
     check(net, seed)
