@@ -1,4 +1,4 @@
-"""The code of docs/qat.md, run as it stands; what it prints is what the page shows."""
+"""The code of docs/qat.md, run as it stands, one block after the other; what it prints is what the page shows."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", flags=re.DOTALL | re.MULTIL
 
 
 def test_the_code_runs_and_prints_what_the_page_shows(capsys):
-    (_, code), (_, shown) = BLOCK.findall(PAGE)
-    exec(compile(code, "qat.md", "exec"), {"__name__": "qat"})
+    blocks = BLOCK.findall(PAGE)
+    (shown,) = (text for kind, text in blocks if kind == "text")
+    names: dict[str, object] = {"__name__": "qat"}
+    for code in (text for kind, text in blocks if kind == "python"):
+        exec(compile(code, "qat.md", "exec"), names)
     assert capsys.readouterr().out.strip() == shown.strip()
