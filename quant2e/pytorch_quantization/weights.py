@@ -18,9 +18,11 @@ from torch.fx import GraphModule, Node
 
 from quant2e.errors import AnnotationError, Quant2eError, where
 from quant2e.graph.attributes import attribute
+from quant2e.graph.captured.modes import is_training_graph
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.observers.base import is_observer_call
-from quant2e.observers.fake_quant import FakeQuantizeBase
+from quant2e.observers.derived import is_fake_quantizer
 from quant2e.passes.train_batch_norm import FUSED, FusedNorm
 from quant2e.pytorch_quantization.calibrators import HistogramCalibrator, MaxCalibrator, axes_of, kept_axes
 from quant2e.pytorch_quantization.descriptor import QuantDescriptor
@@ -41,7 +43,8 @@ def quantize_weights_in_place(
 
     The model is changed because that is what is asked for; a prepared graph has tensors of its own. Raises
     `Quant2eError`, before anything is changed, for a pattern that names nothing, a graph without such weights, and a
-    weight that is computed from several parameters; and as `fake_tensor_quant` and the calibrators do.
+    weight that is computed from several parameters; `CalibrationError` before any batch was seen; and as
+    `fake_tensor_quant` and the calibrators do.
     """
     rounded = _by_descriptor(model, descriptors) if descriptors is not None else _by_fake_quantizer(model)
     parameters = dict(model.named_parameters())
@@ -109,15 +112,18 @@ def _by_fake_quantizer(model: nn.Module) -> dict[str, Tensor]:
             f"a {type(model).__name__} has no fake-quantizers: give descriptors={{'*.weight': descriptor}}, or prepare "
             "the model for training"
         )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if is_training_graph(model):  # where norms learn, what they fold into a weight is no constant
+        model = copy_graph(model)
+        model.eval()
     constants = Constants(model.graph)
     fused: tuple[FusedNorm, ...] = model.meta.get(FUSED, ())
     folded = {record.scaled: record.old_weight for record in fused}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
     nodes = {node.name: node for node in model.graph.nodes}
     found: dict[str, Tensor] = {}
     for call in model.graph.nodes:
         quantizer = model.get_submodule(str(call.target)) if is_observer_call(call) else None
-        if not isinstance(quantizer, FakeQuantizeBase) or call.all_input_nodes[0] not in constants:
+        if quantizer is None or not is_fake_quantizer(quantizer) or call.all_input_nodes[0] not in constants:
             continue
         read = call.all_input_nodes[0]
         source = nodes[folded[read.name]] if read.name in folded else read
@@ -125,8 +131,10 @@ def _by_fake_quantizer(model: nn.Module) -> dict[str, Tensor]:
         if name is None:
             raise Quant2eError(f"{where(call)}: its weight is computed from others, so none of them can be rounded")
         value, whole = evaluate(model, source).detach(), evaluate(model, read).detach()
-        own = copy.deepcopy(quantizer)
+        own: Any = copy.deepcopy(quantizer)
+        own.eval()
         own.enable_fake_quant()
+        own.disable_observer()
         rounded = own(whole)
         found[name] = rounded if read is source else torch.where(whole == 0, value, value * (rounded / whole))
     if not found:

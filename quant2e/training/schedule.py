@@ -13,13 +13,8 @@ from torch.fx import GraphModule
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.modes import FROZEN, freeze_batch_norm
 from quant2e.graph.effects import BATCH_NORMS
-from quant2e.observers.fake_quant import (
-    FakeQuantizeBase,
-    disable_fake_quant,
-    disable_observer,
-    enable_fake_quant,
-    enable_observer,
-)
+from quant2e.observers.derived import is_fake_quantizer
+from quant2e.observers.fake_quant import disable_fake_quant, disable_observer, enable_fake_quant, enable_observer
 from quant2e.observers.learned_fake_quant import disable_range_learning, enable_range_learning
 
 ScheduledAction = str | Callable[..., Any]
@@ -127,12 +122,17 @@ def _check_possible(model: nn.Module, name: str, step: int) -> None:
             raise Quant2eError(f"'{name}' at step {step} changes nothing: the model has no batch norm")
         return
     switch = "learning_enabled" if name.endswith("range_learning") else "fake_quant_enabled"
-    if not any(isinstance(module, FakeQuantizeBase) and hasattr(module, switch) for module in model.modules()):
+    if not any(hasattr(module, switch) for module in _fake_quantizers(model)):
         kind = "learned range" if switch == "learning_enabled" else "fake-quantizer"
         raise Quant2eError(
             f"'{name}' at step {step} changes nothing: the model has no {kind}; prepare it with a configuration for "
             "training (is_qat=True)"
         )
+
+
+def _fake_quantizers(model: nn.Module) -> list[Any]:
+    """Those of other libraries too, which have the same switches."""
+    return [module for module in model.modules() if is_fake_quantizer(module)]
 
 
 def _norms(model: nn.Module) -> Any:
@@ -145,15 +145,16 @@ def _do(model: nn.Module, name: str) -> None:
         assert isinstance(model, GraphModule), "only graphs have the norms that were found"
         freeze_batch_norm(model)
     else:
-        model.apply(ACTIONS[name])
+        for module in _fake_quantizers(model):
+            if callable(switch := getattr(module, name, None)):
+                switch()
 
 
 def _state(model: nn.Module) -> list[Any]:
     """All that actions change."""
     switches: list[Tensor] = [
         getattr(module, name).flatten()
-        for module in model.modules()
-        if isinstance(module, FakeQuantizeBase)
+        for module in _fake_quantizers(model)
         for name in ("observer_enabled", "fake_quant_enabled", "learning_enabled")
         if hasattr(module, name)
     ]

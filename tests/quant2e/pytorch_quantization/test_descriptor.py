@@ -294,8 +294,32 @@ def test_weights_with_a_norm_are_rounded_as_they_will_be_deployed():
         prepared(data)
     prepared.eval()
     before = prepared(data)
+    prepared.train()
+    text = quant2e.graph_text(prepared)
     assert sorted(quantize_weights_in_place(prepared)) == ["0.weight", "4.weight"]
+    assert quant2e.graph_text(prepared) == text
+    prepared.eval()
     torch.testing.assert_close(prepared(data), before, rtol=1e-4, atol=1e-5)
+    held = prepared.state_dict()["0.weight"].clone()
+    assert sorted(quantize_weights_in_place(prepared)) == ["0.weight", "4.weight"]
+    torch.testing.assert_close(held, prepared.state_dict()["0.weight"])
+
+
+def test_fake_quantizers_of_another_library_round_and_are_switched():
+    theirs = pytest.importorskip("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    torch.manual_seed(0)
+    model, data = Net().train(), batches()[0]
+    config = theirs.get_default_x86_inductor_quantization_config(is_qat=True)
+    quantizer = theirs.X86InductorQuantizer().set_global(config)
+    prepared = quant2e.prepare_qat_pt2e(quant2e.capture(model, (data,)), quantizer)
+    schedule = quant2e.Schedule(prepared, {0: "disable_fake_quant", 1: ("enable_fake_quant", "disable_observer")})
+    schedule(0)
+    torch.testing.assert_close(prepared(data), model(data))
+    schedule(1)
+    before = prepared(data)
+    assert not torch.equal(before, model(data))
+    assert sorted(quantize_weights_in_place(prepared)) == ["first.weight", "second.weight"]
+    torch.testing.assert_close(prepared(data), before)
 
 
 def test_what_cannot_be_rounded_raises():
