@@ -8,6 +8,7 @@ from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
 from quant2e.accuracy.algorithms.channel_scaling import channels_left
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias, correct_bias
 from quant2e.accuracy.algorithms.equalize import Equalize, equalize
+from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm, reestimate_batch_norm
 from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read_algorithms
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "Context",
     "CorrectBias",
     "Equalize",
+    "ReestimateBatchNorm",
     "Stage",
     "channels_left",
     "correct_bias",
     "equalize",
     "read_algorithms",
+    "reestimate_batch_norm",
 ]

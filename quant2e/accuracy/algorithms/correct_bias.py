@@ -20,7 +20,7 @@ the layer, cut by the relu or clamp between them (their appendix C).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,16 +37,20 @@ from quant2e.accuracy.algorithms.layers.biased_layers import (
     weight_operand,
 )
 from quant2e.accuracy.algorithms.layers.expected_shift import expected_shift, mean_behind_norm
+from quant2e.accuracy.algorithms.layers.samples import (
+    along_axis,
+    channel_moments,
+    first_samples,
+    note_step,
+    read_samples,
+)
 from quant2e.accuracy.algorithms.lock_step import BatchRun, in_lock_step
 from quant2e.accuracy.simulated import SimulatedGraph
-from quant2e.calibration.batches import check_batch, check_iterable, sample_count
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.observers.base import observed
-from quant2e.report.algorithm_step import KEPT, AlgorithmStep
-from quant2e.report.record import RECORD_KEY, GraphRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,7 @@ class CorrectBias(Algorithm):
 
     def apply(self, model: GraphModule, context: Context) -> list[str]:
         """Edit the biases of ``model``; a line for each layer whose bias moved, and one for those that have none."""
-        calls: list[Call] = []
-        for call in context.calls:
-            if sum(map(_samples, calls)) >= self.samples:
-                break
-            calls.append(call)
-        return _corrected(model, calls, self.method)
+        return _corrected(model, first_samples(context.calls, self.samples), self.method)
 
 
 def correct_bias(
@@ -95,33 +94,18 @@ def correct_bias(
     weights causes, and needs no data behind batch norms: `correct_bias(prepared, method="analytic")`.
 
     The result converts, saves and lowers as ever; `quant2e.report_of` has a line for each layer. Raises `Quant2eError`
-    for a graph that is no prepared one or is being trained, and `CalibrationError` for one that is not calibrated.
+    for a graph that is no prepared one or is being trained, and `CalibrationError` for one that is not calibrated, or
+    data without a batch.
     """
     algorithm = CorrectBias(method, samples)
-    calls: list[Call] = []
     if data is None and method == "sequential":
         raise Quant2eError('correct_bias measures on data: give some, or method="analytic", which can do without')
-    if data is not None:
-        check_iterable(data, "data")
-        for index, batch in enumerate(data):
-            if sum(map(_samples, calls)) >= samples:
-                break
-            calls.append(check_batch(batch, f"batch {index}"))
-        if not calls:
-            raise Quant2eError("correct_bias: the data held no batch (an exhausted generator?); give it anew")
+    calls = [] if data is None else read_samples(data, samples, algorithm.name)
     gm = copy_graph(prepared)
     changes = tuple(_corrected(gm, calls, method))
     gm.recompile()
-    record = gm.meta.get(RECORD_KEY)
-    if isinstance(record, GraphRecord):
-        step = AlgorithmStep(algorithm.name, KEPT, changes, "applied by itself, and not measured")
-        report = replace(record.report, algorithms=(*record.report.algorithms, step))
-        gm.meta[RECORD_KEY] = replace(record, report=report)
+    note_step(gm, algorithm.name, changes)
     return gm
-
-
-def _samples(call: Call) -> int:
-    return sample_count([*call.args, *call.kwargs.values()])
 
 
 def _corrected(gm: GraphModule, calls: Sequence[Call], method: str) -> list[str]:
@@ -162,34 +146,19 @@ def _measured(
         node = nodes[layer.adds.name]
 
         def visit(rounded: Sequence[BatchRun], exact: Sequence[BatchRun]) -> None:
-            mean, deviation = _moments([run.env[node] for run in exact], layer.axis)
-            shift = mean - _moments([run.env[node] for run in rounded], layer.axis)[0]
+            mean, deviation = channel_moments([run.env[node] for run in exact], layer.axis)
+            shift = mean - channel_moments([run.env[node] for run in rounded], layer.axis)[0]
             found[layer.op.name] = shift, deviation
             if bool(torch.isfinite(shift).all()):
                 for run in rounded:
                     value = run.env[node]
-                    run.env[node] = value + _along(shift.to(value.dtype), value, layer.axis)
+                    run.env[node] = value + along_axis(shift, value, layer.axis)
 
         return visit
 
     visits = {nodes[layer.adds.name].next: visit_of(layer) for layer in layers}
     in_lock_step(simulated, calls, visits, also_float=True)
     return found
-
-
-def _moments(values: Sequence[Tensor], axis: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over all values, float64."""
-    rows = [value.detach().double().movedim(axis, 0).flatten(1) for value in values]
-    count = sum(row.shape[1] for row in rows)
-    mean = torch.stack([row.sum(1) for row in rows]).sum(0) / count
-    square = torch.stack([(row - mean[:, None]).square().sum(1) for row in rows]).sum(0) / count
-    return mean, square.sqrt()
-
-
-def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
-    shape = [1] * x.dim()
-    shape[axis] = -1
-    return values.reshape(shape)
 
 
 def _computed(
@@ -220,7 +189,7 @@ def _input_means(simulated: SimulatedGraph, layers: Sequence[BiasedLayer], calls
         axis = layer.axis if layer.op.target in CONVOLUTIONS else source.meta["val"].dim() - 1
 
         def visit(_: Sequence[BatchRun], exact: Sequence[BatchRun]) -> None:
-            found[layer.op.name] = _moments([run.env[source] for run in exact], axis)[0]
+            found[layer.op.name] = channel_moments([run.env[source] for run in exact], axis)[0]
 
         return visit
 

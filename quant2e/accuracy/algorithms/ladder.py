@@ -18,6 +18,7 @@ from quant2e.errors import Quant2eError
 from quant2e.graph.constants import Constants
 from quant2e.graph.control_flow import graphs_of
 from quant2e.observers.base import inner_observer, is_observer_call
+from quant2e.passes.fold_batch_norm import NORMALIZED
 from quant2e.report.record import record_of
 from quant2e.report.report import DYNAMIC, STATIC
 
@@ -54,9 +55,16 @@ def without_few_bits(prepared: GraphModule) -> str:
     return "" if weights_of(prepared).few_bits else "weights of so many bits are hardly moved by their rounding"
 
 
+def without_norms(prepared: GraphModule) -> str:
+    """A reason where no batch norm was folded."""
+    nodes = (node for _, graph in graphs_of(prepared) for node in graph.graph.nodes)
+    return "" if any(NORMALIZED in node.meta for node in nodes) else "no batch norm was folded"
+
+
 LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (
     ("equalize", without_integer_activations),
     ("correct_bias", without_weights),
+    ("reestimate_batch_norm", without_norms),
 )
 """Names of algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
 

@@ -171,6 +171,15 @@ def _has_own_range(gm: GraphModule, source: object) -> bool:
     )
 
 
+def bias_of(gm: GraphModule, layer: BiasedLayer) -> Tensor:
+    """The bias of a layer that can be changed, float64 ``[channels]``; zeros where there is none."""
+    source = operand(layer.adds, layer.name)
+    if source is None:
+        return torch.zeros(layer.channels, dtype=torch.float64)
+    value: Tensor = evaluate(gm, observed(source))
+    return value.detach().double().reshape(-1)
+
+
 def shift_bias(gm: GraphModule, layer: BiasedLayer, shift: Tensor) -> bool:
     """Add ``shift``, one number for each output channel, to the bias of a layer of ``gm``, in place.
 
