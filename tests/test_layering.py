@@ -45,10 +45,12 @@ COMPILED = "quant2e/calibration/compiled.py"
 """The one file of the core that may set an option of ``torch._inductor``, inside a function: `torch.compile` needs it.
 """
 
-OPTIONAL: Mapping[str, str] = {
+OPTIONAL: Mapping[str, str | tuple[str, ...]] = {
     "hypothesis": "quantizers/conformance/",
     "torchao": "quantizers/torchao.py",
-    "rich": "quant2e/calibration/progress.py",
+    "optuna": "quant2e/accuracy/tuning/optuna_import.py",
+    "rich": ("quant2e/calibration/progress.py", "quant2e/accuracy/tuning/table.py"),
+    "scipy": "quant2e/accuracy/tuning/budgets.py",
     "sympy": "quant2e/storage/",  # comes with torch
     "yaml": "quant2e/documents/yaml_text.py",
 }

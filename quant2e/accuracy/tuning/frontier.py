@@ -60,6 +60,10 @@ class Frontier:
             mix = mix.with_pick(index, FLOAT_PICK)
         return mix
 
+    def allowed(self, mix: Mix) -> bool:
+        """Whether a mix may be tried: every one may, where there is no budget."""
+        return True
+
     def within(self, bound: float) -> Mix:
         """The mix with the least work that is predicted to lose no more than ``bound``."""
         allowed = bound * _ROUNDING

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quant2e.accuracy.tuning.budgets import Budget
 from quant2e.accuracy.tuning.goal import Goal
 from quant2e.accuracy.tuning.trial import TuningTrial
 from quant2e.quantized_model import QuantizedModel
@@ -22,12 +23,14 @@ class TuningResult:
     ``met``: whether it keeps the goal; ``metric``, ``float_metric``: what the user's function returned for it and for
     the float model; ``left_float``: names of its ops that could be quantized and are not; ``choices``: by which
     alternative each of the others is quantized; ``trials``: all, in the order in which they began; ``best``: that of
-    the model; ``goal``: what was asked; ``stopped``: why no further trial was made; ``notes``: what could not be done.
+    the model; ``goal``, ``budget``: what was asked; ``stopped``: why no further trial was made; ``notes``: what could
+    not be done.
     """
 
     model: QuantizedModel
     best: TuningTrial
     goal: Goal
+    budget: Budget
     trials: tuple[TuningTrial, ...]
     choices: dict[str, str]
     strategy: str
@@ -75,6 +78,7 @@ class TuningResult:
             "metric": plain_data(self.metric),
             "float_metric": plain_data(self.float_metric),
             "goal": plain_data(self.goal),
+            "budget": plain_data(self.budget),
             "strategy": self.strategy,
             "stopped": self.stopped,
             "choices": dict(self.choices),
@@ -88,11 +92,11 @@ class TuningResult:
     def _head(self) -> list[str]:
         word = "met" if self.met else "not met"
         if not self.met and self.goal.is_met(self.metric):
-            word = "not met: no trial kept the budget"
+            word = f"not met within the budget ({self.budget})"
         count = len(self.trials)
         best = self.best
         latency = "" if best.latency is None else f", {1e3 * best.latency:.3g} ms"
-        left = f"{len(self.left_float)} ops left float"
+        left = f"{len(self.left_float)} op{'s' if len(self.left_float) != 1 else ''} left float"
         if self.left_float:
             more = f" and {len(self.left_float) - 6} more" if len(self.left_float) > 6 else ""
             left += f": {', '.join(self.left_float[:6])}{more}"
@@ -116,7 +120,8 @@ class TuningResult:
         return html_table(HEADERS, rows, "\n".join(self._head()))
 
 
-HEADERS = ("trial", "metric", "goal", "MACs on int8", "bytes", "bits a weight", "left float", "latency, ms", "seconds")
+_LATENCY = "latency, ms"
+HEADERS = ("trial", "metric", "goal", "MACs on int8", "bytes", "bits a weight", "left float", _LATENCY, "seconds")
 
 
 def cells(trial: TuningTrial, best: TuningTrial | None = None) -> tuple[str, ...]:
@@ -138,7 +143,9 @@ def cells(trial: TuningTrial, best: TuningTrial | None = None) -> tuple[str, ...
 def text_table(trials: Sequence[TuningTrial], best: TuningTrial | None = None) -> list[str]:
     """Trials as aligned lines, under headers; a star marks the best."""
     rows = [HEADERS, *(cells(trial, best) for trial in trials)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADERS))]
+    if all(trial.latency is None for trial in trials):
+        rows = [row[: HEADERS.index(_LATENCY)] + row[HEADERS.index(_LATENCY) + 1 :] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 

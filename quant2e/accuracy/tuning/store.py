@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from quant2e.accuracy.tuning.space import Mix
 from quant2e.accuracy.tuning.trial import TuningTrial
@@ -25,6 +25,10 @@ class TrialStore(ABC):
         """Keep a trial that was claimed."""
 
     @abstractmethod
+    def float_metric(self, measure: Callable[[], float]) -> float:
+        """The metric of the float model: what it is known to be, else ``measure()``."""
+
+    @abstractmethod
     def abandon(self, number: int) -> None:
         """Give a claimed mix back, untried."""
 
@@ -43,6 +47,9 @@ class MemoryStore(TrialStore):
 
     def finish(self, trial: TuningTrial) -> None:
         self._trials[trial.mix] = trial
+
+    def float_metric(self, measure: Callable[[], float]) -> float:
+        return measure()
 
     def abandon(self, number: int) -> None:
         """Nobody else waits for it."""

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from quant2e.accuracy.tuning.costs import Loss
 from quant2e.accuracy.tuning.frontier import Frontier
+from quant2e.accuracy.tuning.goal import Goal
 from quant2e.accuracy.tuning.space import Mix
 from quant2e.accuracy.tuning.trial import TuningTrial
 from quant2e.errors import Quant2eError
@@ -36,8 +37,9 @@ class Strategy(ABC):
 
     loss: ClassVar[Loss] = "output"
 
-    def __init__(self, frontier: Frontier) -> None:
+    def __init__(self, frontier: Frontier, goal: Goal) -> None:
         self.frontier = frontier
+        self.goal = goal
 
     @abstractmethod
     def propose(self, done: Trials) -> Sequence[Mix]:
@@ -89,8 +91,8 @@ class SensitivityStrategy(Strategy):
     the prediction misses by no more than 6 dB.
     """
 
-    def __init__(self, frontier: Frontier) -> None:
-        super().__init__(frontier)
+    def __init__(self, frontier: Frontier, goal: Goal) -> None:
+        super().__init__(frontier, goal)
         self._rungs = list(dict.fromkeys(map(frontier.within, frontier.bounds())))
 
     def propose(self, done: Trials) -> Sequence[Mix]:
@@ -109,16 +111,19 @@ class SensitivityStrategy(Strategy):
         bound = min(missed, default=float("inf"))
         for index, pick, saved in self.frontier.cheaper(best.mix):
             mix = best.mix.with_pick(index, pick)
-            if costs.loss(mix) < bound * (_DOUBT if saved >= _HEAVY else 1.0):
+            if self.frontier.allowed(mix) and costs.loss(mix) < bound * (_DOUBT if saved >= _HEAVY else 1.0):
                 yield mix
 
 
 class BisectStrategy(Strategy):
     """Halving over the order of costs: the fewest groups, from the costliest on, that must be float."""
 
+    def __init__(self, frontier: Frontier, goal: Goal) -> None:
+        super().__init__(frontier, goal)
+        self._rungs = list(dict.fromkeys(map(frontier.prefix, range(len(frontier.order) + 1))))
+
     def propose(self, done: Trials) -> Sequence[Mix]:
-        rungs = [self.frontier.prefix(count) for count in range(len(self.frontier.order) + 1)]
-        ladder = _Ladder(rungs, done)
+        rungs, ladder = self._rungs, _Ladder(self._rungs, done)
         if rungs[0] not in done:
             return _new([rungs[0], *(rungs[rung] for rung in ladder.halving())], done)
         return _new([rungs[rung] for rung in ladder.halving()], done) or self._last(rungs, ladder, done)
@@ -132,18 +137,19 @@ class MseStrategy(Strategy):
 
     loss = "own"
 
+    def __init__(self, frontier: Frontier, goal: Goal) -> None:
+        super().__init__(frontier, goal)
+        self._rungs = list(dict.fromkeys(map(frontier.prefix, range(len(frontier.order) + 1))))
+
     def propose(self, done: Trials) -> Sequence[Mix]:
-        rungs = [self.frontier.prefix(count) for count in range(len(self.frontier.order) + 1)]
-        if any(trial.met for trial in done.values()):
-            return ()
-        return _new(rungs, done)
+        return () if any(trial.met for trial in done.values()) else _new(self._rungs, done)
 
 
 class ExhaustiveStrategy(Strategy):
     """Every mix, the cheapest first. Raises `Quant2eError`, with the count, when there are too many."""
 
-    def __init__(self, frontier: Frontier) -> None:
-        super().__init__(frontier)
+    def __init__(self, frontier: Frontier, goal: Goal) -> None:
+        super().__init__(frontier, goal)
         count = frontier.space.size
         if count > MOST_COMBINATIONS:
             groups = sum(len(family.groups) for family in frontier.space.families)
@@ -156,7 +162,7 @@ class ExhaustiveStrategy(Strategy):
             for number, family in enumerate(frontier.space.families)
             for picks in itertools.product(*(group.choices for group in family.groups))
         )
-        self._choices = sorted(choices, key=frontier.costs.work)
+        self._choices = sorted(filter(frontier.allowed, choices), key=frontier.costs.work)
 
     def propose(self, done: Trials) -> Sequence[Mix]:
         return _new(self._choices, done)

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from quant2e.accuracy.tuning.budgets import Budget, BudgetedFrontier, read_budget
 from quant2e.accuracy.tuning.candidates import Candidates, alternatives_of
 from quant2e.accuracy.tuning.costs import MEASURED_ON, measured_costs
-from quant2e.accuracy.tuning.evaluation import Evaluate, float_metric_of, metric_of
+from quant2e.accuracy.tuning.evaluation import Evaluate, float_metric_of
 from quant2e.accuracy.tuning.families import space_of
+from quant2e.accuracy.tuning.fingerprints import fingerprints
 from quant2e.accuracy.tuning.frontier import Frontier
 from quant2e.accuracy.tuning.goal import Goal, check_drop
+from quant2e.accuracy.tuning.optuna_import import optuna_module
 from quant2e.accuracy.tuning.result import TuningResult
-from quant2e.accuracy.tuning.space import FLOAT_PICK, Mix
+from quant2e.accuracy.tuning.sampling import BayesianStrategy, SamplingStrategy
+from quant2e.accuracy.tuning.search import Latency, Search, TrialProgress
+from quant2e.accuracy.tuning.shared_store import SharedStore
+from quant2e.accuracy.tuning.space import FLOAT_PICK
 from quant2e.accuracy.tuning.store import MemoryStore, TrialStore
 from quant2e.accuracy.tuning.strategies import STRATEGIES, Strategy
-from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.table import TrialTable
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_iterable
 from quant2e.calibration.feed import Feed, Transform
@@ -32,10 +38,7 @@ from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
 from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
 
-TuningStrategy = Literal["sensitivity", "bisect", "mse", "exhaustive"]
-
-TrialProgress = Callable[[TuningTrial], None]
-"""Called with each trial that is finished."""
+TuningStrategy = Literal["sensitivity", "bisect", "mse", "bayesian", "random", "exhaustive"]
 
 
 def tune(
@@ -53,9 +56,14 @@ def tune(
     relative: bool = True,
     higher_is_better: bool = True,
     strategy: TuningStrategy = "sensitivity",
+    budget: Budget | Mapping[str, float] | None = None,
+    latency: Latency | None = None,
     max_trials: int | None = None,
     timeout: float | None = None,
-    progress: TrialProgress | None = None,
+    storage: Any = None,
+    study: str = "quant2e",
+    seed: int = 0,
+    progress: TrialProgress | bool | None = None,
 ) -> TuningResult:
     """The cheapest mix of precisions that keeps the user's metric.
 
@@ -68,14 +76,24 @@ def tune(
     same random numbers.
 
     ``max_drop``: how much of the float model's metric may be lost: a share of it, or, not ``relative``, so many units.
-    ``higher_is_better``: False for losses and errors. ``strategy``: in which order mixes are tried, see docs/tuning.md.
+    ``higher_is_better``: False for losses and errors. ``strategy``: in which order mixes are tried, see docs/tuning.md;
+    ``seed``: of those that draw. ``budget``: what the result must keep to besides, a `Budget` or its fields as a dict.
+    ``latency``: measures a quantized model on its target, in seconds, for each trial.
     ``max_trials``, ``timeout`` (in seconds): no further trial is begun then; the best so far is returned, as it is
-    after Ctrl-C. ``progress``: called with each finished trial.
+    after Ctrl-C. ``storage``: the path of a journal file, the URL of a database, or a storage of Optuna, where trials
+    are kept under the name ``study``: a run that was killed goes on from there, and any number of processes, each
+    calling this function with the same arguments, share the work; ``max_trials`` counts those of all. ``progress``: a
+    function of each finished trial; None shows a table on a terminal, False nothing.
 
     Raises `Quant2eError` for arguments that do not fit together, where nothing is quantized, where the float model
-    cannot be evaluated and where no trial could, and the errors of capture, prepare, calibrate and convert.
+    cannot be evaluated and where no trial could, where no mix is within the budget, for a storage with trials of
+    something else, and the errors of capture, prepare, calibrate and convert.
     """
+    begun = time.monotonic()
+    limits = read_budget(budget, latency)
     quantizers = _checked(quantizer, evaluate, max_drop, strategy, max_trials, timeout)
+    if strategy in {"bayesian", "random"} or storage is not None:
+        optuna_module()
     if calibration_data is not None:
         check_iterable(calibration_data, "calibration_data")
     example = example_call(example_inputs, kwargs)
@@ -93,26 +111,59 @@ def tune(
         dynamic_shapes=of_graph(dynamic_shapes, model, *example) if given else read_dynamic_shapes(captured),
         notes=() if data is None else data.notes,
     )
+    calls = alternatives[0].held_out.calls[:MEASURED_ON]
+    costs = measured_costs(candidates.space, calls, _STRATEGIES[strategy].loss)
+    limited = limits.predictable
+    frontier = BudgetedFrontier(candidates.space, costs, limits) if limited else Frontier(candidates.space, costs)
+    store: TrialStore = MemoryStore()
+    if storage is not None:
+        store = SharedStore(storage, study, fingerprints(captured, alternatives), candidates.space)
     goal = Goal(
-        float_metric=float_metric_of(evaluate, candidates.float_model()),
+        float_metric=store.float_metric(lambda: float_metric_of(evaluate, candidates.float_model())),
         max_drop=float(max_drop),
         relative=relative,
         higher_is_better=higher_is_better,
     )
-    calls = alternatives[0].held_out.calls[:MEASURED_ON]
-    costs = measured_costs(candidates.space, calls, STRATEGIES[strategy].loss)
-    search = _Search(
-        strategy=STRATEGIES[strategy](Frontier(candidates.space, costs)),
-        candidates=candidates,
-        goal=goal,
-        evaluate=evaluate,
-        store=MemoryStore(),
-        max_trials=max_trials,
-        until=math.inf if timeout is None else time.monotonic() + timeout,
-        progress=progress,
-    )
-    stopped = search.run()
-    return _result(search, strategy, stopped)
+    if isinstance(store, SharedStore):
+        store.judge_by(goal)
+    with _shown(progress) as told:
+        search = Search(
+            strategy=_made(strategy, frontier, goal, max_trials, seed),
+            candidates=candidates,
+            goal=goal,
+            budget=limits,
+            evaluate=evaluate,
+            latency=latency,
+            store=store,
+            max_trials=max_trials,
+            until=math.inf if timeout is None else begun + timeout,
+            progress=told,
+        )
+        stopped = search.run()
+    return search.result(strategy, stopped)
+
+
+_STRATEGIES: Mapping[str, type[Strategy]] = {**STRATEGIES, "bayesian": BayesianStrategy, "random": SamplingStrategy}
+
+
+def _made(strategy: str, frontier: Frontier, goal: Goal, most: int | None, seed: int) -> Strategy:
+    kind = _STRATEGIES[strategy]
+    if issubclass(kind, SamplingStrategy):
+        return kind(frontier, goal, most=most, seed=seed)
+    return kind(frontier, goal)
+
+
+@contextmanager
+def _shown(progress: TrialProgress | bool | None) -> Iterator[TrialProgress | None]:
+    """What is told of each trial: by the user's function, by a table on a terminal, or by nobody."""
+    if progress is None or progress is True:
+        with TrialTable() as table:
+            yield table
+    elif isinstance(progress, TrialTable):
+        with progress:
+            yield progress
+    else:
+        yield progress or None
 
 
 def _checked(
@@ -138,120 +189,3 @@ def _checked(
         if not isinstance(name, str) or name in {FLOAT_PICK, ""}:
             raise Quant2eError(f"{name!r} cannot name a quantizer: a word other than '{FLOAT_PICK}'")
     return dict(quantizer)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Search:
-    """Trials, until the strategy has found what it looks for or a limit is reached."""
-
-    strategy: Strategy
-    candidates: Candidates
-    goal: Goal
-    evaluate: Evaluate
-    store: TrialStore
-    max_trials: int | None
-    until: float
-    progress: TrialProgress | None
-    failure: Exception | None = None
-
-    def run(self) -> str:
-        """Make trials; returns why no further one was made, in words."""
-        try:
-            return self._run()
-        except KeyboardInterrupt:
-            if not self.store.finished():
-                raise
-            return "interrupted"
-
-    def _run(self) -> str:
-        done = 0
-        while True:
-            finished = self.store.finished()
-            if self.max_trials is not None and done >= self.max_trials:
-                return f"stopped after max_trials={self.max_trials}"
-            if done and time.monotonic() >= self.until:
-                return "stopped by the timeout"
-            proposals = self.strategy.propose(finished)
-            if not proposals:
-                return "the search is complete"
-            claimed = self.store.claim(proposals)
-            if claimed is None:
-                continue
-            self._try(*claimed)
-            done += 1
-
-    def _try(self, number: int, mix: Mix) -> None:
-        begun = time.monotonic()
-        try:
-            trial = self._tried(number, mix, begun)
-        except BaseException:
-            self.store.abandon(number)
-            raise
-        self.store.finish(trial)
-        if self.progress is not None:
-            self.progress(trial)
-
-    def _tried(self, number: int, mix: Mix, begun: float) -> TuningTrial:
-        costs = self.strategy.frontier.costs
-        model = self.candidates.model(mix)
-        metric, error = None, ""
-        try:
-            metric = metric_of(self.evaluate, model.module)
-        except Exception as failure:  # noqa: BLE001 - a model that collapsed may make a metric fail; it is told
-            self.failure = failure
-            error = f"{type(failure).__name__}: {failure}"
-        if metric is not None and math.isnan(metric):
-            metric, error = None, "evaluate returned NaN"
-        return TuningTrial(
-            number=number,
-            mix=mix,
-            metric=metric,
-            met=self.goal.is_met(metric),
-            within_budget=True,
-            left_float=self.candidates.space.left_float(mix),
-            int8_share=model.report.int8_mac_share,
-            size_bytes=model.report.quantized_bytes or 0,
-            bits_per_weight=costs.bits_per_weight(mix),
-            work=costs.work(mix),
-            seconds=time.monotonic() - begun,
-            error=error,
-        )
-
-
-def _result(search: _Search, strategy: str, stopped: str) -> TuningResult:
-    trials = tuple(search.store.finished().values())
-    evaluated = [trial for trial in trials if not trial.failed]
-    if not evaluated:
-        raise Quant2eError(
-            f"evaluate failed on each of {len(trials)} quantized models, though not on the float one; the last time "
-            f"with {trials[-1].error}"
-        ) from search.failure
-    best = _best(evaluated, search.goal)
-    candidates = search.candidates
-    model = candidates.measured(candidates.model(best.mix), best.mix)
-    groups = candidates.space.families[best.mix.family].groups
-    picks = {
-        op: pick for group, pick in zip(groups, best.mix.picks, strict=True) for op in group.ops if pick != FLOAT_PICK
-    }
-    return TuningResult(
-        model=model,
-        best=best,
-        goal=search.goal,
-        trials=trials,
-        choices=picks,
-        strategy=strategy,
-        stopped=stopped,
-        notes=search.strategy.frontier.costs.notes,
-    )
-
-
-def _best(trials: list[TuningTrial], goal: Goal) -> TuningTrial:
-    """The cheapest that keeps the goal; where none does, the one with the best metric, within the budget if any is."""
-
-    def worse(trial: TuningTrial) -> float:
-        return math.inf if trial.metric is None else goal.drop(trial.metric)
-
-    met = [trial for trial in trials if trial.met]
-    if met:
-        return min(met, key=lambda trial: (trial.work, worse(trial)))
-    return min(trials, key=lambda trial: (not trial.within_budget, worse(trial), trial.work))

@@ -362,3 +362,26 @@ def test_the_short_form():
         quant2e.quantize(model, data[:1], xnnpack(), data, max_drop=0.1)
     with pytest.raises(Quant2eError, match="goes without"):
         quant2e.quantize(model, data[:1], xnnpack(), data, evaluate=evaluate, int8_io=True)
+
+
+@pytest.mark.parametrize("strategy", ["random", "bayesian"])
+def test_sampling_strategies_find_it_and_are_reproducible(strategy):
+    pytest.importorskip("optuna")
+    model, data = small()
+    arguments = {"max_drop": 0.1, "strategy": strategy, "max_trials": 12}
+    first, again = (
+        quant2e.tune(model, data[:1], xnnpack(), data, Closeness(model), seed=3, **arguments) for _ in range(2)
+    )
+    assert first.met
+    assert [trial.mix for trial in first.trials] == [trial.mix for trial in again.trials]
+    assert len({trial.mix for trial in first.trials}) == len(first.trials)
+
+
+def test_optuna_that_is_missing_is_named(monkeypatch):
+    import sys
+
+    model, data = small()
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for arguments in ({"strategy": "bayesian"}, {"storage": "trials.log"}):
+        with pytest.raises(Quant2eError, match=r"need Optuna.*quant2e\[tune\]"):
+            quant2e.tune(model, data[:1], xnnpack(), data, Closeness(model), **arguments)
