@@ -19,7 +19,7 @@ from quant2e.accuracy.algorithms.registry import Algorithms
 from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_error import outputs_of
 from quant2e.accuracy.output_loss import converted_sqnr, in_floats
-from quant2e.accuracy.tuning.evaluation import Evaluate
+from quant2e.accuracy.tuning.space.evaluation import Evaluate
 from quant2e.accuracy.tuning.tune import tune
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_iterable

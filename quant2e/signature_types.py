@@ -7,13 +7,13 @@ imported from `quant2e` as well.
 from quant2e.accuracy.comparison import Comparison, GroupError, OpError, OutputError
 from quant2e.accuracy.sensitivity import GroupSensitivity, Sensitivity, SensitivityMethod
 from quant2e.accuracy.tuning.budgets import Budget
-from quant2e.accuracy.tuning.evaluation import Evaluate
-from quant2e.accuracy.tuning.goal import Goal
 from quant2e.accuracy.tuning.result import TuningResult
 from quant2e.accuracy.tuning.search import Latency, TrialProgress
-from quant2e.accuracy.tuning.space import Mix
+from quant2e.accuracy.tuning.space.evaluation import Evaluate
+from quant2e.accuracy.tuning.space.goal import Goal
+from quant2e.accuracy.tuning.space.space import Mix
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.accuracy.tuning.table import TrialTable
-from quant2e.accuracy.tuning.trial import TuningTrial
 from quant2e.accuracy.tuning.tune import TuningStrategy
 from quant2e.annotation.pattern import Arg, Condition, Either, NodeEdge, Pattern
 from quant2e.annotation.plan import Group, Ignored, Point

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from quant2e.accuracy.tuning.costs import Costs, Option
-from quant2e.accuracy.tuning.frontier import Frontier
-from quant2e.accuracy.tuning.space import Mix, Space
-from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.space.costs import Costs, Option
+from quant2e.accuracy.tuning.space.frontier import Frontier
+from quant2e.accuracy.tuning.space.space import Mix, Space
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.errors import Quant2eError
 
 _ROUNDING = 1.0 + 1e-9

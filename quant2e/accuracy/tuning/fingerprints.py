@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from quant2e.accuracy.tuning.space import Alternative, constants_of, float_text
+from quant2e.accuracy.tuning.space.space import Alternative, constants_of, float_text
 from quant2e.calibration.statistics import SAMPLES
 
 

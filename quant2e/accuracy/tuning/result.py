@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quant2e.accuracy.tuning.budgets import Budget
-from quant2e.accuracy.tuning.goal import Goal
-from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.space.goal import Goal
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.quantized_model import QuantizedModel
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data

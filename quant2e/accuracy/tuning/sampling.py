@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from quant2e.accuracy.tuning.frontier import Frontier
-from quant2e.accuracy.tuning.goal import Goal
 from quant2e.accuracy.tuning.optuna_import import optuna_module, without_optuna_log
-from quant2e.accuracy.tuning.space import Mix, Space
+from quant2e.accuracy.tuning.space.frontier import Frontier
+from quant2e.accuracy.tuning.space.goal import Goal
+from quant2e.accuracy.tuning.space.space import Mix, Space
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.accuracy.tuning.strategies import Strategy, Trials
-from quant2e.accuracy.tuning.trial import TuningTrial
 
 SAMPLES = 64
 """Trials of a sampling strategy that was given no ``max_trials``."""

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from quant2e.accuracy.tuning.budgets import Budget
-from quant2e.accuracy.tuning.candidates import Candidates
-from quant2e.accuracy.tuning.evaluation import Evaluate, metric_of
-from quant2e.accuracy.tuning.goal import Goal
 from quant2e.accuracy.tuning.result import TuningResult
-from quant2e.accuracy.tuning.space import FLOAT_PICK, Mix
+from quant2e.accuracy.tuning.space.candidates import Candidates
+from quant2e.accuracy.tuning.space.evaluation import Evaluate, metric_of
+from quant2e.accuracy.tuning.space.goal import Goal
+from quant2e.accuracy.tuning.space.space import FLOAT_PICK, Mix
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.accuracy.tuning.store import TrialStore
 from quant2e.accuracy.tuning.strategies import Strategy
-from quant2e.accuracy.tuning.trial import TuningTrial
 from quant2e.errors import Quant2eError
 from quant2e.quantized_model import QuantizedModel
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quant2e.accuracy.tuning.goal import Goal
 from quant2e.accuracy.tuning.optuna_import import optuna_module, without_optuna_log
 from quant2e.accuracy.tuning.sampling import distributions_of, parameters_of, score_of
-from quant2e.accuracy.tuning.space import Mix, Space
+from quant2e.accuracy.tuning.space.goal import Goal
+from quant2e.accuracy.tuning.space.space import Mix, Space
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.accuracy.tuning.store import TrialStore
-from quant2e.accuracy.tuning.trial import TuningTrial
 from quant2e.errors import Quant2eError
 
 _HEARTBEAT = 5.0
@@ -35,7 +35,7 @@ _SILENCE = 60.0
 _ABOUT, _MIX, _OWNER, _ALIVE, _TRIAL = "quant2e", "mix", "owner", "alive", "trial"
 
 
-def storage_of(storage: Any) -> Any:
+def opened_storage(storage: Any) -> Any:
     """An Optuna storage: ``storage`` itself, a database by its URL, or a journal file by its path."""
     optuna = optuna_module()
     if isinstance(storage, str | Path) and "://" not in str(storage):
@@ -73,7 +73,7 @@ class SharedStore(TrialStore):
         self._seen: dict[int, tuple[Any, float]] = {}
         self._goal: Goal | None = None
         with without_optuna_log():
-            self._storage = storage_of(storage)
+            self._storage = opened_storage(storage)
             self._study = optuna.create_study(
                 storage=self._storage, study_name=study, load_if_exists=True, direction="minimize"
             )
@@ -107,7 +107,7 @@ class SharedStore(TrialStore):
         return found
 
     def finished(self) -> Mapping[Mix, TuningTrial]:
-        done = {}
+        done: dict[Mix, TuningTrial] = {}
         for one in self._all():
             if one.state.name == "COMPLETE" and _TRIAL in one.user_attrs:
                 trial = _read(one.user_attrs[_TRIAL])

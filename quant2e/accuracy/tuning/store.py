@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
-from quant2e.accuracy.tuning.space import Mix
-from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.space.space import Mix
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 
 
 class TrialStore(ABC):

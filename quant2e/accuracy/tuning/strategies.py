@@ -12,11 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
-from quant2e.accuracy.tuning.costs import Loss
-from quant2e.accuracy.tuning.frontier import Frontier
-from quant2e.accuracy.tuning.goal import Goal
-from quant2e.accuracy.tuning.space import Mix
-from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.space.costs import Loss
+from quant2e.accuracy.tuning.space.frontier import Frontier
+from quant2e.accuracy.tuning.space.goal import Goal
+from quant2e.accuracy.tuning.space.space import Mix
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.errors import Quant2eError
 
 Trials = Mapping[Mix, TuningTrial]

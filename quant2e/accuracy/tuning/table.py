@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from quant2e.accuracy.tuning.result import HEADERS, cells
-from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 
 _ROWS = 20
 """Trials that a live table shows, the last ones."""

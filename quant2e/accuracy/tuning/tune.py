@@ -13,19 +13,19 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from quant2e.accuracy.tuning.budgets import Budget, BudgetedFrontier, read_budget
-from quant2e.accuracy.tuning.candidates import Candidates, alternatives_of
-from quant2e.accuracy.tuning.costs import MEASURED_ON, measured_costs
-from quant2e.accuracy.tuning.evaluation import Evaluate, float_metric_of
-from quant2e.accuracy.tuning.families import space_of
 from quant2e.accuracy.tuning.fingerprints import fingerprints
-from quant2e.accuracy.tuning.frontier import Frontier
-from quant2e.accuracy.tuning.goal import Goal, check_drop
 from quant2e.accuracy.tuning.optuna_import import optuna_module
 from quant2e.accuracy.tuning.result import TuningResult
 from quant2e.accuracy.tuning.sampling import BayesianStrategy, SamplingStrategy
 from quant2e.accuracy.tuning.search import Latency, Search, TrialProgress
 from quant2e.accuracy.tuning.shared_store import SharedStore
-from quant2e.accuracy.tuning.space import FLOAT_PICK
+from quant2e.accuracy.tuning.space.candidates import Candidates, alternatives_of
+from quant2e.accuracy.tuning.space.costs import MEASURED_ON, measured_costs
+from quant2e.accuracy.tuning.space.evaluation import Evaluate, float_metric_of
+from quant2e.accuracy.tuning.space.families import space_of
+from quant2e.accuracy.tuning.space.frontier import Frontier
+from quant2e.accuracy.tuning.space.goal import Goal, check_drop
+from quant2e.accuracy.tuning.space.space import FLOAT_PICK
 from quant2e.accuracy.tuning.store import MemoryStore, TrialStore
 from quant2e.accuracy.tuning.strategies import STRATEGIES, Strategy
 from quant2e.accuracy.tuning.table import TrialTable

@@ -13,9 +13,9 @@ from torch import nn
 
 import quant2e
 from quant2e.accuracy.tuning.budgets import Budget, BudgetedFrontier, read_budget
-from quant2e.accuracy.tuning.costs import Costs, Option
-from quant2e.accuracy.tuning.frontier import Frontier
-from quant2e.accuracy.tuning.space import Family, Mix, Space, TunedGroup
+from quant2e.accuracy.tuning.space.costs import Costs, Option
+from quant2e.accuracy.tuning.space.frontier import Frontier
+from quant2e.accuracy.tuning.space.space import Family, Mix, Space, TunedGroup
 from quant2e.errors import Quant2eError
 from quantizers import XNNPACKQuantizer
 

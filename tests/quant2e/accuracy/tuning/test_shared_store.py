@@ -14,8 +14,8 @@ import torch
 
 import quant2e
 from quant2e.accuracy.tuning.shared_store import SharedStore
-from quant2e.accuracy.tuning.space import Family, Mix, Space, TunedGroup
-from quant2e.accuracy.tuning.trial import TuningTrial
+from quant2e.accuracy.tuning.space.space import Family, Mix, Space, TunedGroup
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.errors import Quant2eError
 from quantizers import XNNPACKQuantizer
 from tests.quant2e.accuracy.tuning import shared_worker

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from quant2e.accuracy.tuning.space import Mix
+from quant2e.accuracy.tuning.space.space import Mix
+from quant2e.accuracy.tuning.space.trial import TuningTrial
 from quant2e.accuracy.tuning.table import TrialTable
-from quant2e.accuracy.tuning.trial import TuningTrial
 
 
 class Terminal(io.StringIO):

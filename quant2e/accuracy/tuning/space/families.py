@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.accuracy.op_groups import op_groups
 from quant2e.accuracy.simulated import SimulatedGraph
-from quant2e.accuracy.tuning.space import Alternative, Family, Space, TunedGroup, constants_of, float_text
+from quant2e.accuracy.tuning.space.space import Alternative, Family, Space, TunedGroup, constants_of, float_text
 from quant2e.calibration.statistics import observers_of
 from quant2e.errors import Quant2eError, module_path
 from quant2e.graph.edit import PART_OF

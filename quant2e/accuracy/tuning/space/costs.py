@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.accuracy.compare import compare
 from quant2e.accuracy.sensitivity import sensitivity
-from quant2e.accuracy.tuning.space import FLOAT_PICK, Alternative, Family, Mix, Space, TunedGroup, float_graph
+from quant2e.accuracy.tuning.space.space import FLOAT_PICK, Alternative, Family, Mix, Space, TunedGroup, float_graph
 from quant2e.annotation.plan import Edge
 from quant2e.convert.convert import converted_graph
 from quant2e.errors import CalibrationError, Quant2eError

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from quant2e.accuracy.tuning.space import FLOAT_PICK, Alternative, Family, Mix, Space, float_graph
+from quant2e.accuracy.tuning.space.space import FLOAT_PICK, Alternative, Family, Mix, Space, float_graph
 from quant2e.annotation.plan import Edge, Group, Output, Plan, Point
 from quant2e.errors import CalibrationError
 from quant2e.observers.encodings import (

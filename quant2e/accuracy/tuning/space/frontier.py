@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from quant2e.accuracy.tuning.costs import Costs, Option
-from quant2e.accuracy.tuning.space import FLOAT_PICK, Mix, Space
+from quant2e.accuracy.tuning.space.costs import Costs, Option
+from quant2e.accuracy.tuning.space.space import FLOAT_PICK, Mix, Space
 
 _ROUNDING = 1.0 + 1e-9
 

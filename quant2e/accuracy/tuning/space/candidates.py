@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 
 from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_loss import converted_sqnr
-from quant2e.accuracy.tuning.mixture import prepared_for
-from quant2e.accuracy.tuning.space import Alternative, Mix, Space
+from quant2e.accuracy.tuning.space.mixture import prepared_for
+from quant2e.accuracy.tuning.space.space import Alternative, Mix, Space
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.feed import Feed
 from quant2e.calibration.held_out import SELECT_RANGES_ON, HeldOutData, calibrate_but_some

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from quant2e.accuracy.tuning.space import Mix
+from quant2e.accuracy.tuning.space.space import Mix
 from quant2e.report.plain_data import plain_data
 
 
@@ -18,7 +18,7 @@ class TuningTrial:
     and ``error`` says how; ``met``: the goal is kept, and so is the budget (``within_budget``). ``left_float``: ops
     that could be quantized and are not. ``int8_share``: of the multiply-accumulates; ``size_bytes``: of all tensors;
     ``bits_per_weight``: mean over the weights that could be quantized; ``latency``: seconds, where it was measured;
-    ``work``: what the strategies minimise (see `quant2e.accuracy.tuning.costs`); ``seconds``: how long the trial took.
+    ``work``: what strategies minimise (see `quant2e.accuracy.tuning.space.costs`); ``seconds``: how long it took.
     ``mix``: of which alternative each group is.
     """
 
