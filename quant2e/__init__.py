@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quant2e.accuracy.compare import compare
+from quant2e.accuracy.recipe.recipe import Recipe
 from quant2e.accuracy.sensitivity import sensitivity
 from quant2e.accuracy.tuning.tune import tune
 from quant2e.annotation.config import QuantizationConfig
@@ -139,6 +140,7 @@ __all__ = [
     "QuantizedIO",
     "QuantizedModel",
     "Quantizer",
+    "Recipe",
     "Report",
     "SharedQuantizationSpec",
     "Statistics",

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from quant2e.accuracy.algorithms.registry import Algorithms
 from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_error import outputs_of
 from quant2e.accuracy.output_loss import converted_sqnr, in_floats
+from quant2e.accuracy.recipe.recipe import Recipe, recipe_of
 from quant2e.accuracy.tuning.space.evaluation import Evaluate
 from quant2e.accuracy.tuning.tune import tune
 from quant2e.annotation.quantizer import Quantizer
@@ -59,6 +61,7 @@ def quantize(
     transform: Transform | None = None,
     use_reference_representation: bool = False,
     int8_io: bool = False,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     algorithms: Algorithms = (),
     encodings: Encodings | None = None,
     allow_unquantized: bool = False,
@@ -79,6 +82,7 @@ def quantize(
     ``use_reference_representation``: the module computes in integers, see `quant2e.to_integer`. ``int8_io``: it takes
     and returns integers wherever it quantizes its inputs and outputs, with the parameters in ``.quantized_io``; see
     `quant2e.with_quantized_io`.
+    ``recipe``: what is asked of ``quantizer``, and which algorithms: a `Recipe`, a file, or a name ("w8a8-dynamic").
     ``algorithms``: what is to mend accuracy, in their order: names, ``{name: settings}`` or `Algorithm` objects, or
     "auto", which tries what may help this model and quantizer until the output keeps 30 dB. Each works on a copy and is
     kept only where the held-out error does not grow; ``report.algorithms`` has a line for each. They learn from the
@@ -103,6 +107,9 @@ def quantize(
         check_iterable(calibration_data, "calibration_data")
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise Quant2eError(f"kwargs is a {type(kwargs).__name__}: keyword inputs by name, a dict")
+    by = type(quantizer).__name__
+    if recipe is not None:
+        quantizer, algorithms = _with_recipe(recipe, quantizer, algorithms)
     if evaluate is not None or max_drop is not None:
         if use_reference_representation or int8_io or algorithms or encodings is not None or progress is not None:
             raise Quant2eError(
@@ -130,7 +137,7 @@ def quantize(
     report = record_of(prepared).report
     if report.quantized_ops == 0 and not allow_unquantized:
         raise Quant2eError(
-            f"{type(quantizer).__name__} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
+            f"{by} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
     # What is wrong with encodings is told before anything runs.
@@ -154,7 +161,7 @@ def quantize(
     return QuantizedModel(
         module=converted,
         report=report,
-        encodings=encodings_of(record, type(quantizer).__name__),
+        encodings=encodings_of(record, by),
         example_inputs=inputs,
         example_kwargs=keywords,
         dynamic_shapes=shapes,
@@ -169,6 +176,16 @@ def _tuned(evaluate: Evaluate | None, max_drop: float | None, **arguments: Any) 
     if not result.met:
         raise AccuracyError(f"no mix of precisions keeps the goal; quant2e.tune returns the best of them.\n{result}")
     return result.model
+
+
+def _with_recipe(
+    recipe: Recipe | Mapping[str, Any] | str | Path, quantizer: Quantizer, algorithms: Algorithms
+) -> tuple[Quantizer, Algorithms]:
+    """The quantizer that asks what a recipe asks, and the algorithms of that, unless others are given."""
+    asked = recipe_of(recipe)
+    if algorithms and asked.algorithms:
+        raise Quant2eError("both the recipe and algorithms= say which algorithms to run: leave one of them out")
+    return asked.apply(quantizer), algorithms or asked.algorithms
 
 
 def _calibrated(

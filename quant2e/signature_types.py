@@ -5,6 +5,8 @@ imported from `quant2e` as well.
 """
 
 from quant2e.accuracy.comparison import Comparison, GroupError, OpError, OutputError
+from quant2e.accuracy.recipe.quantizer import RecipeQuantizer
+from quant2e.accuracy.recipe.settings import OperandSettings, OpSettings, RecipeRule, TensorRule
 from quant2e.accuracy.sensitivity import GroupSensitivity, Sensitivity, SensitivityMethod
 from quant2e.accuracy.tuning.budgets import Budget
 from quant2e.accuracy.tuning.result import TuningResult
@@ -54,6 +56,9 @@ __all__ = [
     "Mix",
     "NodeEdge",
     "OpError",
+    "OpSettings",
+    "RecipeRule",
+    "OperandSettings",
     "OutputError",
     "Pattern",
     "Point",
@@ -61,9 +66,11 @@ __all__ = [
     "Progress",
     "QuantizationWarning",
     "RangeChoice",
+    "RecipeQuantizer",
     "Sensitivity",
     "SensitivityMethod",
     "State",
+    "TensorRule",
     "Transform",
     "TrialProgress",
     "TrialTable",

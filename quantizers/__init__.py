@@ -7,6 +7,7 @@ function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86Induct
 `EmbeddingQuantizer`; `ComposableQuantizer` puts several together.
 """
 
+from quant2e.accuracy.recipe.schemes import Numbers, Scheme, recipe
 from quant2e.annotation.config import OperatorConfig, QuantizationConfig
 from quant2e.cpu import InstructionSet
 from quantizers.capabilities import Capabilities, Capability, Declared
@@ -21,7 +22,6 @@ from quantizers.kit.printer import annotations_text
 from quantizers.kit.rule import ChosenConfig, Derived, Follow, Rule, Same
 from quantizers.kit.rule_quantizer import RuleQuantizer
 from quantizers.settings.configurable import ConfigurableQuantizer
-from quantizers.settings.recipes import Numbers, Scheme, recipe
 from quantizers.torchao import TorchaoQuantizer, as_torchao
 from quantizers.x86.quantizer import (
     X86InductorQuantizer,

@@ -47,6 +47,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "accuracy",
         "accuracy/algorithms/layers",
         "accuracy/algorithms",
+        "accuracy/recipe",
         "accuracy/tuning/space",
         "accuracy/tuning",
         "pipeline",

@@ -1,12 +1,26 @@
-"""YAML text, read strictly: plain data only, no key twice, no NaN; PyYAML is asked for where it is not installed."""
+"""YAML text, read strictly: plain data only, no key twice, no NaN, no alias; PyYAML is asked for where it is missing.
+
+It is read for what JSON has: mappings with text as keys, lists, text, numbers, true, false and null. Nothing in it is
+run, and no text is larger in memory than it looks: anchors, aliases and tags of other types are refused.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from quant2e.errors import FileFormatError
+
+Path = tuple[str | int, ...]
+"""Where in a document something is: keys and indices."""
+
+LARGEST = 1 << 20
+"""Characters of a text: a thousand times as many as a long one has."""
+
+_LEVELS = 100
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_INTEGER = re.compile(r"[-+]?\d{1,20}")
 
 
 def read_yaml(text: str, what: str) -> Any:
@@ -14,19 +28,28 @@ def read_yaml(text: str, what: str) -> Any:
 
     ``what`` names it in errors. Raises `FileFormatError`, and ImportError without PyYAML.
     """
+    return read_yaml_lines(text, what)[0]
+
+
+def read_yaml_lines(text: str, what: str) -> tuple[Any, dict[Path, int]]:
+    """As `read_yaml`, and the line, from 1, on which each part of the data begins."""
     yaml = _yaml()
+    if len(text) > LARGEST:
+        raise FileFormatError(f"{what} has {len(text):,} characters; {LARGEST:,} are read at most")
     try:
-        for node in _nodes(yaml.compose(text, Loader=yaml.SafeLoader)):
-            if isinstance(node, yaml.MappingNode):
-                keys = [str(key.value) for key, _ in node.value]
-                twice = next((key for key in keys if keys.count(key) > 1), None)
-                if twice is not None:
-                    raise FileFormatError(f"{what}: the key {twice[:80]!r} stands twice in one mapping")
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise FileFormatError(f"{what} is not YAML: {error}") from error
-    _check_plain(data, what)
-    return data
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if getattr(event, "anchor", None) or depth > _LEVELS:
+                said = (
+                    "it is nested too deeply" if depth > _LEVELS else "anchors and aliases are not read: write it out"
+                )
+                raise FileFormatError(f"{what}:{event.start_mark.line + 1}: {said}")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise FileFormatError(f"{what} is not YAML: {' '.join(str(error).split())}") from error
+    lines: dict[Path, int] = {}
+    return None if node is None else _data(node, (), lines, what), lines
 
 
 def yaml_text(data: Mapping[str, Any]) -> str:
@@ -34,34 +57,42 @@ def yaml_text(data: Mapping[str, Any]) -> str:
     return str(_yaml().safe_dump(data, sort_keys=False, allow_unicode=True, width=120))
 
 
-def _nodes(root: Any) -> Iterator[Any]:
-    """Every node of a composed text, each once: aliases stand for the same node."""
-    pending, seen = [root], set()
-    while pending:
-        node = pending.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        if isinstance(node.value, list):
-            pending += [part for entry in node.value for part in (entry if isinstance(entry, tuple) else (entry,))]
+def _data(node: Any, path: Path, lines: dict[Path, int], what: str) -> Any:
+    lines[path] = node.start_mark.line + 1
+    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    if node.id == "sequence" and tag == "seq":
+        return [_data(item, (*path, index), lines, what) for index, item in enumerate(node.value)]
+    if node.id == "mapping" and tag == "map":
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            place = f"{what}:{key.start_mark.line + 1}"
+            if key.id != "scalar" or key.tag != "tag:yaml.org,2002:str":
+                raise FileFormatError(f"{place}: the key {str(key.value)[:80]!r} is no text; put it into quotes")
+            if key.value in found:
+                raise FileFormatError(f"{place}: the key {key.value[:80]!r} stands twice in one mapping")
+            found[key.value] = _data(value, (*path, key.value), lines, what)
+            lines[(*path, key.value)] = key.start_mark.line + 1
+        return found
+    if node.id == "scalar":
+        return _scalar(node, tag, f"{what}:{lines[path]}")
+    raise FileFormatError(f"{what}:{lines[path]}: a {tag[:80]} is no plain data; numbers, texts, lists, mappings are")
 
 
-def _check_plain(data: Any, what: str) -> None:
-    if isinstance(data, dict):
-        for key, value in data.items():
-            if not isinstance(key, str):
-                raise FileFormatError(f"{what}: the key {key!r} is no text; put it into quotes")
-            _check_plain(value, what)
-    elif isinstance(data, list):
-        for value in data:
-            _check_plain(value, what)
-    elif isinstance(data, float) and not math.isfinite(data):
-        raise FileFormatError(f"{what}: {data} is no number here")
-    elif not isinstance(data, str | int | float | None):
-        raise FileFormatError(
-            f"{what}: {data!r} is a {type(data).__name__}; numbers, texts, lists and mappings are read"
-        )
+def _scalar(node: Any, tag: str, place: str) -> Any:
+    text, plain = node.value, node.style is None
+    if tag == "bool":
+        return text.lower() in ("true", "yes", "on")
+    if tag == "null":
+        return None
+    if plain and _INTEGER.fullmatch(text):
+        return int(text)
+    if plain and _NUMBER.fullmatch(text) and abs(float(text)) < float("inf"):  # 1e-3 is a number here, as in JSON
+        return float(text)
+    if tag == "str":
+        return text
+    if tag in ("float", "int"):
+        raise FileFormatError(f"{place}: {text[:80]} is no number here")
+    raise FileFormatError(f"{place}: {text[:80]} is a {tag[:80]}; numbers, texts, lists and mappings are read")
 
 
 def _yaml() -> Any:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch.fx import GraphModule, Node
 
+from quant2e.accuracy.recipe.schemes import Scheme, recipe
 from quant2e.annotation.config import OperatorConfig, QuantizationConfig
 from quant2e.annotation.pattern import Match
 from quant2e.annotation.specs import QuantizationAnnotation, QuantizationSpec, group_size_of
@@ -31,7 +32,6 @@ from quantizers.rewrites.recurrent_to_linear import RECURRENT, RecurrentAsLinear
 from quantizers.settings.buffers import annotate_buffers
 from quantizers.settings.diagnostics import Coverage
 from quantizers.settings.edges import EdgeSettings, edge_scope
-from quantizers.settings.recipes import Scheme, recipe
 from quantizers.settings.scopes import (
     Everything,
     Scope,

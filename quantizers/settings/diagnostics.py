@@ -18,7 +18,8 @@ from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.graph.control_flow import BODY, graphs_of
 from quant2e.graph.fake_values import is_float
-from quantizers.settings.module_names import enclosing_paths, module_stack, targets
+from quant2e.graph.module_paths import enclosing_paths, module_stack
+from quantizers.settings.module_names import targets
 from quantizers.settings.scopes import Everything, Level, ModuleName, ModuleType, NodeName, Operator, Scope, Settings
 
 _SHOWN = 4

@@ -28,15 +28,9 @@ from torch.fx import Node
 from quant2e.errors import AnnotationError, where
 from quant2e.graph.control_flow import BODY
 from quant2e.graph.edit import PART_OF
+from quant2e.graph.module_paths import enclosing_paths, module_stack, plain_path
 from quantizers.kit.rule import ChosenConfig
-from quantizers.settings.module_names import (
-    enclosing_paths,
-    module_stack,
-    plain_path,
-    targets,
-    targets_of,
-    type_name,
-)
+from quantizers.settings.module_names import targets, targets_of, type_name
 
 
 class Level(IntEnum):

@@ -16,7 +16,7 @@ from quantizers import (
     get_symmetric_quantization_config,
     recipe,
 )
-from quantizers.settings.recipes import Numbers, Scheme
+from quant2e.accuracy.recipe.schemes import Numbers, Scheme
 from tests.quantizers.models import ROWS, annotations
 from tests.quantizers.settings.test_module_names import Stack
 

@@ -23,7 +23,7 @@ from quant2e.annotation.config import QuantizationConfig
 from quant2e.annotation.granularity import Granularity, PerAxis, PerGroup, PerRow, PerTensor
 from quant2e.annotation.specs import QuantizationSpec
 from quant2e.errors import AnnotationError
-from quant2e.observers.fake_quant import FakeQuantizeBase
+from quant2e.observers.fake_quant import FakeQuantize, FakeQuantizeBase
 from quant2e.observers.measuring import (
     HistogramObserver,
     MinMaxObserver,
@@ -33,7 +33,6 @@ from quant2e.observers.measuring import (
     PerChannelMinMaxObserver,
 )
 from quant2e.observers.per_group import PerGroupMinMaxObserver
-from quantizers.kit.observers import group_observer
 
 _NUMBERS = re.compile(r"(?:w(?P<w>\d+)(?:a(?P<a>\d+))?|a(?P<a_first>\d+)w(?P<w_last>\d+))")
 _GRAMMAR = (
@@ -66,6 +65,8 @@ class Numbers:
 
     def applied_to(self, spec: QuantizationSpec) -> QuantizationSpec:
         """The backend's ``spec`` with these numbers."""
+        if self.bits <= 8 and spec.dtype is torch.int16:
+            spec = replace(spec, dtype=torch.int8, quant_min=None, quant_max=None)
         dtype = spec.dtype if self.bits <= 8 else torch.int16
         symmetric = self._is_symmetric(spec)
         low, high = self._bounds(spec, dtype, symmetric)
@@ -129,7 +130,8 @@ class Numbers:
         given = own if self.observer is None else self.observer
         if self.observer is None and _trains(own):
             kept = {key: value for key, value in _arguments(own).items() if key != "observer"}
-            return group_observer(group_size, True).with_args(**kept, **({} if self.eps is None else {"eps": self.eps}))
+            kept |= {"observer": PerGroupMinMaxObserver, "averaging_constant": 0.01, "group_size": group_size}
+            return FakeQuantize.with_args(**kept, **({} if self.eps is None else {"eps": self.eps}))
         made = getattr(getattr(given, "p", given), "func", given)
         if made not in (MinMaxObserver, PerChannelMinMaxObserver, PerGroupMinMaxObserver):
             name = getattr(made, "__name__", made)
