@@ -75,7 +75,7 @@ def _data(node: Any, path: Path, lines: dict[Path, int], what: str) -> Any:
         return found
     if node.id == "scalar":
         return _scalar(node, tag, f"{what}:{lines[path]}")
-    raise FileFormatError(f"{what}:{lines[path]}: a {tag[:80]} is no plain data; numbers, texts, lists, mappings are")
+    raise FileFormatError(f"{what} is not YAML of plain data: the tag {tag[:80]} in line {lines[path]}")
 
 
 def _scalar(node: Any, tag: str, place: str) -> Any:
@@ -92,7 +92,8 @@ def _scalar(node: Any, tag: str, place: str) -> Any:
         return text
     if tag in ("float", "int"):
         raise FileFormatError(f"{place}: {text[:80]} is no number here")
-    raise FileFormatError(f"{place}: {text[:80]} is a {tag[:80]}; numbers, texts, lists and mappings are read")
+    kind = {"timestamp": "date"}.get(tag, tag[:80])
+    raise FileFormatError(f"{place}: {text[:80]} is a {kind}; numbers, texts, lists and mappings are read")
 
 
 def _yaml() -> Any:

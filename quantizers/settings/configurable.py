@@ -61,6 +61,15 @@ class ConfigurableQuantizer(RuleQuantizer):
         self._buffers: dict[str, Any] = {}
         self._own_notes: list[str] = []
 
+    def __copy__(self) -> Self:
+        """One with settings of its own, which can be added to; the configurations are the same."""
+        made = type(self).__new__(type(self))
+        vars(made).update(vars(self))
+        made._settings = Settings(dict(self._settings.made), self._settings.only)
+        made._edges = EdgeSettings(dict(self._edges.made))
+        made._buffers, made._own_notes = dict(self._buffers), list(self._own_notes)
+        return made
+
     # ------------------------------------------------------------ what a backend says
 
     has_linear: ClassVar[bool] = False

@@ -64,7 +64,7 @@ class RecipeQuantizer:
             made = copy.copy(quantizer)
             made.quantizers = [self._wrapped(child) for child in children]
             return made
-        own = copy.deepcopy(quantizer) if callable(getattr(quantizer, "set_node", None)) else quantizer
+        own = copy.copy(quantizer) if callable(getattr(quantizer, "set_node", None)) else quantizer
         child: _Child = type(type(quantizer).__name__, (_Child,), {})(own, self)  # messages name what is wrapped
         self.children.append(child)
         return child
@@ -332,6 +332,7 @@ class _Child:
                 changes["weight" if source in constants else "input_activation"] = spec
         if is_plain(output):
             changes["output_activation"] = output
+            changes.setdefault("input_activation", output)  # of an op that is fused: backends look at inputs
         if not getattr(self._quantizer, "takes_groups", True) and group_size_of(changes.get("weight")):
             raise AnnotationError("the kernels of this backend know one scale per output channel at most")
         accept(replace(config, **{name: spec for name, spec in changes.items() if getattr(config, name) is not None}))

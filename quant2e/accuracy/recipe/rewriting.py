@@ -123,6 +123,9 @@ def fixed(spec: Any, asked: TensorRule) -> Any:
     if not asked.scales:
         return base
     base = _of_ours(_static(base), OperandSettings())
+    low, high = INTEGER_BOUNDS[base.dtype] if base.quant_min is None else (base.quant_min, base.quant_max)
+    if outside := [zero for zero in asked.zero_points if not low <= zero <= high]:
+        raise AnnotationError(f"the zero point {outside[0]} is outside of the range [{low}, {high}]")
     by_channel = len(asked.scales) > 1
     observer = FixedQParamsObserver.with_args(
         scale=torch.tensor(asked.scales), zero_point=torch.tensor(asked.zero_points)
