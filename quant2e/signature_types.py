@@ -5,7 +5,6 @@ imported from `quant2e` as well.
 """
 
 from quant2e.accuracy.comparison import Comparison, GroupError, OpError, OutputError
-from quant2e.accuracy.recipe.quantizer import RecipeQuantizer
 from quant2e.accuracy.recipe.settings import OperandSettings, OpSettings, RecipeRule, TensorRule
 from quant2e.accuracy.sensitivity import GroupSensitivity, Sensitivity, SensitivityMethod
 from quant2e.accuracy.tuning.budgets import Budget
@@ -65,7 +64,6 @@ __all__ = [
     "Progress",
     "QuantizationWarning",
     "RangeChoice",
-    "RecipeQuantizer",
     "RecipeRule",
     "Sensitivity",
     "SensitivityMethod",

@@ -45,14 +45,14 @@ def _changes(old: Data, new: Data, path: str = "") -> Iterator[str]:
             continue
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from _changes(before, after, f"{name}.")
-        elif _is_number(before) and _is_number(after):
+        elif isinstance(before, int | float) and isinstance(after, int | float) and not _flags(before, after):
             yield f"{name} {change_of(before, after)}"
         else:
             yield f"{name} {_text(before)} -> {_text(after)}"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _flags(*values: Any) -> bool:
+    return any(isinstance(value, bool) for value in values)
 
 
 def _text(value: Any) -> str:

@@ -21,7 +21,7 @@ def names(rule: RecipeRule, node: Node) -> bool:
 
 
 def _by_name(pattern: str, node: Node) -> bool:
-    return any(_glob(pattern).fullmatch(name) for name in (node.name, path_of(node)))
+    return any(_glob(pattern).fullmatch(name) for name in (node.name, op_path(node)))
 
 
 def _by_module(pattern: str, node: Node) -> bool:
@@ -49,7 +49,7 @@ def _glob(pattern: str) -> re.Pattern[str]:
     return re.compile(fnmatch.translate(pattern))
 
 
-def path_of(node: Node) -> str:
+def op_path(node: Node) -> str:
     """The name of a node, behind the path of the body of control flow that it lies in."""
     owner = node.graph.owning_module
     return prefixed("" if owner is None else owner.meta.get(BODY, ""), node.name)
@@ -111,7 +111,7 @@ def fits_point(pattern: str, point: str) -> bool:
 def _known(kind: str, nodes: Iterable[Node]) -> Iterator[str]:
     for node in nodes:
         if kind == "name":
-            yield path_of(node)
+            yield op_path(node)
         elif kind in ("module", "regex"):
             yield from enclosing_paths(node)
         elif kind == "type":

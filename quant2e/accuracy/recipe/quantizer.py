@@ -14,8 +14,8 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quant2e.accuracy.recipe.matching import calls, fits_point, path_of, unmatched, wanted_of
-from quant2e.accuracy.recipe.rewriting import fixed, in_mode, is_plain, rewritten
+from quant2e.accuracy.recipe.matching import calls, fits_point, op_path, unmatched, wanted_of
+from quant2e.accuracy.recipe.rewriting import in_mode, is_plain, rewritten, with_given
 from quant2e.accuracy.recipe.settings import OperandSettings, OpSettings, RecipeRule, TensorRule, Wanted
 from quant2e.accuracy.recipe.spec_places import (
     SpecPlace,
@@ -93,8 +93,8 @@ class RecipeQuantizer:
     def tell(self, said: str, node: Node) -> None:
         """Something that could not be honoured for an op."""
         ops = self._told.setdefault(said, [])
-        if path_of(node) not in ops:
-            ops.append(path_of(node))
+        if op_path(node) not in ops:
+            ops.append(op_path(node))
 
     def by(self, wanted: Wanted) -> str:
         """The last rule that decided, in words."""
@@ -121,7 +121,7 @@ class RecipeQuantizer:
         self.changed |= drop_dangling(model)
         for node in calls(model):
             note = node.meta.get(ANNOTATION)
-            if note is not None and is_empty(note) and path_of(node) in self.changed:
+            if note is not None and is_empty(note) and op_path(node) in self.changed:
                 del node.meta[ANNOTATION]
         self._check_reached(model)
         return model
@@ -178,7 +178,7 @@ class RecipeQuantizer:
         place = root_of(place)
         old = place.spec
         try:
-            new = None if asked.use == "float" else fixed(old, asked)
+            new = None if asked.use == "float" else with_given(old, asked)
         except Quant2eError as error:
             self.tell(f"tensors[{index}] of the recipe: {error}", place.node)
             return
@@ -188,7 +188,7 @@ class RecipeQuantizer:
         alike = [p for p in spec_places(model) if p.tensor is place.tensor and same_numbers(p.spec, old)]
         for other in (place, *(alike if " -> " not in asked.tensor else ())):
             other.put(new)
-            self.changed.add(path_of(other.node))
+            self.changed.add(op_path(other.node))
 
 
 class _Child:
@@ -214,14 +214,14 @@ class _Child:
         model = annotated(self._quantizer, model)
         new = [n for n in model.graph.nodes if ANNOTATION in n.meta and n.name not in before]
         constants = Constants(model.graph)
-        self._own = {path_of(node) for node in new}
+        self._own = {op_path(node) for node in new}
         for node in new:
             self._rewrite(node, constants)
         return model
 
     def objection(self, place: SpecPlace, spec: Any) -> str:
         """Why the backend cannot have a spec at a place that it annotated; empty where it can."""
-        if path_of(place.node) not in self._own:
+        if op_path(place.node) not in self._own:
             return ""
         constants = Constants(place.node.graph)
         inputs, output = ({}, spec) if place.source is None else ({place.source: spec}, None)
@@ -271,7 +271,7 @@ class _Child:
             note = node.meta[ANNOTATION] = copy.copy(note)
             note.input_qspec_map = dict.fromkeys(note.input_qspec_map)
             note.output_qspec = None
-            self._recipe.changed.add(path_of(node))
+            self._recipe.changed.add(op_path(node))
             return
         if not wanted.by or wanted in self._schemes:
             if wanted in self.refused:
@@ -285,7 +285,7 @@ class _Child:
             return
         note = node.meta[ANNOTATION] = copy.copy(note)
         note.input_qspec_map, note.output_qspec = inputs, output
-        self._recipe.changed.add(path_of(node))
+        self._recipe.changed.add(op_path(node))
 
     def _numbers(self, node: Node, wanted: Wanted, constants: Constants) -> tuple[dict[Node, Any], Any]:
         note = node.meta[ANNOTATION]

@@ -116,15 +116,15 @@ def _shown(value: Any) -> str:
     return "a list" if isinstance(value, list | tuple) else repr(value)[:60]
 
 
-def plain(value: Any) -> Any:
+def plain_settings(value: Any) -> Any:
     """Data for YAML or JSON, without what is at its default; `read` is the inverse."""
     if is_dataclass(value):
         kept = {part.name: getattr(value, part.name) for part in fields(value)}
         usual = {part.name: part.default for part in fields(value)}
-        return {name: plain(item) for name, item in kept.items() if item != usual[name] or type(item) is bool}
+        return {name: plain_settings(item) for name, item in kept.items() if item != usual[name] or type(item) is bool}
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: plain_settings(item) for key, item in value.items()}
+    return [plain_settings(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def schema_of(hint: Any) -> dict[str, Any]:

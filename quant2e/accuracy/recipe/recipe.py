@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from quant2e.accuracy.algorithms.registry import read_algorithms
 from quant2e.accuracy.recipe.differences import recipe_difference
 from quant2e.accuracy.recipe.quantizer import RecipeQuantizer
-from quant2e.accuracy.recipe.reading import Places, plain, read, schema_of
+from quant2e.accuracy.recipe.reading import Places, plain_settings, read, schema_of
 from quant2e.accuracy.recipe.settings import OpSettings, RecipeRule, TensorRule
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.documents.json_text import read_json
@@ -86,7 +86,7 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for YAML or JSON; `from_dict` is its inverse."""
-        data: dict[str, Any] = plain(self)
+        data: dict[str, Any] = plain_settings(self)
         return {"recipe": FORMAT, **data}
 
     def __str__(self) -> str:
@@ -101,12 +101,15 @@ class Recipe:
         made["properties"] |= {"algorithms": algorithms, "recipe": {"const": FORMAT}}
         return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "quant2e recipe", **made}
 
-    def apply(self, quantizer: Quantizer) -> RecipeQuantizer:
+    def apply(self, quantizer: Quantizer) -> Quantizer:
         """A quantizer that asks what this recipe asks, of ``quantizer``'s backend; that one is left as it is.
 
         What the backend cannot honour is in the notes of the report, and in `unmet` before anything runs. Imports are
         to be read by `from_file`. Raises `Quant2eError` for a recipe that still has some.
         """
+        return self._applied(quantizer)
+
+    def _applied(self, quantizer: Quantizer) -> RecipeQuantizer:
         if self.imports:
             raise Quant2eError(f"this recipe imports {self.imports[0]!r}: read it with Recipe.from_file, which does so")
         return RecipeQuantizer(quantizer, self.default, self.rules, self.tensors)
@@ -116,7 +119,7 @@ class Recipe:
 
         Raises `AnnotationError` for rules that name nothing in the model.
         """
-        applied = self.apply(quantizer)
+        applied = self._applied(quantizer)
         prepare_pt2e(model, applied)
         return list(applied.unmet)
 

@@ -34,14 +34,20 @@ def rewritten(spec: Any, asked: OperandSettings, *, activation: bool) -> Any:
     own = _of_ours(spec, asked)
     if asked.dtype is not None and DTYPES[asked.dtype] != own.dtype:
         own = replace(own, dtype=DTYPES[asked.dtype], quant_min=None, quant_max=None)
-    if own.quant_min is None:
-        low, high = INTEGER_BOUNDS[own.dtype]
-        own = replace(own, quant_min=low, quant_max=high)
-    bits = (own.quant_max - own.quant_min).bit_length()
+    low, high = _bounds(own)
+    own = replace(own, quant_min=low, quant_max=high)
+    bits = (high - low).bit_length()
     if spec.is_dynamic:
         return _dynamic_numbers(own, asked, bits)
     made = asked.numbers(bits if bits <= 8 else 16, per_channel=own.qscheme in PER_CHANNEL_SCHEMES)
     return made.applied_to(own)
+
+
+def _bounds(spec: QuantizationSpec) -> tuple[int, int]:
+    """The integers of a spec: its own, or all of its dtype."""
+    if spec.quant_min is None or spec.quant_max is None:
+        return INTEGER_BOUNDS[spec.dtype]
+    return spec.quant_min, spec.quant_max
 
 
 def _dynamic_numbers(spec: Any, asked: OperandSettings, bits: int) -> Any:
@@ -117,13 +123,13 @@ def in_mode(spec: Any, mode: Mode | None, of_backend: Any) -> Any:
     return QuantizationSpec(spec.dtype, observer, low, high, torch.per_tensor_affine, None, mode == "dynamic")
 
 
-def fixed(spec: Any, asked: TensorRule) -> Any:
+def with_given(spec: Any, asked: TensorRule) -> Any:
     """A spec with the scales and zero points of a tensor rule, and of ``spec`` what it does not say."""
     base = spec if asked.numbers is None else rewritten(_static(spec), asked.numbers, activation=False)
     if not asked.scales:
         return base
     base = _of_ours(_static(base), OperandSettings())
-    low, high = INTEGER_BOUNDS[base.dtype] if base.quant_min is None else (base.quant_min, base.quant_max)
+    low, high = _bounds(base)
     if outside := [zero for zero in asked.zero_points if not low <= zero <= high]:
         raise AnnotationError(f"the zero point {outside[0]} is outside of the range [{low}, {high}]")
     by_channel = len(asked.scales) > 1

@@ -21,7 +21,6 @@ from quant2e.observers.measuring import (
     PerChannelMinMaxObserver,
 )
 
-Dtype = Literal["int8", "uint8", "int16"]
 Mode = Literal["static", "dynamic", "weight-only"]
 
 
@@ -35,7 +34,7 @@ class OperandSettings:
     """
 
     bits: int | None = None
-    dtype: Dtype | None = None
+    dtype: Literal["int8", "uint8", "int16"] | None = None
     symmetric: bool | None = None
     granularity: Literal["tensor", "channel", "group", "token"] | None = None
     group_size: int | None = None
@@ -99,8 +98,8 @@ class OperandSettings:
                 kind = MovingAveragePerChannelMinMaxObserver if per_channel else MovingAverageMinMaxObserver
                 return kind.with_args()
         options: dict[str, Any] = {} if self.percentile is None else {"percentile": self.percentile}
-        kind = PerChannelHistogramObserver if per_channel else HistogramObserver
-        return kind.with_args(method=self.method, **options)
+        histogram = PerChannelHistogramObserver if per_channel else HistogramObserver
+        return histogram.with_args(method=self.method, **options)
 
     def numbers(self, bits: int, *, per_channel: bool) -> Numbers:
         """For `Numbers.applied_to`; ``bits`` and ``per_channel``: what the operand has where nothing is asked."""
@@ -134,9 +133,9 @@ class OpSettings:
     """
 
     use: str | None = None
-    mode: Mode | None = None
-    weight: Operand | None = None
-    activation: Operand | None = None
+    mode: Literal["static", "dynamic", "weight-only"] | None = None
+    weight: OperandSettings | Literal["float"] | None = None
+    activation: OperandSettings | Literal["float"] | None = None
 
     def __post_init__(self) -> None:
         if self.use not in (None, "float"):

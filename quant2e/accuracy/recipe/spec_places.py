@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from quant2e.accuracy.recipe.matching import path_of
+from quant2e.accuracy.recipe.matching import op_path
 from quant2e.accuracy.recipe.rewriting import is_plain
 from quant2e.annotation.specs import ANNOTATION, EdgeOrNode
 from quant2e.graph.constants import Constants
@@ -92,7 +92,7 @@ def drop_dangling(model: GraphModule) -> set[str]:
             if gone:
                 place.put(None)
                 changed = True
-                lost.add(path_of(place.node))
+                lost.add(op_path(place.node))
     return lost
 
 
