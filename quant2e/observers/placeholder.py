@@ -83,6 +83,15 @@ class PlaceholderObserver(ObserverBase):
         return f"dtype={self.dtype}, is_dynamic={self.is_dynamic}"
 
 
+def _apply_exactly(module: ObserverBase, fn: Callable[[Tensor], Tensor]) -> None:
+    """Given numbers follow their module to another device, but stay exact when the model becomes half precision."""
+    for name, value in module.named_buffers(recurse=False):
+        moved = fn(value)
+        setattr(module, name, moved if moved.dtype == value.dtype else value.to(moved.device))
+    for child in module.children():
+        child._apply(fn)
+
+
 class FixedQParamsObserver(ObserverBase):
     """Scales and zero points known in advance: per tensor, with ``ch_axis`` per channel, with ``group_size`` per group.
 
@@ -157,12 +166,7 @@ class FixedQParamsObserver(ObserverBase):
         return self.scale, self.zero_point
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Parameters follow their module to another device, but stay exact when the model becomes half precision.
-        for name, value in self.named_buffers(recurse=False):
-            moved = fn(value)
-            setattr(self, name, moved if moved.dtype == value.dtype else value.to(moved.device))
-        for child in self.children():
-            child._apply(fn)
+        _apply_exactly(self, fn)
         return self
 
     def extra_repr(self) -> str:
@@ -212,6 +216,10 @@ class FixedAmaxObserver(ObserverBase):
         """Float32 scales and int64 zero points, which are 0: ``[1]`` or ``[channels]``."""
         amax = self.amax * self.scale_amax
         return self.grid.qparams(-amax, amax)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        _apply_exactly(self, fn)
+        return self
 
     def extra_repr(self) -> str:
         shown = f"{self.amax.item():g}" if self.amax.dim() == 0 else f"of {self.amax.numel()} channels"

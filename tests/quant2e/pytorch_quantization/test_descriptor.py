@@ -174,6 +174,26 @@ def test_a_fixed_amax_of_other_channels_is_an_error():
         quant2e.FixedAmaxObserver(amax=1.0, dtype=torch.int8, is_dynamic=True)
 
 
+def test_a_fixed_amax_stays_exact_in_half_precision():
+    observer = observer_of(QuantDescriptor(axis=0, amax=(0.1, 0.3)))
+    before = observer.calculate_qparams()[0]
+    assert torch.equal(observer.half().calculate_qparams()[0], before)
+
+
+def test_no_kernel_replaces_the_scale_of_an_amax():
+    """torch's kernel knows PT2E's formula only."""
+    options = {"dtype": torch.int8, "quant_min": -128, "quant_max": 127, "qscheme": torch.per_tensor_symmetric}
+    for more in ({"from_amax": True}, {"scale_amax": 0.5}):
+        fused = quant2e.FusedMovingAvgObsFakeQuantize(quant2e.MovingAverageMinMaxObserver, **options, **more)
+        plain = quant2e.FakeQuantize(quant2e.MovingAverageMinMaxObserver, **options, **more)
+        assert torch.equal(fused(X), plain(X))
+        assert torch.equal(fused.scale, plain.scale)
+    with pytest.raises(AnnotationError, match="scale_amax=-1"):
+        quant2e.MinMaxObserver(scale_amax=-1.0)
+    with pytest.raises(AnnotationError, match="from_amax"):
+        quant2e.PerChannelMinMaxObserver(from_amax=True, qscheme=torch.per_channel_affine_float_qparams)
+
+
 # ---------------------------------------------------------------- in graphs
 
 

@@ -188,3 +188,23 @@ def test_widening_far_gives_the_bin_of_zero():
     low, high = torch.tensor([1e-30, -1.0]), torch.tensor([1e-30, 1e30])
     old, new = windows(low[:1], high[:1], 4), windows(low[1:], high[1:], 4)
     assert widen(count(torch.tensor([[1e-30]]), None, old, 4), old, new).tolist() == [[1, 0, 0, 0]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0.0, -0.0, 1.5, -2.0, 1e-3, math.inf, -math.inf, math.nan]), max_size=8), max_size=4
+    )
+)
+def test_skipped_zeros_are_as_if_they_were_not_there(batches):
+    tensors = [torch.tensor(batch) for batch in batches]
+    skipping, counting = Histogram(16, skip_zeros=True), Histogram(16)
+    state = seen(skipping, *tensors)
+    assert same(state, seen(counting, *(x[x != 0] for x in tensors)))
+    assert state.histogram.sum() == state.counts[0] - state.counts[1:].sum()
+    assert same(skipping.merge(seen(skipping, *tensors[:1]), seen(skipping, *tensors[1:])), state)
+
+
+def test_statistics_say_whether_zeros_were_skipped():
+    assert repr(Histogram(8)) == "Histogram(bins=8, axis=None, group_size=None)"
+    assert repr(Histogram(8, skip_zeros=True)) == "Histogram(bins=8, axis=None, group_size=None, skip_zeros=True)"
