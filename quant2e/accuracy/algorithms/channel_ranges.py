@@ -1,4 +1,4 @@
-"""Channel ranges: the largest absolute value that each factor's channels have, in weights and in activations."""
+"""Channel ranges: the largest absolute value of each factor's channels, in weights and activations, and the mean."""
 
 from __future__ import annotations
 
@@ -43,3 +43,25 @@ def activation_ranges(gm: GraphModule, scaling: ChannelScaling, calls: Iterable[
             seen = largest(tensor.abs(), scaling.tensors[name], scaling.count)
             found[name] = torch.maximum(found[name], seen) if name in found else seen
     return found
+
+
+def activation_means(gm: GraphModule, scaling: ChannelScaling, calls: Iterable[Call]) -> dict[str, Tensor]:
+    """The mean absolute value of each factor's channels in the tensors that are read, by their names, over data.
+
+    ``(scaling.count,)`` float64 each, 0 for channels that a tensor does not have; without data none.
+    """
+    values = FloatValues(gm, frozenset(scaling.tensors))
+    sums: dict[str, Tensor] = {}
+    for call in calls:
+        for name, tensor in values.of(call).items():
+            found, labels = torch.broadcast_tensors(*_narrowed(tensor.abs(), scaling.tensors[name]))
+            both = torch.stack([found.flatten(), torch.ones(found.numel(), dtype=torch.float64)])
+            known = sums.setdefault(name, torch.zeros(2, scaling.count, dtype=torch.float64))
+            known.index_add_(1, labels.flatten(), both)
+    return {name: total / count.clamp(min=1.0) for name, (total, count) in sums.items()}
+
+
+def _narrowed(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Means along the axes along which labels do not change."""
+    axes = [axis for axis in range(values.dim()) if labels.size(axis) == 1 and values.size(axis) > 1]
+    return (values.double().mean(axes, keepdim=True) if axes else values.double()).cpu(), labels

@@ -63,6 +63,8 @@ def without_norms(prepared: GraphModule) -> str:
 
 LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (
     ("equalize", without_integer_activations),
+    ("smooth", without_integer_activations),
+    ("awq", with_integer_activations),
     ("correct_bias", without_weights),
     ("reestimate_batch_norm", without_norms),
 )

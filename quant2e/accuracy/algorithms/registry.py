@@ -13,12 +13,14 @@ from dataclasses import fields
 from typing import Any, Literal
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm
+from quant2e.accuracy.algorithms.awq import Awq
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias
 from quant2e.accuracy.algorithms.equalize import Equalize
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm
+from quant2e.accuracy.algorithms.smooth import Smooth
 from quant2e.errors import Quant2eError
 
-_CLASSES: tuple[type[Algorithm], ...] = (Equalize, CorrectBias, ReestimateBatchNorm)
+_CLASSES: tuple[type[Algorithm], ...] = (Equalize, Smooth, Awq, CorrectBias, ReestimateBatchNorm)
 """Every algorithm: a new one is one line here."""
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = {kind.name: kind for kind in _CLASSES}
