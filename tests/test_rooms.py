@@ -46,6 +46,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "quantized_model",
         "accuracy",
         "accuracy/algorithms/layers",
+        "accuracy/algorithms/channels",
         "accuracy/algorithms",
         "accuracy/recipe",
         "accuracy/tuning/space",

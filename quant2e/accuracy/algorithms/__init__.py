@@ -6,7 +6,7 @@ Step by step: the functions below, each of which returns a new graph and leaves 
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
 from quant2e.accuracy.algorithms.awq import Awq, awq
-from quant2e.accuracy.algorithms.channel_scaling import channels_left
+from quant2e.accuracy.algorithms.channels.scaling import channels_left
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias, correct_bias
 from quant2e.accuracy.algorithms.equalize import Equalize, equalize
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm, reestimate_batch_norm

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
-from quant2e.accuracy.algorithms.channel_moves import move
-from quant2e.accuracy.algorithms.channel_ranges import activation_means
-from quant2e.accuracy.algorithms.channel_scaling import channel_scaling
-from quant2e.accuracy.algorithms.scale_search import Split, balanced, choose, chosen_factors, logs_of
+from quant2e.accuracy.algorithms.channels.moves import move
+from quant2e.accuracy.algorithms.channels.ranges import activation_means
+from quant2e.accuracy.algorithms.channels.scaling import channel_scaling
+from quant2e.accuracy.algorithms.channels.search import Split, balanced, choose_scales, chosen_factors, logs_of
 from quant2e.accuracy.algorithms.smooth import calls_of
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.errors import Quant2eError
@@ -75,6 +75,6 @@ def _awq(model: GraphModule, quantizer: Quantizer, calls: Sequence[Call], settin
         return balanced(-exponent * means, scaling)
 
     exponents = [(step + 1) / settings.steps for step in range(settings.steps)]
-    choices = choose(model, quantizer, data, exponents, factors)
+    choices = choose_scales(model, quantizer, data, exponents, factors)
     move(model, scaling, chosen_factors(scaling, choices, factors))
     return [str(choice) for choice in choices]

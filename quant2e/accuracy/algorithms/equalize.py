@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
-from quant2e.accuracy.algorithms.channel_moves import move
-from quant2e.accuracy.algorithms.channel_ranges import activation_ranges, largest, scaled
-from quant2e.accuracy.algorithms.channel_scaling import ChannelGroup, ChannelScaling, channel_scaling
+from quant2e.accuracy.algorithms.channels.moves import move
+from quant2e.accuracy.algorithms.channels.ranges import activation_ranges, largest, scaled
+from quant2e.accuracy.algorithms.channels.scaling import ChannelGroup, ChannelScaling, channel_scaling
 from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.calls import Call

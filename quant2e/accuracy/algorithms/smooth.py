@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
-from quant2e.accuracy.algorithms.channel_moves import move
-from quant2e.accuracy.algorithms.channel_ranges import activation_ranges, largest
-from quant2e.accuracy.algorithms.channel_scaling import ChannelScaling, channel_scaling
-from quant2e.accuracy.algorithms.inserted_factors import drop_unused, insert_factors
-from quant2e.accuracy.algorithms.scale_search import Split, balanced, choose, chosen_factors, logs_of
+from quant2e.accuracy.algorithms.channels.inserted import drop_unused, insert_factors
+from quant2e.accuracy.algorithms.channels.moves import move
+from quant2e.accuracy.algorithms.channels.ranges import activation_ranges, largest
+from quant2e.accuracy.algorithms.channels.scaling import ChannelScaling, channel_scaling
+from quant2e.accuracy.algorithms.channels.search import Split, balanced, choose_scales, chosen_factors, logs_of
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.errors import CalibrationError, Quant2eError
@@ -49,9 +49,7 @@ class Smooth(Algorithm):
     insert: bool = False
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and not (
-            isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool) and 0.0 <= self.alpha <= 1.0
-        ):
+        if self.alpha is not None and (isinstance(self.alpha, bool) or not 0.0 <= self.alpha <= 1.0):
             raise Quant2eError(f"smooth: alpha={self.alpha!r}: a number from 0 to 1, or None to choose it on data")
         if self.insert and self.alpha is not None:
             raise Quant2eError("smooth: insert=True needs alpha=None: whether a multiplication pays is measured")
@@ -101,7 +99,7 @@ def _smooth(model: GraphModule, quantizer: Quantizer, calls: Sequence[Call], set
         factors = made(float(settings.alpha))
         lines = [f"{group}: {group.channels.numel()} channels, exponent {settings.alpha:g}" for group in scaling.groups]
     else:
-        choices = choose(model, quantizer, data, ALPHAS, made)
+        choices = choose_scales(model, quantizer, data, ALPHAS, made)
         factors, lines = chosen_factors(scaling, choices, made), [str(choice) for choice in choices]
     move(model, scaling, factors)
     drop_unused(model, inserted)

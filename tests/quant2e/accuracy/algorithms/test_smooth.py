@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import quant2e
-from quant2e.accuracy.algorithms.channel_scaling import channel_scaling
+from quant2e.accuracy.algorithms.channels.scaling import channel_scaling
 from quant2e.accuracy.algorithms.smooth import Smooth, smooth
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.errors import CalibrationError, CaptureError, Quant2eError

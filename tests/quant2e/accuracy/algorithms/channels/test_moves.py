@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import quant2e
-from quant2e.accuracy.algorithms.channel_moves import move
-from quant2e.accuracy.algorithms.channel_scaling import channel_scaling
+from quant2e.accuracy.algorithms.channels.moves import move
+from quant2e.accuracy.algorithms.channels.scaling import channel_scaling
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.graph.captured.capture import as_graph_module
 from tests.quant2e.accuracy.algorithms.generated_nets import nets

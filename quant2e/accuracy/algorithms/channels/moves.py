@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from quant2e.accuracy.algorithms.channel_rules import clamp_bounds
-from quant2e.accuracy.algorithms.channel_scaling import ChannelScaling
-from quant2e.accuracy.algorithms.channel_walk import Parameter
+from quant2e.accuracy.algorithms.channels.rules import clamp_bounds
+from quant2e.accuracy.algorithms.channels.scaling import ChannelScaling
+from quant2e.accuracy.algorithms.channels.walk import Parameter
 from quant2e.graph.attributes import free_path, replace_tensor, tensor_at
 from quant2e.graph.dataflow import operand, set_operand
 from quant2e.graph.edit import emit, emit_constant, emit_read, take_over

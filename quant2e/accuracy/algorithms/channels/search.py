@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quant2e.accuracy.algorithms.channel_moves import move
-from quant2e.accuracy.algorithms.channel_scaling import ChannelGroup, ChannelScaling, channel_scaling
+from quant2e.accuracy.algorithms.channels.moves import move
+from quant2e.accuracy.algorithms.channels.scaling import ChannelGroup, ChannelScaling, channel_scaling
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.calibrate import calibrate
@@ -44,7 +44,7 @@ Factors = Callable[[float], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ScaleChoice:
     """The exponent that was chosen for a group, with the error of its layers without factors and with them."""
 
     group: ChannelGroup
@@ -77,9 +77,9 @@ class Split:
         )
 
 
-def choose(
+def choose_scales(
     model: GraphModule, quantizer: Quantizer, data: Split, exponents: Sequence[float], factors: Factors
-) -> tuple[Choice, ...]:
+) -> tuple[ScaleChoice, ...]:
     """For each group of ``model`` the best of ``exponents``, where it pays; ``model`` stays as it is.
 
     Raises the errors of preparation and calibration.
@@ -96,7 +96,7 @@ def choose(
         least = own.made if inserted else min(own.made, *(each.made for each in errors.values()))
         before, after = own.read + least, best.total
         if after < before * (INSERTED_PAYS if inserted else PAYS):
-            found.append(Choice(group, exponent, before, after))
+            found.append(ScaleChoice(group, exponent, before, after))
     return tuple(found)
 
 
@@ -120,7 +120,7 @@ def is_inserted(model: GraphModule, group: ChannelGroup) -> bool:
     return any(node.name in group.makers and INSERTED in node.meta for node in model.graph.nodes)
 
 
-def chosen_factors(scaling: ChannelScaling, choices: Sequence[Choice], factors: Factors) -> Tensor:
+def chosen_factors(scaling: ChannelScaling, choices: Sequence[ScaleChoice], factors: Factors) -> Tensor:
     """The factors of all groups together; 1 for those that were not chosen."""
     made = torch.ones(scaling.count, dtype=torch.float64)
     for each in choices:

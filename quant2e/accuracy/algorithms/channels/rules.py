@@ -19,9 +19,9 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from quant2e.accuracy.algorithms.channel_labels import Labels, aligned, moved, split_labels, tidy
-from quant2e.accuracy.algorithms.channel_layers import LAYERS, plus, times, times_constant
-from quant2e.accuracy.algorithms.channel_walk import Walk
+from quant2e.accuracy.algorithms.channels.labels import Labels, aligned, moved, split_labels, tidy
+from quant2e.accuracy.algorithms.channels.layers import LAYERS, plus, times, times_constant
+from quant2e.accuracy.algorithms.channels.walk import Walk
 from quant2e.graph.data_movement import Effect, movement
 from quant2e.graph.dataflow import SHAPE_READERS, literal, operand
 from quant2e.graph.effects import is_in_place, trains

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from quant2e.accuracy.algorithms.channel_scaling import ChannelScaling
-from quant2e.accuracy.algorithms.channel_walk import Strength
+from quant2e.accuracy.algorithms.channels.scaling import ChannelScaling
+from quant2e.accuracy.algorithms.channels.walk import Strength
 from quant2e.accuracy.shadow import FloatValues
 from quant2e.graph.captured.calls import Call
 

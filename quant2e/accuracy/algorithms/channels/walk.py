@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from quant2e.accuracy.algorithms.channel_labels import Labels, aligned, tidy
+from quant2e.accuracy.algorithms.channels.labels import Labels, aligned, tidy
 from quant2e.graph.attributes import attribute, tensor_at
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.control_flow import graphs_of
@@ -75,7 +75,7 @@ class Stop:
 
 
 class Walk:
-    """The state of one pass; the rules are in `channel_rules` and `channel_layers`."""
+    """The state of one pass; the rules are in `rules` and `layers`, beside it."""
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm

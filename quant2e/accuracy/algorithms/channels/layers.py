@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from quant2e.accuracy.algorithms.channel_labels import Labels, aligned, along, on_axis, tidy
-from quant2e.accuracy.algorithms.channel_walk import FactorTerm, Parameter, Strength, Walk
+from quant2e.accuracy.algorithms.channels.labels import Labels, aligned, along, on_axis, tidy
+from quant2e.accuracy.algorithms.channels.walk import FactorTerm, Parameter, Strength, Walk
 from quant2e.graph.dataflow import operand
 from quant2e.graph.effects import trains
 from quant2e.graph.fake_values import shape_of

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from quant2e.accuracy.algorithms.channel_scaling import channel_scaling
-from quant2e.accuracy.algorithms.scale_search import INSERTED
+from quant2e.accuracy.algorithms.channels.scaling import channel_scaling
+from quant2e.accuracy.algorithms.channels.search import INSERTED
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit, emit_constant

@@ -2,8 +2,9 @@
 
     conv(relu(conv(x, w, b)), v)  =  conv(relu(conv(x, s·w, s·b)), v/s)          s > 0, one for each channel between
 
-Every factor is a class of labels (`channel_walk`) that nothing stops: the rows of all that makes these channels, the
-columns of all that reads them, and what lies between. The analysis changes nothing; `channel_moves` puts factors in.
+Every factor is a class of labels (`quant2e.accuracy.algorithms.channels.walk`) that nothing stops: the rows of all that
+makes these channels, the columns of all that reads them, and what lies between. The analysis changes nothing; `move`
+puts factors in.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from quant2e.accuracy.algorithms.channel_rules import label
-from quant2e.accuracy.algorithms.channel_walk import FactorTerm, Parameter, Strength, Walk
+from quant2e.accuracy.algorithms.channels.rules import label
+from quant2e.accuracy.algorithms.channels.walk import FactorTerm, Parameter, Strength, Walk
 from quant2e.errors import where
 from quant2e.graph.captured.capture import as_graph_module
 
