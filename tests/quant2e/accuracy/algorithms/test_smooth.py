@@ -35,7 +35,8 @@ def sqnr(model: nn.Module, data: list[torch.Tensor], quantizer: object) -> float
     return found
 
 
-@pytest.mark.parametrize("make", [x86, pytest.param(xnnpack, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [x86, xnnpack])
 def test_hard_transformers_are_as_good_as_soft_ones(make):
     data = tokens()
     soft, hard = (quant2e.capture(transformer(hard=hard), (data[0],)) for hard in (False, True))
