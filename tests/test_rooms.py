@@ -47,6 +47,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "accuracy",
         "accuracy/algorithms/layers",
         "accuracy/algorithms/channels",
+        "accuracy/algorithms/rounding",
         "accuracy/algorithms",
         "accuracy/recipe",
         "accuracy/tuning/space",

@@ -9,11 +9,16 @@ from quant2e.accuracy.algorithms.awq import Awq, awq
 from quant2e.accuracy.algorithms.channels.scaling import channels_left
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias, correct_bias
 from quant2e.accuracy.algorithms.equalize import Equalize, equalize
+from quant2e.accuracy.algorithms.fit_weight_ranges import FittedWeightRanges, fit_weight_ranges
+from quant2e.accuracy.algorithms.gptq import GPTQ, gptq
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm, reestimate_batch_norm
 from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read_algorithms
+from quant2e.accuracy.algorithms.round_adaptively import AdaptiveRounding, round_adaptively
 from quant2e.accuracy.algorithms.smooth import Smooth, smooth
 
 __all__ = [
+    "GPTQ",
+    "AdaptiveRounding",
     "Algorithm",
     "AlgorithmItem",
     "Algorithms",
@@ -21,6 +26,7 @@ __all__ = [
     "Context",
     "CorrectBias",
     "Equalize",
+    "FittedWeightRanges",
     "ReestimateBatchNorm",
     "Smooth",
     "Stage",
@@ -28,7 +34,10 @@ __all__ = [
     "channels_left",
     "correct_bias",
     "equalize",
+    "fit_weight_ranges",
+    "gptq",
     "read_algorithms",
     "reestimate_batch_norm",
+    "round_adaptively",
     "smooth",
 ]

@@ -44,7 +44,7 @@ from quant2e.accuracy.algorithms.layers.samples import (
     note_step,
     read_samples,
 )
-from quant2e.accuracy.algorithms.lock_step import BatchRun, in_lock_step
+from quant2e.accuracy.lock_step import BatchRun, in_lock_step
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.calls import Call

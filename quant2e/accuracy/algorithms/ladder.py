@@ -65,6 +65,8 @@ LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (
     ("equalize", without_integer_activations),
     ("smooth", without_integer_activations),
     ("awq", with_integer_activations),
+    ("fit_weight_ranges", without_weights),
+    ("gptq", without_few_bits),
     ("correct_bias", without_weights),
     ("reestimate_batch_norm", without_norms),
 )

@@ -38,7 +38,7 @@ from quant2e.accuracy.algorithms.layers.samples import (
 )
 from quant2e.accuracy.algorithms.layers.scaled_weights import scale_weight, takes_factors
 from quant2e.accuracy.algorithms.layers.trained_norms import reestimate_trained_norms
-from quant2e.accuracy.algorithms.lock_step import BatchRun, in_lock_step
+from quant2e.accuracy.lock_step import BatchRun, in_lock_step
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.errors import Quant2eError
 from quant2e.graph.captured.calls import Call

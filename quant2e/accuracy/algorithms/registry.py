@@ -16,11 +16,23 @@ from quant2e.accuracy.algorithms.algorithm import Algorithm
 from quant2e.accuracy.algorithms.awq import Awq
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias
 from quant2e.accuracy.algorithms.equalize import Equalize
+from quant2e.accuracy.algorithms.fit_weight_ranges import FittedWeightRanges
+from quant2e.accuracy.algorithms.gptq import GPTQ
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm
+from quant2e.accuracy.algorithms.round_adaptively import AdaptiveRounding
 from quant2e.accuracy.algorithms.smooth import Smooth
 from quant2e.errors import Quant2eError
 
-_CLASSES: tuple[type[Algorithm], ...] = (Equalize, Smooth, Awq, CorrectBias, ReestimateBatchNorm)
+_CLASSES: tuple[type[Algorithm], ...] = (
+    Equalize,
+    Smooth,
+    Awq,
+    FittedWeightRanges,
+    GPTQ,
+    AdaptiveRounding,
+    CorrectBias,
+    ReestimateBatchNorm,
+)
 """Every algorithm: a new one is one line here."""
 
 ALGORITHMS: Mapping[str, type[Algorithm]] = {kind.name: kind for kind in _CLASSES}

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from quant2e import AnnotationError
-from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from quant2e.graph.module_paths import plain_path
+from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from quantizers.settings.module_names import targets_of, type_name
 from tests.quantizers.models import IMAGE, ROWS, Of, Residual, annotated, reasons
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from quant2e import AnnotationError, FusedMovingAvgObsFakeQuantize, PerAxis, PerGroup, PerTensor, quantize
+from quant2e.accuracy.recipe.schemes import Numbers, Scheme
 from quant2e.observers.measuring import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from quantizers import (
     ConfigurableQuantizer,
@@ -16,7 +17,6 @@ from quantizers import (
     get_symmetric_quantization_config,
     recipe,
 )
-from quant2e.accuracy.recipe.schemes import Numbers, Scheme
 from tests.quantizers.models import ROWS, annotations
 from tests.quantizers.settings.test_module_names import Stack
 

@@ -7,8 +7,8 @@ from torch import nn
 from quant2e import capture
 from quant2e.annotation.specs import ANNOTATION
 from quant2e.graph.captured.module import copy_graph
-from quantizers import XNNPACKQuantizer
 from quant2e.graph.module_paths import enclosing_paths
+from quantizers import XNNPACKQuantizer
 from tests.quantizers.models import ROWS, annotated
 
 transformers = pytest.importorskip("transformers")
