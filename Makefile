@@ -16,11 +16,13 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 COVERAGE := 85
 
-.PHONY: help install demo lint format test test-all clean
+.PHONY: help install demo lint format test test-all fuzz mutants clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo "make test-all  make test, and the tests marked slow, with coverage: long, and they rarely break. Run it before you land"
+	@echo "make fuzz    programs that nobody wrote, for HOURS=1 or MINUTES=10, with SEED=1; the counts go to FUZZ_OUT=fuzz_counts.md"
+	@echo "make mutants plants bugs in a copy of the tree, one at a time, and says which test found each (half an hour)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove the environment and everything generated"
@@ -67,5 +69,15 @@ test test-all: $(INSTALLED)
 	[ $$lint = 0 ] || echo "==> lint failed: see above the tests"; \
 	[ $$lint = 0 ] && [ $$tests = 0 ]
 
+HOURS ?= 1
+MINUTES ?= $(shell echo $$(( $(HOURS) * 60 )))
+SEED ?= 1
+FUZZ_OUT ?= fuzz_counts.md
+fuzz: $(INSTALLED)
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m tests.fuzz --minutes $(MINUTES) --seed $(SEED) --out $(FUZZ_OUT)
+
+mutants: $(INSTALLED)
+	@$(BIN)/python -m tests.mutants
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) fuzz_counts.md build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output

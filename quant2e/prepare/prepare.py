@@ -29,6 +29,7 @@ from quant2e.observers.base import is_observer_call
 from quant2e.observers.derived import DerivedFakeQuantize
 from quant2e.observers.fake_quant import FakeQuantizeBase
 from quant2e.passes import run
+from quant2e.passes.dead_code import remove_dead_code
 from quant2e.passes.empty_operands import drop_empty_operands
 from quant2e.passes.fold_batch_norm import fold_batch_norm
 from quant2e.passes.train_batch_norm import FUSED, begin, norms_behind_products
@@ -88,6 +89,7 @@ def _prepared(own: CapturedModule, quantizer: Quantizer, *, training: bool) -> G
         for node in gm.graph.nodes:
             node.meta.pop(ANNOTATION, None)
     set_all_detached(gm, False)  # quantizers look across the borders of regions without gradients
+    run(gm, (remove_dead_code,), compiled=False)  # a reader whose result nothing reads would keep ops from being fused
     ops, float_bytes, inputs = list_float_ops(gm), tensor_bytes(gm), own.inputs
 
     def prepare_body(body: GraphModule) -> GraphModule:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 Shape = tuple[int, ...]
 
@@ -33,6 +34,10 @@ class RandomWeight:
     shape: Shape
     fan_in: int = 1
     role: str = "weight"
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Its values; what is no `nn.Parameter` becomes a buffer."""
+        return nn.Parameter(torch.randn(self.shape, generator=generator) / math.sqrt(self.fan_in))
 
     def __str__(self) -> str:
         return f"{self.role}{list(self.shape)}"
@@ -62,6 +67,12 @@ class Step:
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The name of an op without its namespace, or of a function."""
+        named = isinstance(self.target, OpOverload)
+        return str(self.target).removeprefix("aten.") if named else getattr(self.target, "__name__", str(self.target))
 
     def refs(self) -> Iterator[int]:
         """Numbers of the values it reads, as often as it reads them."""
@@ -115,7 +126,7 @@ class Program:
     def __str__(self) -> str:
         lines = [f"x{i}: {given}" for i, given in enumerate(self.inputs)]
         for number, step in enumerate(self.steps):
-            target = str(step.target).removeprefix("aten.")
+            target = step.name
             parts = [self._spelled(a) for a in step.args] + [f"{k}={self._spelled(v)}" for k, v in step.kwargs]
             lines.append(f"v{number} = {target}({', '.join(parts)})")
         return "\n".join([*lines, f"return {', '.join(map(self._name, self.outputs))}"])
@@ -126,7 +137,9 @@ class Program:
     def _spelled(self, item: Any) -> str:
         if isinstance(item, tuple | list):
             return f"[{', '.join(map(self._spelled, item))}]"
-        return self._name(item.index) if isinstance(item, Ref) else str(item)
+        if isinstance(item, Ref):
+            return self._name(item.index)
+        return str(item) if isinstance(item, RandomWeight) else repr(item)
 
     def smaller(self, shapes: Sequence[Shape | None]) -> Iterator[Program]:
         """Programs with one output only, or one step less; the result of a step that goes becomes an input.
@@ -155,7 +168,9 @@ class Program:
         )
         # What the step read is returned in its place, or nothing would be left of a chain without its last op.
         left = [i for out in self.outputs for i in (self.steps[number].refs() if out == old else (out,))]
-        grown = Program((*self.inputs, Given(shape)), steps, tuple(dict.fromkeys(map(moved, left))))
+        grown = replace(
+            self, inputs=(*self.inputs, Given(shape)), steps=steps, outputs=tuple(dict.fromkeys(map(moved, left)))
+        )
         return grown._pruned(grown.outputs)
 
     def _pruned(self, outputs: tuple[int, ...]) -> Program:
@@ -172,7 +187,7 @@ class Program:
             if len(self.inputs) + number in needed
         )
         inputs = tuple(given for i, given in enumerate(self.inputs) if i in needed)
-        return Program(inputs, steps, tuple(place[i] for i in outputs if i in place))
+        return replace(self, inputs=inputs, steps=steps, outputs=tuple(place[i] for i in outputs if i in place))
 
 
 class _Module(nn.Module):
@@ -183,12 +198,15 @@ class _Module(nn.Module):
         for number, step in enumerate(program.steps):
             for place, item in enumerate(_leaves((step.args, tuple(v for _, v in step.kwargs)))):
                 if isinstance(item, RandomWeight):
-                    values = torch.randn(item.shape, generator=generator) / math.sqrt(item.fan_in)
-                    self.register_parameter(f"{item.role}_{number}_{place}", nn.Parameter(values))
+                    name, values = f"{item.role}_{number}_{place}", item.sample(generator)
+                    if isinstance(values, nn.Parameter):
+                        self.register_parameter(name, values)
+                    else:
+                        self.register_buffer(name, values)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         values: list[Any] = list(inputs)
-        parameters: Mapping[str, Tensor] = dict(self.named_parameters())
+        parameters: Mapping[str, Tensor] = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         for number, step in enumerate(self._program.steps):
             values.append(_named_weights(step, number, parameters).call(lambda ref: values[ref.index]))
         return tuple(values[i] for i in self._program.outputs)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quant2e.errors import AnnotationError, CalibrationError
 from quant2e.graph.qdq_ops import qd
-from quant2e.observers.straight_through import fake_quantize, learned_fake_quantize
+from quant2e.observers.straight_through import fake_quantize, learned_fake_quantize, round_to_grid
 
 RANGES = [(-128, 127), (-127, 127), (0, 255), (0, 127), (-8, 7), (0, 15)]
 
@@ -200,3 +200,11 @@ def test_learning_a_step_finds_a_better_one():
         error().backward()
         optimizer.step()
     assert error().item() < 0.75 * before
+
+
+def test_the_grid_of_an_accumulator_is_met_at_the_nearest_multiples_ties_to_even():
+    steps = torch.tensor([0.4, 0.6, 1.5, 2.5, -0.4, -0.6, -1.5, 7.0])
+    nearest = torch.tensor([0.0, 1.0, 2.0, 2.0, 0.0, -1.0, -2.0, 7.0])
+    assert torch.equal(round_to_grid(steps * 0.25, torch.tensor([0.25])), nearest * 0.25)
+    scales = 2.0 ** -torch.arange(8)
+    assert torch.equal(round_to_grid(steps * scales, scales), nearest * scales)

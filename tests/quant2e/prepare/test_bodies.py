@@ -119,7 +119,16 @@ def shared(gm):
     node.args = (node.args[0], node.args[1], node.args[1], node.args[3])
     with gm.graph.inserting_after(node):
         again = gm.graph.node_copy(node)
-    again.meta["val"] = node.meta["val"]
+    (part,) = node.users
+    with gm.graph.inserting_after(part):
+        total = gm.graph.call_function(torch.ops.aten.add.Tensor, (part, part))
+    part.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    with gm.graph.inserting_after(again):
+        other = gm.graph.node_copy(part)
+    other.args = (again, *part.args[1:])
+    total.args = (part, other)
+    for copied, source in ((again, node), (other, part), (total, part)):
+        copied.meta["val"] = source.meta["val"]
     gm.recompile()
 
 

@@ -25,6 +25,7 @@ from quant2e.observers.base import OBSERVER_PREFIX
 from quant2e.observers.measuring import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.report.record import record_of
+from quantizers import XNNPACKQuantizer
 from tests.quant2e.annotators import ACT, DYNAMIC, NOTHING, WEIGHT, WEIGHT_PER_TENSOR, Annotate, aten, on, products
 
 
@@ -579,3 +580,22 @@ def test_a_transform_may_rebuild_the_graph():
     converted = convert_pt2e(prepared)
     assert torch.allclose(converted(x), torch.full((2, 4), 3.0), atol=0.02)
     assert torch.equal(model.total, torch.ones(2, 4))
+
+
+def test_what_nothing_reads_is_gone_before_the_quantizer_looks():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            -y  # noqa: B018
+            return y.relu()
+
+    captured = capture(Model().eval(), (torch.randn(1, 4, 6, 6),))
+    prepared = prepare_pt2e(captured, XNNPACKQuantizer().set_global("w8a8"))
+    names = [node.name for node in prepared.graph.nodes]
+    assert "neg" in {node.name for node in captured.graph.nodes}
+    assert "neg" not in names
+    assert prepared.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)[0].args[0].name == "conv2d"

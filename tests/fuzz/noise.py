@@ -1,0 +1,102 @@
+"""A model of noise: what uniform rounding errors, one for each number that is rounded, do to a graph's results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
+
+DRAWS = 4
+
+SAFETY = 2.0
+"""The errors' amplitude may be this many times the model's."""
+
+
+class Rounding(Interpreter):
+    """Runs a Q/DQ graph in which nothing is rounded: every number between its bounds keeps its fraction.
+
+    With a generator, each is moved by as much as rounding may move it: uniformly by up to half a step. So are the
+    weights, whose integers stand for any float that rounds to them.
+    """
+
+    def __init__(self, gm: GraphModule, generator: torch.Generator | None) -> None:
+        super().__init__(gm)
+        self._generator = generator
+        self._constants: dict[str, Tensor] = {}
+
+    def run_node(self, n: Node) -> Any:
+        if n.target in QUANTIZE:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return self._quantized(n.target, args, kwargs)
+        if n.target in DEQUANTIZE:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            if args[0].is_floating_point():
+                return args[0]
+            exact = super().run_node(n)
+            source = n.args[0].name if isinstance(n.args[0], Node) else n.name
+            if source not in self._constants:
+                self._constants[source] = (
+                    exact if self._generator is None else self._moved(exact, _step(n.target, args, kwargs, args[0]))
+                )
+            return self._constants[source].view(exact.shape)
+        return super().run_node(n)
+
+    def _quantized(self, target: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        x = args[0]
+        integers = target(*args, **kwargs)
+        undone = _UNDO[target]
+        low, high = (undone(torch.full_like(integers, int(args[i])), *args[1:]) for i in _bounds_of(args))
+        x = torch.minimum(torch.maximum(x, low), high)
+        return x if self._generator is None else self._moved(x, _step(undone, (integers, *args[1:]), {}, integers))
+
+    def _moved(self, x: Tensor, step: Tensor) -> Tensor:
+        return x + step * (torch.rand(x.shape, generator=self._generator) - 0.5)
+
+
+_UNDO = {
+    getattr(getattr(qd, f"quantize_{kind}"), overload): getattr(getattr(qd, f"dequantize_{kind}"), overload)
+    for kind, overload in (("per_tensor", "default"), ("per_tensor", "tensor"), ("per_channel", "default"))
+}
+
+
+def _bounds_of(args: tuple[Any, ...]) -> tuple[int, int]:
+    """Where the smallest and the largest integer stand: the last two before the dtype."""
+    return len(args) - 3, len(args) - 2
+
+
+def _step(dequantize: Any, args: tuple[Any, ...], kwargs: Any, like: Tensor) -> Tensor:
+    """The step of each number: the difference that one integer makes."""
+    zeros = torch.zeros_like(like)
+    one: Tensor = dequantize(zeros + 1, *args[1:], **kwargs) - dequantize(zeros, *args[1:], **kwargs)
+    return one
+
+
+def understood(gm: GraphModule) -> bool:
+    """Whether every quantize op of the graph is one that the model of noise has."""
+    targets = {node.target for node in gm.graph.nodes}
+    return not (targets & QUANTIZE) - set(_UNDO) and not any(
+        node.op == "get_attr" and isinstance(getattr(gm, str(node.target), None), GraphModule)
+        for node in gm.graph.nodes
+    )
+
+
+def predicted(gm: GraphModule, inputs: tuple[Tensor, ...], seed: int = 0) -> list[float]:
+    """The power of the noise of each float output, summed over its elements; the mean of a few draws."""
+    smooth = _floats(gm, inputs, None)
+    total = [0.0] * len(smooth)
+    for draw in range(DRAWS):
+        noisy = _floats(gm, inputs, torch.Generator().manual_seed(seed + draw))
+        for place, (a, b) in enumerate(zip(smooth, noisy, strict=True)):
+            total[place] += float((a - b).double().square().sum()) / DRAWS
+    return total
+
+
+def _floats(gm: GraphModule, inputs: tuple[Tensor, ...], generator: torch.Generator | None) -> list[Tensor]:
+    with torch.no_grad():
+        found = Rounding(gm, generator).run(*(x.clone() for x in inputs), enable_io_processing=False)
+    return [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
