@@ -72,7 +72,7 @@ class Step:
     def name(self) -> str:
         """The name of an op without its namespace, or of a function."""
         named = isinstance(self.target, OpOverload)
-        return str(self.target).removeprefix("aten.") if named else getattr(self.target, "__name__", str(self.target))
+        return str(self.target).removeprefix("aten.") if named else str(getattr(self.target, "__name__", self.target))
 
     def refs(self) -> Iterator[int]:
         """Numbers of the values it reads, as often as it reads them."""

@@ -95,7 +95,7 @@ def judge(tree: Path, mutant: Mutant) -> Verdict:
         status, said = run_tests(tree, mutant.tests, "-x")
     finally:
         (tree / mutant.file).write_text(before, encoding="utf-8")
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.MULTILINE)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
     killed = status is None or (status == 1 and bool(failed))
     killer = f"no end after {LIMIT} s" if status is None else failed[0] if killed else said.strip().splitlines()[-1]
     return Verdict(mutant, killed, killer, time.monotonic() - began)
