@@ -60,6 +60,9 @@ def test_it_is_mended(names):
     assert better.sqnr_db > result.sqnr_db
     assert also_better.sqnr_db > result.sqnr_db + 15.0
     assert names["equalized"].report.sqnr_db > result.sqnr_db + 13.0
+    assert names["mended"].report.sqnr_db >= max(names["equalized"].report.sqnr_db, result.sqnr_db + 13.0)
+    assert {step.name: step.outcome for step in names["mended"].report.algorithms}["equalize"] == "kept"
+    assert quant2e.report_of(names["converted"]).algorithms[-1].changes
     assert set(names["channels_left"](names["captured"])) == {"linear_3"}
 
 
