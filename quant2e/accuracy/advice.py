@@ -27,7 +27,7 @@ def advice(node: Node, sums: Powers) -> str:
     weights = [root for source in node.all_input_nodes if (root := _quantized_constant(source)) is not None]
     if weights and sums.weights >= sums.rounding:
         if any(source.target in _PER_TENSOR for source in weights):
-            return "its weight has one scale: give it one for each channel"
+            return "its weight has one scale: give it one for each channel, or move the spread away (equalize)"
         return "its weight needs more bits, or the op stays float"
     if sums.own < _NEGLIGIBLE * sums.signal:
         return ""
@@ -35,7 +35,10 @@ def advice(node: Node, sums: Powers) -> str:
         return "few values own its range: look at the data (quant2e.check_data), or leave what reads it float"
     if any(map(_is_dynamic, node.all_input_nodes)):
         return "leave it float, or give activations more bits"
-    return "leave it float, find its scale at run time (a dynamic configuration), or give activations more bits"
+    return (
+        "move its outlier channels into the weights behind it (equalize, smooth), find its scale at run time (a dynamic "
+        "configuration), leave it float, or give activations more bits"
+    )
 
 
 def _is_dynamic(source: Node) -> bool:

@@ -93,11 +93,16 @@ def _smooth(model: GraphModule, quantizer: Quantizer, calls: Sequence[Call], set
     inserted = insert_factors(model) if settings.insert else ()
     scaling, data = channel_scaling(model), Split.of(calls)
     made = _Factors(model, scaling, data.fit)
+    lines: list[str] = []
     if not scaling.groups:
-        lines, factors = [], torch.ones(scaling.count)
+        factors = torch.ones(scaling.count)
     elif settings.alpha is not None:
         factors = made(float(settings.alpha))
-        lines = [f"{group}: {group.channels.numel()} channels, exponent {settings.alpha:g}" for group in scaling.groups]
+        for group in scaling.groups:
+            if scaling.clamped(group):  # bounds for each channel are ops of their own, and nothing says that they pay
+                factors[group.channels] = 1.0
+            else:
+                lines.append(f"{group}: {group.channels.numel()} channels, exponent {settings.alpha:g}")
     else:
         choices = choose_scales(model, quantizer, data, ALPHAS, made)
         factors, lines = chosen_factors(scaling, choices, made), [str(choice) for choice in choices]

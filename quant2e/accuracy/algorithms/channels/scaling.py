@@ -76,7 +76,7 @@ def channel_scaling(gm: GraphModule) -> ChannelScaling:
     with torch.no_grad():
         for node in gm.graph.nodes:
             label(walk, node)
-    number, reasons = _numbers(walk)
+    number, stopped = _numbers(walk)
     parameters = tuple(_numbered(parameter, number) for parameter in walk.parameters.values())
     strengths = tuple(
         replace(each, makes=number[each.makes], reads=None if each.reads is None else number[each.reads])
@@ -93,7 +93,7 @@ def channel_scaling(gm: GraphModule) -> ChannelScaling:
             x.name: number[labels] for x, labels in sources.items() if labels is not None and number[labels].any()
         },
         groups=tuple(_groups(strengths, count)),
-        left=dict(_left(walk, number, reasons)),
+        left=dict(_left(walk, number, stopped)),
     )
 
 
@@ -105,8 +105,8 @@ def channels_left(captured: GraphModule) -> Mapping[str, str]:
     return channel_scaling(as_graph_module(captured)).left
 
 
-def _numbers(walk: Walk) -> tuple[Tensor, dict[int, str]]:
-    """The number of the factor of each label; and for labels that are stopped why, by the class of the label."""
+def _numbers(walk: Walk) -> tuple[Tensor, Tensor]:
+    """The number of the factor of each label; and the place among ``walk.stops`` of what stops it, -1 for nothing."""
     total = next(walk._count)
     classes = torch.arange(total)
     pairs = torch.cat(walk.joined, 1) if walk.joined else torch.zeros(2, 0, dtype=torch.int64)
@@ -121,16 +121,16 @@ def _numbers(walk: Walk) -> tuple[Tensor, dict[int, str]]:
             break
     stopped = torch.zeros(total, dtype=torch.bool)
     stopped[0] = True
-    reasons: dict[int, str] = {0: "it is joined with a tensor that takes no factor"}
-    for stop in walk.stops:
-        for each in classes[stop.labels].unique().tolist():
-            stopped[each] = True
-            if stop.why:
-                reasons.setdefault(each, f"{where(stop.node)}: {stop.why}")
+    why = torch.full((total,), -1)
+    for place, stop in enumerate(walk.stops):
+        touched = classes[stop.labels]
+        stopped[touched] = True
+        if stop.why:
+            why[touched[why[touched] < 0]] = place
     free = ~stopped[classes]
     number = torch.zeros(total, dtype=torch.int64)
     number[free] = classes[free].unique(return_inverse=True)[1] + 1
-    return number, {label: reasons[each] for label, each in enumerate(classes.tolist()) if each in reasons}
+    return number, why[classes]
 
 
 def _numbered(parameter: Parameter, number: Tensor) -> Parameter:
@@ -161,9 +161,19 @@ def _groups(strengths: tuple[Strength, ...], count: int) -> Iterator[ChannelGrou
             yield ChannelGroup(tuple(makers[first]), tuple(readers[first]), (leader == first).nonzero().flatten())
 
 
-def _left(walk: Walk, number: Tensor, reasons: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+def _left(walk: Walk, number: Tensor, stopped: Tensor) -> Iterator[tuple[str, str]]:
     for each in walk.strengths.values():
-        if not bool(number[each.makes].any()):
-            first = next((reasons[x] for x in each.makes.flatten().tolist() if x in reasons), None)
-            if first is not None:
-                yield each.node.name, first
+        if bool(number[each.makes].any()):
+            continue
+        places = stopped[each.makes.flatten()]
+        known = places[places >= 0]
+        if known.numel():
+            stop = walk.stops[int(known[0])]
+            yield each.node.name, f"{where(stop.node)}: {stop.why}"
+        elif bool((places < 0).any()) and not _is_silent(walk, each):
+            yield each.node.name, "it is joined with a tensor that takes no factor"
+
+
+def _is_silent(walk: Walk, strength: Strength) -> bool:
+    """Whether channels take no factor since the op belongs to a batch norm, which is another entry."""
+    return any(not stop.why and bool(torch.isin(strength.makes, stop.labels).any()) for stop in walk.stops)

@@ -37,7 +37,7 @@ PAYS = 0.9
 """Factors are put in where the error falls below this part of what it is without: about half a dB."""
 
 INSERTED_PAYS = 0.25
-"""The same where they need an op of their own: 6 dB."""
+"""The same where they need an op of their own, a multiplication or bounds for each channel: 6 dB."""
 
 Factors = Callable[[float], Tensor]
 """Factors of a graph, ``(count,)``, for an exponent."""
@@ -95,7 +95,8 @@ def choose_scales(
         # What makes the channels has an error of its own with other groups' factors in it, and would have it without.
         least = own.made if inserted else min(own.made, *(each.made for each in errors.values()))
         before, after = own.read + least, best.total
-        if after < before * (INSERTED_PAYS if inserted else PAYS):
+        costly = inserted or bool(scaling.clamped(group))
+        if after < before * (INSERTED_PAYS if costly else PAYS):
             found.append(ScaleChoice(group, exponent, before, after))
     return tuple(found)
 

@@ -110,7 +110,7 @@ class Walk:
         rank = max(one.dim(), other.dim())
         pairs = torch.broadcast_tensors(aligned(one, rank), aligned(other, rank))
         if not torch.equal(*pairs):
-            self.joined.append(torch.stack([pair.flatten() for pair in pairs]).unique(dim=1))
+            self.joined.append(torch.stack([pair.flatten() for pair in pairs]))
         return tidy(pairs[0])
 
     def stop(self, labels: Labels, node: Node, why: str) -> None:
