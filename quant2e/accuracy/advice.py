@@ -36,8 +36,8 @@ def advice(node: Node, sums: Powers) -> str:
     if any(map(_is_dynamic, node.all_input_nodes)):
         return "leave it float, or give activations more bits"
     return (
-        "move its outlier channels into the weights behind it (equalize, smooth), find its scale at run time (a dynamic "
-        "configuration), leave it float, or give activations more bits"
+        "move its outlier channels into the weights behind it (equalize, smooth), find its scale at run time "
+        "(a dynamic configuration), leave it float, or give activations more bits"
     )
 
 
