@@ -215,12 +215,14 @@ def search(
 def searched_together(wanted: Sequence[tuple[HistogramState, NumberFormat]]) -> Iterator[None]:
     """Search the least squared error for many whole tensors at once; inside, `search` hands out what was found.
 
-    It knows a state by its ``histogram``, the tensor itself, which must not change meanwhile.
+    It knows a state by its ``histogram``, the tensor itself, which must not change meanwhile. A block inside another
+    one searches only what that has not.
     """
+    known = dict(_KNOWN.get() or {})
     batches: dict[tuple[int, NumberFormat], list[HistogramState]] = {}
     for state, grid in wanted:
-        batches.setdefault((state.histogram.numel(), grid), []).append(state)
-    known = {}
+        if (id(state.histogram), grid) not in known:
+            batches.setdefault((state.histogram.numel(), grid), []).append(state)
     for (_, grid), states in batches.items():
         for state, bounds in zip(states, mse_ranges(states, grid), strict=True):
             low, high = bounds.to(state.min_val.device, torch.float32).unbind()

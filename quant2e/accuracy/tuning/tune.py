@@ -12,6 +12,8 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from quant2e.accuracy.algorithms.ladder import attempts_of
+from quant2e.accuracy.algorithms.registry import Algorithms
 from quant2e.accuracy.tuning.budgets import Budget, BudgetedFrontier, read_budget
 from quant2e.accuracy.tuning.fingerprints import fingerprints
 from quant2e.accuracy.tuning.optuna_import import optuna_module
@@ -37,6 +39,8 @@ from quant2e.graph.captured.calls import example_call
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
 from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
+from quant2e.observers.measuring import searchable
+from quant2e.ranges.search import searched_together
 
 TuningStrategy = Literal["sensitivity", "bisect", "mse", "bayesian", "random", "exhaustive"]
 
@@ -56,6 +60,7 @@ def tune(
     relative: bool = True,
     higher_is_better: bool = True,
     strategy: TuningStrategy = "sensitivity",
+    algorithms: Algorithms | Mapping[str, Algorithms] = (),
     budget: Budget | Mapping[str, float] | None = None,
     latency: Latency | None = None,
     max_trials: int | None = None,
@@ -77,8 +82,10 @@ def tune(
 
     ``max_drop``: how much of the float model's metric may be lost: a share of it, or, not ``relative``, so many units.
     ``higher_is_better``: False for losses and errors. ``strategy``: in which order mixes are tried, see docs/tuning.md;
-    ``seed``: of those that draw. ``budget``: what the result must keep to besides, a `Budget` or its fields as a dict.
-    ``latency``: measures a quantized model on its target, in seconds, for each trial.
+    ``seed``: of those that draw. ``algorithms``: what may mend a quantized model, as for `quant2e.quantize`, or several
+    lists by name: each is one more way to quantize, beside those without. ``budget``: what the result must keep to
+    besides, a `Budget` or its fields as a dict. ``latency``: measures a quantized model on its target, in seconds, for
+    each trial.
     ``max_trials``, ``timeout`` (in seconds): no further trial is begun then; the best so far is returned, as it is
     after Ctrl-C. ``storage``: the path of a journal file, the URL of a database, or a storage of Optuna, where trials
     are kept under the name ``study``: a run that was killed goes on from there, and any number of processes, each
@@ -92,6 +99,7 @@ def tune(
     begun = time.monotonic()
     limits = read_budget(budget, latency)
     quantizers = _checked(quantizer, evaluate, max_drop, strategy, max_trials, timeout)
+    lists = _lists(algorithms, quantizers)
     if strategy in {"bayesian", "random"} or storage is not None:
         optuna_module()
     if calibration_data is not None:
@@ -101,12 +109,12 @@ def tune(
         example, dynamic_shapes = with_dynamic_batch(model, example, dynamic_batch, dynamic_shapes)
     captured = capture(model, *example, dynamic_shapes=dynamic_shapes)
     data = None if calibration_data is None else Feed(calibration_data, captured, "calibration", transform)
-    alternatives = alternatives_of(captured, quantizers, data, example)
+    alternatives = alternatives_of(captured, quantizers, data, example, lists)
     given = dynamic_shapes is not None
     candidates = Candidates(
         captured=captured,
         space=space_of(alternatives),
-        quantizers={name: type(one).__name__ for name, one in quantizers.items()},
+        quantizers={a.name: type(_of(a.name, quantizers)).__name__ for a in alternatives},
         example=example,
         dynamic_shapes=of_graph(dynamic_shapes, model, *example) if given else read_dynamic_shapes(captured),
         notes=() if data is None else data.notes,
@@ -126,7 +134,8 @@ def tune(
     )
     if isinstance(store, SharedStore):
         store.judge_by(goal)
-    with _shown(progress) as told:
+    searched = searchable(module for alternative in alternatives for module in alternative.prepared.modules())
+    with _shown(progress) as told, searched_together(searched):  # ranges do not change, so they are searched once
         search = Search(
             strategy=_made(strategy, frontier, goal, max_trials, seed),
             candidates=candidates,
@@ -143,7 +152,23 @@ def tune(
     return search.result(strategy, stopped)
 
 
+def _lists(algorithms: Any, quantizers: Mapping[str, Quantizer]) -> dict[str, Algorithms]:
+    """Lists of algorithms by name; every one is looked at before any work."""
+    found = dict(algorithms) if isinstance(algorithms, Mapping) else {"mended": algorithms} if algorithms else {}
+    for name, asked in found.items():
+        if name in {*quantizers, FLOAT_PICK}:
+            raise Quant2eError(f"'{name}' names a list of algorithms and something else: give it another name")
+        attempts_of(asked)
+    return found
+
+
 _STRATEGIES: Mapping[str, type[Strategy]] = {**STRATEGIES, "bayesian": BayesianStrategy, "random": SamplingStrategy}
+
+
+def _of(name: str, quantizers: Mapping[str, Quantizer]) -> Quantizer:
+    """The quantizer of an alternative, which is named by it or, with algorithms, begins with its name."""
+    known = [key for key in quantizers if name == key or name.startswith(f"{key}, ")]
+    return quantizers[known[0] if known else next(iter(quantizers))]
 
 
 def _made(strategy: str, frontier: Frontier, goal: Goal, most: int | None, seed: int) -> Strategy:

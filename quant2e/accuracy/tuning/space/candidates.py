@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import GraphModule
 
+from quant2e.accuracy.algorithms.driver import Driver
+from quant2e.accuracy.algorithms.ladder import ENOUGH_DB, attempts_of
+from quant2e.accuracy.algorithms.registry import Algorithms
 from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_loss import converted_sqnr
 from quant2e.accuracy.tuning.space.mixture import prepared_for
@@ -30,33 +34,54 @@ from quant2e.report.report import BAD_SQNR_DB
 
 
 def alternatives_of(
-    captured: GraphModule, quantizers: Mapping[str, Quantizer], data: Feed | None, example: Call
+    captured: GraphModule,
+    quantizers: Mapping[str, Quantizer],
+    data: Feed | None,
+    example: Call,
+    algorithms: Mapping[str, Algorithms] | None = None,
 ) -> tuple[Alternative, ...]:
-    """Prepare and calibrate one graph for each quantizer.
+    """Prepare and calibrate one graph for each quantizer, and one more for each list of ``algorithms``, which mend it.
 
     Quantizers that observe the same tensors in the same way, and differ in bits or methods, share one calibration.
     ``data``: None for quantizers that need none; losses are then measured on ``example``. Raises as `RepeatedData` does
-    where several quantizers need data that can be read only once.
+    where data is needed several times and can be read only once.
     """
     found: list[Alternative] = []
-    calibrated: dict[str, Alternative] = {}
-    repeated = RepeatedData(data, example) if len(quantizers) > 1 else None
+    mending = {name: (attempts_of(asked), asked == "auto") for name, asked in (algorithms or {}).items()}
+    repeated = RepeatedData(data, example) if len(quantizers) > 1 or mending else None
     for name, quantizer in quantizers.items():
         prepared = prepare_pt2e(captured, quantizer)
-        held_out = HeldOutData([example], "the example inputs")
-        if data is not None and observers_of(prepared):
-            key = fingerprint(prepared)
-            same = calibrated.get(key)
-            if same is None or len(measuring(prepared)) != len(observers_of(prepared)):
-                held_out = calibrate_but_some(prepared, data) if repeated is None else repeated.calibrate(prepared)
-            else:
-                Statistics.of(same.prepared).restore(prepared)
-                prepared.meta.update({k: v for k, v in same.prepared.meta.items() if k == SAMPLES})
-                choices = select_ranges(prepared, same.held_out.calls[:SELECT_RANGES_ON])
-                held_out = same.held_out._replace(choices=choices)
-            calibrated.setdefault(key, Alternative(name, prepared, held_out))
-        found.append(Alternative(name, prepared, held_out))
+        found.append(Alternative(name, prepared, _calibrated(prepared, found, data, repeated, example)))
+        for mended, (attempts, auto) in mending.items():
+            assert repeated is not None
+            driver = Driver(captured, quantizer, repeated, ENOUGH_DB if auto else math.inf)
+            result = driver.run(prepare_pt2e(captured, quantizer), attempts, None)
+            whole = name if len(quantizers) == 1 else f"{name}, {mended}"
+            label = mended if whole == name else whole
+            found.append(Alternative(label, result.prepared, result.held_out, tuple(result.steps)))
     return tuple(found)
+
+
+def _calibrated(
+    prepared: GraphModule,
+    before: Sequence[Alternative],
+    data: Feed | None,
+    repeated: RepeatedData | None,
+    example: Call,
+) -> HeldOutData:
+    """Calibrate ``prepared`` in place, or give it the statistics of one ``before`` it that observes the same."""
+    observers = observers_of(prepared)
+    if data is None or not observers:
+        return HeldOutData([example], "the example inputs")
+    if len(measuring(prepared)) == len(observers):
+        key = fingerprint(prepared)
+        same = next((one for one in before if not one.steps and fingerprint(one.prepared) == key), None)
+        if same is not None:
+            Statistics.of(same.prepared).restore(prepared)
+            prepared.meta.update({k: v for k, v in same.prepared.meta.items() if k == SAMPLES})
+            choices = select_ranges(prepared, same.held_out.calls[:SELECT_RANGES_ON])
+            return same.held_out._replace(choices=choices)
+    return calibrate_but_some(prepared, data) if repeated is None else repeated.calibrate(prepared)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +124,8 @@ class Candidates:
         used = [a for a in family.alternatives if a.name in mix.picks] or list(family.alternatives[:1])
         held_out = used[0].held_out
         ranges = ranges_of([one for alternative in used for one in alternative.held_out.choices])
-        report = replace(model.report, ranges=ranges)
+        steps = tuple(step for alternative in used for step in alternative.steps)
+        report = replace(model.report, ranges=ranges, algorithms=steps)
         sqnr, place = converted_sqnr(self.captured, used[0].prepared, model.module, held_out.calls)
         source = f"{held_out.source}, {place}" if place else held_out.source
         report = replace(report, sqnr_db=sqnr, sqnr_source=source).with_notes(self.notes)

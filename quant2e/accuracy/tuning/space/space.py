@@ -22,6 +22,7 @@ from quant2e.graph.attributes import attribute
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.control_flow import graphs_of
 from quant2e.observers.base import OBSERVER_PREFIX
+from quant2e.report.algorithm_step import AlgorithmStep
 from quant2e.report.record import GraphRecord, record_of
 from quant2e.report.report import Report
 
@@ -32,12 +33,13 @@ FLOAT_PICK = "float"
 @dataclass(frozen=True, slots=True, eq=False)
 class Alternative:
     """One way to quantize: ``prepared`` is annotated by one quantizer and calibrated; ``held_out``: the data that was
-    not calibrated on.
+    not calibrated on; ``steps``: what algorithms did to it.
     """
 
     name: str
     prepared: GraphModule
     held_out: HeldOutData
+    steps: tuple[AlgorithmStep, ...] = ()
 
     @property
     def record(self) -> GraphRecord:

@@ -142,6 +142,7 @@ def tuned():
     return run, latency
 
 
+@pytest.mark.slow
 def test_what_is_predicted_comes_out(tuned):
     run, _ = tuned
     result = run(strategy="random", max_trials=8, max_drop=0.0)

@@ -122,6 +122,7 @@ def test_other_data_and_another_model_are_refused(tmp_path):
             quant2e.tune(model, data[:1], quantizer, batches, lambda m: 1.0, storage=storage, max_trials=1)
 
 
+@pytest.mark.slow
 def test_a_database(tmp_path):
     storage, log = f"sqlite:///{tmp_path / 'trials.db'}", tmp_path / "log"
     for _ in range(2):

@@ -133,6 +133,7 @@ def test_every_strategy_finds_it(strategy):
     assert (result.met, result.left_float) == (True, ("linear_1",)), str(result)
 
 
+@pytest.mark.slow
 def test_the_share_is_that_of_the_best_of_all_choices():
     """Layers of different sizes, so that which ones stay float matters."""
 
