@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from quant2e.accuracy.algorithms.ladder import attempts_of
 from quant2e.accuracy.algorithms.registry import Algorithms
+from quant2e.accuracy.tuning.alternatives import alternatives_of
 from quant2e.accuracy.tuning.budgets import Budget, BudgetedFrontier, read_budget
 from quant2e.accuracy.tuning.fingerprints import fingerprints
 from quant2e.accuracy.tuning.optuna_import import optuna_module
@@ -21,7 +22,7 @@ from quant2e.accuracy.tuning.result import TuningResult
 from quant2e.accuracy.tuning.sampling import BayesianStrategy, SamplingStrategy
 from quant2e.accuracy.tuning.search import Latency, Search, TrialProgress
 from quant2e.accuracy.tuning.shared_store import SharedStore
-from quant2e.accuracy.tuning.space.candidates import Candidates, alternatives_of
+from quant2e.accuracy.tuning.space.candidates import Candidates
 from quant2e.accuracy.tuning.space.costs import MEASURED_ON, measured_costs
 from quant2e.accuracy.tuning.space.evaluation import Evaluate, float_metric_of
 from quant2e.accuracy.tuning.space.families import space_of

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 import quant2e
 from quant2e.accuracy.op_groups import op_groups
 from quant2e.accuracy.simulated import SimulatedGraph
-from quant2e.accuracy.tuning.space.candidates import Candidates, alternatives_of
+from quant2e.accuracy.tuning.alternatives import alternatives_of
+from quant2e.accuracy.tuning.space.candidates import Candidates
 from quant2e.accuracy.tuning.space.families import space_of
 from quant2e.accuracy.tuning.space.space import FLOAT_PICK, Mix
 from quant2e.calibration.feed import Feed
