@@ -1,0 +1,59 @@
+"""Schemes: a target with the form of weights and activations, as a quantizer of ours and as the one of its own library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantizers import (
+    ComposableQuantizer,
+    EmbeddingQuantizer,
+    X86InductorQuantizer,
+    XNNPACKQuantizer,
+    get_default_x86_inductor_quantization_config,
+    get_symmetric_quantization_config,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """``ours``: makes a quantizer of ours; ``peer``: the target's own, for torchao and NNCF; None: they have none."""
+
+    ours: Callable[[], Any]
+    peer: Callable[[], Any] | None = None
+
+
+def _xnnpack() -> Any:
+    config = get_symmetric_quantization_config(is_per_channel=True)
+    return ComposableQuantizer([EmbeddingQuantizer(), XNNPACKQuantizer().set_global(config)])
+
+
+def _xnnpack_of_executorch() -> Any:
+    from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as theirs
+
+    config = theirs.get_symmetric_quantization_config(is_per_channel=True)
+    return theirs.XNNPACKQuantizer().set_global(config)
+
+
+def _x86() -> Any:
+    config = get_default_x86_inductor_quantization_config()
+    return ComposableQuantizer([EmbeddingQuantizer(), X86InductorQuantizer().set_global(config)])
+
+
+def _x86_of_torchao() -> Any:
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as theirs
+
+    return theirs.X86InductorQuantizer().set_global(theirs.get_default_x86_inductor_quantization_config())
+
+
+XNNPACK, X86 = "XNNPACK w8a8", "x86 w8a8"
+W4, W4_ASYMMETRIC = "w4 in groups of 32", "w4 in groups of 32, asymmetric"
+
+SCHEMES: Mapping[str, Scheme] = {
+    XNNPACK: Scheme(_xnnpack, _xnnpack_of_executorch),
+    X86: Scheme(_x86, _x86_of_torchao),
+    W4: Scheme(lambda: X86InductorQuantizer().set_global("w4-g32-sym")),
+    W4_ASYMMETRIC: Scheme(lambda: X86InductorQuantizer().set_global("w4-g32-asym")),
+}
+"""By name. Ours quantize embedding tables as well, which costs a little accuracy and no multiply-accumulate."""
