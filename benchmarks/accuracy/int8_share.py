@@ -20,8 +20,8 @@ from quant2e.report.macs import count_macs
 _MOVES = frozenset(
     {
         "view", "reshape", "_unsafe_view", "transpose", "permute", "t", "expand", "clone", "contiguous", "unsqueeze",
-        "squeeze", "flatten", "slice", "select", "constant_pad_nd", "pad", "dropout", "detach", "alias", "_to_copy", "to",
-        "unflatten", "cat", "repeat", "split", "chunk", "getitem",
+        "squeeze", "flatten", "slice", "select", "constant_pad_nd", "pad", "dropout", "detach", "alias", "_to_copy",
+        "to", "unflatten", "cat", "repeat", "split", "chunk", "getitem",
     }
 )  # fmt: skip
 """Names of ops that only move values, in the spellings of the graphs that are compared."""

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -101,7 +101,7 @@ def calibrated(model: nn.Module, data: Digits, bits: int, _: int, algorithms: An
 
 
 def ours(model: nn.Module, data: Digits, bits: int, seed: int, *, learned: bool = False) -> tuple[nn.Module, float]:
-    """`prepare_qat_pt2e`; ``learned``: scales are parameters (LSQ, Esser et al. 2020), from where calibration put them."""
+    """`prepare_qat_pt2e`; ``learned``: scales are parameters (LSQ, Esser et al. 2020), begun by calibration."""
     captured = quant2e.capture(model, (data.train_images[:BATCH],), dynamic_shapes=_shapes())
     quantizer = _learned(bits) if learned else _config(bits, is_qat=True)
     prepared = quant2e.prepare_qat_pt2e(captured, quantizer)
@@ -135,7 +135,7 @@ def _learned(bits: int) -> XNNPACKQuantizer:
 
 
 def torchao(model: nn.Module, data: Digits, bits: int, seed: int) -> tuple[nn.Module, float]:
-    """torchao's `prepare_qat_pt2e` with the quantizer of ExecuTorch."""
+    """Train by torchao's `prepare_qat_pt2e`, with the quantizer of ExecuTorch."""
     from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as theirs
     from torchao.quantization.pt2e import allow_exported_model_train_eval, disable_observer
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
@@ -174,33 +174,32 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def measure(name: str, bits: int, seeds: int = 3) -> list[Trained]:
-    """All methods on one model: float first, then each with the same three trained float models."""
-    data, found = demo.load(), []
+def measure(name: str, bits: int, seeds: int = 3) -> Iterator[Trained]:
+    """All methods on one model: float first, then each from the same trained float models, one for each seed."""
+    data = demo.load()
     make, steps, rate = MODELS[name]
-    floats = [
-        training.trained(name, make, training.digits_loss(data), steps=steps, rate=rate, seed=seed)
-        for seed in range(seeds)
-    ]
-
-    def share(model: Callable[[Tensor], Tensor]) -> float:
-        return top1(model, data.test_images, data.test_labels, size=256)
-
-    found.append(Trained(model=name, bits=bits, method="float", top1=tuple(map(share, floats))))
-    for method, run in METHODS.items():
-        values, times = [], []
+    loss = training.digits_loss(data)
+    floats = [training.trained(name, make, loss, steps=steps, rate=rate, seed=seed) for seed in range(seeds)]
+    yield Trained(model=name, bits=bits, method="float", top1=tuple(_top1(model, data) for model in floats))
+    for method in METHODS:
         try:
-            for seed, model in enumerate(floats):
-                with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-                    warnings.simplefilter("ignore")
-                    torch.manual_seed(seed)
-                    made, seconds = run(copy.deepcopy(model), data, bits, seed)
-                values.append(share(made))
-                times += [] if seconds is None else [seconds]
+            runs = [_run(method, copy.deepcopy(model), data, bits, seed) for seed, model in enumerate(floats)]
         except Exception as error:  # noqa: BLE001 - the row says why
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            found.append(Trained(model=name, bits=bits, method=method, failed=reason))
+            yield Trained(model=name, bits=bits, method=method, failed=reason)
             continue
+        times = [seconds for _, seconds in runs if seconds is not None]
         median = statistics.median(times) if times else None
-        found.append(Trained(model=name, bits=bits, method=method, top1=tuple(values), step_seconds=median))
-    return found
+        yield Trained(model=name, bits=bits, method=method, top1=tuple(share for share, _ in runs), step_seconds=median)
+
+
+def _run(method: str, model: nn.Module, data: Digits, bits: int, seed: int) -> tuple[float, float | None]:
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        made, seconds = METHODS[method](model, data, bits, seed)
+    return _top1(made, data), seconds
+
+
+def _top1(model: Callable[[Tensor], Tensor], data: Digits) -> float:
+    return top1(model, data.test_images, data.test_labels, size=256)

@@ -1,4 +1,4 @@
-"""Schemes: a target with the form of weights and activations, as a quantizer of ours and as the one of its own library."""
+"""Schemes: a target with the form of weights and activations; a quantizer of ours, and the one of its own library."""
 
 from __future__ import annotations
 
