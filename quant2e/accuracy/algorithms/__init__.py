@@ -15,6 +15,7 @@ from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNor
 from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read_algorithms
 from quant2e.accuracy.algorithms.round_adaptively import AdaptiveRounding, round_adaptively
 from quant2e.accuracy.algorithms.smooth import Smooth, smooth
+from quant2e.accuracy.algorithms.smooth_sums import SmoothSums, smooth_sums
 
 __all__ = [
     "GPTQ",
@@ -29,6 +30,7 @@ __all__ = [
     "FittedWeightRanges",
     "ReestimateBatchNorm",
     "Smooth",
+    "SmoothSums",
     "Stage",
     "awq",
     "channels_left",
@@ -40,4 +42,5 @@ __all__ = [
     "reestimate_batch_norm",
     "round_adaptively",
     "smooth",
+    "smooth_sums",
 ]

@@ -64,6 +64,7 @@ def without_norms(prepared: GraphModule) -> str:
 LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (
     ("equalize", without_integer_activations),
     ("smooth", without_integer_activations),
+    ("smooth_sums", without_integer_activations),
     ("awq", with_integer_activations),
     ("fit_weight_ranges", without_weights),
     ("gptq", without_few_bits),

@@ -21,11 +21,13 @@ from quant2e.accuracy.algorithms.gptq import GPTQ
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm
 from quant2e.accuracy.algorithms.round_adaptively import AdaptiveRounding
 from quant2e.accuracy.algorithms.smooth import Smooth
+from quant2e.accuracy.algorithms.smooth_sums import SmoothSums
 from quant2e.errors import Quant2eError
 
 _CLASSES: tuple[type[Algorithm], ...] = (
     Equalize,
     Smooth,
+    SmoothSums,
     Awq,
     FittedWeightRanges,
     GPTQ,
