@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from quant2e.accuracy.algorithms.driver import Driver, Mended
+from quant2e.accuracy.algorithms.driver import Attempt, Driver, Mended
 from quant2e.accuracy.algorithms.ladder import ENOUGH_DB, attempts_of
 from quant2e.accuracy.algorithms.registry import Algorithms
 from quant2e.accuracy.compare import compare
@@ -32,7 +32,7 @@ from quant2e.calibration.range_selection import ranges_of
 from quant2e.calibration.repeated_data import RepeatedData
 from quant2e.convert.convert import converted_graph
 from quant2e.convert.given_encodings import with_encodings
-from quant2e.errors import AccuracyError, CalibrationError, Quant2eError
+from quant2e.errors import AccuracyError, AnnotationError, CalibrationError, Quant2eError
 from quant2e.graph.captured.calls import Call, example_call
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
@@ -41,6 +41,7 @@ from quant2e.graph.captured.module import independent_copy
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_io import quantized_io_of, with_quantized_io
 from quant2e.quantized_model import QuantizedModel
+from quant2e.report.algorithm_step import kept_algorithms
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import BAD_SQNR_DB, Report
@@ -127,6 +128,8 @@ def quantize(
             dynamic_batch=dynamic_batch,
             transform=transform,
         )
+    if encodings is not None and not algorithms:
+        _check_algorithms(encodings, ())
     attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf
     given = example_call(example_inputs, kwargs)
     if dynamic_batch is not False:
@@ -140,15 +143,12 @@ def quantize(
             f"{by} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
             "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
         )
-    # What is wrong with encodings is told before anything runs.
-    told = prepared if encodings is None else with_encodings(prepared, encodings)
     data = None if calibration_data is None else Feed(calibration_data, captured, "calibration", transform)
     if attempts:
         driver = Driver(captured, quantizer, RepeatedData(data, given), enough_db)
-        mended = driver.run(prepared, attempts, progress)
-        if encodings is not None:
-            mended = replace(mended, prepared=with_encodings(mended.prepared, encodings))
+        mended = _mended(driver, prepared, attempts, encodings, progress)
     else:
+        told = prepared if encodings is None else with_encodings(prepared, encodings)
         mended = Mended(captured, told, _calibrated(told, data, given, progress))
     converted = _converted(mended.prepared, use_reference_representation, int8_io)
     record = record_of(converted)
@@ -161,11 +161,40 @@ def quantize(
     return QuantizedModel(
         module=converted,
         report=report,
-        encodings=encodings_of(record, by),
+        encodings=encodings_of(replace(record, report=report), by),
         example_inputs=inputs,
         example_kwargs=keywords,
         dynamic_shapes=shapes,
     )
+
+
+def _mended(
+    driver: Driver,
+    prepared: GraphModule,
+    attempts: Sequence[Attempt],
+    encodings: Encodings | None,
+    progress: Progress | None,
+) -> Mended:
+    """What algorithms make of the captured and the prepared graph, with the encodings that were given."""
+    if encodings is None:
+        return driver.run(prepared, attempts, progress)
+    with_encodings(prepared, encodings)  # what is wrong with them is told before anything runs
+    mended = driver.run(prepared, attempts, progress)
+    _check_algorithms(encodings, kept_algorithms(mended.steps))
+    return replace(mended, prepared=with_encodings(mended.prepared, encodings))
+
+
+def _check_algorithms(encodings: Encodings, kept: tuple[str, ...]) -> None:
+    """Raise `AnnotationError` where encodings are of a model that went through other algorithms than this one.
+
+    Encodings without any are taken for every model: files that were written by hand say nothing of them.
+    """
+    if encodings.algorithms and encodings.algorithms != kept:
+        raise AnnotationError(
+            f"these encodings were found after {', '.join(encodings.algorithms)}, which changed weights, and this "
+            f"model went through {', '.join(kept) or 'no algorithm'}: give algorithms= and the data as then, or load "
+            "the quantized model, whose file holds its integers"
+        )
 
 
 def _tuned(evaluate: Evaluate | None, max_drop: float | None, **arguments: Any) -> QuantizedModel:

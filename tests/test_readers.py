@@ -184,7 +184,7 @@ def test_encodings_from_a_file(kind, tmp_path):
         (lambda g: g.update(points="x"), "points is 'x', and must be a list"),
         (lambda g: g.update(encoding="magic"), "'magic' is none of the encodings"),
         (lambda g: g.update(axis=True), "axis is True, and must be"),
-        (lambda g: g.pop("axis"), r"groups\[0\] has no axis"),
+        (lambda g: g.pop("points"), r"groups\[0\] has no points"),
         (lambda g: g.update(author="me"), "'author', which is no part of it"),
     ],
 )

@@ -84,6 +84,11 @@ def with_encodings(prepared: GraphModule, encodings: Encodings) -> GraphModule:
             own = [(place, entry) for place, entry in given.values() if place.graph is graph]
             whole = given.values() if graph is gm else own
             notes = _notes([place for place, _ in whole], len(places)) if graph is gm else []
+            if graph is gm and encodings.algorithms:
+                notes.append(
+                    f"the encodings were found after {', '.join(encodings.algorithms)}: bit for bit they hold for a "
+                    "graph that went through the same"
+                )
             graph.meta[RECORD_KEY] = replace(record, report=_with_kinds(record.report, own).with_notes(notes))
         graph.recompile()
     return gm

@@ -43,6 +43,11 @@ class AlgorithmStep:
         return ", ".join(parts)
 
 
+def kept_algorithms(steps: Sequence[AlgorithmStep]) -> tuple[str, ...]:
+    """The names of those that are in the result, in their order."""
+    return tuple(step.name for step in steps if step.outcome == KEPT)
+
+
 def lines_of_steps(steps: Sequence[AlgorithmStep]) -> list[str]:
     """A line for each step that was tried, in their order, then one for each reason for which others were not."""
     lines = [f"algorithm {step}" for step in steps if step.outcome != NOT_TRIED]

@@ -30,6 +30,7 @@ from quant2e.observers.encodings import (
     PerTensorEncoding,
     RoundedConstant,
 )
+from quant2e.report.algorithm_step import kept_algorithms
 from quant2e.report.record import GraphRecord
 
 ENCODINGS_FORMAT = 1
@@ -109,16 +110,21 @@ def _range(values: Sequence[float]) -> str:
 class Encodings:
     """Everything about how a model was quantized. ``quantizer``: the name of what annotated it.
 
+    ``algorithms``: those that changed its weights before these numbers were found, and chose their integers; the
+    numbers are of a model that went through the same.
+
     ``repr`` counts the groups; ``as_dict`` and ``to_file`` have all numbers.
     """
 
     quantizer: str
     groups: tuple[GroupEncoding, ...]
+    algorithms: tuple[str, ...] = field(default=(), metadata=LATER)
 
     def __repr__(self) -> str:
         counts = Counter(group.encoding for group in self.groups)
         told = ", ".join(f"{count} {encoding}" for encoding, count in counts.most_common())
         by = f" by {self.quantizer}" if self.quantizer else ""
+        by += f" after {', '.join(self.algorithms)}" if self.algorithms else ""
         return f"Encodings{by}: {len(self.groups)} groups of points{': ' if told else ''}{told}"
 
     def diff(self, other: Encodings) -> str:
@@ -174,6 +180,8 @@ def _difference(old: Encodings, new: Encodings) -> str:
         elif words := ", ".join(_changes(before, after)):
             numbers.append((name, words))
     by = f" by {old.quantizer} -> {new.quantizer}" if old.quantizer != new.quantizer else ""
+    if old.algorithms != new.algorithms:
+        by += f" after {', '.join(old.algorithms) or 'no algorithm'} -> {', '.join(new.algorithms) or 'none'}"
     return review(
         f"encodings{by}: {len(old.groups)} -> {len(new.groups)} groups of points",
         [
@@ -250,7 +258,7 @@ def _distance(a: float, b: float) -> float:
 
 def encodings_of(record: GraphRecord, quantizer: str) -> Encodings:
     """The encodings of a converted graph, from its record."""
-    return Encodings(quantizer, tuple(_groups(record, "")))
+    return Encodings(quantizer, tuple(_groups(record, "")), kept_algorithms(record.report.algorithms))
 
 
 def _groups(record: GraphRecord, path: str) -> Iterator[GroupEncoding]:
