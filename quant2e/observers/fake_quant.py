@@ -113,6 +113,14 @@ class FakeQuantizeBase(nn.Module, ABC):
         """Whether there is anything to take a scale from; other libraries' observers are believed to know."""
         return bool(getattr(self.activation_post_process, "observed", True))
 
+    def _observes(self, x: Tensor) -> bool:
+        """Whether forward learns from ``x``: not from a parameter in evaluation without gradients, where a range that
+        it gave in training would go on moving towards it, away from what is evaluated and deployed.
+        """
+        if self.of_constant and not self.training and not (torch.is_grad_enabled() and x.requires_grad):
+            return bool(self.observer_enabled[0] == 1) and not getattr(self.activation_post_process, "observed", False)
+        return bool(self.observer_enabled[0] == 1)
+
     def _group(self) -> Any:
         """The processes whose batches are one batch to this module; None for its own only."""
         alone = self.of_constant or self.is_dynamic or not self.training
@@ -165,7 +173,7 @@ class FakeQuantize(FakeQuantizeBase):
         self.register_buffer("zero_point", torch.tensor([0], dtype=zero))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observer_enabled[0] == 1:
+        if self._observes(x):
             self._observe(x.detach())
         if self.fake_quant_enabled[0] == 1 and not self.marks_never:
             self._need_data()

@@ -124,7 +124,7 @@ class LearnableFakeQuantize(LearnedFakeQuantizeBase):
             self._make(scale=torch.ones(1, device=device), zero_point=torch.zeros(1, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observer_enabled[0] == 1 or not self._initialized:
+        if self._observes(x) or not self._initialized:
             self._observe(x.detach())
         if self.fake_quant_enabled[0] == 1 and not self.marks_never:
             self._need_data()
@@ -217,7 +217,7 @@ class PACTFakeQuantize(LearnedFakeQuantizeBase):
             self._initialized = False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.observer_enabled[0] == 1 or not self._initialized:
+        if self._observes(x) or not self._initialized:
             self._observe(x.detach())
         if self.fake_quant_enabled[0] == 1 and not self.marks_never:
             self._need_data()

@@ -332,3 +332,26 @@ def test_a_learned_state_dict_loads_into_a_new_module():
     assert torch.equal(new(X), fq(X))
     assert new.scale.requires_grad
     assert isinstance(copy.deepcopy(new).scale, nn.Parameter)
+
+
+@pytest.mark.parametrize("made", [FakeQuantize(MovingAverageMinMaxObserver), FusedMovingAvgObsFakeQuantize()])
+def test_evaluation_leaves_the_range_of_a_weight_as_training_left_it(made):
+    made.of_constant = True
+    weight = nn.Parameter(torch.linspace(-1, 1, 64))
+    made(weight)
+    trained = made.calculate_qparams()[0].clone()
+    made.eval()
+    with torch.no_grad():
+        first, second = made(weight * 2), made(weight * 2)
+    assert torch.equal(first, second)
+    assert torch.equal(made.calculate_qparams()[0], trained)
+    made(weight * 2)  # trained in evaluation mode, with gradients
+    assert made.calculate_qparams()[0] > trained
+
+
+def test_a_weight_that_is_first_seen_in_evaluation_gives_a_range():
+    made = FakeQuantize(MovingAverageMinMaxObserver).eval()
+    made.of_constant = True
+    with torch.no_grad():
+        made(torch.linspace(-1, 1, 64))
+    assert made.calculate_qparams()[0] > 0
