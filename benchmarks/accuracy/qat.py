@@ -82,6 +82,7 @@ def _train(model: nn.Module, data: Digits, seed: int, freeze: Callable[[nn.Modul
 
 
 def _freeze(model: nn.Module) -> None:
+    assert isinstance(model, GraphModule)
     model.apply(quant2e.disable_observer)
     quant2e.freeze_batch_norm(model)
 
