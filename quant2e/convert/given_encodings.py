@@ -34,6 +34,7 @@ from quant2e.observers.encodings import (
 )
 from quant2e.observers.given import has_integers, in_place_of
 from quant2e.observers.placeholder import PlaceholderObserver
+from quant2e.ranges.qparams import SMALLEST_SCALE
 from quant2e.report.encodings import GRANULARITIES, Encodings, GroupEncoding
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import DYNAMIC, STATIC, Report
@@ -248,6 +249,8 @@ def _dtype(entry: GroupEncoding) -> torch.dtype:
 def _check_numbers(entry: GroupEncoding, dtype: torch.dtype) -> None:
     """A range that the dtype holds, with the zero points in it."""
     low, high = entry.quant_min, entry.quant_max
+    if odd := [scale for scale in entry.scale if not SMALLEST_SCALE <= scale <= torch.finfo(torch.float32).max]:
+        raise AnnotationError(f"the scale {odd[0]} is no normal float32 number, which kernels compute with")
     if dtype not in INTEGER_BOUNDS:
         return
     held = INTEGER_BOUNDS[dtype]
@@ -324,15 +327,13 @@ def _underivable(place: _Place) -> str:
     try:
         encode(own)
     except CalibrationError as error:
-        if any(encode_or_none(source) is None for source in own.sources):
-            return f"it derives its scale from points that have none: {error}"
+        said = [_said_by(source) for source in own.sources]
+        if any(isinstance(each, str) for each in said):
+            return ""  # left out: calibration finds it, and the bias follows
+        if any(each is None or isinstance(each, DynamicEncoding) for each in said):
+            return f"it derives its scale from points that have none: {error}; make it 'float' as well"
+        return str(error)
     return ""
-
-
-def encode_or_none(observer: nn.Module) -> Encoding | None:
-    """The encoding of an observer; None where its tensor stays float, or nothing is known yet."""
-    said = _said_by(observer)
-    return None if isinstance(said, str) else said
 
 
 def _with_kinds(report: Report, given: Iterable[tuple[_Place, GroupEncoding]]) -> Report:

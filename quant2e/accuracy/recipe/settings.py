@@ -20,6 +20,7 @@ from quant2e.observers.measuring import (
     PerChannelHistogramObserver,
     PerChannelMinMaxObserver,
 )
+from quant2e.ranges.qparams import SMALLEST_SCALE
 
 Mode = Literal["static", "dynamic", "weight-only"]
 
@@ -305,6 +306,8 @@ class TensorRule:
             raise AnnotationError(f"{len(scales)} scales and {len(zeros)} zero points do not pair up")
         if not all(0 < scale < math.inf for scale in scales):
             raise AnnotationError("a scale is a positive, finite number")
+        if not all(SMALLEST_SCALE <= scale <= torch.finfo(torch.float32).max for scale in scales):
+            raise AnnotationError(f"the scale {self.scale} is no normal float32 number, which kernels compute with")
         grain = None if self.numbers is None else self.numbers.granularity
         if len(scales) > 1 and grain != "channel":
             raise AnnotationError(f"{len(scales)} scales need numbers: {{granularity: channel}}; encodings take groups")

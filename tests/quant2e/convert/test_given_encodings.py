@@ -272,6 +272,12 @@ def test_points_that_are_not_named_are_calibrated(net, made):
     assert "1 of 7 groups of points have the numbers of encodings that were given" in quant2e.report_of(converted).notes
 
 
+def test_a_bias_follows_an_activation_that_is_left_out(net, made):
+    rest = replace(made.encodings, groups=tuple(g for g in made.encodings.groups if "relu" not in g.points))
+    again = quant2e.quantize(net, IDS[0], QUANTIZERS["xnnpack"](), IDS, encodings=rest)
+    assert again.encodings.groups == made.encodings.groups
+
+
 def test_a_grid_that_no_longer_fits_is_told(net, made):
     fixed = edited(made.encodings, "down_bias -> linear_1", scale=(0.5,) * 5)
     converted = quant2e.convert_pt2e(prepared_net(net), encodings=fixed)
@@ -333,6 +339,10 @@ WRONG = [
     ({"encoding": "per_group", "group_size": 7}, "groups of 7 do not divide the rows"),
     ({"encoding": "custom"}, "has no observer here that writes its own nodes"),
     ({"encoding": "on_grid", "scale": (), "zero_point": ()}, "derives none from other points here"),
+    ({"encoding": "dynamic"}, "(down_bias -> linear_1): it derives its scale from points that have none"),
+    ({"encoding": "float"}, "make it 'float' as well"),
+    ({"scale": (1e-300,)}, "the scale 1e-300 is no normal float32 number"),
+    ({"scale": (1e300,)}, "the scale 1e+300 is no normal float32 number"),
     ({"encoding": "dynamic", "dtype": "int16"}, "dynamic quantization to torch.int16"),
 ]
 

@@ -67,6 +67,7 @@ WRONG = [
     ("recipe: 1\nrules: [{op: linear, mode: statc}]\n", r"rules\[0\].mode: is 'statc', and must be one of .*'static'"),
     ("recipe: 1\nrules: {op: linear}\n", r"rules: is a mapping, and must be a list"),
     ("recipe: 1\ntensors: [{tensor: x, scale: -1}]\n", r"tensors\[0\]: a scale is a positive, finite number"),
+    ("recipe: 1\ntensors: [{tensor: x, scale: 1.0e-300}]\n", r"the scale 1e-300 is no normal float32 number"),
     ("recipe: 1\ntensors: [{tensor: x, scale: [1, 2], zero_point: [1, 2, 3]}]\n", r"2 scales and 3 zero points"),
     ("recipe: 1\ntensors: [{tensor: x}]\n", r"it says something of its tensor"),
     ("rules: []\n", r"r.yaml:1: has no 'recipe', which says its format"),
