@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,7 @@ class Schedule:
     def __init__(self, model: nn.Module, actions: Mapping[int, ScheduledAction | Sequence[ScheduledAction]]) -> None:
         self._model = _inner(model)
         self._due = {step: [_name(action) for action in _several(actions[step])] for step in sorted(actions)}
-        if not self._due:
+        if not all(self._due.values()) or not self._due:
             raise Quant2eError("a schedule without actions changes nothing: leave it out")
         for step, names in self._due.items():
             if type(step) is not int or step < 0:
@@ -76,6 +77,8 @@ class Schedule:
 
     def __call__(self, step: int) -> tuple[str, ...]:
         """Do what is due, and say what that was. Call it at the beginning of each step, or of each epoch."""
+        if not 0 <= step < math.inf:
+            raise Quant2eError(f"step {step}: steps and epochs are whole numbers from 0 on")
         if self._last is not None and step < self._last:
             raise Quant2eError(f"step {step} comes after step {self._last}: a schedule goes forward; make a new one")
         resumed, last = self._last is None and step > 0, -1 if self._last is None else self._last

@@ -100,3 +100,15 @@ def test_what_is_wrong_raises():
     schedule(2)
     with pytest.raises(Quant2eError, match="goes forward"):
         schedule(1)
+
+
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), -1])
+def test_a_step_that_is_none_is_refused(step):
+    schedule = Schedule(prepared(), {3: "disable_observer"})
+    with pytest.raises(Quant2eError, match="whole numbers from 0 on"):
+        schedule(step)
+
+
+def test_a_step_without_actions_is_refused():
+    with pytest.raises(Quant2eError, match="without actions changes nothing"):
+        Schedule(nn.Linear(2, 2), {0: (), 3: "disable_observer"})
