@@ -16,6 +16,7 @@ exact only while the activations stay above a bound that is estimated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -129,17 +130,27 @@ class _Sides:
         if self._seen:
             seen = _together([each * factors[channels] for each in self._seen])
             rows = (rows + seen) / 2.0 if all(each.is_matrix for each in self._makers) else seen
-        columns = _together([each.clamp(min=_UNREAD * float(each.max())) for each in read])
+        columns = _together(read)
+        columns = columns.clamp(min=float(columns.max()) + math.log(_UNREAD))
         step = (columns - rows) / 2.0
         known = torch.isfinite(step)
         return torch.where(known, step - step[known].mean(), 0.0) if bool(known.any()) else torch.zeros_like(step)
 
 
 def _together(found: Sequence[Tensor]) -> Tensor:
-    """Logarithms of the largest range of each channel, each op's ranges relative to their geometric mean."""
-    logs = [each.log() for each in found]
-    means = [each[torch.isfinite(each)].mean().nan_to_num() for each in logs]
-    return torch.stack([each - mean for each, mean in zip(logs, means, strict=True)]).amax(0)
+    """Logarithms of the largest range of each channel; -inf for those of no op.
+
+    Of ops that share channels only ratios count: they are equal on average on what they share. Where they share none,
+    as what is concatenated, their ranges are compared as they are.
+    """
+    first, *others = sorted((each.log() for each in found), key=lambda each: -int(torch.isfinite(each).sum()))
+    level, largest_yet = first, first
+    for each in others:
+        shared = torch.isfinite(each) & torch.isfinite(level)
+        moved = each + (level[shared] - each[shared]).mean() if bool(shared.any()) else each
+        level = torch.where(torch.isfinite(level), level, moved)
+        largest_yet = torch.maximum(largest_yet, moved)
+    return largest_yet
 
 
 def _line(scaling: ChannelScaling, group: ChannelGroup, factors: Tensor) -> str:

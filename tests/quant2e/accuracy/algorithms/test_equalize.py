@@ -15,6 +15,7 @@ import quant2e
 from quant2e.accuracy.algorithms.channels.scaling import channel_scaling, channels_left
 from quant2e.accuracy.algorithms.equalize import Equalize, equalize, equalizing_factors
 from quant2e.accuracy.output_error import output_sqnr
+from quant2e.calibration.batches import check_batch
 from quant2e.errors import CalibrationError, CaptureError, Quant2eError
 from quantizers import X86InductorQuantizer, XNNPACKQuantizer, get_symmetric_quantization_config
 from quantizers.x86 import get_default_x86_inductor_quantization_config
@@ -186,3 +187,32 @@ def test_bad_input_is_refused():
         equalize(captured, torch.randn(1, 2))
     with pytest.raises(Quant2eError, match="max_sweeps=0"):
         Equalize(max_sweeps=0)
+
+
+class SkipConcatenation(nn.Module):
+    """A U-Net of two levels: one conv reads what two others make, and one of those is read by a third."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.up, self.out = nn.ConvTranspose2d(8, 8, 2, 2), nn.Conv2d(16, 2, 3, padding=1)
+
+    def forward(self, x):
+        skip = torch.relu(self.down(x))
+        deep = torch.relu(self.deep(nn.functional.max_pool2d(skip, 2)))
+        return self.out(torch.cat([self.up(deep), skip], 1))
+
+
+@pytest.mark.parametrize("calls", [0, 4])
+def test_channels_that_only_some_readers_read_do_not_run_away(calls):
+    torch.manual_seed(0)
+    model, data = SkipConcatenation().eval(), [torch.randn(2, 3, 8, 8) for _ in range(4)]
+    with torch.no_grad():
+        model.down.weight *= 10.0 ** torch.linspace(-0.5, 0.5, 8)[:, None, None, None]
+    captured = quant2e.capture(model, (data[0],))
+    scaling = channel_scaling(captured)
+    (group,) = [each for each in scaling.groups if len(each.makers) == 2]
+    factors = equalizing_factors(captured, scaling, [check_batch(x, "data") for x in data[:calls]])[group.channels]
+    assert 0.1 < float(factors.min()) <= float(factors.max()) < 10.0
+    equalized = equalize(captured, data[:calls])
+    assert sqnr(equalized, data, QUANTIZERS["xnnpack"]()) > sqnr(captured, data, QUANTIZERS["xnnpack"]()) - 1.0
