@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quant2e.accuracy.tuning.budgets import Budget
 from quant2e.accuracy.tuning.result import TuningResult
 from quant2e.accuracy.tuning.space.candidates import Candidates
-from quant2e.accuracy.tuning.space.evaluation import Evaluate, metric_of
+from quant2e.accuracy.tuning.space.evaluation import Evaluate, latency_of, metric_of
 from quant2e.accuracy.tuning.space.goal import Goal
 from quant2e.accuracy.tuning.space.space import FLOAT_PICK, Mix
 from quant2e.accuracy.tuning.space.trial import TuningTrial
@@ -97,7 +97,7 @@ class Search:
         metric, latency, error = None, None, ""
         try:
             metric = metric_of(self.evaluate, model.module)
-            latency = None if self.latency is None else float(self.latency(model))
+            latency = None if self.latency is None else latency_of(self.latency, model)
         except Exception as failure:  # noqa: BLE001 - a model that collapsed may make a metric fail; it is told
             self.failure = failure
             error = f"{type(failure).__name__}: {failure}"
@@ -145,8 +145,14 @@ class Search:
             },
             strategy=strategy,
             stopped=stopped,
-            notes=self.strategy.frontier.costs.notes,
+            notes=(*self.strategy.frontier.costs.notes, *_failures(trials)),
         )
+
+
+def _failures(trials: Sequence[TuningTrial]) -> tuple[str, ...]:
+    """That functions of the user failed, with what the last one said; nothing where none did."""
+    failed = [trial for trial in trials if trial.error]
+    return (f"{len(failed)} of {len(trials)} trials failed: {failed[-1].error}",) if failed else ()
 
 
 def best_of(trials: list[TuningTrial], goal: Goal) -> TuningTrial:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from quant2e.errors import Quant2eError
+from quant2e.graph.mutation import own_tensors
 from quant2e.isolation import IsolatedRandomness
 
 Evaluate = Callable[[Any], Any]
@@ -20,9 +21,11 @@ Evaluate = Callable[[Any], Any]
 def metric_of(evaluate: Evaluate, module: GraphModule) -> float:
     """What ``evaluate`` returns for a model, without gradients.
 
-    Each call draws the same random numbers, and the caller's streams are as they were. Raises what the function raises,
-    and `Quant2eError` for what is no real number.
+    ``module`` is given tensors of its own first, in place: a function that casts it, or writes to its weights, changes
+    no other model. Each call draws the same random numbers, and the caller's streams are as they were. Raises what the
+    function raises, and `Quant2eError` for what is no real number.
     """
+    own_tensors(module)
     with torch.no_grad(), IsolatedRandomness():
         found = evaluate(module)
     return _number(found)
@@ -40,6 +43,18 @@ def float_metric_of(evaluate: Evaluate, module: GraphModule) -> float:
     if not math.isfinite(metric):
         raise Quant2eError(f"evaluate returns {metric} for the float model, so no drop can be measured against it")
     return metric
+
+
+def latency_of(latency: Callable[[Any], Any], model: Any) -> float:
+    """Seconds, as ``latency`` returns them for a model. Raises what it raises, and `Quant2eError` for no number."""
+    found = latency(model)
+    try:
+        seconds = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0.0):
+        raise Quant2eError(f"latency returned {found!r}: return seconds of one call, a number")
+    return seconds
 
 
 def _number(found: Any) -> float:
