@@ -95,8 +95,8 @@ def quantize(
     must have, in dB; None accepts any. ``progress``: called with the number of batches done and the total, where it is
     known.
     ``evaluate``: a function of a model that returns its metric; groups of ops are left float until no more than
-    ``max_drop`` of the float model's is lost (0.01, one per cent, unless told otherwise): the short form of
-    `quant2e.tune`, which has the trials and more to say.
+    ``max_drop`` of the float model's is lost (0.01, one per cent, unless told otherwise), with and without
+    ``algorithms``: the short form of `quant2e.tune`, which has the trials and more to say.
 
     ``model`` and its tensors are left untouched. Raises the errors of each step, `CalibrationError` for NaN or +inf in
     any of the data, `Quant2eError` when nothing was quantized, and `AccuracyError`, which names the ops at which it was
@@ -112,10 +112,8 @@ def quantize(
     if recipe is not None:
         quantizer, algorithms = _with_recipe(recipe, quantizer, algorithms)
     if evaluate is not None or max_drop is not None:
-        if use_reference_representation or int8_io or algorithms or encodings is not None or progress is not None:
-            raise Quant2eError(
-                "evaluate= goes without use_reference_representation, int8_io, algorithms, encodings and progress"
-            )
+        if use_reference_representation or int8_io or encodings is not None or progress is not None:
+            raise Quant2eError("evaluate= goes without use_reference_representation, int8_io, encodings and progress")
         return _tuned(
             evaluate,
             max_drop,
@@ -127,6 +125,7 @@ def quantize(
             dynamic_shapes=dynamic_shapes,
             dynamic_batch=dynamic_batch,
             transform=transform,
+            algorithms=algorithms,
         )
     if encodings is not None and not algorithms:
         _check_algorithms(encodings, ())

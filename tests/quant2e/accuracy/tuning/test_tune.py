@@ -365,6 +365,21 @@ def test_the_short_form():
         quant2e.quantize(model, data[:1], xnnpack(), data, evaluate=evaluate, int8_io=True)
 
 
+def test_the_short_form_tries_algorithms():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    spread = torch.logspace(-1.5, 1.5, 32)
+    with torch.no_grad():
+        model[0].weight.mul_(spread[:, None])
+        model[0].bias.mul_(spread)
+        model[2].weight.div_(spread)
+    data = [torch.randn(16, 8) for _ in range(4)]
+    arguments = {"evaluate": Closeness(model), "max_drop": 0.05, "dynamic_batch": True}
+    plain = quant2e.quantize(model, data[:1], xnnpack(), data, **arguments)
+    mended = quant2e.quantize(model, data[:1], xnnpack(), data, algorithms=["equalize"], **arguments)
+    assert plain.report.int8_mac_share < mended.report.int8_mac_share == 1.0
+
+
 @pytest.mark.parametrize("strategy", ["random", "bayesian"])
 def test_sampling_strategies_find_it_and_are_reproducible(strategy):
     pytest.importorskip("optuna")
