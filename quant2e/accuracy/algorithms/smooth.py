@@ -5,7 +5,7 @@
 G. Xiao, J. Lin, M. Seznec, H. Wu, J. Demouth, S. Han: SmoothQuant, ICML 2023, equation 4. ``α`` is chosen for each
 group of layers that read one tensor: the one under which these layers, rounded as the quantizer will round them, lose
 least on batches that were not calibrated on. Factors go into what makes the tensor, a norm, the projection in front of
-an attention, a gate (`channel_scaling`); where nothing can take them a multiplication can, if that is asked for.
+an attention, a gate (`channel_scaling`); where nothing can take them a division can, if that is asked for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 class Smooth(Algorithm):
     """SmoothQuant. ``alpha``: the exponent of all groups; None: each group's is chosen on data.
 
-    ``insert``: put a multiplication in where no op in front can take the factors and the error falls by 6 dB; only
+    ``insert``: put a division in where no op in front can take the factors and the error falls by 6 dB; only
     where exponents are chosen. Raises `Quant2eError` for an alpha outside of 0 to 1, and for both settings.
     """
 
@@ -52,7 +52,7 @@ class Smooth(Algorithm):
         if self.alpha is not None and (isinstance(self.alpha, bool) or not 0.0 <= self.alpha <= 1.0):
             raise Quant2eError(f"smooth: alpha={self.alpha!r}: a number from 0 to 1, or None to choose it on data")
         if self.insert and self.alpha is not None:
-            raise Quant2eError("smooth: insert=True needs alpha=None: whether a multiplication pays is measured")
+            raise Quant2eError("smooth: insert=True needs alpha=None: whether a division pays is measured")
 
     def apply(self, model: GraphModule, context: Context) -> list[str]:
         """Smooth ``model`` by what its activations are on ``context.calls``."""

@@ -1,6 +1,8 @@
-"""Inserted factors: a multiplication in front of layers that read a tensor on which no factor can be.
+"""Inserted factors: a division in front of layers that read a tensor on which no factor can be.
 
-linear(x, w), x a residual that others read  =>  linear(x·1, w)          1 can become s, and w become w/s
+linear(x, w), x a residual that others read  =>  linear(x/1, w)          1 can become s, and w become w·s
+
+It divides, since quantizers round the operands of products, and leave quotients float.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ aten = torch.ops.aten
 
 
 def insert_factors(gm: GraphModule) -> tuple[Node, ...]:
-    """Put ``x · 1`` in front of the linears that read an x without factors, one for all of them, in place."""
+    """Put ``x / 1`` in front of the linears that read an x without factors, one for all of them, in place."""
     readers: dict[Node, list[Node]] = {}
     for each in channel_scaling(gm).strengths:
         reads_none = each.reads is not None and not bool(each.reads.any())
@@ -36,7 +38,7 @@ def insert_factors(gm: GraphModule) -> tuple[Node, ...]:
         place = min(nodes)
         weight = tensor_at(gm, operand(place, "weight"))
         ones = torch.ones(value.shape[-1], dtype=value.dtype, device=None if weight is None else weight.device)
-        node = emit(place, aten.mul.Tensor, source, emit_constant(gm, place, f"{source.name}_factor", ones))
+        node = emit(place, aten.div.Tensor, source, emit_constant(gm, place, f"{source.name}_factor", ones))
         node.meta[INSERTED] = True
         for reader in nodes:
             reader.replace_input_with(source, node)
@@ -46,7 +48,7 @@ def insert_factors(gm: GraphModule) -> tuple[Node, ...]:
 
 
 def drop_unused(gm: GraphModule, inserted: Sequence[Node]) -> None:
-    """Drop those that are still a multiplication by 1, in place."""
+    """Drop those that are still a division by 1, in place."""
     for node in inserted:
         factor = tensor_at(gm, node.args[1])
         if factor is not None and bool((factor == 1.0).all()):

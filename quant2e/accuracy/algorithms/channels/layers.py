@@ -2,7 +2,7 @@
 
     conv, linear, addmm, matmul, embedding        rows make channels, columns read them
     batch, layer, group, instance, rms norm       weight and bias make channels; a batch norm of its own reads them, too
-    x · c, x + c                                  c makes and reads them; c takes the factor of x
+    x · c, x / c, x + c                           c makes and reads them; c takes the factor of x
 
 A batch norm that `fold_batch_norm` will fold into the op before it is one op with that: its channels are that op's.
 """
@@ -186,8 +186,8 @@ def _scaled(walk: Walk, node: Node, sizes: tuple[int, ...], axis: int) -> Labels
     return made
 
 
-def times(walk: Walk, node: Node, x: Any, name: str) -> Labels:
-    """``x · c`` with a constant c: it takes the factor of x, and gives one of its own.
+def times(walk: Walk, node: Node, x: Any, name: str, sign: int = 1) -> Labels:
+    """``x · c`` with a constant c, ``x / c`` for a ``sign`` of -1: it takes the factor of x, and gives one of its own.
 
     A constant that is the same for all channels of x leaves the factor as it is.
     """
@@ -202,14 +202,17 @@ def times(walk: Walk, node: Node, x: Any, name: str) -> Labels:
         walk.stop(labels, node, factor)
         return None
     rows, read = (walk.axis(factor, role, sizes) for role in ("makes", "reads"))
-    factor.terms["makes"], factor.terms["reads"] = FactorTerm(rows, 1), FactorTerm(read, -1)
+    factor.terms["makes"], factor.terms["reads"] = FactorTerm(rows, sign), FactorTerm(read, -sign)
     channels = None if labels is None else _within(labels, sizes)
     if channels is None:
         walk.stop(labels, node, "its constant has not an entry for each channel")
         walk.stop(read, node, "")
     else:
         walk.join(read, channels)
-    walk.strengths[node] = Strength(node, factor.value.abs(), rows, read, x, is_matrix=False)
+    size = factor.value.abs()
+    if sign < 0:
+        size = torch.where(size > 0, size, torch.inf).reciprocal()
+    walk.strengths[node] = Strength(node, size, rows, read, x, is_matrix=False)
     return tidy(aligned(rows, rank))
 
 

@@ -269,12 +269,15 @@ def _times(walk: Walk, node: Node) -> Labels:
 
 
 def _divide(walk: Walk, node: Node) -> Labels:
-    """The factor of what is divided."""
-    _stop(walk, operand(node, 1), node, "divides by it")
-    if operand(node, "rounding_mode") is not None or not isinstance(operand(node, 0), Node):
+    """The factor of what is divided; a constant that divides takes and gives factors."""
+    x, by = operand(node, 0), operand(node, 1)
+    if operand(node, "rounding_mode") is not None or not isinstance(x, Node):
         _stop_all(walk, node)
         return None
-    labels = walk.of(operand(node, 0))
+    if by in walk.constants and is_float(node) and not isinstance(walk.parameter(node, "other"), str):
+        return times(walk, node, x, "other", sign=-1)
+    _stop(walk, by, node, "divides by it")
+    labels = walk.of(x)
     return None if labels is None else aligned(labels, len(shape_of(node)))
 
 

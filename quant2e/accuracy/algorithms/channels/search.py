@@ -37,7 +37,7 @@ PAYS = 0.9
 """Factors are put in where the error falls below this part of what it is without: about half a dB."""
 
 INSERTED_PAYS = 0.25
-"""The same where they need an op of their own, a multiplication or bounds for each channel: 6 dB."""
+"""The same where they need an op of their own, a division or bounds for each channel: 6 dB."""
 
 Factors = Callable[[float], Tensor]
 """Factors of a graph, ``(count,)``, for an exponent."""
@@ -113,11 +113,11 @@ class _Error(NamedTuple):
 
 
 INSERTED = "quant2e_inserted_factor"
-"""Metadata of multiplications that were put in to carry factors."""
+"""Metadata of divisions that were put in to carry factors."""
 
 
 def is_inserted(model: GraphModule, group: ChannelGroup) -> bool:
-    """Whether a multiplication that was put in for them makes the channels of a group."""
+    """Whether a division that was put in for them makes the channels of a group."""
     return any(node.name in group.makers and INSERTED in node.meta for node in model.graph.nodes)
 
 
