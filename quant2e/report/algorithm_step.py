@@ -55,4 +55,4 @@ def lines_of_steps(steps: Sequence[AlgorithmStep]) -> list[str]:
     for step in steps:
         if step.outcome == NOT_TRIED:
             left_out[step.reason].append(step.name)
-    return lines + [f"not tried: {', '.join(names)}: {reason}" for reason, names in left_out.items()]
+    return lines + [f"not tried: {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in left_out.items()]

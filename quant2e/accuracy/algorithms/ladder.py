@@ -1,7 +1,8 @@
 """Ladder: what ``algorithms="auto"`` tries, in this order, and what it does not try where it cannot help.
 
-Scales move first, between layers and from activations into weights, while the graph is float; then weights find their
-ranges and their rounding; biases come last, since they make up for what is left on average.
+Scales move first, between layers and from activations into weights, while the graph is float; where that does not
+suffice, divisions are put in for them; then weights find their ranges and their rounding; biases come last, since they
+make up for what is left on average.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from quant2e.accuracy.algorithms.driver import Attempt
-from quant2e.accuracy.algorithms.registry import Algorithms, make_algorithm, read_algorithms
+from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read_algorithms
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import Constants
 from quant2e.graph.control_flow import graphs_of
@@ -40,6 +42,13 @@ def without_integer_activations(prepared: GraphModule) -> str:
     return "" if kinds & {STATIC, DYNAMIC} else "no activation is quantized"
 
 
+def without_linears(prepared: GraphModule) -> str:
+    """A reason where no linear computes on quantized activations: divisions are put in front of those."""
+    targets = {node.target for _, graph in graphs_of(prepared) for node in graph.graph.nodes}
+    no_linear = "" if torch.ops.aten.linear.default in targets else "there is no linear to put a division in front of"
+    return without_integer_activations(prepared) or no_linear
+
+
 def with_integer_activations(prepared: GraphModule) -> str:
     """A reason where ops compute on quantized activations."""
     return "" if without_integer_activations(prepared) else "it is for weights alone, and activations are quantized"
@@ -61,23 +70,25 @@ def without_norms(prepared: GraphModule) -> str:
     return "" if any(NORMALIZED in node.meta for node in nodes) else "no batch norm was folded"
 
 
-LADDER: tuple[tuple[str, Callable[[GraphModule], str]], ...] = (
+LADDER: tuple[tuple[AlgorithmItem, Callable[[GraphModule], str]], ...] = (
     ("equalize", without_integer_activations),
     ("smooth", without_integer_activations),
     ("smooth_sums", without_integer_activations),
+    ({"smooth": {"insert": True}}, without_linears),
     ("awq", with_integer_activations),
     ("fit_weight_ranges", without_weights),
     ("gptq", without_few_bits),
     ("correct_bias", without_weights),
     ("reestimate_batch_norm", without_norms),
 )
-"""Names of algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
+"""Algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
 
 
 def attempts_of(asked: Algorithms) -> tuple[Attempt, ...]:
     """What is to be tried, for ``algorithms=`` of `quant2e.quantize`. Raises as `read_algorithms` does."""
     if asked == "auto":
-        return tuple(Attempt(make_algorithm(name, {}), unless) for name, unless in LADDER)
+        asked_of, reasons = zip(*LADDER, strict=True)
+        return tuple(map(Attempt, read_algorithms(asked_of), reasons))
     if isinstance(asked, str):
         raise Quant2eError(f'algorithms="{asked}": give a list, ["{asked}"], or "auto" for the default ladder')
     return tuple(map(Attempt, read_algorithms(asked)))

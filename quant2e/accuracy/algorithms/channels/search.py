@@ -36,8 +36,11 @@ from quant2e.prepare.prepare import prepare_pt2e
 PAYS = 0.9
 """Factors are put in where the error falls below this part of what it is without: about half a dB."""
 
-INSERTED_PAYS = 0.25
-"""The same where they need an op of their own, a division or bounds for each channel: 6 dB."""
+CLAMPED_PAYS = 0.25
+"""The same where they need bounds for each channel: 6 dB."""
+
+INSERTED_PAYS = 0.5
+"""The same where they need a division of their own: 3 dB."""
 
 Factors = Callable[[float], Tensor]
 """Factors of a graph, ``(count,)``, for an exponent."""
@@ -45,17 +48,22 @@ Factors = Callable[[float], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ScaleChoice:
-    """The exponent that was chosen for a group, with the error of its layers without factors and with them."""
+    """The exponent that was chosen for a group, with the error of its layers without factors and with them.
+
+    ``inserted``: a division that was put in carries the factors.
+    """
 
     group: ChannelGroup
     exponent: float
     before: float
     after: float
+    inserted: bool = False
 
     def __str__(self) -> str:
         before, after = (-10.0 * math.log10(max(error, 1e-30)) for error in (self.before, self.after))
         count = self.group.channels.numel()
-        return f"{self.group}: {count} channels, exponent {self.exponent:g}, its layers {before:.1f} -> {after:.1f} dB"
+        text = f"{self.group}: {count} channels, exponent {self.exponent:g}, its layers {before:.1f} -> {after:.1f} dB"
+        return text + (", by a division in float that is put in" if self.inserted else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +103,16 @@ def choose_scales(
         # What makes the channels has an error of its own with other groups' factors in it, and would have it without.
         least = own.made if inserted else min(own.made, *(each.made for each in errors.values()))
         before, after = own.read + least, best.total
-        costly = inserted or bool(scaling.clamped(group))
-        if after < before * (INSERTED_PAYS if costly else PAYS):
-            found.append(ScaleChoice(group, exponent, before, after))
+        if after < before * _bound(scaling, group, inserted):
+            found.append(ScaleChoice(group, exponent, before, after, inserted))
     return tuple(found)
+
+
+def _bound(scaling: ChannelScaling, group: ChannelGroup, inserted: bool) -> float:
+    """Below which part of it the error has to fall."""
+    if scaling.clamped(group):
+        return CLAMPED_PAYS
+    return INSERTED_PAYS if inserted else PAYS
 
 
 class _Error(NamedTuple):

@@ -107,3 +107,40 @@ def transformer(*, hard: bool) -> nn.Module:
                     norm.bias[channel] *= factor
                     behind.weight[:, channel] /= factor
     return net.eval()
+
+
+class PostBlock(nn.Module):
+    """A post-norm transformer block, as BERT's."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.heads = heads
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = self.norm1(x + self.out(y.transpose(1, 2).reshape(b, t, d)))
+        return self.norm2(x + self.down(nn.functional.gelu(self.up(x))))
+
+
+def post_norm(*, hard: bool) -> nn.Module:
+    """A small post-norm transformer; hard: two channels of each block's result, and one of its sums, are far larger.
+
+    Linears behind a norm have the inverse on their columns, and the next norm makes the channel of a sum small again:
+    layers and residuals read the same tensor, so that nothing in front can take a factor.
+    """
+    torch.manual_seed(0)
+    net = Transformer()
+    net.blocks = nn.Sequential(PostBlock(32, 4), PostBlock(32, 4))
+    with torch.no_grad():
+        for index, block in enumerate(net.blocks if hard else ()):
+            block.down.weight[7] *= 300.0
+            block.norm2.weight[7] = 0.05
+            for channel, factor in ((3, 20.0), (11, 60.0)):
+                block.norm1.weight[channel] *= factor
+                block.up.weight[:, channel] /= factor
+    return net.eval()

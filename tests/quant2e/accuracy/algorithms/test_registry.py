@@ -12,7 +12,7 @@ from torch import nn
 
 from quant2e.accuracy.algorithms import registry
 from quant2e.accuracy.algorithms.algorithm import Algorithm, Stage
-from quant2e.accuracy.algorithms.ladder import LADDER, attempts_of
+from quant2e.accuracy.algorithms.ladder import attempts_of
 from quant2e.accuracy.algorithms.registry import ALGORITHMS, make_algorithm, read_algorithms
 from quant2e.errors import Quant2eError
 from quant2e.pipeline import quantize
@@ -106,4 +106,4 @@ def test_every_algorithm_can_be_made_and_says_its_name():
     for name, kind in ALGORITHMS.items():
         assert make_algorithm(name, {}) == kind()
         assert kind.name == name
-    assert {name for name, _ in LADDER} <= set(ALGORITHMS)
+    assert {attempt.algorithm.name for attempt in attempts_of("auto")} <= set(ALGORITHMS)

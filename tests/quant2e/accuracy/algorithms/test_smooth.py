@@ -93,14 +93,19 @@ def post() -> tuple[torch.fx.GraphModule, list[torch.Tensor]]:
     return quant2e.capture(Post().eval(), (data[0],)), data
 
 
-def test_a_multiplication_is_put_in_only_if_asked_for_and_only_where_it_pays():
+@pytest.mark.parametrize("make", [x86, xnnpack])
+def test_a_division_is_put_in_only_if_asked_for_and_only_where_it_pays(make):
     captured, data = post()
     before = [node.name for node in captured.graph.nodes]
-    assert [node.name for node in smooth(captured, x86(), data).graph.nodes] == before
-    inserted = smooth(captured, x86(), data, insert=True)
+    assert [node.name for node in smooth(captured, make(), data).graph.nodes] == before
+    inserted = smooth(captured, make(), data, insert=True)
     assert output_sqnr(captured, inserted, data) > 90.0
-    assert [n.args[0].name for n in inserted.graph.nodes if n.target is torch.ops.aten.mul.Tensor] == ["layer_norm"]
+    (division,) = (n for n in inserted.graph.nodes if n.target is torch.ops.aten.div.Tensor)
+    assert division.args[0].name == "layer_norm"
     assert [node.name for node in captured.graph.nodes] == before
+    prepared = quant2e.prepare_pt2e(inserted, make())
+    (division,) = (n for n in prepared.graph.nodes if n.target is torch.ops.aten.div.Tensor)
+    assert division.args[0].name == "layer_norm", "its operand stays float"
 
 
 def test_the_formula_of_the_paper():
@@ -139,5 +144,5 @@ def test_bad_input_is_refused():
         smooth(captured, x86(), [])
     with pytest.raises(Quant2eError, match="alpha=2"):
         Smooth(alpha=2.0)
-    with pytest.raises(Quant2eError, match="whether a multiplication pays"):
+    with pytest.raises(Quant2eError, match="whether a division pays"):
         Smooth(alpha=0.5, insert=True)

@@ -52,3 +52,37 @@ def test_the_float_result_is_kept(net, seed):
 @given(net=nets(), seed=st.integers(0, 100))
 def test_the_float_result_is_kept_on_many(net, seed):
     check(net, seed)
+
+
+class Divided(nn.Module):
+    """Linears around a division by a tensor, which another op may read as well."""
+
+    def __init__(self, by: torch.Tensor, *, again: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.again = nn.Linear(6, 6), nn.Linear(6, 6), again
+        self.register_buffer("by", by)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.last(self.first(x) / self.by)
+        return y + self.by if self.again else y
+
+
+CHANNELS = torch.tensor([0.5, -2.0, 30.0, 1.0, 0.1, 7.0])
+
+
+@pytest.mark.parametrize(
+    ("by", "again", "count"),
+    [
+        pytest.param(CHANNELS, False, 12, id="its own factors, before and behind"),
+        pytest.param(CHANNELS, True, 6, id="read elsewhere: the factors pass"),
+        pytest.param(torch.tensor(3.0), False, 6, id="one number"),
+        pytest.param(torch.tensor([1, 2, 3, 4, 5, 6]), False, 6, id="whole numbers"),
+    ],
+)
+def test_a_division_by_a_constant(by, again, count):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    captured = quant2e.capture(Divided(by, again=again), (x,))
+    graph, found = moved(captured)
+    assert found == count
+    assert output_sqnr(captured, graph, [x]) > KEPT_DB
