@@ -4,8 +4,10 @@
 
 G. Xiao, J. Lin, M. Seznec, H. Wu, J. Demouth, S. Han: SmoothQuant, ICML 2023, equation 4. ``α`` is chosen for each
 group of layers that read one tensor: the one under which these layers, rounded as the quantizer will round them, lose
-least on batches that were not calibrated on. Factors go into what makes the tensor, a norm, the projection in front of
-an attention, a gate (`channel_scaling`); where nothing can take them a division can, if that is asked for.
+least on batches that were not calibrated on. There ``max|w_j|`` is taken of rows over their largest value each, since
+weights mostly have a scale for each row: one row of large weights says little about what the others bear. Factors go
+into what makes the tensor, a norm, the projection in front of an attention, a gate (`channel_scaling`); where nothing
+can take them a division can, if that is asked for.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from quant2e.accuracy.algorithms.channels.moves import move
 from quant2e.accuracy.algorithms.channels.ranges import activation_ranges, largest
 from quant2e.accuracy.algorithms.channels.scaling import ChannelScaling, channel_scaling
 from quant2e.accuracy.algorithms.channels.search import Split, balanced, choose_scales, chosen_factors, logs_of
+from quant2e.accuracy.algorithms.channels.walk import Strength
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_batch, check_iterable
 from quant2e.errors import CalibrationError, Quant2eError
@@ -92,7 +95,7 @@ def _smooth(model: GraphModule, quantizer: Quantizer, calls: Sequence[Call], set
         return []
     inserted = insert_factors(model) if settings.insert else ()
     scaling, data = channel_scaling(model), Split.of(calls)
-    made = _Factors(model, scaling, data.fit)
+    made = _Factors(model, scaling, data.fit, by_row=settings.alpha is None)
     lines: list[str] = []
     if not scaling.groups:
         factors = torch.ones(scaling.count)
@@ -112,13 +115,13 @@ def _smooth(model: GraphModule, quantizer: Quantizer, calls: Sequence[Call], set
 
 
 class _Factors:
-    """The factors of SmoothQuant for an exponent."""
+    """The factors of SmoothQuant for an exponent. ``by_row``: rows of weights count over their largest value."""
 
-    def __init__(self, model: GraphModule, scaling: ChannelScaling, calls: Sequence[Call]) -> None:
+    def __init__(self, model: GraphModule, scaling: ChannelScaling, calls: Sequence[Call], *, by_row: bool) -> None:
         self._scaling = scaling
         self._activations = logs_of(activation_ranges(model, scaling, calls), scaling)
         weights = {
-            each.node.name: largest(each.size, each.reads, scaling.count)
+            each.node.name: largest(_over_rows(each) if by_row else each.size, each.reads, scaling.count)
             for each in scaling.strengths
             if each.is_matrix and each.reads is not None
         }
@@ -126,3 +129,12 @@ class _Factors:
 
     def __call__(self, alpha: float) -> Tensor:
         return balanced((1.0 - alpha) * self._weights - alpha * self._activations, self._scaling)
+
+
+def _over_rows(matrix: Strength) -> Tensor:
+    """The values of a weight matrix over the largest of their row: along the axes along which it reads channels."""
+    axes = [axis for axis, count in enumerate(matrix.makes.shape) if count == 1]
+    if not axes or not matrix.size.numel():
+        return matrix.size
+    most = matrix.size.amax(axes, keepdim=True)
+    return matrix.size / torch.where(most > 0, most, 1.0)

@@ -2,6 +2,9 @@
 
     error(group) = Σ |op(q(x), q(w)) - op(x, w)|² / |op(x, w)|²        over the ops that make and read its channels
 
+What an op makes is weighted by channel, those with more power than half of them as if they had that of the middle one:
+a norm behind takes such a channel back, and its noise would hide that of all others.
+
 Each op is run on the operands that it has in float, rounded as the quantizer has them rounded: with its own observers,
 granularity and bits, in a graph that was prepared and calibrated with the factors in it. So a candidate costs one
 preparation and one run for all groups at once.
@@ -164,7 +167,7 @@ class _LocalErrors(GraphInterpreter):
         super().__init__(simulated.graph)
         self._simulated = simulated
         self._names = names
-        self._read: dict[str, tuple[float, float]] = {}
+        self._read: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._made: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, call: Call) -> None:
@@ -175,16 +178,16 @@ class _LocalErrors(GraphInterpreter):
 
     def of(self, group: ChannelGroup) -> _Error:
         """The error of a group: of what it reads as a whole, and of what it makes by channel, whatever their scales."""
-        read = [self._read[name] for name in group.readers if name in self._read]
+        read = [_sums(self._read[name]) for name in group.readers if name in self._read]
         if not read:
             return _Error(math.inf, 0.0)
         made = 0.0
         for name in group.makers:
             found = self._made.get(name, [])
             if found:
-                signal, noise = (torch.stack(side).sum(0) for side in zip(*found, strict=True))
+                signal, noise = _sums(found)
                 made += float((noise / signal)[signal > 0].mean().nan_to_num())
-        return _Error(sum(noise / signal for signal, noise in read if signal), made)
+        return _Error(sum(_relative(signal, noise) for signal, noise in read), made)
 
     def run_node(self, n: Node) -> Any:
         """The value of ``n`` in float; on the way, what it would be with its operands rounded."""
@@ -193,11 +196,10 @@ class _LocalErrors(GraphInterpreter):
         if n.name not in self._names or not points or not isinstance(result, Tensor):
             return result
         noise, exact = self._noise(n, result, points), result.double().square()
-        signal, total = self._read.get(n.name, (0.0, 0.0))
-        self._read[n.name] = signal + float(exact.sum()), total + float(noise.sum())
+        axis = _channels(n, exact.dim())
+        self._read.setdefault(n.name, []).append((_by_channel(exact, axis), _by_channel(noise, axis)))
         if INSERTED not in n.meta:  # the rounding of what another op made is not its own
             noise = self._noise(n, result, {x for x in points if x.all_input_nodes[0] in self._simulated.constants})
-        axis = _channels(n, exact.dim())
         self._made.setdefault(n.name, []).append((_by_channel(exact, axis), _by_channel(noise, axis)))
         return result
 
@@ -211,6 +213,21 @@ class _LocalErrors(GraphInterpreter):
         assert callable(n.target), "an op with a weight"
         found: Tensor = n.target(*args, **kwargs)
         return (found - result).double().square()
+
+
+def _sums(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Signal and noise of each channel over all data."""
+    signal, noise = (torch.stack(side).sum(0) for side in zip(*found, strict=True))
+    return signal, noise
+
+
+def _relative(signal: Tensor, noise: Tensor) -> float:
+    """Noise over signal, where no channel counts for more than the middle one."""
+    middle = signal.median()
+    if not bool(middle > 0):
+        return float((noise.sum() / signal.sum()).nan_to_num(posinf=0.0))
+    weight = middle / signal.clamp(min=float(middle))
+    return float((noise * weight).sum() / (signal * weight).sum())
 
 
 def _channels(node: Node, rank: int) -> int:

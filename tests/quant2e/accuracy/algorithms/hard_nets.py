@@ -137,7 +137,7 @@ def post_norm(*, hard: bool) -> nn.Module:
     net = Transformer()
     net.blocks = nn.Sequential(PostBlock(32, 4), PostBlock(32, 4))
     with torch.no_grad():
-        for index, block in enumerate(net.blocks if hard else ()):
+        for block in net.blocks if hard else ():
             block.down.weight[7] *= 300.0
             block.norm2.weight[7] = 0.05
             for channel, factor in ((3, 20.0), (11, 60.0)):

@@ -72,13 +72,14 @@ def test_a_hard_net_comes_back_with_no_hint(net, quantizer):
 def test_a_post_norm_net_gets_divisions_where_nothing_in_front_can_take_a_factor(quantizer):
     model, data = post_norm(hard=True), tokens(8)
     result = quantize(model, data[0], quantizer(), data, algorithms="auto", dynamic_batch=True)
-    plain, first = result.report.algorithms[0].before_db, result.report.algorithms[0].name
-    assert first == "equalize"
+    plain, mended = result.report.algorithms[0].before_db, result.report.sqnr_db
     assert plain is not None
-    assert result.report.sqnr_db > plain + 5.0
+    assert plain < ENOUGH_DB - 2.0
+    assert mended >= ENOUGH_DB
     step = next(step for step in result.report.algorithms[2:] if step.name == "smooth")
     assert step.outcome == "kept"
-    assert all("by a division in float that is put in" in line for line in step.changes if "div_tensor" in line)
+    assert any("by a division in float that is put in" in line for line in step.changes)
+    assert result.report.int8_mac_share > 0.9
 
 
 def test_a_good_net_pays_one_measurement(monkeypatch):
