@@ -80,6 +80,10 @@ def describe(batch: Any) -> str:
     """Shapes and dtypes of a batch, for messages."""
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    if isinstance(batch, Call):
+        parts = [describe(value) for value in batch.args]
+        parts += [f"{name}={describe(value)}" for name, value in batch.kwargs.items()]
+        return parts[0] if len(parts) == 1 and batch.args else f"({', '.join(parts)})"
     if isinstance(batch, Mapping):
         return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in batch.items()) + "}"
     if isinstance(batch, (tuple, list)):

@@ -20,7 +20,7 @@ from quant2e.annotation.quantizer import Quantizer
 from quant2e.documents.json_text import read_json
 from quant2e.documents.yaml_text import LARGEST, read_yaml_lines, yaml_text
 from quant2e.errors import FileFormatError, Quant2eError
-from quant2e.files import write_text
+from quant2e.files import atomic_file
 from quant2e.prepare.prepare import prepare_pt2e
 
 FORMAT = 1
@@ -82,7 +82,8 @@ class Recipe:
     def to_file(self, path: str | Path) -> None:
         """Write YAML, or JSON to ``.json``; an existing file is replaced only once the new one is complete."""
         text = json.dumps(self.as_dict(), indent=1) + "\n" if Path(path).suffix == ".json" else str(self)
-        write_text(path, text)
+        with atomic_file(Path(path)) as part:
+            part.write_text(text, encoding="utf-8")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for YAML or JSON; `from_dict` is its inverse."""
