@@ -67,7 +67,7 @@ def test_a_cnn_is_int8_throughout_and_takes_any_batch(axis):
     image = torch.randn(2, 3, 16, 16)
     model = capture(Cnn(axis), image, dynamic_shapes=({0: batch},))
     text, state = str(model.graph), {k: v.clone() for k, v in model.state_dict().items()}
-    program = to_inductor(model, (image,))
+    program = to_inductor(model, (image,), engines="onednn")
     assert {op.kernel for op in program.report.ops} == {"onednn.qconv", "onednn.qlinear"}
     assert [op.name for op in program.report.int8] == ["conv2d", "conv2d_1", "conv2d_2", "linear"]
     for size in (1, 2, 5, 64):
@@ -105,7 +105,7 @@ class Block(nn.Module):
 def test_a_transformer_is_int8_throughout_and_leaves_its_input_alone(grid):
     x = torch.randn(2, 6, 32)
     model = capture(nn.Sequential(Block(grid), Block(grid)), x)
-    program = to_inductor(model, (x,))
+    program = to_inductor(model, (x,), engines="onednn")
     assert [op.reason for op in program.report.leftovers] == []
     assert len(program.report.int8) == 12
     before = x.clone()
@@ -201,7 +201,7 @@ def test_every_known_wrong_lowering_is_right():
         "line": weight(8, 8, 3), "cube": weight(8, 1, 3, 3, 3), "constant": torch.randn(8, 8),
     }  # fmt: skip
     model = capture(Fn(lambda m, *inputs: tuple(case(m, *inputs) for case in WRONG.values()), **parts), x, image)
-    program = to_inductor(model, (x, image), verify=False)
+    program = to_inductor(model, (x, image), verify=False, engines="onednn")
     for inputs in [(x, image), (x * 2, image * 2), (torch.randn(8, 8), torch.randn(1, 8, 8, 8))]:
         kept = [t.clone() for t in inputs]
         got, expected = program(*inputs), model(*kept)
@@ -226,7 +226,7 @@ def test_half_precision_keeps_its_dtype_and_its_kernels():
         return F.linear(qd.dequantize_per_tensor.default(q, *args, out_dtype=x.dtype), w)
 
     model = capture(Fn(in_half, w=weight(16, 32)), x.bfloat16())
-    program = to_inductor(model, (x.bfloat16(),))
+    program = to_inductor(model, (x.bfloat16(),), engines="onednn")
     assert program(x.bfloat16()).dtype is torch.bfloat16
     assert program.report.of("linear").kernel == "onednn.qlinear"
 

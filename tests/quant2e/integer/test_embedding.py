@@ -184,7 +184,7 @@ def test_bags_of_a_quantizer(options, reason, bits, tmp_path):
     quantized = quantize(Bag(bag).eval(), (IDS,), quantizer, [IDS])
     gm = to_integer(quantized.module, strict=not reason)
     verdict = integer_report(gm).of("embedding_bag")
-    torch.testing.assert_close(gm(IDS), quantized(IDS), rtol=1e-5, atol=1e-5 if reason else 0.02)
+    torch.testing.assert_close(gm(IDS), quantized(IDS), rtol=1e-5, atol=1e-5 if reason else 0.05)
     if not reason:
         assert verdict.integer
         kind = {"sum": "bag", "mean": "quotient", "max": "bag_maximum"}[options["mode"]]
