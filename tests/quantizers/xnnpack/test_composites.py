@@ -135,7 +135,12 @@ SPLITS = {
 @pytest.mark.parametrize("name", SPLITS)
 def test_the_parts_of_a_split_tensor_share_its_scale(name):
     split, op = SPLITS[name]
-    model = Of(lambda m, x: sum(split(m.c(x))[i].flatten(1).mean() for i in (0, 1)) + F.relu(split(m.c(x))[1]), c=CONV)
+
+    def parts(m, x):
+        first, second = split(m.c(x))[:2]
+        return first.flatten(1).mean() + second.flatten(1).mean() + F.relu(second)
+
+    model = Of(parts, c=CONV)
     result = quantize(model.eval(), IMAGE, static(), [IMAGE])
     assert result.report.of(op).reason == "moves"
     groups = [
