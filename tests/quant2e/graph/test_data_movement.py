@@ -238,6 +238,8 @@ def test_quantizers_take_the_whole_table():
 # ---------------------------------------------------------------- the only one
 
 ELSEWHERE = {
+    "quant2e/accuracy/algorithms/channels/labels.py": "ops that repeat an axis of size 1, of those that repeat",
+    "quant2e/accuracy/algorithms/smooth_sums.py": "ops that keep each value in its place, of those behind a linear",
     "quant2e/graph/data_movement.py": "the table",
     "quant2e/graph/effects.py": "what shares memory although its schema is silent: aliases, not movement",
     "quantizers/conformance/capabilities.py": "examples of ops in common use",
