@@ -33,10 +33,8 @@ from quant2e.calibration.repeated_data import RepeatedData
 from quant2e.convert.convert import converted_graph
 from quant2e.convert.given_encodings import with_encodings
 from quant2e.errors import AccuracyError, AnnotationError, CalibrationError, Quant2eError
-from quant2e.graph.captured.calls import Call, example_call
-from quant2e.graph.captured.capture import capture
-from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
-from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.capture import capture_call
 from quant2e.graph.captured.module import independent_copy
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.quantized_io import quantized_io_of, with_quantized_io
@@ -130,11 +128,7 @@ def quantize(
     if encodings is not None and not algorithms:
         _check_algorithms(encodings, ())
     attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf
-    given = example_call(example_inputs, kwargs)
-    if dynamic_batch is not False:
-        given, dynamic_shapes = with_dynamic_batch(model, given, dynamic_batch, dynamic_shapes)
-    positional, named = given
-    captured = capture(model, positional, named, dynamic_shapes=dynamic_shapes)
+    captured, given, shapes = capture_call(model, example_inputs, kwargs, dynamic_shapes, dynamic_batch)
     prepared = prepare_pt2e(captured, quantizer)
     report = record_of(prepared).report
     if report.quantized_ops == 0 and not allow_unquantized:
@@ -154,9 +148,7 @@ def quantize(
     report = replace(record.report, algorithms=mended.steps).with_notes(data.notes if data is not None else ())
     report = _measured(report, (captured, mended.prepared, converted), mended.held_out, min_sqnr_db)
     converted.meta[RECORD_KEY] = replace(record, report=report)
-    inputs, keywords = _example(converted, positional, named)
-    stated = dynamic_shapes is not None
-    shapes = of_graph(dynamic_shapes, model, positional, named) if stated else read_dynamic_shapes(captured)
+    inputs, keywords = _example(converted, *given)
     return QuantizedModel(
         module=converted,
         report=report,

@@ -36,10 +36,7 @@ from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_iterable
 from quant2e.calibration.feed import Feed, Transform
 from quant2e.errors import Quant2eError
-from quant2e.graph.captured.calls import example_call
-from quant2e.graph.captured.capture import capture
-from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
-from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
+from quant2e.graph.captured.capture import capture_call
 from quant2e.observers.measuring import searchable
 from quant2e.ranges.search import searched_together
 
@@ -105,19 +102,15 @@ def tune(
         optuna_module()
     if calibration_data is not None:
         check_iterable(calibration_data, "calibration_data")
-    example = example_call(example_inputs, kwargs)
-    if dynamic_batch is not False:
-        example, dynamic_shapes = with_dynamic_batch(model, example, dynamic_batch, dynamic_shapes)
-    captured = capture(model, *example, dynamic_shapes=dynamic_shapes)
+    captured, example, shapes = capture_call(model, example_inputs, kwargs, dynamic_shapes, dynamic_batch)
     data = None if calibration_data is None else Feed(calibration_data, captured, "calibration", transform)
     alternatives = alternatives_of(captured, quantizers, data, example, lists)
-    given = dynamic_shapes is not None
     candidates = Candidates(
         captured=captured,
         space=space_of(alternatives),
         quantizers={a.name: type(_of(a.name, quantizers)).__name__ for a in alternatives},
         example=example,
-        dynamic_shapes=of_graph(dynamic_shapes, model, *example) if given else read_dynamic_shapes(captured),
+        dynamic_shapes=shapes,
         notes=() if data is None else data.notes,
     )
     calls = alternatives[0].held_out.calls[:MEASURED_ON]

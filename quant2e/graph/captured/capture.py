@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -24,6 +24,7 @@ from quant2e.errors import CaptureError, where
 from quant2e.graph.captured.calls import Call, example_call
 from quant2e.graph.captured.core_aten import compose_core_ops
 from quant2e.graph.captured.dynamic_batch import with_dynamic_batch
+from quant2e.graph.captured.dynamic_shapes import of_graph, read_dynamic_shapes
 from quant2e.graph.captured.inline_regions import inline_regions
 from quant2e.graph.captured.inputs import Inputs, distinct, read_inputs
 from quant2e.graph.captured.modes import is_training_graph
@@ -84,6 +85,32 @@ def capture(
             raise CaptureError(_export_failure(model, error)) from error
     _set_flags(captured, model.training)
     return captured
+
+
+class CapturedCall(NamedTuple):
+    """A captured graph, the example inputs that it was captured with, and the sizes of its inputs that vary."""
+
+    graph: CapturedModule
+    example: Call
+    dynamic_shapes: Any
+
+
+def capture_call(
+    model: Module | ExportedProgram,
+    example_inputs: Any,
+    kwargs: Mapping[str, Any] | None,
+    dynamic_shapes: Any,
+    dynamic_batch: bool | int,
+) -> CapturedCall:
+    """What `capture` makes of these arguments, with what a `QuantizedModel` remembers of them. Raises as it does."""
+    example = example_call(example_inputs, kwargs)
+    if dynamic_batch is not False:
+        example, dynamic_shapes = with_dynamic_batch(model, example, dynamic_batch, dynamic_shapes)
+    graph = capture(model, *example, dynamic_shapes=dynamic_shapes)
+    stated = dynamic_shapes is not None
+    return CapturedCall(
+        graph, example, of_graph(dynamic_shapes, model, *example) if stated else read_dynamic_shapes(graph)
+    )
 
 
 def as_graph_module(model: Module | ExportedProgram, *, compiled: bool = True) -> CapturedModule:
