@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -132,10 +133,7 @@ def quantize(
     prepared = prepare_pt2e(captured, quantizer)
     report = record_of(prepared).report
     if report.quantized_ops == 0 and not allow_unquantized:
-        raise Quant2eError(
-            f"{by} quantized none of the model's {len(report.verdicts)} float ops. Give it a "
-            "configuration (set_global, say), or pass allow_unquantized=True if that is what you want.\n" + str(report)
-        )
+        raise Quant2eError(_nothing_quantized(by, report))
     data = None if calibration_data is None else Feed(calibration_data, captured, "calibration", transform)
     if attempts:
         driver = Driver(captured, quantizer, RepeatedData(data, given), enough_db)
@@ -257,6 +255,21 @@ def _check_float(model: GraphModule, held_out: list[Call], source: str) -> None:
                 f"the float model returns NaN on batch {index} of {source}, so nothing can be measured on it; look at "
                 "that batch and at the model, or accept any result with min_sqnr_db=None"
             )
+
+
+def _nothing_quantized(by: str, report: Report) -> str:
+    """The error of a quantizer that quantized nothing: the reason in its first sentence, and what to do."""
+    asked = [note.removeprefix("recipe:").strip() for note in report.notes if note.startswith("recipe:")]
+    reasons = Counter(verdict.reason for verdict in report.verdicts)
+    if asked:
+        why = f". It cannot do what the recipe asks: {asked[0]}. Ask for what it runs"
+    else:
+        why = f": {reasons.most_common(1)[0][0]}. " if reasons else ". "
+        why += "Give it a configuration (set_global, say) and a model that it has kernels for"
+    return (
+        f"{by} quantized none of the model's {len(report.verdicts)} float ops{why}, or pass allow_unquantized=True if "
+        f"that is what you want.\n{report}"
+    )
 
 
 def _lost(report: Report, wanted: float) -> str:

@@ -29,7 +29,7 @@ def axes_of(axis: int | Sequence[int] | None) -> tuple[int, ...] | None:
     """The axes that keep their own range, as a tuple; None for a whole tensor. Raises `AnnotationError`."""
     if axis is None:
         return None
-    found = (axis,) if isinstance(axis, int) else tuple(axis)
+    found = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     if not found or len(set(found)) != len(found) or not all(type(each) is int for each in found):
         raise AnnotationError(f"axis={axis!r}: a number, several different ones, or None for a whole tensor")
     return found

@@ -67,13 +67,15 @@ class QuantDescriptor:
     narrow_range: bool = False
 
     def __post_init__(self) -> None:
+        for flag in ("learn_amax", "skip_zeros", "unsigned", "narrow_range"):
+            if not isinstance(getattr(self, flag), bool):
+                raise AnnotationError(f"{flag}={getattr(self, flag)!r}: True or False")
+        if not isinstance(self.name, str | None):
+            raise AnnotationError(f"name={self.name!r}: text, or None")
         integer_bounds(self.num_bits, self.unsigned, self.narrow_range)
         object.__setattr__(self, "axis", axes_of(self.axis))
         if self.amax is not None:
             object.__setattr__(self, "amax", _frozen(self.amax, self.axis))
-        for flag in ("learn_amax", "skip_zeros", "unsigned", "narrow_range"):
-            if not isinstance(getattr(self, flag), bool):
-                raise AnnotationError(f"{flag}={getattr(self, flag)!r}: True or False")
         if self.calib_method not in get_args(CalibrationMethod):
             known = ", ".join(get_args(CalibrationMethod))
             raise AnnotationError(f"calib_method={self.calib_method!r}: choose one of {known}")
@@ -227,7 +229,10 @@ def _is_number(value: Any) -> bool:
 
 def _frozen(amax: Any, axis: Any) -> Amax:
     """A number or nested tuples of numbers, with one level for each axis, or one for each dimension of the tensor."""
-    values = torch.as_tensor(amax, dtype=torch.float32).detach()
+    try:
+        values = torch.as_tensor(amax, dtype=torch.float32).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AnnotationError(f"amax={amax!r}: a number, or numbers for each index along an axis") from error
     if not bool((torch.isfinite(values) & (values >= 0)).all()) or values.numel() == 0:
         raise AnnotationError(f"amax={values.tolist()}: magnitudes are finite numbers, 0 or larger")
     if axis is None and values.numel() != 1:

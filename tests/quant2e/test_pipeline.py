@@ -129,6 +129,8 @@ def test_no_data():
 def test_zero_quantized_ops():
     with pytest.raises(Quant2eError, match=r"(?s)Annotate quantized none of the model's 1 float ops.*linear +float"):
         quantize(model(), torch.randn(2, 4), NOTHING)
+    with pytest.raises(Quant2eError, match=r"1 float ops: .*Give it a configuration \(set_global, say\)"):
+        quantize(model(), torch.randn(2, 4), NOTHING)
     result = quantize(model(), torch.randn(2, 4), NOTHING, allow_unquantized=True)
     assert result.report.quantized_ops == 0
     assert result.report.sqnr_db == math.inf

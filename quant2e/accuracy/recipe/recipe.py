@@ -137,6 +137,13 @@ def _read(data: Any, places: Places) -> Recipe:
     made: Recipe = read(Recipe, data, places)
     if "recipe" not in data:
         raise places.error((), f"has no 'recipe', which says its format: recipe: {FORMAT}")
+    seen: dict[str, int] = {}
+    for index, rule in enumerate(made.tensors):
+        if rule.tensor in seen:
+            raise places.error(
+                ("tensors", index), f"is about '{rule.tensor}', and so is tensors[{seen[rule.tensor]}]: make them one"
+            )
+        seen[rule.tensor] = index
     return made
 
 

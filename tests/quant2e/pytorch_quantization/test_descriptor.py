@@ -81,6 +81,12 @@ WRONG = [
     ({"calib_method": "percentile", "percentile": 0.0}, "percentage above 0"),
     ({"learn_amax": 1}, "True or False"),
     ({"num_bins": 1}, "between 2 and"),
+    ({"axis": 1.5}, "axis=1.5: a number, several"),
+    ({"axis": "1"}, "axis='1': a number, several"),
+    ({"unsigned": "yes"}, "unsigned='yes': True or False"),
+    ({"name": 3}, "name=3: text"),
+    ({"amax": "1.0"}, "amax='1.0': a number"),
+    ({"amax": {1.0}}, "a number, or numbers for each index"),
 ]
 
 

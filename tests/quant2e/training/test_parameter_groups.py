@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -72,7 +73,22 @@ def test_what_raises_freezes_nothing():
         ({"features.*": None, "*.bias": {"lr": 1.0}}, "by 'features.\\*' and by '\\*.bias'"),
         ({"*": None}, "nothing is left to train"),
         ({"head.*": {"params": []}, "features.*": None}, "hold 'params'"),
+        ({"features.*": None, 3: {"lr": 1.0}}, "3 is no pattern"),
+        ({"features.*": None, "head.*": 3}, "the options of 'head.\\*' are 3: give a mapping"),
+        ({"features.*": None, "head.*": {"lr": math.nan}}, "hold lr=nan: 0 or larger"),
+        ({"features.*": None, "head.*": {"weight_decay": -1e-4}}, "hold weight_decay=-0.0001: 0 or larger"),
+        (["features.*"], "settings is a list: give a mapping"),
     ]:
         with pytest.raises(Quant2eError, match=said):
             parameter_groups(model, settings)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_tied_parameter_goes_by_each_of_its_names():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    groups = parameter_groups(model, {"1.weight": {"lr": 0.5}, "1.bias": None})
+    assert groups[0] == {"params": [model[0].weight], "lr": 0.5}
+    assert len(parameter_groups(model, {"*.weight": {"lr": 0.5}})[0]["params"]) == 1
+    with pytest.raises(Quant2eError, match="parameter '0.weight' is named by '1.weight' and by '0.\\*'"):
+        parameter_groups(model, {"1.weight": {}, "0.*": {}})

@@ -70,6 +70,10 @@ WRONG = [
     ("recipe: 1\ntensors: [{tensor: x, scale: 1.0e-300}]\n", r"the scale 1e-300 is no normal float32 number"),
     ("recipe: 1\ntensors: [{tensor: x, scale: [1, 2], zero_point: [1, 2, 3]}]\n", r"2 scales and 3 zero points"),
     ("recipe: 1\ntensors: [{tensor: x}]\n", r"it says something of its tensor"),
+    (
+        "recipe: 1\ntensors:\n  - {tensor: x, scale: 1}\n  - {tensor: x, scale: 2}\n",
+        r"r.yaml:4: tensors\[1\]: is about 'x', and so is tensors\[0\]",
+    ),
     ("rules: []\n", r"r.yaml:1: has no 'recipe', which says its format"),
     ("recipe: 2\n", r"format 2; this version reads format 1"),
     ("[]", r"is a list, and must be a mapping"),

@@ -222,3 +222,8 @@ def test_ops_in_bodies():
     assert found["linear"] == "static"
     assert found["true_graph_0.linear_1"] == "float"
     assert found["false_graph_0.linear_1"] == "static"
+
+
+def test_a_recipe_of_which_nothing_can_be_done(net):
+    with pytest.raises(Quant2eError, match=r"float ops. It cannot do what the recipe asks: .* does not run 'w8a8'"):
+        quantized(net, Int16Quantizer(), "w8a8", allow_unquantized=False)
