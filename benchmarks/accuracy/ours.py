@@ -11,7 +11,7 @@ import torch
 
 import quant2e
 from benchmarks.accuracy.int8_share import int8_share
-from benchmarks.accuracy.row import FLOAT, MENDED, PLAIN, Row
+from benchmarks.accuracy.row import FLOAT, PLAIN, Row
 from benchmarks.accuracy.schemes import SCHEMES, W4, W4_ASYMMETRIC
 from benchmarks.accuracy.task import Task
 from quant2e.accuracy.output_error import output_sqnr
@@ -23,17 +23,24 @@ GPTQ: Sequence[Any] = ("gptq",)
 
 def float_row(task: Task, scheme: str) -> Row:
     """The float model by itself."""
-    return Row(model=task.name, scheme=scheme, method=FLOAT, measures=dict(task.measure(task.model)))
+    return Row(
+        model=task.name,
+        scheme=scheme,
+        method=FLOAT,
+        measures=dict(task.measure(task.model)),
+        samples=task.samples,
+        versions=f"torch {torch.__version__}",
+    )
 
 
-def quantized(task: Task, scheme: str, algorithms: Any) -> quant2e.QuantizedModel:
+def quantized(task: Task, quantizer: Any, algorithms: Any) -> quant2e.QuantizedModel:
     """The whole of it in one call; a result that lost the signal is a result here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return quant2e.quantize(
             task.model,
             task.example_inputs,
-            SCHEMES[scheme].ours(),
+            quantizer,
             task.calibration,
             dynamic_shapes=task.dynamic_shapes,
             algorithms=algorithms,
@@ -43,10 +50,12 @@ def quantized(task: Task, scheme: str, algorithms: Any) -> quant2e.QuantizedMode
 
 def our_row(task: Task, scheme: str, method: str) -> Row:
     """``quantize``, plain or with its default ladder; for 4-bit weights with GPTQ alone."""
+    make = SCHEMES[scheme].of(method)
+    assert make is not None
     mending: Any = GPTQ if scheme in {W4, W4_ASYMMETRIC} else "auto"
-    start = time.perf_counter()
-    result = quantized(task, scheme, {PLAIN: (), MENDED: mending}[method])
-    seconds = time.perf_counter() - start
+    start = time.process_time()
+    result = quantized(task, make(), () if method == PLAIN else mending)
+    seconds = time.process_time() - start
     return row_of(task, scheme, method, result.module, seconds, notes=tuple(map(str, result.report.algorithms)))
 
 
@@ -65,6 +74,7 @@ def row_of(
         int8_share=int8_share(graph, last),
         sqnr_db=noise,
         seconds=seconds,
+        samples=task.samples,
         notes=notes,
         versions=versions or f"torch {torch.__version__}",
     )

@@ -17,7 +17,7 @@ import torch
 from torch.fx import GraphModule
 
 from benchmarks.accuracy.ours import row_of
-from benchmarks.accuracy.row import NNCF, TORCHAO, Row
+from benchmarks.accuracy.row import NNCF, REDUCED, TORCHAO, Row
 from benchmarks.accuracy.schemes import SCHEMES
 from benchmarks.accuracy.task import Task
 
@@ -68,6 +68,7 @@ def nncf(task: Task, quantizer: Any) -> tuple[GraphModule, str]:
 FLOWS: dict[str, tuple[Callable[[Task, Any], tuple[GraphModule, str]], Sequence[str]]] = {
     NNCF: (nncf, ("nncf", "torchao")),
     TORCHAO: (torchao, ("torchao",)),
+    REDUCED: (torchao, ("torchao",)),
 }
 """By method: the flow, and the packages whose versions count."""
 
@@ -75,16 +76,16 @@ FLOWS: dict[str, tuple[Callable[[Task, Any], tuple[GraphModule, str]], Sequence[
 def peer_row(task: Task, scheme: str, method: str) -> Row:
     """The scheme's own quantizer through the method's flow; a row with the reason where that fails."""
     flow, packages = FLOWS[method]
-    make = SCHEMES[scheme].peer
+    make = SCHEMES[scheme].of(method)
     failed = Row(model=task.name, scheme=scheme, method=method)
     if make is None:
         return _failing(failed, "it has no quantizer for this scheme")
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph, note = flow(task, make())
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
         return row_of(task, scheme, method, graph, seconds, (note,) if note else (), versions)
     except Exception as error:  # noqa: BLE001 - a peer that fails has a row that says why

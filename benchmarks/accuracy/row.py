@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FLOAT, PLAIN, MENDED = "float", "quant2e", "quant2e, algorithms"
-NNCF, TORCHAO = "NNCF", "torchao"
-METHODS = (FLOAT, PLAIN, MENDED, NNCF, TORCHAO)
+FULL = "quant2e, algorithms, full ranges"
+"""For machines whose kernels multiply all 8 bits of both operands exactly, where this one's would not."""
+NNCF, TORCHAO, REDUCED = "NNCF", "torchao", "torchao, reduced range"
+"""``REDUCED``: with 7 bits of activations, as torchao advises for machines without VNNI."""
+METHODS = (FLOAT, PLAIN, MENDED, FULL, NNCF, TORCHAO, REDUCED)
 """In the order in which rows are measured and printed."""
 
 
@@ -20,8 +23,9 @@ class Row:
     ``measures``: the numbers of the task, the metric first, larger is better. ``int8_share``: of the
     multiply-accumulates, those whose two operands come from integers, counted in the Q/DQ graph in the same way for
     every library. ``sqnr_db``: at the output against float, on the calibration data's last batch, which is held out of
-    nothing: a measure of noise, not of accuracy. ``seconds``: from the float model to the Q/DQ graph. ``notes``: the
-    steps that were taken. ``failed``: why there are no numbers.
+    nothing: a measure of noise, not of accuracy. ``seconds``: of CPU time from the float model to the Q/DQ graph, which
+    other work on the machine hardly moves; None: not measured. ``samples``: how many the metric is a share of; 0: it is
+    no share. ``notes``: the steps that were taken. ``failed``: why there are no numbers.
     """
 
     model: str
@@ -30,7 +34,8 @@ class Row:
     measures: Mapping[str, float] = field(default_factory=dict)
     int8_share: float = 0.0
     sqnr_db: float | None = None
-    seconds: float = 0.0
+    seconds: float | None = None
+    samples: int = 0
     notes: tuple[str, ...] = ()
     failed: str = ""
     versions: str = ""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from benchmarks.accuracy.row import FULL, MENDED, PLAIN, REDUCED
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,
@@ -18,10 +20,20 @@ from quantizers import (
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """``ours``: makes a quantizer of ours; ``peer``: the target's own, for torchao and NNCF; None: they have none."""
+    """What makes the quantizer of each method; None: the method has none for this scheme.
+
+    ``ours``: ours for this machine; ``full``: ours for machines that multiply full ranges exactly, where that differs;
+    ``peer``: the target's own, for torchao and NNCF; ``reduced``: the same with the ranges it has for this machine.
+    """
 
     ours: Callable[[], Any]
     peer: Callable[[], Any] | None = None
+    full: Callable[[], Any] | None = None
+    reduced: Callable[[], Any] | None = None
+
+    def of(self, method: str) -> Callable[[], Any] | None:
+        """What makes the quantizer of one of `METHODS`."""
+        return {PLAIN: self.ours, MENDED: self.ours, FULL: self.full, REDUCED: self.reduced}.get(method, self.peer)
 
 
 def _xnnpack() -> Any:
@@ -36,15 +48,16 @@ def _xnnpack_of_executorch() -> Any:
     return theirs.XNNPACKQuantizer().set_global(config)
 
 
-def _x86() -> Any:
+def _x86(isa: str | None = None) -> Any:
     config = get_default_x86_inductor_quantization_config()
-    return ComposableQuantizer([EmbeddingQuantizer(), X86InductorQuantizer().set_global(config)])
+    return ComposableQuantizer([EmbeddingQuantizer(), X86InductorQuantizer(isa).set_global(config)])
 
 
-def _x86_of_torchao() -> Any:
+def _x86_of_torchao(*, reduce_range: bool = False) -> Any:
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as theirs
 
-    return theirs.X86InductorQuantizer().set_global(theirs.get_default_x86_inductor_quantization_config())
+    config = theirs.get_default_x86_inductor_quantization_config(reduce_range=reduce_range)
+    return theirs.X86InductorQuantizer().set_global(config)
 
 
 XNNPACK, X86 = "XNNPACK w8a8", "x86 w8a8"
@@ -52,7 +65,7 @@ W4, W4_ASYMMETRIC = "w4 in groups of 32", "w4 in groups of 32, asymmetric"
 
 SCHEMES: Mapping[str, Scheme] = {
     XNNPACK: Scheme(_xnnpack, _xnnpack_of_executorch),
-    X86: Scheme(_x86, _x86_of_torchao),
+    X86: Scheme(_x86, _x86_of_torchao, partial(_x86, "avx512_vnni"), partial(_x86_of_torchao, reduce_range=True)),
     W4: Scheme(lambda: X86InductorQuantizer().set_global("w4-g32-sym")),
     W4_ASYMMETRIC: Scheme(lambda: X86InductorQuantizer().set_global("w4-g32-asym")),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from benchmarks.accuracy.targets import Target
 from benchmarks.accuracy.tuning import Tuned
 from benchmarks.timing import Machine
 from quant2e.files import atomic_file, write_text
+from quant2e.report.algorithm_step import NOT_TRIED
 
 
 def _lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -28,7 +30,7 @@ def target_lines(targets: Sequence[Target]) -> list[str]:
 
 def row_lines(rows: Sequence[Row]) -> list[str]:
     """The rows, one a line."""
-    heads = ("model", "scheme", "by", "accuracy", "int8 share of MACs", "SQNR dB", "s", "what was done")
+    heads = ("model", "scheme", "by", "accuracy", "int8 share of MACs", "SQNR dB", "CPU s", "what was done")
     return _lines(heads, [_cells(row) for row in rows])
 
 
@@ -42,7 +44,27 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.sqnr_db is None:
         return (*head, measures, "–", "–", "–", "")
     noise = "no error" if row.sqnr_db == math.inf else f"{row.sqnr_db:.1f}"
-    return (*head, measures, f"{row.int8_share:.1%}", noise, f"{row.seconds:.0f}", "; ".join(row.notes))
+    return (*head, measures, f"{row.int8_share:.1%}", noise, _seconds(row.seconds), "; ".join(_once(row.notes)))
+
+
+def _once(notes: Sequence[str]) -> list[str]:
+    """What was not tried for one reason, said once: ``NAME: not tried, REASON`` are the steps of reports."""
+    done, left_out = [], defaultdict[str, list[str]](list)
+    for note in notes:
+        name, untried, reason = note.partition(f": {NOT_TRIED}, ")
+        if untried:
+            left_out[reason].append(name)
+        else:
+            done.append(note)
+    for reason, names in left_out.items():
+        others = f"the other {len(names)}" if done else f"all {len(names)}"
+        which = others if len(left_out) == 1 < len(names) else ", ".join(dict.fromkeys(names))
+        done.append(f"{which}: {NOT_TRIED}, {reason}")
+    return done
+
+
+def _seconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds:.0f}"
 
 
 def _number(name: str, value: float) -> str:
@@ -62,14 +84,14 @@ def tuned_lines(tuned: Sequence[Tuned]) -> list[str]:
         "on other data",
         "int8 share",
         "trials",
-        "s",
+        "CPU s",
         "exhaustive",
         "blocks",
     )
     rows = [
         (
             one.model, one.scheme, "met" if one.met else "not met", f"{one.metric:.2%}", f"{one.float_metric:.2%}",
-            f"{one.test:.2%}", f"{one.int8_share:.1%}", str(one.trials), f"{one.seconds:.0f}",
+            f"{one.test:.2%}", f"{one.int8_share:.1%}", str(one.trials), _seconds(one.seconds),
             f"{one.exhaustive_share:.1%} after {one.mixes} mixes", ", ".join(one.blocks),
         )
         for one in tuned
@@ -79,7 +101,7 @@ def tuned_lines(tuned: Sequence[Tuned]) -> list[str]:
 
 def trained_lines(trained: Sequence[Trained]) -> list[str]:
     """Accuracies over seeds, one method a line."""
-    heads = ("model", "bits of weights", "method", "top-1, mean", "lowest", "highest", "ms a step")
+    heads = ("model", "bits of weights", "method", "top-1, mean", "lowest", "highest", "CPU ms a step")
     return _lines(heads, [_trained_cells(one) for one in trained])
 
 
@@ -118,7 +140,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             beside.setdefault((row.model, row.scheme), {})[row.method] = row
     settings = {key: found for key, found in beside.items() if METHODS[0] in found}
     figure, axes = plt.subplots(figsize=(9, max(3.0, 1.2 + 0.34 * len(settings))), layout="constrained")
-    markers = dict(zip(METHODS[1:], "osD^v", strict=False))
+    markers = dict(zip(METHODS[1:], "osDP^vX", strict=False))
     for method, marker in markers.items():
         at = [(y, found) for y, found in enumerate(settings.values()) if method in found]
         lost = [_lost(found[METHODS[0]], found[method]) for _, found in at]

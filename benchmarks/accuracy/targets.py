@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.accuracy.row import FLOAT, MENDED, NNCF, PLAIN, TORCHAO, Row
+from benchmarks.accuracy.peers import FLOWS
+from benchmarks.accuracy.row import FLOAT, FULL, MENDED, NNCF, PLAIN, TORCHAO, Row
 from benchmarks.accuracy.schemes import W4, W4_ASYMMETRIC, X86, XNNPACK
 from benchmarks.accuracy.tuning import Tuned
 
@@ -108,12 +109,33 @@ def _tuned(one: Tuned) -> Target:
 
 
 def _peers(rows: Rows) -> Iterator[Target]:
-    """Ours with algorithms beside each peer, on each model and scheme that the peer ran on."""
+    """Ours with algorithms beside each peer, on each model and scheme that the peer ran on; with the same ranges."""
     for (model, scheme, method), peer in rows.items():
-        ours = rows.get((model, scheme, MENDED))
-        if method not in {NNCF, TORCHAO} or peer.failed or ours is None or ours.failed:
+        exact, safe = rows.get((model, scheme, FLOAT)), rows.get((model, scheme, MENDED))
+        ours = (rows.get((model, scheme, FULL)) or safe) if method in {NNCF, TORCHAO} else safe
+        if method not in FLOWS or exact is None or peer.failed or ours is None or ours.failed:
             continue
-        wanted = "at least as accurate, at no smaller int8 share"
-        found = f"{ours.metric:.4f} at {ours.int8_share:.1%}, {method} {peer.metric:.4f} at {peer.int8_share:.1%}"
-        better = ours.metric >= peer.metric and ours.int8_share >= peer.int8_share - 1e-6
-        yield Target(f"{model}, {scheme}, beside {method}", wanted, found, better)
+        found = _at(ours)
+        if ours is not safe and safe is not None and not safe.failed:
+            found += f", and with ranges for this machine {_at(safe)}"
+        found += f"; {method} {_at(peer)}"
+        if ours.metric < peer.metric:
+            found += f": {_behind(ours, peer)}; float {exact.metric:.2%}"
+        better = ours.metric >= min(peer.metric, exact.metric) and ours.int8_share >= peer.int8_share - 1e-6
+        yield Target(f"{model}, {scheme}, beside {method}", _BESIDE, found, better)
+
+
+_BESIDE = "at least as accurate as it, or as float, at no smaller int8 share"
+"""What a quantized model has above float is chance."""
+
+
+def _at(row: Row) -> str:
+    noise = "" if row.sqnr_db is None else f" ({row.sqnr_db:.1f} dB)"
+    return f"{row.metric:.2%}{noise} at {row.int8_share:.1%}"
+
+
+def _behind(ours: Row, peer: Row) -> str:
+    """By how much, in samples where the metric is a share of them."""
+    if not ours.samples:
+        return f"behind by {peer.metric - ours.metric:.4f}"
+    return f"behind by {round((peer.metric - ours.metric) * ours.samples)} of {ours.samples:,}"

@@ -21,7 +21,7 @@ class Task:
     ``calibration``: batches of inputs. ``measure``: runs any callable with the model's signature on the evaluation
     data; the first of its numbers is ``metric``, and all are larger where the model is better. ``score``: the metric on
     data that is neither calibrated nor evaluated on, for choices. ``share``: the metric is a share, printed in points.
-    ``note``: where weights and data are from.
+    ``samples``: how many the metric is a share of; 0: it is no share. ``note``: where weights and data are from.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Task:
     measure: Callable[[Call], Mapping[str, float]]
     score: Callable[[Call], float]
     metric: str
+    samples: int = 0
     note: str = ""
 
 

@@ -15,8 +15,8 @@ from benchmarks.accuracy.hard import spread
 from benchmarks.accuracy.int8_share import int8_share
 from benchmarks.accuracy.nets import CharacterModel, DepthwiseNet, DigitsViT
 from benchmarks.accuracy.qat import Trained
-from benchmarks.accuracy.row import FLOAT, MENDED, NNCF, PLAIN, Row
-from benchmarks.accuracy.schemes import W4, W4_ASYMMETRIC, X86, XNNPACK
+from benchmarks.accuracy.row import FLOAT, FULL, MENDED, NNCF, PLAIN, REDUCED, TORCHAO, Row
+from benchmarks.accuracy.schemes import SCHEMES, W4, W4_ASYMMETRIC, X86, XNNPACK
 from benchmarks.accuracy.targets import targets
 from benchmarks.accuracy.tuning import Tuned
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
@@ -82,6 +82,41 @@ def test_targets_are_met_or_not_and_say_by_what():
     assert "symmetric 75% of 0.2000 bits" in found["characters, w4 in groups of 32"].found
     failed = [replace(rows[2], measures={}, failed="no memory"), *rows[:2]]
     assert next(iter(targets(failed, []))).found == "no memory"
+
+
+def test_peers_are_held_against_ours_with_the_same_ranges_and_against_float():
+    rows = [
+        _row("vit", X86, FLOAT, top1=0.98),
+        _row("vit", X86, MENDED, top1=0.97),
+        _row("vit", X86, FULL, top1=0.978),
+        _row("vit", X86, TORCHAO, top1=0.975),
+        _row("vit", X86, REDUCED, top1=0.972),
+        _row("vit", XNNPACK, FLOAT, top1=0.98),
+        replace(_row("vit", XNNPACK, MENDED, top1=0.98), samples=500),
+        _row("vit", XNNPACK, NNCF, top1=0.982),
+    ]
+    found = {target.what: target for target in targets(rows, []) if "beside" in target.what}
+    assert {what.split()[-1] if REDUCED not in what else REDUCED: target.met for what, target in found.items()} == {
+        TORCHAO: True, REDUCED: False, NNCF: True,
+    }  # fmt: skip
+    assert "and with ranges for this machine 97.00%" in found[f"vit, {X86}, beside {TORCHAO}"].found
+    assert "behind by 1 of 500; float 98.00%" in found[f"vit, {XNNPACK}, beside {NNCF}"].found
+
+
+def test_full_and_reduced_ranges_are_those_of_x86_only():
+    assert SCHEMES[X86].of(FULL) is not None
+    assert SCHEMES[X86].of(REDUCED) is not None
+    assert SCHEMES[XNNPACK].of(FULL) is SCHEMES[XNNPACK].of(REDUCED) is SCHEMES[W4].of(NNCF) is None
+
+
+def test_what_was_not_tried_is_said_once_a_reason():
+    why = "the output keeps 31.0 dB, and 30 dB are enough"
+    notes = ("equalize: kept, 8 changes", f"smooth: not tried, {why}", f"gptq: not tried, {why}")
+    lines = table.row_lines([replace(_row("digits", X86, MENDED, top1=0.9), notes=notes)])
+    assert lines[-1].endswith(f"| equalize: kept, 8 changes; the other 2: not tried, {why} |")
+    mixed = ("smooth: not tried, no activation", *notes[1:])
+    lines = table.row_lines([replace(_row("digits", X86, MENDED, top1=0.9), notes=mixed)])
+    assert lines[-1].endswith(f"smooth: not tried, no activation; smooth, gptq: not tried, {why} |")
 
 
 def test_results_are_kept_and_read_again(tmp_path):

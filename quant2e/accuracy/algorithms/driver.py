@@ -144,7 +144,7 @@ class Driver:
     def _left_out(self, attempt: Attempt, prepared: GraphModule, before: float) -> bool:
         reason = attempt.unless(prepared)
         if before >= self.enough_db:
-            reason = f"the output keeps {before:.1f} dB without it, and {self.enough_db:g} dB are enough"
+            reason = f"the output keeps {before:.1f} dB, and {self.enough_db:g} dB are enough"
         if reason:
             self.steps.append(AlgorithmStep(attempt.algorithm.name, NOT_TRIED, reason=reason))
         return bool(reason)

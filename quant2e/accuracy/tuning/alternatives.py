@@ -39,15 +39,20 @@ def alternatives_of(
     repeated = RepeatedData(data, example) if len(quantizers) > 1 or mending else None
     for name, quantizer in quantizers.items():
         prepared = prepare_pt2e(captured, quantizer)
-        found.append(Alternative(name, prepared, _calibrated(prepared, found, data, repeated, example)))
+        by = type(quantizer).__name__
+        found.append(Alternative(name, prepared, _calibrated(prepared, found, data, repeated, example), by))
         for mended, (attempts, auto) in mending.items():
             assert repeated is not None
             driver = Driver(captured, quantizer, repeated, ENOUGH_DB if auto else math.inf)
             result = driver.run(prepare_pt2e(captured, quantizer), attempts, None)
-            whole = name if len(quantizers) == 1 else f"{name}, {mended}"
-            label = mended if whole == name else whole
-            found.append(Alternative(label, result.prepared, result.held_out, tuple(result.steps)))
+            label = mended_name(name, mended, quantizers)
+            found.append(Alternative(label, result.prepared, result.held_out, by, result.steps))
     return tuple(found)
+
+
+def mended_name(quantizer: str, algorithms: str, quantizers: Mapping[str, Quantizer]) -> str:
+    """How the alternative is called that a list of algorithms makes under one of the quantizers."""
+    return algorithms if len(quantizers) == 1 else f"{quantizer}, {algorithms}"
 
 
 def _calibrated(

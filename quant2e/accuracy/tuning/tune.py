@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from quant2e.accuracy.algorithms.ladder import attempts_of
 from quant2e.accuracy.algorithms.registry import Algorithms
-from quant2e.accuracy.tuning.alternatives import alternatives_of
+from quant2e.accuracy.tuning.alternatives import alternatives_of, mended_name
 from quant2e.accuracy.tuning.budgets import Budget, BudgetedFrontier, read_budget
 from quant2e.accuracy.tuning.fingerprints import fingerprints
 from quant2e.accuracy.tuning.optuna_import import optuna_module
@@ -108,7 +108,6 @@ def tune(
     candidates = Candidates(
         captured=captured,
         space=space_of(alternatives),
-        quantizers={a.name: type(_of(a.name, quantizers)).__name__ for a in alternatives},
         example=example,
         dynamic_shapes=shapes,
         notes=() if data is None else data.notes,
@@ -149,20 +148,17 @@ def tune(
 def _lists(algorithms: Any, quantizers: Mapping[str, Quantizer]) -> dict[str, Algorithms]:
     """Lists of algorithms by name; every one is looked at before any work."""
     found = dict(algorithms) if isinstance(algorithms, Mapping) else {"mended": algorithms} if algorithms else {}
+    taken = {*quantizers, FLOAT_PICK}
     for name, asked in found.items():
-        if name in {*quantizers, FLOAT_PICK}:
+        called = [mended_name(quantizer, name, quantizers) for quantizer in quantizers]
+        if name in taken or not taken.isdisjoint(called):
             raise Quant2eError(f"'{name}' names a list of algorithms and something else: give it another name")
+        taken.update(called)
         attempts_of(asked)
     return found
 
 
 _STRATEGIES: Mapping[str, type[Strategy]] = {**STRATEGIES, "bayesian": BayesianStrategy, "random": SamplingStrategy}
-
-
-def _of(name: str, quantizers: Mapping[str, Quantizer]) -> Quantizer:
-    """The quantizer of an alternative, which is named by it or, with algorithms, begins with its name."""
-    known = [key for key in quantizers if name == key or name.startswith(f"{key}, ")]
-    return quantizers[known[0] if known else next(iter(quantizers))]
 
 
 def _made(strategy: str, frontier: Frontier, goal: Goal, most: int | None, seed: int) -> Strategy:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,13 +26,12 @@ from quant2e.report.report import BAD_SQNR_DB
 class Candidates:
     """Makes the models of choices.
 
-    ``captured``: the float graph; ``quantizers``: their names as encodings have them, by alternative; ``example``,
-    ``dynamic_shapes``: what the graph was captured with; ``notes``: what a report says of the data.
+    ``captured``: the float graph; ``example``, ``dynamic_shapes``: what it was captured with; ``notes``: what a report
+    says of the data.
     """
 
     captured: GraphModule
     space: Space
-    quantizers: Mapping[str, str]
     example: Call
     dynamic_shapes: Any = None
     notes: tuple[str, ...] = ()
@@ -46,8 +44,8 @@ class Candidates:
         """The quantized model of a mix; the same, bit for bit, each time."""
         converted = converted_graph(prepared_for(self.space, mix))
         record = record_of(converted)
-        used = (name for name in dict.fromkeys(mix.picks) if name in self.quantizers)
-        by = ", ".join(dict.fromkeys(self.quantizers[name] for name in used))
+        known = self.space.families[mix.family].by_name
+        by = ", ".join(dict.fromkeys(known[pick].by for pick in mix.picks if pick in known))
         return QuantizedModel(
             module=converted,
             report=record.report,

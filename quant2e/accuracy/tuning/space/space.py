@@ -33,12 +33,13 @@ FLOAT_PICK = "float"
 @dataclass(frozen=True, slots=True, eq=False)
 class Alternative:
     """One way to quantize: ``prepared`` is annotated by one quantizer and calibrated; ``held_out``: the data that was
-    not calibrated on; ``steps``: what algorithms did to it.
+    not calibrated on; ``by``: the quantizer's type, as encodings name it; ``steps``: what algorithms did to it.
     """
 
     name: str
     prepared: GraphModule
     held_out: HeldOutData
+    by: str
     steps: tuple[AlgorithmStep, ...] = ()
 
     @property

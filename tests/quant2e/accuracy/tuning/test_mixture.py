@@ -44,10 +44,7 @@ def data() -> list[torch.Tensor]:
 def candidates(model: nn.Module, batches, **quantizers) -> Candidates:
     captured = quant2e.capture(model.eval(), (batches[0],))
     alternatives = alternatives_of(captured, quantizers, Feed(batches, captured), Call((batches[0],), {}))
-    names = {name: type(one).__name__ for name, one in quantizers.items()}
-    return Candidates(
-        captured=captured, space=space_of(alternatives), quantizers=names, example=Call((batches[0],), {})
-    )
+    return Candidates(captured=captured, space=space_of(alternatives), example=Call((batches[0],), {}))
 
 
 def everything(made: Candidates, family: int = 0) -> Mix:
@@ -242,3 +239,17 @@ def test_algorithms_are_one_more_way_to_quantize():
     assert result.model.encodings.quantizer == "XNNPACKQuantizer"
     with pytest.raises(quant2e.Quant2eError, match="no algorithm 'equalise'"):
         quant2e.tune(model, batches[:1], quantizer, batches, evaluate, algorithms=["equalise"])
+
+
+def test_names_of_quantizers_may_begin_with_each_other():
+    static = {"w8": XNNPACKQuantizer(), "w8, x86": X86InductorQuantizer()}
+    quantizers = {name: quantizer.set_global("w8a8") for name, quantizer in static.items()}
+    made = candidates(Unbalanced(), rows(), **quantizers)
+    by = {
+        alternative.name: made.model(made.space.all_of(index, alternative.name)).encodings.quantizer
+        for index, family in enumerate(made.space.families)
+        for alternative in family.alternatives
+    }
+    assert by == {"w8": "XNNPACKQuantizer", "w8, x86": "X86InductorQuantizer"}
+    with pytest.raises(quant2e.Quant2eError, match="'x86' names a list of algorithms and something else"):
+        quant2e.tune(Unbalanced(), rows()[:1], quantizers, rows(), float, algorithms={"x86": ["equalize"]})
