@@ -45,6 +45,11 @@ PAIRS = [(model, scheme) for model in models.MODELS for scheme in (XNNPACK, X86)
 """Models and schemes that have rows, in their order."""
 
 
+def _place(one: Trained) -> tuple[int, int, int]:
+    """Models, bits and methods in the order in which they are measured."""
+    return list(qat.MODELS).index(one.model), BITS.index(one.bits), [FLOAT, *qat.METHODS].index(one.method)
+
+
 class Results:
     """Everything measured so far, by what it is of; a file holds it."""
 
@@ -66,6 +71,7 @@ class Results:
         else:
             key = (found.model, found.bits, found.method)
             self.trained = [*(one for one in self.trained if (one.model, one.bits, one.method) != key), found]
+            self.trained.sort(key=_place)
         self.write()
 
     def ordered(self) -> list[Row]:
