@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quant2e.errors import FileFormatError
+from quant2e.storage.compact import restore_constants
 from quant2e.storage.manifest import check_manifest
 from quant2e.storage.qdq_check import check_parameters
 from quant2e.storage.reader.archive import Archive, open_archive
@@ -73,6 +74,7 @@ def _contents(archive: Archive, hashed: bool) -> FileContents:
                 "run anything when they are loaded"
             )
     program = stored_program(records[f"models/{model}.json"], weights, constants)
+    restore_constants(program.module)
     check_parameters(program.module)
     return FileContents(
         program=program,

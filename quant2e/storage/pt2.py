@@ -25,9 +25,10 @@ from quant2e.isolation import tracing
 from quant2e.quantized_io import QUANTIZED_IO
 from quant2e.report.encodings import Encodings
 from quant2e.report.report import Report
+from quant2e.storage.compact import restore_constants, with_compact_constants
 from quant2e.storage.file import FileContents, read_file
 from quant2e.storage.manifest import with_manifest
-from quant2e.storage.record import RECORD, RECORD_FORMAT, read_example_inputs, read_record, read_results, record_text
+from quant2e.storage.record import HASHED_FORMATS, RECORD, read_example_inputs, read_record, read_results, record_text
 from quant2e.storage.writer.archive import write_records
 from quant2e.storage.writer.program import program_records
 from quant2e.storage.writer.savable import savable
@@ -69,7 +70,8 @@ def write_pt2(path: str | Path, contents: Pt2Contents, *, with_example_inputs: b
     )
     with atomic_file(target) as part:
         with part.open("wb") as file:
-            write_records(file, with_manifest([*program_records(module), (f"extra/{RECORD}", record)]))
+            program = program_records(with_compact_constants(module))
+            write_records(file, with_manifest([*program, (f"extra/{RECORD}", record)]))
         try:
             read_pt2(part)
         except FileFormatError as error:
@@ -84,7 +86,7 @@ def read_pt2(path: str | Path) -> Pt2Contents:
     program = contents.program
     try:
         record = read_record(bytes(contents.extra.get(RECORD, b"")))
-        if record.get("format") == RECORD_FORMAT and not contents.hashed:
+        if record.get("format") in HASHED_FORMATS and not contents.hashed:
             raise FileFormatError("it has no manifest, and files of its format have one")
         report, encodings, quantized_io = read_results(record, program.module)
         args, kwargs, stand_ins = _example_inputs(contents, record)
@@ -122,6 +124,7 @@ def read_trusted(path: str | Path) -> Pt2Contents:
     try:
         program = torch.export.load(path)
         module = as_graph_module(program)
+        restore_constants(module)
     except Exception as error:
         raise FileFormatError(f"{path} cannot be read as an exported program: {error}") from error
     args, kwargs = program.example_inputs or ((), {})

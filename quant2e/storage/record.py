@@ -1,7 +1,7 @@
 """Record of a file: report, encodings, integer inputs and outputs, and what the example inputs look like, as JSON.
 
 Format 1 spells the scales of channels; format 2 names the buffers that hold them; format 3 describes example inputs,
-and writes verdicts and groups as columns.
+and writes verdicts and groups as columns; in files of format 4 constants may be compact (`quant2e.storage.compact`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ from quant2e.storage.writer.program import as_json
 RECORD = "quant2e.json"
 """Name of the extra file that holds the record."""
 
-RECORD_FORMAT = 3
-_READABLE = (1, 2, RECORD_FORMAT)
+RECORD_FORMAT = 4
+HASHED_FORMATS = (3, RECORD_FORMAT)
+"""Formats whose files have a manifest, and whose records are columns."""
+
+_READABLE = (1, 2, *HASHED_FORMATS)
 
 
 _SPARE = 10_000
@@ -112,7 +115,7 @@ def read_results(record: Mapping[str, Any], module: GraphModule) -> tuple[Report
     try:
         quantized_io = QuantizedIO.from_dict(record["boundary"]) if "boundary" in record else QuantizedIO()
         report, encodings = record["report"], record["recipe"]
-        if record["format"] == RECORD_FORMAT:
+        if record["format"] in HASHED_FORMATS:
             most = _SPARE + 4 * len(module.graph.nodes)
             report, encodings = _verdicts_from_columns(report, most), _groups_from_columns(encodings, most)
         return Report.from_dict(report), Encodings.from_dict(read_buffers(encodings, module)), quantized_io
