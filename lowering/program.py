@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lowering.state import KeepsState
 from lowering.verify import Verification
+from quant2e.page.render import ShownOnAPage
+from quant2e.page.section import PageSection, cell_of
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
 from quant2e.report.summary import summary
@@ -21,7 +23,7 @@ Table = tuple[Sequence[str], Sequence[Sequence[object]]]
 """Headers and rows."""
 
 
-class LoweringReport(ABC):
+class LoweringReport(ShownOnAPage):
     """What a target made of a graph. Subclasses are frozen dataclasses with the two fields below.
 
     ``notes``: what to know about the whole. ``verification``: the program against its Q/DQ graph; None when that was
@@ -29,6 +31,8 @@ class LoweringReport(ABC):
     """
 
     __slots__ = ()
+
+    PAGE_TITLE: ClassVar[str] = "Lowered program"
 
     notes: tuple[str, ...]
     verification: Verification | None
@@ -59,6 +63,20 @@ class LoweringReport(ABC):
     def _repr_html_(self) -> str:
         return html_table(*self.table(), repr(self))
 
+    def page_sections(self) -> tuple[PageSection, ...]:
+        """What runs each op: the table of the report, under the result, the comparison and the notes."""
+        headers, rows = self.table()
+        compared = () if self.verification is None else (f"against its Q/DQ graph: {self.verification}",)
+        section = PageSection(
+            title=type(self).__name__.removesuffix("Report") + " program",
+            lines=(self.headline, *compared, *(f"note: {note}" for note in self.notes)),
+            headers=tuple(headers),
+            rows=tuple(tuple(cell_of(value) for value in row) for row in rows),
+            filters=tuple(headers),
+            data=self.as_dict(),
+        )
+        return (section,)
+
 
 ReportT_co = TypeVar("ReportT_co", bound=LoweringReport, covariant=True)
 
@@ -87,6 +105,10 @@ class LoweredProgram(KeepsState, ABC, Generic[ReportT_co]):
     @abstractmethod
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to a file, which appears whole or not at all."""
+
+    def page_sections(self) -> tuple[PageSection, ...]:
+        """What a page shows of its report."""
+        return self.report.page_sections()
 
     def __repr__(self) -> str:
         return self.report.summary(type(self).__name__)

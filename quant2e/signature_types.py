@@ -25,25 +25,32 @@ from quant2e.calibration.plausibility import State
 from quant2e.calibration.range_selection import RangeChoice
 from quant2e.errors import AccuracyError, QuantizationWarning
 from quant2e.graph.captured.inputs import Inputs
+from quant2e.page.section import Cell, Chart, DotChart, FlowChart, FlowNode, PageSection, RangeChart, ScatterChart
 from quant2e.quantized_io import Port
 from quant2e.report.algorithm_step import AlgorithmStep
+from quant2e.report.chosen_range import ChosenRange
 from quant2e.report.encodings import GroupEncoding
 from quant2e.report.float_ops import FloatOp
-from quant2e.report.report import ChosenRange
+from quant2e.report.tensor_range import TensorRange
 
 __all__ = [
     "AccuracyError",
     "AlgorithmStep",
     "Arg",
     "Budget",
+    "Cell",
+    "Chart",
     "ChosenRange",
     "Comparison",
     "Condition",
     "DataFinding",
     "DataReport",
+    "DotChart",
     "Either",
     "Evaluate",
     "FloatOp",
+    "FlowChart",
+    "FlowNode",
     "Goal",
     "Group",
     "GroupEncoding",
@@ -58,16 +65,20 @@ __all__ = [
     "OpSettings",
     "OperandSettings",
     "OutputError",
+    "PageSection",
     "Pattern",
     "Point",
     "Port",
     "Progress",
     "QuantizationWarning",
+    "RangeChart",
     "RangeChoice",
     "RecipeRule",
+    "ScatterChart",
     "Sensitivity",
     "SensitivityMethod",
     "State",
+    "TensorRange",
     "TensorRule",
     "Transform",
     "TrialProgress",

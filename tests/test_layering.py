@@ -47,6 +47,9 @@ COMPILED = "quant2e/calibration/compiled.py"
 
 OPTIONAL: Mapping[str, str | tuple[str, ...]] = {
     "hypothesis": "quantizers/conformance/",
+    "jinja2": "quant2e/page/render.py",  # comes with torch, and so does markupsafe
+    "markupsafe": "quant2e/page/render.py",
+    "matplotlib": "quant2e/page/plots.py",
     "torchao": "quantizers/torchao.py",
     "optuna": "quant2e/accuracy/tuning/optuna_import.py",
     "rich": ("quant2e/calibration/progress.py", "quant2e/accuracy/tuning/table.py"),

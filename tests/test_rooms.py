@@ -32,6 +32,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "passes",
         "training",
         "pytorch_quantization",
+        "page",
         "report",
         "prepare",
         "calibration",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowering.bench.worker import Footprint, in_child, measure_footprint, measure_times
+from quant2e.page.section import PageSection
 from quant2e.report.plain_data import plain_data
 
 _EXAMPLE = textwrap.dedent("""\
@@ -47,6 +48,26 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {**plain_data(self)}
+
+    def page_sections(self) -> tuple[PageSection, ...]:
+        """A row of the table of latencies, which the rows of all programs share."""
+        names = [(f"ms, {count} thread(s)", f"ratio, {count} thread(s)") for count in self.medians]
+        section = PageSection(
+            title="Latency",
+            headers=("program", "bytes", "load, ms", "peak, MB", *(name for pair in names for name in pair)),
+            rows=(
+                (
+                    self.path.name,
+                    self.size,
+                    self.footprint.load_ms,
+                    self.footprint.peak_mb,
+                    *(value for count in self.medians for value in (self.medians[count], self.ratios[count])),
+                ),
+            ),
+            data=[self.as_dict()],
+            joined=True,
+        )
+        return (section,)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

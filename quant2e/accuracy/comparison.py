@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+from quant2e.page.render import ShownOnAPage
+from quant2e.page.section import DotChart, PageSection
 from quant2e.ranges.sqnr import sqnr_db
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
@@ -20,6 +22,12 @@ _NOTICEABLE = 0.01
 
 _SHOWN = 10
 """Ops that a summary shows."""
+
+_DRAWN = 40
+"""Ops that a chart shows; the table beside it has all."""
+
+_MEASURES = ("by itself", "weights", "activations", "in the model")
+_HEADERS = ("op", "module", "source", *(f"{measure}, dB" for measure in _MEASURES), "cosine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +107,14 @@ class GroupError:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Comparison:
+class Comparison(ShownOnAPage):
     """``rows``: ops and inputs, those that make most error themselves first. ``outputs``: the outputs of the model.
 
     ``batches``: items of data that were looked at. ``notes``: what was not compared, and why. ``str(comparison)`` is
     all of it, ``repr(comparison)`` a summary.
     """
+
+    PAGE_TITLE: ClassVar[str] = "Comparison"
 
     rows: tuple[OpError, ...]
     outputs: tuple[OutputError, ...]
@@ -151,10 +161,30 @@ class Comparison:
         return "\n".join([*map(str, self.outputs), *map(str, self.rows), *(f"note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        measures = ("by itself", "weights", "activations", "in the model")
-        headers = ("op", "module", "source", *(f"{measure}, dB" for measure in measures), "cosine")
         cells = [(r.op, r.module, r.source, *map(_rounded, r.measures), round(r.cosine, 4)) for r in self.rows]
-        return html_table(headers, cells, "\n".join(map(str, self.outputs)))
+        return html_table(_HEADERS, cells, "\n".join(map(str, self.outputs)))
+
+    def page_sections(self) -> tuple[PageSection, ...]:
+        """SQNR by layer: a chart of the ops that make most error, and a table of all, with advice."""
+        worst = self.rows[:_DRAWN]
+        chart = DotChart(
+            title="error of each op, most first",
+            unit="SQNR, dB",
+            names=tuple(row.op for row in worst),
+            series={
+                "made by itself": tuple(row.local_sqnr_db for row in worst),
+                "in the model": tuple(row.sqnr_db for row in worst),
+            },
+        )
+        section = PageSection(
+            title="SQNR by layer",
+            lines=(*map(str, self.outputs), *(f"note: {note}" for note in self.notes)),
+            headers=(*_HEADERS, "advice"),
+            rows=tuple((r.op, r.module, r.source, *r.measures, r.cosine, r.advice) for r in self.rows),
+            charts=(chart,) if worst else (),
+            data=self.as_dict(),
+        )
+        return (section,)
 
 
 def _grouped(rows: Iterable[OpError], key: Callable[[OpError], str]) -> tuple[GroupError, ...]:

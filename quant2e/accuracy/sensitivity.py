@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,8 @@ from quant2e.graph.captured.module import check_dtypes
 from quant2e.graph.effects import is_random, writes
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.base import is_observer_call
+from quant2e.page.render import ShownOnAPage
+from quant2e.page.section import DotChart, PageSection
 from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.ranges.sqnr import sqnr_db
 from quant2e.report.html import html_table
@@ -56,6 +58,8 @@ _DRAWS = 8
 """Random signs for each item of data, at least: one for each sample of a batch, and the rest by further passes."""
 
 _SHOWN = 10
+_DRAWN = 40
+_HEADERS = ("ops", "modules", "alone, dB", "without, dB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,13 @@ class GroupSensitivity:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class Sensitivity:
+class Sensitivity(ShownOnAPage):
     """``rows``: groups, the costliest first; ``sqnr_db``: with all of them quantized, on ``batches`` items of data.
 
     ``notes``: what was left out, and why.
     """
+
+    PAGE_TITLE: ClassVar[str] = "Sensitivity"
 
     rows: tuple[GroupSensitivity, ...]
     sqnr_db: float
@@ -123,7 +129,33 @@ class Sensitivity:
             (", ".join(r.ops), ", ".join(r.modules), _cell(r.sqnr_db_alone), _cell(r.sqnr_db_without))
             for r in self.rows
         ]
-        return html_table(("ops", "modules", "alone, dB", "without, dB"), cells, self._head())
+        return html_table(_HEADERS, cells, self._head())
+
+    def page_sections(self) -> tuple[PageSection, ...]:
+        """What each group costs: a chart of the costliest, and a table of all."""
+        worst = self.rows[:_DRAWN]
+        chart = DotChart(
+            title="groups of ops, the costliest first",
+            unit="SQNR of the output, dB",
+            names=tuple(row.ops[0] for row in worst),
+            series={
+                "only this one quantized": tuple(row.sqnr_db_alone for row in worst),
+                **(
+                    {"all but this one": tuple(row.sqnr_db_without or 0.0 for row in worst)}
+                    if all(row.sqnr_db_without is not None for row in worst)
+                    else {}
+                ),
+            },
+        )
+        section = PageSection(
+            title="Sensitivity",
+            lines=(self._head(), *(f"note: {note}" for note in self.notes)),
+            headers=_HEADERS,
+            rows=tuple((", ".join(r.ops), ", ".join(r.modules), r.sqnr_db_alone, r.sqnr_db_without) for r in self.rows),
+            charts=(chart,) if worst else (),
+            data=self.as_dict(),
+        )
+        return (section,)
 
 
 def _cell(sqnr: float | None) -> str:

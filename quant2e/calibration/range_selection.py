@@ -30,8 +30,8 @@ from quant2e.observers.base import is_observer_call, observed
 from quant2e.observers.measuring import HistogramObserver
 from quant2e.ranges.qparams import fake_quantize_per_tensor
 from quant2e.ranges.sqnr import sqnr_db
+from quant2e.report.chosen_range import ChosenRange
 from quant2e.report.plain_data import plain_data
-from quant2e.report.report import ChosenRange
 
 CANDIDATES: tuple[tuple[str, float], ...] = (("mse", 99.99), ("minmax", 99.99), ("percentile", 99.99))
 """Method and percentile of each; the first wins ties."""

@@ -21,6 +21,7 @@ from quant2e.convert.given_encodings import with_encodings
 from quant2e.convert.insert_qdq import quantize_at, round_at
 from quant2e.convert.legality import check_legality
 from quant2e.convert.moved_biases import moved_biases
+from quant2e.convert.worst_tensors import worst_tensors
 from quant2e.errors import Quant2eError, QuantizationWarning
 from quant2e.graph.attributes import replace_tensor, tensor_at
 from quant2e.graph.captured.module import copy_graph
@@ -124,6 +125,7 @@ def converted_graph(
     constants = Constants(gm.graph)
     moved = map(str, moved_biases(gm, calls, encodings, constants))
     losses = (*losses_of(gm, calls, encodings, constants), *moved)
+    worst = worst_tensors(gm, calls, encodings)
     notes += [*notes_of(gm, calls, encodings), *_few_samples(prepared)]
     _write(gm, calls, encodings, constants)
     for name in encodings:
@@ -142,7 +144,7 @@ def converted_graph(
         report = record.report.with_float(floats.readers).with_notes(
             (*dict.fromkeys(floats.observers.values()), *notes)
         )
-        report = replace(report, losses=losses, quantized_bytes=tensor_bytes(gm))
+        report = replace(report, losses=losses, tensors=worst, quantized_bytes=tensor_bytes(gm))
         for path, body in inside.items():
             report = with_body(report, path, body.report)
         found = tuple(encodings.get(name) for name in record.observers)

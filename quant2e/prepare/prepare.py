@@ -39,8 +39,9 @@ from quant2e.prepare.masks import watch_sentinels
 from quant2e.prepare.observer_callback import call_back
 from quant2e.prepare.qat import Trained, ready_to_learn, train_through_norms, training_report
 from quant2e.report.float_ops import list_float_ops
+from quant2e.report.judge import judge
 from quant2e.report.record import RECORD_KEY, GraphRecord
-from quant2e.report.report import Report, judge, tensor_bytes
+from quant2e.report.report import Report, tensor_bytes
 
 
 def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer) -> GraphModule:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from quant2e.accuracy.tuning.budgets import Budget
 from quant2e.accuracy.tuning.space.goal import Goal
 from quant2e.accuracy.tuning.space.trial import TuningTrial
+from quant2e.page.render import ShownOnAPage
+from quant2e.page.section import PageSection, ScatterChart
 from quant2e.quantized_model import QuantizedModel
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
@@ -17,7 +19,7 @@ _SHOWN = 12
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class TuningResult:
+class TuningResult(ShownOnAPage):
     """``model``: of the best trial, the cheapest that keeps the goal; where none does, the one with the best metric.
 
     ``met``: whether it keeps the goal; ``metric``, ``float_metric``: what the user's function returned for it and for
@@ -26,6 +28,8 @@ class TuningResult:
     the model; ``goal``, ``budget``: what was asked; ``stopped``: why no further trial was made; ``notes``: what could
     not be done.
     """
+
+    PAGE_TITLE: ClassVar[str] = "Tuning"
 
     model: QuantizedModel
     best: TuningTrial
@@ -118,6 +122,36 @@ class TuningResult:
     def _repr_html_(self) -> str:
         rows = [cells(trial, self.best) for trial in self.trials]
         return html_table(HEADERS, rows, "\n".join(self._head()))
+
+    def page_sections(self) -> tuple[PageSection, ...]:
+        """The trials, as a table and against what they cost, with the Pareto front; `model.report` has a page, too."""
+        done = [trial for trial in self.trials if trial.metric is not None and not trial.failed]
+        costs = [("bytes of all tensors", [float(trial.size_bytes) for trial in done])]
+        if all(trial.latency is not None for trial in done):
+            costs.append(("latency, ms", [1e3 * (trial.latency or 0.0) for trial in done]))
+        front = [done.index(trial) for trial in self.pareto]
+        charts = tuple(
+            ScatterChart(
+                title="trials; joined: not beaten by any other",
+                x=name,
+                y="metric",
+                points=tuple((cost, trial.metric or 0.0) for cost, trial in zip(values, done, strict=True)),
+                labels=tuple(str(trial.number) for trial in done),
+                front=tuple(sorted(front, key=values.__getitem__)),
+            )
+            for name, values in costs
+            if done
+        )
+        section = PageSection(
+            title="Tuning",
+            lines=(*self._head(), *(f"note: {note}" for note in self.notes)),
+            headers=HEADERS,
+            rows=tuple(cells(trial, self.best) for trial in self.trials),
+            filters=("goal",),
+            charts=charts,
+            data=self.as_dict(),
+        )
+        return (section,)
 
 
 _LATENCY = "latency, ms"
