@@ -23,6 +23,7 @@ from lowering.inductor.report import InductorReport, int8_kernels
 from lowering.inductor.source import InductorSource, chosen_in, source_of, verified
 from lowering.program import LoweredProgram
 from lowering.state import State, state_of
+from quant2e.errors import LoweringError
 from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import tracing
 
@@ -64,6 +65,18 @@ class InductorProgram(LoweredProgram[InductorReport]):
             for path, tensor in written_attributes(self._rewritten.graph).items():
                 tensor.copy_((state or self._start)[path])
         return before
+
+    def continue_from(self, other: InductorProgram) -> None:
+        """Go on where ``other`` is, a program that writes to buffers of the same names: a prompt's cache, say.
+
+        Raises `LoweringError` for a program that writes to others.
+        """
+        own, theirs = (written_attributes(program._rewritten.graph) for program in (self, other))
+        if own.keys() != theirs.keys():
+            raise LoweringError(f"one program writes to {sorted(own)}, and the other to {sorted(theirs)}")
+        with torch.no_grad():
+            for path, tensor in own.items():
+                tensor.copy_(theirs[path])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program. Raises `LoweringError` when the inputs are not what the graph was captured for."""

@@ -31,6 +31,7 @@ _COMPUTE = CONVOLUTION | LINEAR | _POOL | _LOOKUP
 _CALLED = {"qconv_pointwise": "qconv", "qconv2d_pointwise": "qconv", "qlinear_pointwise": "qlinear"}
 """oneDNN's ops where they have no pattern → their names in reports."""
 _WEIGHT_ONLY = "weight-only"
+_LOOKUPS = frozenset(str(target) for target in _LOOKUP)
 _PRODUCTS = frozenset(str(target) for target in CONVOLUTION | LINEAR)
 
 
@@ -39,6 +40,7 @@ class LoweredOp:
     """One op with a quantized operand. ``kernel``: what runs it, ``reason``: why not an int8 kernel, else empty.
 
     ``post_op``: the activation that an int8 kernel computes as well, by its name for it; empty without.
+    ``weight_bytes``, ``float_bytes``: of a weight-only product, what a call reads of its weight, and would in float.
     """
 
     name: str
@@ -47,11 +49,18 @@ class LoweredOp:
     reason: str
     place: str
     post_op: str = ""
+    weight_bytes: int = 0
+    float_bytes: int = 0
 
     @property
     def int8(self) -> bool:
         """Whether the op computes on integers."""
         return not self.reason
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether only its weight is quantized, so that no int8 kernel is what it is for."""
+        return self.reason.startswith(_WEIGHT_ONLY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -86,7 +95,20 @@ class InductorReport(LoweringReport):
 
     @property
     def headline(self) -> str:
-        return f"{len(self.int8)} of {len(self.ops)} ops with quantized operands run as int8 kernels"
+        weight_only = [op for op in self.ops if op.weight_only]
+        others = [op for op in self.ops if not op.weight_only and op.target not in _LOOKUPS]
+        parts = []
+        if others or not weight_only:
+            count = len(self.ops) - len(weight_only)
+            parts.append(f"{len(self.int8)} of {count} ops with quantized operands run as int8 kernels")
+        if weight_only:
+            read, in_float = (sum(getattr(op, name) for op in weight_only) for name in ("weight_bytes", "float_bytes"))
+            as_integers = sum(op.kernel != "float" for op in weight_only)
+            parts.append(
+                f"{as_integers} of {len(weight_only)} weight-only products read their weights as integers: "
+                f"{read:,} bytes of weights a call, {in_float:,} in float"
+            )
+        return "; ".join(parts)
 
     def table(self) -> Table:
         return ("op", "kernel", "why not int8", "where"), [(op.name, op.kernel, op.reason, op.place) for op in self.ops]
@@ -259,6 +281,7 @@ def build_report(
             continue
         kernel = fused.get(node.name)
         by_rows = node.name in choices and choices[node.name].engine == FEW_ROWS
+        read, in_float = _weight_bytes(node, choices[node.name] if by_rows else None)
         reason = "" if kernel else _reason(gm, node, refused, by_rows)
         ops.append(
             LoweredOp(
@@ -268,6 +291,8 @@ def build_report(
                 reason=reason,
                 place=where(node),
                 post_op=kernel.post_op if kernel else "",
+                weight_bytes=0 if kernel else read,
+                float_bytes=0 if kernel else in_float,
             )
         )
     ops += _inside(gm)
@@ -279,6 +304,21 @@ def build_report(
     if float_bytes:
         notes.append(f"float copies of weights, for ops computed in float, take {float_bytes / 2**20:.1f} MiB")
     return InductorReport(ops=tuple(ops), notes=tuple(notes), engines=choices)
+
+
+def _weight_bytes(node: Node, by_rows: KernelChoice | None) -> tuple[int, int]:
+    """What a weight-only product reads of its weight in a call, and would in float; 0 for any other op."""
+    if node.target in _LOOKUP | _POOL or _dequantized(activation_of(node)) is not None:
+        return 0, 0
+    dequantize = _dequantized(weight_of(node))
+    value = None if dequantize is None else dequantize.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0, 0
+    count = int(value.numel())
+    if by_rows is None:
+        return 4 * count, 4 * count
+    product = by_rows.product  # a scale and a zero point, float32 each, for each group
+    return count // (2 if product.packed else 1) + 8 * (count // (product.group or count)), 4 * count
 
 
 def _inside(gm: GraphModule) -> Iterator[LoweredOp]:

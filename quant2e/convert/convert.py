@@ -45,6 +45,7 @@ from quant2e.ranges.search import searched_together
 from quant2e.report.encodings import Encodings
 from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import FLOAT, tensor_bytes, with_body
+from quant2e.report.weight_reads import weight_reads
 
 
 def convert_pt2e(
@@ -145,6 +146,7 @@ def converted_graph(
             (*dict.fromkeys(floats.observers.values()), *notes)
         )
         report = replace(report, losses=losses, tensors=worst, quantized_bytes=tensor_bytes(gm))
+        report = replace(report, weight_reads=weight_reads(gm))
         for path, body in inside.items():
             report = with_body(report, path, body.report)
         found = tuple(encodings.get(name) for name in record.observers)

@@ -42,6 +42,7 @@ from quant2e.report.float_ops import list_float_ops
 from quant2e.report.judge import judge
 from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import Report, tensor_bytes
+from quant2e.report.weight_reads import weight_reads
 
 
 def prepare_pt2e(model: GraphModule | ExportedProgram, quantizer: Quantizer) -> GraphModule:
@@ -91,7 +92,7 @@ def _prepared(own: CapturedModule, quantizer: Quantizer, *, training: bool) -> G
             node.meta.pop(ANNOTATION, None)
     set_all_detached(gm, False)  # quantizers look across the borders of regions without gradients
     run(gm, (remove_dead_code,), compiled=False)  # a reader whose result nothing reads would keep ops from being fused
-    ops, float_bytes, inputs = list_float_ops(gm), tensor_bytes(gm), own.inputs
+    ops, float_bytes, float_reads, inputs = list_float_ops(gm), tensor_bytes(gm), weight_reads(gm), own.inputs
 
     def prepare_body(body: GraphModule) -> GraphModule:
         return _prepared(as_graph_module(body, compiled=False), quantizer, training=training)
@@ -111,6 +112,7 @@ def _prepared(own: CapturedModule, quantizer: Quantizer, *, training: bool) -> G
         verdicts=(*judge(ops, gm, plan, constants, _explainer(quantizer)), *inside.verdicts),
         notes=(*_plan_notes(plan), *inside.notes, *_quantizer_notes(quantizer)),
         float_bytes=float_bytes,
+        float_weight_reads=float_reads,
     )
     trained = train_through_norms(gm, plan, observers) if training else Trained(plan, observers)
     plan, observers = trained.plan, trained.observers

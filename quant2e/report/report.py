@@ -49,6 +49,8 @@ class Report(ShownOnAPage):
     lose most first. ``worst_places``: where the error of a bad output comes from, and what to do about it, a sentence
     each. ``algorithms``: the algorithms that were to mend accuracy, in the order in which they ran, and what became of
     each. ``tensors``: a dozen at most, those that lose most to rounding and clipping, the worst first.
+    ``float_weight_reads``/``weight_reads``: bytes of weights that products read in one call, of a decoder in one step
+    (see `quant2e.report.weight_reads`); None before conversion.
     """
 
     verdicts: tuple[Verdict, ...]
@@ -62,6 +64,8 @@ class Report(ShownOnAPage):
     worst_places: tuple[str, ...] = field(default=(), metadata=LATER)
     algorithms: tuple[AlgorithmStep, ...] = field(default=(), metadata=LATER)
     tensors: tuple[TensorRange, ...] = field(default=(), metadata=LATER)
+    float_weight_reads: int = field(default=0, metadata=LATER)
+    weight_reads: int | None = field(default=None, metadata=LATER)
 
     @property
     def int8_mac_share(self) -> float:
@@ -143,7 +147,15 @@ class Report(ShownOnAPage):
         counts = Counter(v.kind for v in self.verdicts)
         lines = self._warning()
         lines += [f"{len(self.verdicts)} float ops: " + ", ".join(f"{counts[k]} {k}" for k in KINDS if counts[k])]
-        lines.append(f"multiply-accumulates on int8: {self.int8_mac_share:.1%}")
+        weight_only = sum(v.op.macs for v in self.verdicts if v.kind == WEIGHT_ONLY)
+        if not weight_only or self.int8_mac_share:
+            lines.append(f"multiply-accumulates on int8: {self.int8_mac_share:.1%}")
+        if weight_only and self.weight_reads is not None and self.float_weight_reads:
+            share = self.weight_reads / self.float_weight_reads
+            lines.append(
+                f"weight-only: products compute in float, on fewer bytes; weights read by a call: "
+                f"{self.float_weight_reads:,} -> {self.weight_reads:,} bytes ({share:.3f} x)"
+            )
         if self.quantized_bytes is not None:
             ratio = self.quantized_bytes / self.float_bytes if self.float_bytes else 1.0
             lines.append(f"tensors: {self.float_bytes:,} -> {self.quantized_bytes:,} bytes ({ratio:.3f} x)")

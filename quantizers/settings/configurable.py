@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from quant2e.accuracy.recipe.schemes import Scheme, recipe
 from quant2e.annotation.config import OperatorConfig, QuantizationConfig
+from quant2e.annotation.granularity import PerGroup
 from quant2e.annotation.pattern import Match
 from quant2e.annotation.specs import QuantizationAnnotation, QuantizationSpec, group_size_of
 from quant2e.errors import AnnotationError, Quant2eError, module_path
@@ -76,6 +77,8 @@ class ConfigurableQuantizer(RuleQuantizer):
     """Whether the rules quantize linear, so that other spellings of it are worth rewriting."""
     takes_groups: ClassVar[bool] = False
     """Whether weights may have a scale for each group of neighbours in a row."""
+    affine_groups: ClassVar[bool] = False
+    """Whether groups of 4 bits and fewer have zero points, and scales that are bfloat16, unless a recipe says else."""
     recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic")
     """Names of the recipes that the backend runs, for messages; variations of them may run as well."""
 
@@ -304,10 +307,19 @@ class ConfigurableQuantizer(RuleQuantizer):
         """The configuration that a scheme means for this backend. Raises what says which recipes there are instead."""
         try:
             base = self.base_config(is_dynamic=scheme.is_dynamic, is_qat=scheme.is_qat)
-            return self._accepted(scheme.applied_to(base))
+            return self._accepted(self._with_group_defaults(scheme).applied_to(base))
         except Quant2eError as error:
             instead = ", ".join(f"'{name}'" for name in self.recipes)
             raise AnnotationError(f"{type(self).__name__} does not run {scheme}: {error}. It runs {instead}") from error
+
+    def _with_group_defaults(self, scheme: Scheme) -> Scheme:
+        """What the scheme leaves open of groups of few bits, as `affine_groups` says."""
+        weight = scheme.weight
+        if not self.affine_groups or weight is None or weight.bits > 4 or not isinstance(weight.granularity, PerGroup):
+            return scheme
+        symmetric = False if weight.symmetric is None else weight.symmetric
+        scale_dtype = torch.bfloat16 if weight.scale_dtype is None else weight.scale_dtype
+        return replace(scheme, weight=replace(weight, symmetric=symmetric, scale_dtype=scale_dtype))
 
     # ------------------------------------------------------------ what PT2E's quantizers answer
 

@@ -78,7 +78,9 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     Static: convolutions in one to three dimensions, transposed ones too, and linear, with fused activations and
     additions; cat, pooling and reshapes between them; matmul where it is asked for by name. Dynamic: convolutions and
-    linear. Weight-only: linear, with int8 weights (``"w8"``), 4 bits in groups (``"w4-g32"``) or float16 ones.
+    linear. Weight-only: linear, with int8 weights (``"w8"``), 4 bits in groups (``"w4-g32"``) or float16 ones. Groups
+    of 4 bits have zero points, and scales that are rounded to bfloat16; ``"w4-g32-sym"`` has no zero points, and
+    ``recipe("w4-g32", scale_dtype=torch.float32)`` scales as they are found.
 
     ``isa``: the machine to quantize for, by name (``"avx512_vnni"``) or described; this one by default.
     ``range_policy``: what keeps int8 kernels exact there, see `quantizers.x86.range_policy.RangePolicy`.
@@ -86,6 +88,7 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     has_linear: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = True
+    affine_groups: ClassVar[bool] = True
     recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic", "w8", "w4-g32")
     float_ops: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(

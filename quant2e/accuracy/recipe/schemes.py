@@ -6,8 +6,9 @@
            | "sym" | "asym"                                  whether weights have zero points
 
 A name says how many bits weights (``w``) and activations (``a``) have; without ``a``, activations stay float. What it
-leaves open (observers, smallest scales, whether 8 bits are all of -128..127) is the backend's: a scheme is a variation
-of the configuration that the backend would use anyway, so ``set_global("w8a8")`` means the backend's own default.
+leaves open (observers, smallest scales, whether 8 bits are all of -128..127, whether groups have zero points) is the
+backend's: a scheme is a variation of the configuration that the backend would use anyway, so ``set_global("w8a8")``
+means the backend's own default.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Numbers:
 
     ``bits``: 2 to 8, or 16. ``range``: smallest and largest integer, if not all that the bits allow. ``symmetric``:
     zero is the integer zero. ``granularity``: which elements share a scale. ``observer``: an observer class, or what
-    its ``with_args`` returns. ``eps``: smallest scale. Raises `AnnotationError` for bits or a range that cannot be.
+    its ``with_args`` returns. ``eps``: smallest scale. ``scale_dtype``: scales of groups are rounded to it,
+    ``torch.bfloat16`` say, and files store them so. Raises `AnnotationError` for numbers that cannot be.
     """
 
     bits: int = 8
@@ -56,8 +58,13 @@ class Numbers:
     observer: Any = None
     range: tuple[int, int] | None = None
     eps: float | None = None
+    scale_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        if self.scale_dtype not in (None, torch.float32, torch.bfloat16):
+            raise AnnotationError(f"scale_dtype={self.scale_dtype}: scales of groups are torch.float32 or bfloat16")
+        if self.scale_dtype is torch.bfloat16 and not isinstance(self.granularity, PerGroup):
+            raise AnnotationError("scale_dtype=torch.bfloat16 is for scales of groups: give a granularity PerGroup(n)")
         if not 2 <= self.bits <= 8 and self.bits != 16:
             raise AnnotationError(f"{self.bits} bits: integers here have 2 to 8 bits, or 16")
         if self.range is not None and self.range[1] - self.range[0] >= 2**self.bits:
@@ -131,13 +138,19 @@ class Numbers:
         if self.observer is None and _trains(own):
             kept = {key: value for key, value in _arguments(own).items() if key != "observer"}
             kept |= {"observer": PerGroupMinMaxObserver, "averaging_constant": 0.01, "group_size": group_size}
-            return FakeQuantize.with_args(**kept, **({} if self.eps is None else {"eps": self.eps}))
+            return FakeQuantize.with_args(**kept, **self._of_scales())
         made = getattr(getattr(given, "p", given), "func", given)
         if made not in (MinMaxObserver, PerChannelMinMaxObserver, PerGroupMinMaxObserver):
             name = getattr(made, "__name__", made)
             raise AnnotationError(f"groups of {group_size} are measured by a PerGroupMinMaxObserver, not by {name}")
-        eps = {} if self.eps is None else {"eps": self.eps}
-        return PerGroupMinMaxObserver.with_args(**{**_arguments(given), **eps, "group_size": group_size})
+        return PerGroupMinMaxObserver.with_args(**{**_arguments(given), **self._of_scales(), "group_size": group_size})
+
+    def _of_scales(self) -> dict[str, Any]:
+        """What is asked of the scales of groups, as arguments of their observer."""
+        return {
+            **({} if self.eps is None else {"eps": self.eps}),
+            **({} if self.scale_dtype is None else {"scale_dtype": self.scale_dtype}),
+        }
 
 
 _SCHEMES = {

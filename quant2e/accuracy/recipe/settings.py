@@ -31,7 +31,8 @@ class OperandSettings:
 
     ``bits``: 2 to 8, or 16. ``granularity``: what shares a scale: the tensor, a channel (``axis``, 0), a group of
     ``group_size`` neighbours in a row, or a token, found at run time. ``method``: how the range is found, with
-    ``percentile``. ``eps``: the smallest scale. Raises `AnnotationError` for settings that contradict each other.
+    ``percentile``. ``eps``: the smallest scale. ``scale_dtype``: what scales of groups are rounded to and stored as.
+    Raises `AnnotationError` for settings that contradict each other.
     """
 
     bits: int | None = None
@@ -45,6 +46,7 @@ class OperandSettings:
     quant_min: int | None = None
     quant_max: int | None = None
     eps: float | None = None
+    scale_dtype: Literal["float32", "bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         Numbers(bits=8 if self.bits is None else self.bits)
@@ -62,6 +64,8 @@ class OperandSettings:
             raise AnnotationError(f"the range [{self.quant_min}, {self.quant_max}] is empty")
         if self.eps is not None and not 0 < self.eps < math.inf:
             raise AnnotationError("eps is a positive, finite number")
+        if self.scale_dtype is not None and self.granularity != "group":
+            raise AnnotationError("scale_dtype belongs to granularity 'group'")
         if self.dtype is not None and self.bits is not None and (self.dtype == "int16") != (self.bits == 16):
             raise AnnotationError(f"{self.bits} bits are not of dtype {self.dtype}")
 
@@ -114,11 +118,14 @@ class OperandSettings:
             observer=self.observer(per_channel=by_channel),
             range=limits,
             eps=self.eps,
+            scale_dtype=None if self.scale_dtype is None else _SCALE_DTYPES[self.scale_dtype],
         )
 
 
+_SCALE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 _TOGETHER = {
-    "granularity": ("group_size", "axis"),
+    "granularity": ("group_size", "axis", "scale_dtype"),
     "method": ("percentile",),
     "dtype": ("bits", "quant_min", "quant_max"),
     "bits": ("dtype", "quant_min", "quant_max"),

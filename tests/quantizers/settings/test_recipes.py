@@ -127,6 +127,48 @@ def test_weights(given, bounds, scheme):
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "scheme", "scale_dtype"),
+    [
+        ("w4-g32", torch.per_channel_affine, torch.bfloat16),
+        ("w4-g32-sym", torch.per_channel_symmetric, torch.bfloat16),
+        (recipe("w4-g32", scale_dtype=torch.float32), torch.per_channel_affine, torch.float32),
+        ("w8-g32", torch.per_channel_symmetric, None),
+    ],
+)
+def test_groups_of_few_bits_on_x86(given, scheme, scale_dtype):
+    """They lose least with zero points, and lose nothing where scales are bfloat16."""
+    spec = of(X86InductorQuantizer(), given).weight
+    assert spec.qscheme == scheme
+    assert spec.observer_or_fake_quant_ctr.p.keywords.get("scale_dtype") == scale_dtype
+
+
+def test_other_backends_keep_their_groups():
+    """XNNPACK computes symmetric ones only."""
+    assert of(XNNPACKQuantizer(), "w4a8-dynamic-g32").weight.qscheme == torch.per_channel_symmetric
+    assert of(EmbeddingQuantizer(), "w4-g32").weight.qscheme == torch.per_channel_symmetric
+
+
+def test_scales_in_the_graph_are_the_bfloat16_ones():
+    torch.manual_seed(0)
+    for given, rounded in (("w4-g32", True), (recipe("w4-g32", scale_dtype=torch.float32), False)):
+        quantizer = X86InductorQuantizer().set_global(given)
+        model = quantize(nn.Linear(64, 8).eval(), (torch.randn(1, 64),), quantizer)
+        scale = model.module.get_buffer("weight_scale")
+        assert scale.shape == (8, 2)
+        assert torch.equal(scale, scale.bfloat16().float()) == rounded
+        (group,) = (group for group in model.encodings.groups if group.scale)
+        assert torch.equal(torch.tensor(group.scale), scale.flatten())
+
+
+@pytest.mark.parametrize("name", ["w4", "w8-tensor"])
+def test_scales_in_bfloat16_are_of_groups(name):
+    with pytest.raises(AnnotationError, match="is for scales of groups"):
+        recipe(name, scale_dtype=torch.bfloat16)
+    with pytest.raises(AnnotationError, match="scales of groups are torch.float32 or bfloat16"):
+        recipe(name, scale_dtype=torch.float16)
+
+
 def test_activations():
     wide = of(Npu(), "a16w8").input_activation
     assert (wide.dtype, wide.quant_min, wide.quant_max) == (torch.int16, -32768, 32767)
