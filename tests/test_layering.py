@@ -1,4 +1,4 @@
-"""Who may import whom: ``benchmarks, docs, tests → lowering, quantizers → quant2e → torch, numpy``.
+"""Who may import whom: ``benchmarks, docs, examples, tests → lowering, quantizers → quant2e → torch, numpy``.
 
 The sources are parsed, not run, so an import that only happens on some path counts as well. A module that is
 reached as an attribute (``torch.ao.quantization``) or by name (``importlib.import_module("executorch")``) is an
@@ -24,7 +24,8 @@ LAYERS: Mapping[str, frozenset[str]] = {
     "lowering": frozenset({"lowering", "quant2e"}),
     "benchmarks": frozenset({"benchmarks", "lowering", "quantizers", "quant2e"}),
     "docs": frozenset({"lowering", "quantizers", "quant2e"}),
-    "tests": frozenset({"tests", "docs", "benchmarks", "lowering", "quantizers", "quant2e"}),
+    "examples": frozenset({"lowering", "quantizers", "quant2e"}),
+    "tests": frozenset({"tests", "docs", "examples", "benchmarks", "lowering", "quantizers", "quant2e"}),
 }
 """Each folder, and the folders of this project that it may import."""
 
