@@ -107,7 +107,7 @@ class Signature:
         Strides are those of a new tensor also along dimensions of size 1, where they mean nothing and are compared.
         """
         return [
-            _laid_out(value, spec.memory_format) if isinstance(value, Tensor) else value
+            laid_out(value, spec.memory_format) if isinstance(value, Tensor) else value
             for spec, value in zip(self.inputs, values, strict=True)
         ]
 
@@ -250,7 +250,8 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def _laid_out(value: Tensor, memory_format: torch.memory_format) -> Tensor:
+def laid_out(value: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A tensor in a memory format, with the strides of a new one along dimensions of size 1; itself where it is so."""
     value = value.contiguous(memory_format=memory_format)
     if 1 not in value.shape:
         return value

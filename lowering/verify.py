@@ -50,6 +50,10 @@ class Bound:
         return f"at most {self.steps:g} step(s), or SQNR of at least {self.sqnr_db:.1f} dB"
 
 
+USUAL = Bound()
+"""What is asked where nobody says more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDifference:
     """How far one output is from the graph's: see `Verification`."""
@@ -266,7 +270,7 @@ def measure(
         mismatches=whole.difference().mismatches,
         batches=count,
         step_rule="steps of the output's scale" if found else "steps of 1/255 of the output's range",
-        bound=bound or Bound(),
+        bound=bound or USUAL,
         outputs=tuple(one.difference() for one in outputs),
     )
 

@@ -12,16 +12,19 @@ import logging
 import os
 import random
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_LOG = logging.getLogger(__name__)
 
 ALONE = threading.RLock()
 """Held by the one thread that traces or runs a model; a thread that holds it may take it again."""
@@ -135,3 +138,35 @@ def quietly(*loggers: str) -> Iterator[None]:
         finally:
             for logger, level in zip(named, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def unheard(doing: str) -> Iterator[None]:
+    """Keeps from the screen what a library writes while the block runs, by C++ as well: ``doing`` says what it does.
+
+    The logger of this file gets it, at DEBUG. What fails is told by its error alone.
+    """
+    with ALONE, tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as heard:
+        try:
+            with redirect_stdout(heard), redirect_stderr(heard), _descriptors_to(heard.fileno()):
+                yield
+        finally:
+            heard.seek(0)
+            if said := heard.read().strip():
+                _LOG.debug("while %s:\n%s", doing, said)
+
+
+@contextmanager
+def _descriptors_to(other: int) -> Iterator[None]:
+    """Standard output and error of the process, as C++ writes to them, go to another file while the block runs."""
+    kept = {}
+    for number in (1, 2):
+        with suppress(OSError):  # a process without them
+            kept[number] = os.dup(number)
+            os.dup2(other, number)
+    try:
+        yield
+    finally:
+        for number, own in kept.items():
+            os.dup2(own, number)
+            os.close(own)

@@ -44,11 +44,13 @@ from quant2e.report.algorithm_step import kept_algorithms
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import BAD_SQNR_DB, Report
+from quant2e.stages import quiet_where_told
 
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
 
 
+@quiet_where_told
 def quantize(
     model: nn.Module | ExportedProgram | GraphModule,
     example_inputs: Any,
@@ -68,7 +70,7 @@ def quantize(
     min_sqnr_db: float | None = LEAST_SQNR_DB,
     evaluate: Evaluate | None = None,
     max_drop: float | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> QuantizedModel:
     """Capture, prepare, calibrate, convert; then measure against float.
 
@@ -92,7 +94,7 @@ def quantize(
     name all points, no data is needed, and what is given only measures. See `quant2e.convert_pt2e`.
     ``allow_unquantized``: accept a result in which no op is quantized. ``min_sqnr_db``: the least SQNR that a result
     must have, in dB; None accepts any. ``progress``: called with the number of batches done and the total, where it is
-    known.
+    known; None shows stages on a terminal (see `quant2e.stages`), False nothing.
     ``evaluate``: a function of a model that returns its metric; groups of ops are left float until no more than
     ``max_drop`` of the float model's is lost (0.01, one per cent, unless told otherwise), with and without
     ``algorithms``: the short form of `quant2e.tune`, which has the trials and more to say.
@@ -111,7 +113,7 @@ def quantize(
     if recipe is not None:
         quantizer, algorithms = _with_recipe(recipe, quantizer, algorithms)
     if evaluate is not None or max_drop is not None:
-        if use_reference_representation or int8_io or encodings is not None or progress is not None:
+        if use_reference_representation or int8_io or encodings is not None or callable(progress):
             raise Quant2eError("evaluate= goes without use_reference_representation, int8_io, encodings and progress")
         return _tuned(
             evaluate,
@@ -125,7 +127,9 @@ def quantize(
             dynamic_batch=dynamic_batch,
             transform=transform,
             algorithms=algorithms,
+            progress=progress,
         )
+    told = progress if callable(progress) else None
     if encodings is not None and not algorithms:
         _check_algorithms(encodings, ())
     attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf
@@ -137,10 +141,10 @@ def quantize(
     data = None if calibration_data is None else Feed(calibration_data, captured, "calibration", transform)
     if attempts:
         driver = Driver(captured, quantizer, RepeatedData(data, given), enough_db)
-        mended = _mended(driver, prepared, attempts, encodings, progress)
+        mended = _mended(driver, prepared, attempts, encodings, told)
     else:
-        told = prepared if encodings is None else with_encodings(prepared, encodings)
-        mended = Mended(captured, told, _calibrated(told, data, given, progress))
+        graph = prepared if encodings is None else with_encodings(prepared, encodings)
+        mended = Mended(captured, graph, _calibrated(graph, data, given, told))
     converted = _converted(mended.prepared, use_reference_representation, int8_io)
     record = record_of(converted)
     report = replace(record.report, algorithms=mended.steps).with_notes(data.notes if data is not None else ())

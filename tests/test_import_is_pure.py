@@ -78,7 +78,7 @@ def test_importing_changes_nothing(package):
 
 def test_importing_is_quick(package):
     """What is not loaded costs no time, on any machine: beyond ``import torch``, our own files and a few small ones."""
-    command = [sys.executable, "-c", LOADED.format(package)]
+    command = [sys.executable, "-c", LOADED.format({"quant2e": "quant2e.interface"}.get(package, package))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     loaded = json.loads(done.stdout)
@@ -86,6 +86,15 @@ def test_importing_is_quick(package):
     assert package in ours
     assert [name for name in loaded if any(name == heavy or name.startswith(heavy + ".") for heavy in HEAVY)] == []
     assert {name.split(".")[0] for name in set(loaded) - set(ours)} - {"torch", *sys.stdlib_module_names} == set()
+
+
+def test_importing_the_core_waits_for_torch_until_a_name_is_used():
+    code = "import sys, quant2e\nprint('torch' in sys.modules, quant2e.__version__)\nprint(quant2e.quantize.__name__)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    first, second = done.stdout.splitlines()
+    assert first.split()[0] == "False"
+    assert second == "quantize"
 
 
 def test_the_probe_sees_what_a_package_changes(tmp_path):

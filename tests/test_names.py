@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 TWICE = {
-    "run": "what a command of the command line does, and the runner of passes",
+    "run": "the runner of passes, and a call of onnxruntime",
     "static_rules": "each backend's table of rules",
     "dynamic_rules": "each backend's table of rules",
 }

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "quant2e": (
+        "stages",
         "errors",
         "files",
         "checksum",
@@ -56,7 +57,9 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "pipeline",
         "pt2e",
         "signature_types",
+        "interface",
         "__init__",
+        "cli/inputs",
         "cli",
         "__main__",
     ),
@@ -175,7 +178,7 @@ def floors(files: Mapping[str, str], package: str) -> int:
     below: dict[str, set[str]] = {room: set() for room in order}
     for path, found in graph(files).items():
         own, room = room_of(path)
-        if own == package and not path.endswith("__init__.py"):
+        if own == package and not path.endswith(("__init__.py", "/interface.py")):
             below[room] |= {other for of, other in map(room_of, found) if of == package and other != room}
     heights: dict[str, int] = {}
     for room in order:

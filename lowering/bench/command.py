@@ -7,10 +7,7 @@ process for each number of threads.
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +16,6 @@ from typing import Any
 from lowering.bench.worker import Footprint, in_child, measure_footprint, measure_times
 from quant2e.page.section import PageSection
 from quant2e.report.plain_data import plain_data
-
-_EXAMPLE = textwrap.dedent("""\
-    example:
-      quant2e bench model_float.pte model_int8.pte --threads 1,2
-
-    inputs:
-      numpy.savez("x.npz", ids, mask)       # one array per tensor, in the order in which the programs take them
-      quant2e bench model_int8.pte model_int8.pt2 --inputs x.npz
-
-    A .pte runs in the ExecuTorch runtime, an .onnx in onnxruntime, a .pt2 in eager torch. Ratios are to the first
-    program: above 1 is faster. Each program runs in a process of its own, which a file that crashes its runtime ends.
-""")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,33 +53,6 @@ class Row:
             joined=True,
         )
         return (section,)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``quant2e bench``."""
-    parser.epilog = _EXAMPLE
-    parser.add_argument("programs", nargs="+", type=Path, metavar="PROGRAM", help=".pte, .onnx or .pt2 file")
-    parser.add_argument(
-        "--inputs", type=Path, metavar="X.npz", help="arrays to run on (default: the file's own, or noise)"
-    )
-    parser.add_argument("--threads", type=_counts, default=[1], metavar="N,...", help="numbers of threads (default: 1)")
-    parser.add_argument(
-        "--rounds", type=_positive, metavar="N", help="calls of each program (default: about 2 s, 9 to 200)"
-    )
-    parser.add_argument("--method", metavar="NAME", help='method of .pte files to run (default: "forward")')
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measure, and print a table."""
-    rows = bench(
-        options.programs, inputs=options.inputs, threads=options.threads, rounds=options.rounds, method=options.method
-    )
-    print(table(rows))  # noqa: T201  # this is a command line
-    for row in rows:
-        if not row.footprint.unchanged:
-            note = f"note: {row.path} carries no checksum of quant2e, so nothing tells whether it is as it was written"
-            print(note, file=sys.stderr)  # noqa: T201  # this is a command line
-    return 0
 
 
 def bench(
@@ -149,13 +107,3 @@ def table(rows: Sequence[Row]) -> str:
         )
         for line in lines
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
-def _counts(text: str) -> list[int]:
-    return [_positive(part) for part in text.split(",")]

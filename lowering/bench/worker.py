@@ -82,7 +82,7 @@ def measure_footprint(path: Path, inputs: Path | None, method: str | None, threa
     _use(threads, [path])
     gc.collect()
     before = _peak()
-    source = read_program(path)
+    source = read_program(path, native=True)
     start = time.perf_counter()
     program = opened(source, method)
     load_ms = (time.perf_counter() - start) * 1e3
@@ -97,7 +97,7 @@ def measure_times(
 ) -> list[list[float]]:
     """Seconds of each call, a list per program of one length; neighbours in time at the same place."""
     _use(threads, paths)
-    programs = [opened(read_program(path), method) for path in paths]
+    programs = [opened(read_program(path, native=True), method) for path in paths]
     calls = [(program, _tensors(program, inputs)) for program in programs]
     for program, tensors in calls * WARM_UP:
         program.run(tensors)

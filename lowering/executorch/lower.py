@@ -53,6 +53,7 @@ from quant2e.graph.effects import is_in_place
 from quant2e.isolation import quietly, tracing
 from quant2e.passes import Pass
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
+from quant2e.stages import stage
 
 FORWARD = "forward"
 """Name of the method of a program made of one model."""
@@ -85,6 +86,7 @@ class _Prepared:
     state: State
 
 
+@stage("lower to ExecuTorch")
 @tracing()
 def to_executorch(
     model: Lowerable | Mapping[str, Lowerable],
@@ -122,11 +124,13 @@ def to_executorch(
         require_executorch()
         chosen = list(partitioners) if partitioners is not None else [xnnpack_partitioner()]
         xnnpack = is_xnnpack(chosen)
-        prepared = {
-            name: _prepare(one["model"], one["example_inputs"], one["dynamic_shapes"], xnnpack=xnnpack)
-            for name, one in per_method.items()
-        }
-        program, unavailable = _lower(prepared, chosen)
+        with stage("legal form"):
+            prepared = {
+                name: _prepare(one["model"], one["example_inputs"], one["dynamic_shapes"], xnnpack=xnnpack)
+                for name, one in per_method.items()
+            }
+        with stage("delegate"):
+            program, unavailable = _lower(prepared, chosen)
     if verify and unavailable:
         raise LoweringError(
             f"the program needs {', '.join(unavailable)}, which the ExecuTorch runtime of this "
@@ -135,7 +139,8 @@ def to_executorch(
         )
     if verify:
         for name, method in program.methods.items():
-            method.report = _verified(method, prepared[name], per_method[name]["verify_inputs"], partitioners)
+            with stage("compare with the graph"):
+                method.report = _verified(method, prepared[name], per_method[name]["verify_inputs"], partitioners)
     return program
 
 

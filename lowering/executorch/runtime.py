@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 import torch
@@ -9,9 +11,9 @@ import torch
 from lowering.executorch.pte import check_structure
 from lowering.signature import TensorInput
 from quant2e.errors import FileFormatError, LoweringError
-from quant2e.isolation import quietly, tracing
+from quant2e.isolation import quietly, tracing, unheard
 
-_DTYPES = {
+DTYPES = {
     0: torch.uint8,
     1: torch.int8,
     2: torch.int16,
@@ -31,12 +33,13 @@ def require_executorch(*, runtime_only: bool = False) -> None:
 
     ``runtime_only``: without the compiler, which takes seconds to import.
     """
+    wanted = ["executorch.kernels.quantized", "executorch.runtime", *([] if runtime_only else ["executorch.exir"])]
+    if all(name in sys.modules for name in wanted):
+        return
     try:
-        import executorch.kernels.quantized
-        import executorch.runtime
-
-        if not runtime_only:
-            import executorch.exir  # noqa: F401
+        with unheard("importing ExecuTorch"):  # torchao, which it imports, says what it misses
+            for name in wanted:
+                importlib.import_module(name)
     except ImportError as error:
         raise LoweringError(f"ExecuTorch is not installed ({error}): pip install quant2e[executorch]") from error
 
@@ -52,7 +55,8 @@ def load_program(content: bytes) -> Any:
         from executorch.runtime import Runtime, Verification
 
         try:
-            return Runtime.get().load_program(content, verification=Verification.InternalConsistency)
+            with unheard("loading a program of ExecuTorch"):
+                return Runtime.get().load_program(content, verification=Verification.InternalConsistency)
         except RuntimeError as error:
             raise FileFormatError(f"the ExecuTorch runtime cannot read this program: {error}") from error
 
@@ -61,7 +65,8 @@ def load_method(program: Any, name: str) -> Any:
     """A method of a loaded program, ready to run. Raises `LoweringError`, with the backends that are missing here."""
     with tracing(), quietly():
         try:
-            return program.load_method(name)
+            with unheard("loading a method of ExecuTorch"):
+                return program.load_method(name)
         except RuntimeError as error:
             raise LoweringError(f"the ExecuTorch runtime cannot load the method '{name}': {error}") from error
 
@@ -98,7 +103,8 @@ def set_threads(count: int) -> None:
     require_executorch(runtime_only=True)
     from executorch.extension.pybindings import portable_lib
 
-    portable_lib._unsafe_reset_threadpool(count)
+    with unheard("making ExecuTorch's threads"):
+        portable_lib._unsafe_reset_threadpool(count)
 
 
 def input_tensors(program: Any, method: str) -> tuple[TensorInput, ...]:
@@ -108,12 +114,12 @@ def input_tensors(program: Any, method: str) -> tuple[TensorInput, ...]:
         infos = [meta.input_tensor_meta(index) for index in range(meta.num_inputs())]
     except RuntimeError as error:
         raise LoweringError(f"the method '{method}' takes something that is not a tensor: {error}") from error
-    if unknown := sorted({info.dtype() for info in infos} - set(_DTYPES)):
+    if unknown := sorted({info.dtype() for info in infos} - set(DTYPES)):
         raise LoweringError(f"the method '{method}' takes tensors of dtype number {unknown}, which torch here lacks")
     return tuple(
         TensorInput(
             name=f"input {index}",
-            dtype=_DTYPES[info.dtype()],
+            dtype=DTYPES[info.dtype()],
             sizes=tuple((0, size) for size in info.sizes()),
         )
         for index, info in enumerate(infos)

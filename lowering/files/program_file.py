@@ -1,8 +1,9 @@
 """Program files as callables: ``.pte`` in the ExecuTorch runtime, ``.onnx`` in onnxruntime, ``.pt2`` in eager torch.
 
 Opening and running a file executes no code of the file: a ``.pte`` or ``.onnx`` is data that a runtime interprets, and
-a ``.pt2`` is read by `quant2e.load`. The runtimes are written in C++ and trust the data that they are given, so a file
-that does not carry a checksum of ours is run in a process of its own.
+a ``.pt2`` is read by `quant2e.load`. A package of AOTInductor, which also ends in ``.pt2``, is native code: only
+`open_native` opens it. The runtimes are written in C++ and trust the data that they are given, so a file that does not
+carry a checksum of ours is run in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch.utils import _pytree as pytree
 
 from lowering.executorch.pte import check_structure
 from lowering.files.child import ChildProgram
-from lowering.signature import TensorInput, unusual
+from lowering.signature import TensorInput, laid_out, unusual
 from quant2e.checksum import check_content, check_file
 from quant2e.documents.arrays import read_archive, read_array
 from quant2e.errors import FileFormatError, LoweringError
 from quant2e.quantized_model import QuantizedModel
+from quant2e.storage.inductor_package import PackageRecord, is_package, read_package_record
 from quant2e.storage.pt2 import NOT_HASHED
 
 _SUFFIXES = (".pte", ".onnx", ".pt2")
@@ -104,15 +106,19 @@ def read_arrays(path: Path) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramBytes:
-    """What a ``.pte`` or ``.onnx`` holds, read once. ``unchanged``: it carries a checksum of ours, and matches it."""
+    """What a ``.pte`` or ``.onnx`` holds, read once. ``unchanged``: it carries a checksum of ours, and matches it.
+
+    ``package``: what a package of AOTInductor says of itself; None for other files.
+    """
 
     path: Path
     content: bytes
     unchanged: bool
+    package: PackageRecord | None = None
 
 
-def read_program(path: Path) -> ProgramBytes:
-    """Read a program file and check its checksum, if it has one.
+def read_program(path: Path, *, native: bool = False) -> ProgramBytes:
+    """Read a program file and check its checksum, if it has one. ``native``: packages of AOTInductor are taken, too.
 
     Raises `FileFormatError` for a file of another kind, or that was changed since it was written; OSError when it
     cannot be read.
@@ -120,17 +126,40 @@ def read_program(path: Path) -> ProgramBytes:
     if path.suffix not in _SUFFIXES:
         raise FileFormatError(f"{path}: program files end in .pte (ExecuTorch), .onnx or .pt2 (torch.export)")
     if path.suffix == ".pt2":  # `quant2e.load` reads and checks it
-        if check_file(path):
-            raise FileFormatError(
-                f"{path} is a package of AOTInductor, which is native code and not run from here: "
-                f"torch._inductor.aoti_load_package runs it, as you run a program"
-            )
+        if check_file(path) or is_package(path):
+            return _read_package(path, native=native)
         return ProgramBytes(path=path, content=b"", unchanged=False)
     content = path.read_bytes()
     unchanged = check_content(content, str(path))
     if path.suffix == ".pte":
         check_structure(content, str(path))
     return ProgramBytes(path=path, content=content, unchanged=unchanged)
+
+
+def _read_package(path: Path, *, native: bool) -> ProgramBytes:
+    unchanged = check_file(path)
+    if not native:
+        raise FileFormatError(
+            f"{path} is a package of AOTInductor, which is native code and not run from here: "
+            f"torch._inductor.aoti_load_package runs it, as you run a program, and quant2e bench does"
+        )
+    record = read_package_record(path)
+    if record is None:
+        raise FileFormatError(
+            f"{path} is a package of AOTInductor that does not say what it takes: make it with quant2e"
+        )
+    return ProgramBytes(path=path, content=b"", unchanged=unchanged, package=record)
+
+
+def open_native(path: str | os.PathLike[str], method: str | None = None) -> OpenProgram:
+    """Open a program file as `open_program` does, and a package of AOTInductor as well, whose native code is loaded.
+
+    Only for packages that you trust as you trust a program. Raises as `open_program` does, and `FileFormatError` for a
+    package that does not say what it takes.
+    """
+    if Path(path).suffix == ".pt2" and is_package(Path(path)):
+        return opened(read_program(Path(path), native=True))
+    return open_program(path, method)
 
 
 def open_program(
@@ -164,6 +193,8 @@ def open_program(
 
 def opened(source: ProgramBytes, method: str | None = None) -> OpenProgram:
     """A program in this process. Raises `FileFormatError`, `LoweringError`."""
+    if source.package is not None:
+        return _open_package(source, source.package)
     kinds = {".pte": _open_pte, ".onnx": _open_onnx, ".pt2": _open_pt2}
     return kinds[source.path.suffix](source, method)
 
@@ -201,6 +232,30 @@ def _open_onnx(source: ProgramBytes, _: str | None) -> OpenProgram:
         example=example,
         unchanged=source.unchanged,
     )
+
+
+def _open_package(source: ProgramBytes, record: PackageRecord) -> OpenProgram:
+    from lowering.inductor.package_file import load_package
+
+    loaded: Any = load_package(source.path)
+    formats = [torch.channels_last if one.channels_last else torch.contiguous_format for one in record.inputs]
+
+    def call(tensors: Sequence[Tensor]) -> Sequence[Any]:
+        placed = [laid_out(tensor, layout) for tensor, layout in zip(tensors, formats, strict=True)]
+        outputs: Sequence[Any] = loaded.loader.boxed_run(placed)
+        return outputs
+
+    bounds = [tuple((size[0], size[-1]) for size in one.sizes) for one in record.inputs]
+    inputs = tuple(
+        TensorInput(name=one.name, dtype=one.dtype, sizes=own) for one, own in zip(record.inputs, bounds, strict=True)
+    )
+    # of a size that varies without bound, the largest is none to run with
+    sizes = [tuple((low, high if high < _HUGE else max(low, 1)) for low, high in one.sizes) for one in inputs]
+    example = tuple(_noise(replace(one, sizes=own)) for one, own in zip(inputs, sizes, strict=True))
+    return OpenProgram(path=source.path, inputs=inputs, call=call, example=example, unchanged=source.unchanged)
+
+
+_HUGE = 1 << 31
 
 
 def _open_pt2(source: ProgramBytes, _: str | None) -> OpenProgram:

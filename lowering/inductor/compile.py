@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -200,9 +201,8 @@ def package_flat(
     inputs: Sequence[Any],
     inspect: Callable[[Graph], None],
     specs: tuple[pytree.TreeSpec, pytree.TreeSpec],
-    part: Path,
-) -> None:
-    """Compile as `compile_flat` does, ahead of time, and write an AOTInductor package to ``part``.
+) -> bytes:
+    """Compile as `compile_flat` does, ahead of time; returns a zip of the generated files, as `archive` makes it.
 
     ``specs``: structure of the inputs and outputs that the loaded package takes and returns. Raises `LoweringError` as
     well when the program calls an op that torch alone does not have.
@@ -219,7 +219,7 @@ def package_flat(
     with _explained(), _flags(inspect), _checked_inputs(), _state_kept(), _packed_weights():
         files: Any = compile_fx_aot(gm, list(inputs), config_patches=options)
     _check_files([Path(file) for file in files if isinstance(file, str)])
-    part.write_bytes(archive(files))
+    return archive(files)
 
 
 _TORCHS_OWN = frozenset({"aten", "mkl", "mkldnn", "onednn", "prims", "quantized"})
@@ -298,7 +298,7 @@ def _check_files(files: Sequence[Path]) -> None:
     for file in files:
         nodes = json.loads(file.read_text()).get("nodes", []) if file.suffix == ".json" else []
         targets = {str(node["node"]["target"]).removeprefix("torch.ops.") for node in nodes}
-        if foreign := sorted(target for target in targets if target.split(".")[0] not in _TORCHS_OWN):
+        if foreign := sorted(target for target in targets if re.split(r"\.|::", target)[0] not in _TORCHS_OWN):
             raise LoweringError(
                 f"the program calls {', '.join(foreign)}, which a process that imports only torch does not have: use "
                 f"to_inductor, or leave the ops around them in float"

@@ -26,7 +26,8 @@ from lowering.export import Lowerable
 from lowering.inductor.compile import FakeInputs, explained_run, package_flat
 from lowering.inductor.kernel_selection import Engines
 from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
-from lowering.inductor.package_file import load_package
+from lowering.inductor.package_file import finished, load_package
+from lowering.inductor.package_record import record_of_package
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, Kernel, int8_kernels
 from lowering.inductor.source import InductorSource, chosen_in, source_of, verified
@@ -36,6 +37,7 @@ from lowering.state import State
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.isolation import tracing
+from quant2e.stages import stage
 
 
 class InductorPackage(LoweredProgram[InductorReport]):
@@ -84,6 +86,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
             shutil.copyfile(self.path, part)
 
 
+@stage("package with Inductor")
 @tracing()
 def package_inductor(
     model: Lowerable,
@@ -126,14 +129,14 @@ def write_package(
     inputs = FakeInputs(source.signature.inputs, source.signature.symbols, whole=True)
     kernels: list[Kernel] = []
     with atomic_file(path) as part:
-        package_flat(
+        content = package_flat(
             rewritten.flat(source.signature),
             inputs.values,
             lambda graph: kernels.extend(int8_kernels(graph)),
             (source.signature.in_spec, source.signature.out_spec),
-            part,
         )
         report = rewritten.report(kernels)
+        part.write_bytes(finished(content, record_of_package(source, report)))
         compared: tuple[tuple[int, ...], ...] = ()
         if verify:
             example, *_ = batches = source.batches(verify_inputs)
@@ -143,8 +146,10 @@ def write_package(
                 lower = partial(_lower_part, source=source, report=report, folder=Path(folder))
                 found = verified(in_file, source.graph, batches, "the package", lower)
             report = replace(report, verification=found)
-    notes = (*report.notes, *_notes(source.signature, inputs, compared))
-    return InductorPackage(path, replace(report, notes=notes), source.signature, source.state)
+        report = replace(report, notes=(*report.notes, *_notes(source.signature, inputs, compared)))
+        # only the record changes, which no loader looks at: it says now how the comparison went
+        part.write_bytes(finished(content, record_of_package(source, report)))
+    return InductorPackage(path, report, source.signature, source.state)
 
 
 def _lower_part(part: GraphModule, *, source: InductorSource, report: InductorReport, folder: Path) -> InductorPackage:

@@ -1,7 +1,8 @@
 """Package files of AOTInductor: what is in them, without the paths of this machine and with a checksum; loading.
 
-A package is a zip of the shared library, the C++ it was compiled from and a few words of JSON. The checksum is the
-comment of the zip, so it covers every byte of the file, the zip's own directory too.
+A package is a zip of the shared library, the C++ it was compiled from and a few words of JSON, one of which is our
+record (`quant2e.storage.inductor_package`). The checksum is the comment of the zip, so it covers every byte of the
+file, the zip's own directory too.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ import torch
 from quant2e.checksum import BLANK, check_file, sealed
 from quant2e.errors import FileFormatError, LoweringError
 from quant2e.isolation import tracing
+from quant2e.storage.inductor_package import PackageRecord, with_record
 
 _END_OF_ZIP = b"PK\5\6"
 _TEXTS = frozenset({".cpp", ".json", ".h"})
 
 
 def archive(files: Sequence[Any]) -> bytes:
-    """The bytes of a package that holds the files that AOTInductor generated."""
+    """A zip of the files that AOTInductor generated, which `finished` makes a package of ours."""
     from torch._inductor.package import package_aoti
 
     content = io.BytesIO()  # written to a buffer, a package holds no trace of the name of a file
     with tempfile.TemporaryDirectory(prefix="quant2e_") as folder:
         package_aoti(content, [_without_paths(file, Path(folder)) for file in files])
-    return sealed(_with_comment(content.getvalue(), BLANK.encode()))
+    return content.getvalue()
+
+
+def finished(content: bytes, record: PackageRecord) -> bytes:
+    """The bytes of a package: the zip with what it says of itself, and a checksum over all of it."""
+    return sealed(_with_comment(with_record(content, record), BLANK.encode()))
 
 
 def load_package(path: Path) -> Callable[..., Any]:

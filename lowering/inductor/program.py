@@ -5,6 +5,7 @@ rewrite a copy of the graph (`Rewritten`) ─▶ compile ─▶ run against the 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -26,6 +27,9 @@ from lowering.state import State, state_of
 from quant2e.errors import LoweringError
 from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import tracing
+from quant2e.stages import stage
+
+LOG = logging.getLogger(f"quant2e.{__name__}")
 
 
 class InductorProgram(LoweredProgram[InductorReport]):
@@ -95,7 +99,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
 
         A program that was compared with its graph is compared again, as it stands in the file.
         """
-        with tracing():
+        with stage("package with Inductor"), tracing():
             write_package(self._source, Path(path), self._engines, verify=self.verification is not None)
 
     def _verify(self, batches: Iterable[Any]) -> None:
@@ -110,12 +114,18 @@ class InductorProgram(LoweredProgram[InductorReport]):
     def _program_for(self, sizes: tuple[int, ...], values: Sequence[Any]) -> Flat:
         if self._inputs.accept(sizes):
             return self._general
-        return self._compile(FakeInputs(self._signature.at(values), {}), lambda _: None)
+        named = ", ".join(
+            f"{name} = {size}" for name, size in zip(self._signature.size_names.values(), sizes, strict=True)
+        )
+        LOG.info("the program is compiled again, once, for %s, which it took for granted not to be", named)
+        with stage(f"compile again for {named}"):
+            return self._compile(FakeInputs(self._signature.at(values), {}), lambda _: None)
 
     def _compile(self, inputs: FakeInputs, inspect: Callable[[Graph], None]) -> Flat:
         return compile_flat(self._rewritten.flat(self._signature), inputs.values, inspect)
 
 
+@stage("compile with Inductor")
 @tracing()
 def to_inductor(
     model: Lowerable,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from lowering.verify import Bound, Verification
 from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.isolation import tracing
+from quant2e.quantized_model import QuantizedModel
+from quant2e.report.encodings import Encodings
+from quant2e.report.report import Report
 
 BOUND = Bound(steps=1.0, sqnr_db=30.0)
 """What a program must reach. Fused float ops differ from eager ones in the last bit, which moves some numbers over
@@ -43,13 +46,16 @@ OTHERWISE = "The Q/DQ graph itself runs as it is, without a compiler"
 class InductorSource:
     """A graph to compile. ``example``: inputs of one call, where there are any.
 
-    ``state``: what the graph wrote to, as it was when the source was made.
+    ``state``: what the graph wrote to, as it was when the source was made. ``report``, ``encodings``: of the quantized
+    model, empty for a graph without them.
     """
 
     graph: GraphModule
     signature: Signature
     example: Call | None
     state: State
+    report: Report = field(default_factory=lambda: Report(verdicts=()))
+    encodings: Encodings = field(default_factory=lambda: Encodings("", ()))
 
     def batches(self, more: Iterable[Any] = (), takes: Callable[[Sequence[int]], bool] = bool) -> list[Call]:
         """What to run the program on: the example, also at the ends of the sizes that vary, and ``more``.
@@ -85,7 +91,12 @@ def source_of(model: Lowerable, example_inputs: Any, dynamic_shapes: Any, asker:
         graph = _with_dynamic_shapes(graph, example, dynamic_shapes)
     leaves = pytree.tree_leaves(example, is_leaf=lambda leaf: leaf is None) if example is not None else None
     graph = own_graph(graph)  # calls of the user's graph from now on change nothing that is compiled
-    return InductorSource(graph=graph, signature=Signature(graph, leaves), example=example, state=state_of(graph))
+    known: dict[str, Any] = (
+        {"report": model.report, "encodings": model.encodings} if isinstance(model, QuantizedModel) else {}
+    )
+    return InductorSource(
+        graph=graph, signature=Signature(graph, leaves), example=example, state=state_of(graph), **known
+    )
 
 
 def _with_dynamic_shapes(graph: GraphModule, example: Call | None, dynamic_shapes: Any) -> GraphModule:

@@ -40,6 +40,7 @@ from quant2e.graph.mutation import first_writer, written_attributes
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.isolation import quietly, tracing
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
+from quant2e.stages import stage
 
 OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
 """What to do with a wrong file, where no op is to blame that could be left in float."""
@@ -47,6 +48,7 @@ OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
 _PROTOBUF_LIMIT = 2**31 - 1
 
 
+@stage("lower to ONNX")
 @tracing()
 def to_onnx(
     model: Lowerable,

@@ -38,8 +38,10 @@ from quant2e.quantized_model import QuantizedModel
 from quant2e.ranges.sqnr import sqnr_db
 from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import Report
+from quant2e.stages import stage
 
 
+@stage("compare")
 def compare(
     float_model: nn.Module | ExportedProgram | GraphModule,
     quantized: QuantizedModel | GraphModule | Callable[..., Any],

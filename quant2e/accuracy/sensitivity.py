@@ -48,6 +48,7 @@ from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
 from quant2e.report.record import record_of
 from quant2e.report.summary import summary
+from quant2e.stages import stage
 
 SensitivityMethod = Literal["toggle", "gradient"]
 
@@ -162,6 +163,7 @@ def _cell(sqnr: float | None) -> str:
     return "" if sqnr is None else f"{sqnr:.1f}"
 
 
+@stage("sensitivity")
 def sensitivity(
     model: nn.Module | ExportedProgram | GraphModule,
     example_inputs: Any = None,

@@ -26,6 +26,7 @@ from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.native import ops as native
 from quant2e.report.record import RECORD_KEY, GraphRecord
+from quant2e.stages import quiet_where_told, stage
 
 Progress = Callable[[int, int | None], None]
 """Called after each batch with the number done and, where it is known, the total."""
@@ -39,6 +40,7 @@ def batch_count(data: Any) -> int | None:
         return None
 
 
+@quiet_where_told
 def calibrate(
     prepared: GraphModule,
     data: Iterable[Any],
@@ -157,11 +159,12 @@ class _Run:
         saved, samples = done, None if done or distributed.world() > 1 else 0
         model = compiled_graph(self.prepared) if self.compiled else self.prepared
         randomness = IsolatedRandomness()
-        with _restored(self.prepared):
+        with _restored(self.prepared), stage("calibrate") as shown:
             for batch in batches:
                 call = _run_batch(self.prepared, model, batch, done, randomness)
                 samples = None if samples is None else samples + sample_count(pytree.tree_leaves(tuple(call)))
                 done += 1
+                shown(done, total)
                 if self.progress is not None:
                     self.progress(done, total)
                 if path is not None and done - saved >= CHECKPOINT_EVERY:

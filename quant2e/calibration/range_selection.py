@@ -32,6 +32,7 @@ from quant2e.ranges.qparams import fake_quantize_per_tensor
 from quant2e.ranges.sqnr import sqnr_db
 from quant2e.report.chosen_range import ChosenRange
 from quant2e.report.plain_data import plain_data
+from quant2e.stages import stage
 
 CANDIDATES: tuple[tuple[str, float], ...] = (("mse", 99.99), ("minmax", 99.99), ("percentile", 99.99))
 """Method and percentile of each; the first wins ties."""
@@ -97,6 +98,7 @@ class _CandidateRanges:
     tensor: str = ""
 
 
+@stage("choose ranges")
 def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeChoice, ...]:
     """Give every histogram observer of ``prepared``, in place, the best of `CANDIDATES` and say how they fared.
 

@@ -46,6 +46,7 @@ from quant2e.report.encodings import Encodings
 from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import FLOAT, tensor_bytes, with_body
 from quant2e.report.weight_reads import weight_reads
+from quant2e.stages import stage
 
 
 def convert_pt2e(
@@ -105,6 +106,7 @@ def _few_samples(prepared: GraphModule) -> list[str]:
     return [f"{told}; about 100 samples are usually enough"]
 
 
+@stage("convert")
 def converted_graph(
     prepared: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
 ) -> GraphModule:

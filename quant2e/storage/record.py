@@ -45,23 +45,24 @@ def record_text(
     """The record of ``module``. ``inputs``: its flat example inputs, whose data is kept only ``with_data``."""
     record = {
         "format": RECORD_FORMAT,
-        "report": _verdicts_as_columns(report.as_dict()),
+        "report": report_to_columns(report.as_dict()),
         "recipe": _groups_as_columns(_with_file_paths(name_buffers(encodings.as_dict(), module), module)),
         "example_inputs": describe_inputs(inputs, data=with_data),
     }
     if quantized_io := quantized_io_of(module):
         record["boundary"] = quantized_io.as_dict()
     files = {source_file(verdict.op.source) for verdict in report.verdicts} - {""}
-    return as_json(_without_folders(record, files))
+    return as_json(texts_without_folders(record, files))
 
 
-def _verdicts_as_columns(report: Mapping[str, Any]) -> dict[str, Any]:
+def report_to_columns(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report of `Report.as_dict`; what is said of each op is a column, too."""
     verdicts = [{**verdict, "op": None, **verdict["op"]} for verdict in report["verdicts"]]
     return {**report, "verdicts": to_columns(verdicts)}
 
 
-def _verdicts_from_columns(report: Mapping[str, Any], most: int) -> dict[str, Any]:
+def report_from_columns(report: Mapping[str, Any], most: int) -> dict[str, Any]:
+    """The inverse of `report_to_columns`; at most so many verdicts. Raises `FileFormatError`."""
     verdicts = from_columns(report["verdicts"], "the verdicts in the report", most)
     own = [field.name for field in fields(Verdict)]
     nested = [
@@ -90,13 +91,13 @@ def _groups_from_columns(encodings: Mapping[str, Any], most: int) -> dict[str, A
     return {**encodings, "groups": from_columns(encodings["groups"], "the groups of the encodings", most)}
 
 
-def _without_folders(data: Any, files: Collection[str]) -> Any:
+def texts_without_folders(data: Any, files: Collection[str]) -> Any:
     """Plain data whose texts tell nothing of the folders in which the user's files lie, nor of their text."""
     if isinstance(data, str):
         return without_folders(data, files)
     if isinstance(data, Mapping):
-        return {key: _without_folders(value, files) for key, value in data.items()}
-    return [_without_folders(value, files) for value in data] if isinstance(data, (list, tuple)) else data
+        return {key: texts_without_folders(value, files) for key, value in data.items()}
+    return [texts_without_folders(value, files) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def read_record(text: str | bytes) -> Mapping[str, Any]:
@@ -117,7 +118,7 @@ def read_results(record: Mapping[str, Any], module: GraphModule) -> tuple[Report
         report, encodings = record["report"], record["recipe"]
         if record["format"] in HASHED_FORMATS:
             most = _SPARE + 4 * len(module.graph.nodes)
-            report, encodings = _verdicts_from_columns(report, most), _groups_from_columns(encodings, most)
+            report, encodings = report_from_columns(report, most), _groups_from_columns(encodings, most)
         return Report.from_dict(report), Encodings.from_dict(read_buffers(encodings, module)), quantized_io
     except FileFormatError:
         raise

@@ -35,6 +35,7 @@ from quant2e.prepare.prepare import prepare_pt2e
 from quant2e.report.algorithm_step import KEPT, NO_EFFECT, NOT_TRIED, ROLLED_BACK, AlgorithmStep
 from quant2e.report.record import record_of
 from quant2e.report.report import DYNAMIC, STATIC, WEIGHT_ONLY, Report
+from quant2e.stages import stage
 
 ROUNDING = 0.6
 """An exact step may move the float result by this power of the resolution of its dtype: 83 dB in float32."""
@@ -105,7 +106,8 @@ class Driver:
         if self._left_out(attempt, prepared, before):
             return as_it_was
         candidate = copy.deepcopy(captured)
-        changes = self._applied(attempt.algorithm, candidate, held_out.calls)
+        with stage(f"algorithm {attempt.algorithm.name}"):
+            changes = self._applied(attempt.algorithm, candidate, held_out.calls)
         if changes is None:
             return as_it_was
         try:
@@ -127,7 +129,8 @@ class Driver:
         if self._left_out(attempt, prepared, before):
             return prepared, before
         candidate = copy.deepcopy(prepared)
-        changes = self._applied(attempt.algorithm, candidate, held_out.calls)
+        with stage(f"algorithm {attempt.algorithm.name}"):
+            changes = self._applied(attempt.algorithm, candidate, held_out.calls)
         if changes is None:
             return prepared, before
         try:

@@ -39,10 +39,12 @@ from quant2e.errors import Quant2eError
 from quant2e.graph.captured.capture import capture_call
 from quant2e.observers.measuring import searchable
 from quant2e.ranges.search import searched_together
+from quant2e.stages import quiet_progress, quiet_where_told, shown
 
 TuningStrategy = Literal["sensitivity", "bisect", "mse", "bayesian", "random", "exhaustive"]
 
 
+@quiet_where_told
 def tune(
     model: nn.Module | ExportedProgram | GraphModule,
     example_inputs: Any,
@@ -171,8 +173,10 @@ def _made(strategy: str, frontier: Frontier, goal: Goal, most: int | None, seed:
 @contextmanager
 def _shown(progress: TrialProgress | bool | None) -> Iterator[TrialProgress | None]:
     """What is told of each trial: by the user's function, by a table on a terminal, or by nobody."""
-    if progress is None or progress is True:
-        with TrialTable() as table:
+    if progress is None and not shown():
+        yield None
+    elif progress is None or progress is True:
+        with quiet_progress(), TrialTable() as table:  # one thing at a time on the terminal
             yield table
     elif isinstance(progress, TrialTable):
         with progress:

@@ -31,6 +31,7 @@ from quant2e.graph.captured.modes import is_training_graph
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.captured.no_grad import set_all_detached
 from quant2e.isolation import tracing
+from quant2e.stages import stage
 
 DIALECTS = ("TRAINING", "ATEN")
 _NOISE = ("Caused by:", "For ", "If you suspect", "The error above occurred")
@@ -74,7 +75,7 @@ def capture(
         raise CaptureError(f"cannot capture a {type(model).__name__}: give an nn.Module, whose forward is captured")
     _check_signature(model, args, keywords)
     # With gradients, whatever the caller's mode: where there are none, export does not see who switches them off.
-    with tracing(), _untouched(model), torch.inference_mode(False), torch.enable_grad():
+    with stage("capture"), tracing(), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         try:
             args, keywords = distinct(args, keywords)
             program = torch.export.export(model, args, keywords, dynamic_shapes=dynamic_shapes)

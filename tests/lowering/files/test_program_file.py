@@ -14,10 +14,11 @@ from torch import nn
 from lowering import check_file, open_program, to_executorch, to_onnx
 from lowering.executorch.pte import check_structure
 from lowering.files.program_file import read_program
-from lowering.inductor.package_file import archive
+from lowering.inductor.package_file import archive, finished
 from quant2e import capture, save
 from quant2e.checksum import BLANK, WORD
 from quant2e.errors import FileFormatError, LoweringError, Quant2eError
+from quant2e.storage.inductor_package import PackageRecord
 
 X = (torch.linspace(-1, 1, 6).reshape(2, 3),)
 
@@ -234,7 +235,7 @@ def test_other_kinds_of_files(tmp_path, suffix):
 
 def test_packages_of_native_code_are_not_run(tmp_path):
     path = tmp_path / "package.pt2"
-    path.write_bytes(archive([]))
+    path.write_bytes(finished(archive([]), PackageRecord(versions={}, instructions="", inputs=())))
     with pytest.raises(FileFormatError, match="a package of AOTInductor, which is native code and not run from here"):
         open_program(path)
 

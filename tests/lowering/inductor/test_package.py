@@ -117,7 +117,8 @@ def generated(package):
 
 
 def fake(monkeypatch, run):
-    monkeypatch.setattr(lowering.inductor.package, "package_flat", lambda *args: args[-1].write_bytes(b"new"))
+    monkeypatch.setattr(lowering.inductor.package, "package_flat", lambda *_: b"new")
+    monkeypatch.setattr(lowering.inductor.package, "finished", lambda content, record: content)
     monkeypatch.setattr(lowering.inductor.package, "load_package", lambda path: run)
 
 

@@ -37,6 +37,7 @@ from quant2e.observers.encodings import (
     encode,
 )
 from quant2e.report.report import DYNAMIC, STATIC
+from quant2e.stages import stage
 
 Loss = Literal["output", "own"]
 """Where the error of a group is looked at: at the model's output, or at its own results."""
@@ -102,6 +103,7 @@ class Costs:
         return bits / self.weights if self.weights else 32.0
 
 
+@stage("measure what each group costs")
 def measured_costs(space: Space, calls: Sequence[Call], loss: Loss) -> Costs:
     """The costs of every pick. ``calls``: held-out data; ``loss``: where errors are looked at."""
     notes: dict[str, None] = {}

@@ -1,0 +1,163 @@
+"""Arguments of the command line as click reads them: what is wrong with one is said before torch is imported."""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+ARRAYS = (".npz", ".safetensors")
+"""Suffixes of files that hold one array for each input."""
+
+
+def is_code(text: str) -> bool:
+    """Whether an argument is ``module:function``, and not a path."""
+    return _CODE.fullmatch(text) is not None and not Path(text).exists()
+
+
+class _Type(click.ParamType):  # type: ignore[type-arg]  # it is generic from click 8.5 on, and cannot be before
+    """A kind of argument."""
+
+
+class Existing(_Type):
+    """The path of a file that is there, with one of some suffixes."""
+
+    name = "file"
+
+    def __init__(self, *suffixes: str, code: bool = False) -> None:
+        self._suffixes, self._code = suffixes, code
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = str(value)
+        if self._code and is_code(text):
+            return text
+        path, wanted = Path(text), " or ".join(self._suffixes)
+        other = ", or module:function" if self._code else ""
+        if not path.exists():
+            self.fail(f"there is no file {text}; this is a file that ends in {wanted}{other}")
+        if path.suffix in {".pt", ".pth", ".bin", ".ckpt"} and ".pt2" in self._suffixes:
+            self.fail(
+                f"{text} is a pickle, and reading one runs what is in it: export the model with torch.export.save to a "
+                f".pt2 file{other}"
+            )
+        if path.is_dir() or path.suffix not in self._suffixes:
+            self.fail(f"{text} does not end in {wanted}{other}")
+        return text if self._code else path
+
+
+class DataSource(_Type):
+    """Calibration data: a file of arrays, or a folder."""
+
+    name = "data"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(str(value))
+        if not path.exists():
+            self.fail(f"there is no file or folder {path}")
+        if path.is_file() and path.suffix not in ARRAYS:
+            self.fail(f"{path}: data is a {' or '.join(ARRAYS)} file, or a folder of images, .npy or .npz files")
+        return path
+
+
+class OutputFile(_Type):
+    """The path of a file to write, with a suffix, in a folder that is there."""
+
+    name = "file"
+
+    def __init__(self, *suffixes: str) -> None:
+        self._suffixes = suffixes
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(str(value))
+        if path.suffix not in self._suffixes:
+            self.fail(f"{path} does not end in {' or '.join(self._suffixes)}")
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder {path.parent} to write {path.name} to")
+        return path
+
+
+class PageFile(OutputFile):
+    """The path of a page to write, last of all: that it cannot be made is told first."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if missing := [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]:
+            self.fail(f"pages are made with {' and '.join(missing)}, not installed here: pip install quant2e[html]")
+        return super().convert(value, param, ctx)
+
+
+class FunctionName(_Type):
+    """``module:function``, the user's own code."""
+
+    name = "module:function"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        if _CODE.fullmatch(text) is None:
+            self.fail(f"{text!r} is not module:function, as in my_metrics:top1")
+        return text
+
+
+class Share(_Type):
+    """A share: ``0.5%``, or 0.005. ``units``: also a number above 1, of something else than a share."""
+
+    name = "share"
+
+    def __init__(self, *, units: bool = False) -> None:
+        self._most = math.inf if units else 1.0
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%")) / (100.0 if text.endswith("%") else 1.0)
+        except ValueError:
+            number = math.nan
+        if not 0.0 <= number <= self._most or number == math.inf:
+            self.fail(f"{text!r} is no share: 0.5%, or 0.005")
+        return number
+
+
+class NumberList(_Type):
+    """Numbers with commas between them. ``whole``: positive whole ones."""
+
+    name = "numbers"
+
+    def __init__(self, *, whole: bool = False, positive: bool = False) -> None:
+        self._whole, self._positive = whole, positive or whole
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(self._number(part.strip()) for part in str(value).split(","))
+
+    def _number(self, text: str) -> float:
+        if self._whole:
+            if not text.isdecimal() or int(text) < 1:
+                self.fail(f"{text!r} is not a positive whole number")
+            return int(text)
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number) or (self._positive and number <= 0):
+            self.fail(f"{text!r} is not a {'positive ' if self._positive else ''}number")
+        return number
+
+
+class ImageSize(_Type):
+    """Height and width of images: ``224``, or ``240x320``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", str(value))
+        if found is None:
+            self.fail(f"{value!r} is no size of images: 224, or height x width as in 240x320")
+        return int(found[1]), int(found[2] or found[1])

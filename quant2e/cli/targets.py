@@ -1,0 +1,117 @@
+"""Targets: for each runtime its quantizer, the function that lowers to it, and the kind of file that it reads."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """``summary``: what runs it. ``quantizer``: ``module:class``, made without arguments, and configured by the name
+    of a recipe. ``lower``: ``module:function``, of the quantized model. ``suffix``: of the program file. ``writes``:
+    the function writes the file itself, to ``path=``; otherwise what it returns is saved. ``extra``: what is to be
+    installed.
+    """
+
+    summary: str
+    quantizer: str
+    lower: str
+    suffix: str
+    writes: bool = False
+    extra: str = ""
+
+
+TARGETS: Mapping[str, Target] = {
+    "xnnpack": Target(
+        summary="ExecuTorch with XNNPACK, on phones and small computers",
+        quantizer="quantizers:XNNPACKQuantizer",
+        lower="lowering:to_executorch",
+        suffix=".pte",
+        extra="executorch",
+    ),
+    "x86": Target(
+        summary="Inductor on x86 CPUs, as a package that needs torch alone",
+        quantizer="quantizers:X86InductorQuantizer",
+        lower="lowering:package_inductor",
+        suffix=".pt2",
+        writes=True,
+    ),
+    "onnx": Target(
+        summary="onnxruntime, on CPUs",
+        quantizer="quantizers:X86InductorQuantizer",
+        lower="lowering:to_onnx",
+        suffix=".onnx",
+        writes=True,
+        extra="onnx",
+    ),
+}
+"""A new target is one entry here."""
+
+DEFAULT_RECIPE = "w8a8"
+
+RECIPES = (".yaml", ".yml", ".json")
+"""Suffixes of recipes that are files; others are names."""
+
+
+def looked_up(place: str) -> Any:
+    """The object at ``module:name``, of a package that this one never imports otherwise."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def quantizer_of(target: str, recipe: str | None) -> tuple[Any, Any]:
+    """The quantizer of a target that asks what a recipe asks, by name or from a file, and the algorithms of the recipe.
+
+    Raises `AnnotationError` for a name that is none, `FileFormatError` for a file that is none.
+    """
+    quantizer = looked_up(TARGETS[target].quantizer)()
+    if recipe is None or Path(recipe).suffix not in RECIPES:
+        return quantizer.set_global(recipe or DEFAULT_RECIPE), ()
+    import quant2e
+
+    asked = quant2e.Recipe.from_file(recipe)
+    return asked.apply(quantizer.set_global(DEFAULT_RECIPE)), asked.algorithms
+
+
+def lowered(target: str, model: Any, path: Path, *, verify: bool, data: Any) -> Any:
+    """The program of a quantized model, written to ``path``, which appears whole and after it was compared, or not."""
+    about = TARGETS[target]
+    lower = looked_up(about.lower)
+    if about.writes:
+        return lower(model, path=path, verify=verify, verify_inputs=data)
+    program = lower(model, verify=verify, verify_inputs=data)
+    program.save(path)
+    return program
+
+
+@contextmanager
+def also_written(output: Path | None) -> Iterator[None]:
+    """An error of the lowering says that the quantized model, which took longer, is there."""
+    from quant2e.errors import LoweringError
+
+    try:
+        yield
+    except LoweringError as error:
+        if output is None:
+            raise
+        raise LoweringError(f"{error}. The quantized model is written: {output}") from error
+
+
+def check_program_path(path: Path, target: str) -> None:
+    """Raise a usage error for a program file whose suffix is not that of its target."""
+    wanted = TARGETS[target].suffix
+    if path.suffix != wanted:
+        raise click.UsageError(f"the program of target {target} is a file that ends in {wanted}, not {path.name!r}")
+
+
+def target_of_program(path: Path) -> str | None:
+    """The target whose programs have the suffix of ``path``; None where that says nothing."""
+    found = [name for name, target in TARGETS.items() if target.suffix == path.suffix]
+    return found[0] if len(found) == 1 else None

@@ -1,0 +1,133 @@
+"""Stages: what takes long says what it is doing, on a terminal by itself and elsewhere to loggers.
+
+    with stage("lower to ExecuTorch"):        a spinner with the name and the time, on a terminal
+        with stage("compare") as shown:       the innermost one that is open, behind the outer ones
+            shown(3, 8)                       3 of 8 are done
+
+Shown on stderr where that is a terminal and rich is installed; never with ``QUANT2E_PROGRESS=0``, nor within
+`quiet_progress`. Each stage is a line of the logger ``quant2e.stages``, at INFO, when it ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+LOG = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+VARIABLE = "QUANT2E_PROGRESS"
+"""Environment variable: ``0`` shows nothing."""
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+_display: ContextVar[_Display | None] = ContextVar("display", default=None)
+
+
+class OpenStage:
+    """One stage while it is open. Calling it says how many steps are done, of so many where that is known."""
+
+    def __init__(self, name: str, display: _Display | None) -> None:
+        self.name = name
+        self.done: int | None = None
+        self.total: int | None = None
+        self._display = display
+
+    def __call__(self, done: int, total: int | None = None) -> None:
+        self.done, self.total = done, total
+        if self._display is not None:
+            self._display.draw()
+
+    def __str__(self) -> str:
+        if self.done is None:
+            return self.name
+        return f"{self.name} {self.done}" + ("" if self.total is None else f"/{self.total}")
+
+
+class _Display:
+    """The stages that are open, on one line of a terminal that goes when the outermost one ends."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None)
+        self.stages: list[OpenStage] = []
+        bar.start()
+
+    def draw(self) -> None:
+        self._bar.update(self._task, description=" › ".join(map(str, self.stages)))
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+
+@contextmanager
+def stage(name: str) -> Iterator[OpenStage]:
+    """A stage of work with a name, shown while the block runs and logged when it ends, with the seconds it took."""
+    outer = _display.get()
+    opened = None if outer is not None or not shown() else _opened()
+    display = outer or opened
+    own, start = OpenStage(name, display), time.monotonic()
+    token = _display.set(display)
+    ended = "stopped"
+    try:
+        if display is not None:
+            display.stages.append(own)
+            display.draw()
+        yield own
+        ended = "done"
+    finally:
+        _display.reset(token)
+        if display is not None:
+            display.stages.remove(own)
+            if display.stages:
+                display.draw()
+        if opened is not None:
+            opened.stop()
+        LOG.info("%s: %s in %.1f s", own, ended, time.monotonic() - start)
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Nothing is shown while the block runs; loggers are told as before."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def quiet_where_told(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function with a keyword ``progress=``: it shows no stages where that is False, or the user's own."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("progress") in (None, True):
+            return function(*args, **kwargs)
+        with quiet_progress():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def shown() -> bool:
+    """Whether stages are shown: on a terminal, unless asked not to."""
+    return not _quiet.get() and os.environ.get(VARIABLE, "") != "0" and sys.stderr.isatty()
+
+
+def _opened() -> _Display | None:
+    """A display that has begun; None where rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    except ImportError:
+        return None
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    return _Display(Progress(*columns, console=Console(file=sys.stderr), transient=True))

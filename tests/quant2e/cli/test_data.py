@@ -1,0 +1,196 @@
+"""Data of the command line: how files become calls, what is said of it, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+
+from quant2e.cli.inputs.data import read_data
+from quant2e.cli.inputs.images import Preprocessing
+from quant2e.cli.inputs.taken import Taken
+from quant2e.errors import CalibrationError, FileFormatError
+from quant2e.graph.captured.calls import Call
+from quant2e.graph.captured.capture import capture
+
+NO_IMAGES = Preprocessing()
+
+
+class TwoInputs(nn.Module):
+    def forward(self, ids, mask):
+        return ids * mask
+
+
+def taken(model, *example, varying=None):
+    shapes = None if varying is None else tuple({0: varying} for _ in example)
+    return Taken(capture(model, example, dynamic_shapes=shapes), Call(example, {}))
+
+
+def images_of(size=(4, 6), dtype=torch.float32, batch=2):
+    return taken(nn.Identity(), torch.zeros(batch, 3, *size, dtype=dtype))
+
+
+def tensors(batches):
+    return [[*call.args, *call.kwargs.values()] for call in batches]
+
+
+def test_arrays_are_cut_into_batches_of_the_models_size(tmp_path):
+    x = np.arange(14, dtype=np.float32).reshape(7, 2)
+    np.savez(tmp_path / "x.npz", x)
+    batches = read_data(tmp_path / "x.npz", taken(nn.Identity(), torch.zeros(3, 2)), None, NO_IMAGES)
+    assert len(batches) == 2
+    assert [call.tolist() for (call,) in tensors(batches)] == [x[:3].tolist(), x[3:6].tolist()]
+    assert tensors(batches) is not None  # read again
+    assert batches.notes[0] == "7 samples, 2 batches of 3; the last 1 are left out"
+
+
+@pytest.mark.parametrize(("asked", "sizes"), [(None, [8] * 8), (30, [30, 30]), (16, [16] * 4)])
+def test_a_batch_that_varies_has_as_many_samples_as_asked_or_as_make_several(tmp_path, asked, sizes):
+    np.savez(tmp_path / "x.npz", input=np.zeros((64, 2), np.float32))
+    model = taken(nn.Identity(), torch.zeros(2, 2), varying=Dim("n", min=1, max=32))
+    batches = read_data(tmp_path / "x.npz", model, asked, NO_IMAGES)
+    assert [len(x) for (x,) in tensors(batches)] == sizes
+
+
+def test_arrays_go_to_inputs_by_name_and_extra_ones_are_left_out(tmp_path):
+    ids, mask = np.full((4, 2), 3), np.full((4, 2), 2, np.int32)
+    np.savez(tmp_path / "x.npz", labels=np.zeros(4), mask=mask, ids=ids)
+    model = taken(TwoInputs(), torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64))
+    batches = read_data(tmp_path / "x.npz", model, None, NO_IMAGES)
+    first, *_ = tensors(batches)
+    assert [x.unique().tolist() for x in first] == [[3], [2]]
+    assert [x.dtype for x in first] == [torch.int64, torch.int64]
+    assert set(batches.notes[1:]) == {"left out, as the model does not take them: labels", "mask: int32 → int64"}
+
+
+def test_safetensors(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    x = torch.arange(8, dtype=torch.float32).reshape(4, 2)
+    save_file({"input": x}, tmp_path / "x.safetensors")
+    batches = read_data(tmp_path / "x.safetensors", taken(nn.Identity(), torch.zeros(2, 2)), None, NO_IMAGES)
+    assert torch.equal(torch.cat([call for (call,) in tensors(batches)]), x)
+
+
+def test_folders_of_arrays(tmp_path):
+    model = taken(nn.Identity(), torch.zeros(2, 3))
+    for index in range(5):
+        np.save(tmp_path / f"{index}.npy", np.full(3, index, np.float32))
+    batches = read_data(tmp_path, model, None, NO_IMAGES)
+    assert [call[:, 0].tolist() for (call,) in tensors(batches)] == [[0, 1], [2, 3]]
+    calls = tmp_path / "calls"
+    calls.mkdir()
+    for index in range(3):
+        np.savez(calls / f"{index}.npz", mask=np.full((2, 3), index), ids=np.ones((2, 3), np.int64))
+    two = taken(TwoInputs(), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64))
+    assert [int(mask[0, 0]) for _, mask in tensors(read_data(calls, two, None, NO_IMAGES))] == [0, 1, 2]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    np.save(whole / "a.npy", np.zeros((2, 3), np.float32))
+    assert [tuple(x.shape) for (x,) in tensors(read_data(whole, model, None, NO_IMAGES))] == [(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"a": np.zeros((4, 3), np.float32)}, r"is \[4, 3\], and the model takes samples × 'input': float32\[2, 2\]"),
+        ({"a": np.zeros((4, 2), np.uint8)}, "is uint8, and the model takes float32"),
+        ({"a": np.zeros((4, 2)), "b": np.zeros(4)}, "holds a, b, and the model takes 'input': float32"),
+        ({"input": np.zeros((1, 2), np.float32)}, r"holds 1 sample\(s\), and the model takes 2 at a time"),
+        ({"input": np.zeros((), np.float32)}, "the first axis of every array counts the samples"),
+    ],
+)
+def test_arrays_that_the_model_does_not_take(tmp_path, arrays, said):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(CalibrationError, match=said):
+        read_data(tmp_path / "x.npz", taken(nn.Identity(), torch.zeros(2, 2)), None, NO_IMAGES)
+
+
+def test_other_refusals(tmp_path):
+    model = taken(nn.Identity(), torch.zeros(2, 2))
+    np.savez(tmp_path / "x.npz", np.zeros((4, 2), np.float32))
+    with pytest.raises(CalibrationError, match="its batch is fixed, and --batch-size is not 3"):
+        read_data(tmp_path / "x.npz", model, 3, NO_IMAGES)
+    with pytest.raises(CalibrationError, match="--image-size, --mean … are of images"):
+        read_data(tmp_path / "x.npz", model, None, Preprocessing(mean=(0.5,)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CalibrationError, match="holds no image, .npy or .npz file"):
+        read_data(tmp_path / "empty", model, None, NO_IMAGES)
+    np.save(tmp_path / "x.npy", np.zeros(2, np.float32))
+    with pytest.raises(CalibrationError, match=r"files of several kinds \(npy, npz\)"):
+        read_data(tmp_path, model, None, NO_IMAGES)
+    (tmp_path / "x.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(FileFormatError, match="is no .safetensors file, or was cut off"):
+        read_data(tmp_path / "x.safetensors", model, None, NO_IMAGES)
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Four images of 8 × 12: the left half red of 200, the right half green of 100."""
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[:, :6, 0], pixels[:, 6:, 1] = 200, 100
+    for index in range(4):
+        image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    return tmp_path
+
+
+def test_images_are_resized_scaled_and_normalised_as_stated(pictures):
+    batches = read_data(pictures, images_of(), None, Preprocessing(mean=(0.5, 0.25, 0.0), std=(0.5,)))
+    (first,), *others = tensors(batches)
+    assert len(others) == 1
+    assert first.shape == (2, 3, 4, 6)
+    torch.testing.assert_close(first[0, :, 0, 0], torch.tensor([200 / 255 - 0.5, -0.25, 0.0]) / 0.5)
+    assert batches.notes[1] == (
+        "images: RGB, whole image resized to 4x6 (bilinear), values 0 to 1, mean 0.5,0.25,0, std 0.5"
+    )
+
+
+def test_what_is_not_stated_is_said(pictures):
+    batches = read_data(pictures, images_of(), None, NO_IMAGES)
+    assert batches.notes[1].endswith(
+        "mean 0, std 1; state yours with --mean and --std if the model was trained with others"
+    )
+
+
+def test_the_centre_is_cut_out(pictures):
+    batches = read_data(pictures, images_of((4, 4)), None, Preprocessing(resize=4))
+    (first,), *_ = tensors(batches)
+    assert first.shape == (2, 3, 4, 4)
+    assert float(first[0, 0, 0, 0]) > 0.7
+    assert float(first[0, 1, 0, 3]) > 0.3
+    assert "shorter side resized to 4, centre 4x4 cut out" in batches.notes[1]
+
+
+def test_other_layouts_and_integers(pictures):
+    (first,), *_ = tensors(read_data(pictures, images_of(dtype=torch.uint8), None, NO_IMAGES))
+    assert first.dtype is torch.uint8
+    assert int(first[0, 0, 0, 0]) == 200
+    last = taken(nn.Identity(), torch.zeros(2, 4, 6, 3))
+    (first,), *_ = tensors(read_data(pictures, last, None, NO_IMAGES))
+    assert first.shape == (2, 4, 6, 3)
+    grey = taken(nn.Identity(), torch.zeros(1, 1, 4, 6))
+    assert len(read_data(pictures, grey, None, NO_IMAGES)) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "said"),
+    [
+        ((2, 3, 4), NO_IMAGES, "images are inputs of four axes"),
+        ((2, 3, 4, 3), NO_IMAGES, "neither axis, or both, could be the 1 or 3 channels"),
+        ((2, 3, 4, 6), Preprocessing(size=(5, 5)), "--image-size 5x5: the model takes"),
+        ((2, 3, 4, 6), Preprocessing(mean=(0.5, 0.5)), r"--mean has 2 numbers, and images here have 3 channel\(s\)"),
+        ((2, 3, 4, 6), Preprocessing(resize=5), "--resize 5: 4x6 cannot be cut out of less"),
+    ],
+)
+def test_what_is_not_clear_of_images_is_refused(pictures, model, asked, said):
+    with pytest.raises(CalibrationError, match=said):
+        read_data(pictures, taken(nn.Identity(), torch.zeros(model)), None, asked)
+
+
+def test_a_file_that_is_no_image_is_named(pictures):
+    (pictures / "0.png").write_bytes(b"no image")
+    with pytest.raises(FileFormatError, match="0.png cannot be read as an image"):
+        list(read_data(pictures, images_of(), None, NO_IMAGES))
