@@ -71,7 +71,7 @@ def row_of(
         scheme=scheme,
         method=method,
         measures=measures,
-        int8_share=int8_share(graph, last),
+        int8_share=int8_share(graph, task.example_inputs),
         sqnr_db=noise,
         seconds=seconds,
         samples=task.samples,

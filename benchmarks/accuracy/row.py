@@ -21,11 +21,12 @@ class Row:
     """``scheme``: the target and the form of weights and activations; ``method``: one of `METHODS`.
 
     ``measures``: the numbers of the task, the metric first, larger is better. ``int8_share``: of the
-    multiply-accumulates, those whose two operands come from integers, counted in the Q/DQ graph in the same way for
-    every library. ``sqnr_db``: at the output against float, on the calibration data's last batch, which is held out of
-    nothing: a measure of noise, not of accuracy. ``seconds``: of CPU time from the float model to the Q/DQ graph, which
-    other work on the machine hardly moves; None: not measured. ``samples``: how many the metric is a share of; 0: it is
-    no share. ``notes``: the steps that were taken. ``failed``: why there are no numbers.
+    multiply-accumulates of a call with the example inputs, those whose two operands come from integers, counted in the
+    Q/DQ graph in the same way for every library. ``sqnr_db``: at the output against float, on the calibration data's
+    last batch, which is held out of nothing: a measure of noise, not of accuracy. ``seconds``: of CPU time from the
+    float model to the Q/DQ graph, which other work on the machine hardly moves; None: not measured. ``samples``: how
+    many the metric is a share of; 0: it is no share. ``notes``: the steps that were taken. ``failed``: why there are no
+    numbers.
     """
 
     model: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,26 @@ def observed(node: Node) -> Node:
 def inner_observer(observer: Any) -> Any:
     """The observer inside a fake-quantize module; the observer itself otherwise."""
     return getattr(observer, "activation_post_process", observer)
+
+
+@runtime_checkable
+class LimitedIntegers(Protocol):
+    """An observer of weights whose integers a kernel bounds together: it adds some of their products in few bits.
+
+    Its scales leave room for the nearest integers, so nobody may choose others.
+    """
+
+    def integer_limits(self, nearest: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The smallest and the largest integer of each value, of its shape, within which all fit; None: any do.
+
+        ``nearest``: the weight's nearest integers, as floats, which fit.
+        """
+
+
+def integer_limits(observer: Any, nearest: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What `LimitedIntegers.integer_limits` of the observer says that measured a weight; None where it knows none."""
+    inner = inner_observer(observer)
+    return inner.integer_limits(nearest) if isinstance(inner, LimitedIntegers) else None
 
 
 class ObserverFactory:

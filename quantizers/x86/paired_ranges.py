@@ -99,6 +99,20 @@ class PairedWeightObserver(PerChannelMinMaxObserver):
         scales = self.scales(self.agreement.top())
         return scales, torch.zeros_like(scales, dtype=torch.int64)
 
+    def integer_limits(self, nearest: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As `quant2e.observers.base.LimitedIntegers` says; None where no activations were agreed with.
+
+        Of a row that may sum to p in pairs, and whose largest is a: that one to p - u, all others to u = min(p - a,
+        p / 2); and the same for the smallest.
+        """
+        if self.agreement is None or not self.observed:
+            return None
+        top, rows = self.agreement.top(), nearest.movedim(self.ch_axis, 0)
+        flat = rows.reshape(rows.shape[0], -1)
+        low, high = -_limits(-flat, -LANE.min // top), _limits(flat, LANE.max // top)
+        low, high = (end.reshape(rows.shape).movedim(0, self.ch_axis) for end in (low, high))
+        return low, high
+
     def remark(self) -> str:
         """What was chosen for the layers that use these weights, for the report; empty when nothing was."""
         if self.agreement is None or not self.observed:
@@ -113,6 +127,14 @@ class PairedWeightObserver(PerChannelMinMaxObserver):
             if (saved := state_dict.get(prefix + name)) is not None:
                 setattr(self, name, torch.zeros_like(saved, device=self.energy.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _limits(rows: Tensor, pair: int) -> Tensor:
+    """The largest integer of each value of ``[channels, n]`` such that no two of a row sum to more than ``pair``."""
+    largest = rows.amax(1, keepdim=True).clamp(min=0)
+    others = (pair - largest).clamp(max=pair // 2)
+    limits = others.expand_as(rows).clone()
+    return limits.scatter_(1, rows.argmax(1, keepdim=True), pair - others)
 
 
 class AgreedHistogramObserver(HistogramObserver):

@@ -8,8 +8,6 @@ make up for what is left on average.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -19,21 +17,14 @@ from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read
 from quant2e.errors import Quant2eError
 from quant2e.graph.constants import Constants
 from quant2e.graph.control_flow import graphs_of
-from quant2e.observers.base import inner_observer, is_observer_call
+from quant2e.graph.fake_values import node_tensor
+from quant2e.observers.base import is_observer_call
 from quant2e.passes.fold_batch_norm import NORMALIZED
 from quant2e.report.record import record_of
 from quant2e.report.report import DYNAMIC, STATIC
 
 ENOUGH_DB = 30.0
 """SQNR of the output, in dB, from which on nothing more is tried: a thousandth of its power is noise."""
-
-
-@dataclass(frozen=True, slots=True)
-class WeightUse:
-    """What a prepared graph does with its weights. ``few_bits``: some have 16 levels or fewer."""
-
-    any: bool
-    few_bits: bool
 
 
 def without_integer_activations(prepared: GraphModule) -> str:
@@ -56,12 +47,7 @@ def with_integer_activations(prepared: GraphModule) -> str:
 
 def without_weights(prepared: GraphModule) -> str:
     """A reason where no weight is quantized."""
-    return "" if weights_of(prepared).any else "no weight is quantized"
-
-
-def without_few_bits(prepared: GraphModule) -> str:
-    """A reason where all weights have more than 16 levels."""
-    return "" if weights_of(prepared).few_bits else "weights of so many bits are hardly moved by their rounding"
+    return "" if any(_has_weights(graph) for _, graph in graphs_of(prepared)) else "no weight is quantized"
 
 
 def without_norms(prepared: GraphModule) -> str:
@@ -77,7 +63,7 @@ LADDER: tuple[tuple[AlgorithmItem, Callable[[GraphModule], str]], ...] = (
     ({"smooth": {"insert": True}}, without_linears),
     ("awq", with_integer_activations),
     ("fit_weight_ranges", without_weights),
-    ("gptq", without_few_bits),
+    ("gptq", without_weights),
     ("correct_bias", without_weights),
     ("reestimate_batch_norm", without_norms),
 )
@@ -94,20 +80,8 @@ def attempts_of(asked: Algorithms) -> tuple[Attempt, ...]:
     return tuple(map(Attempt, read_algorithms(asked)))
 
 
-def weights_of(prepared: GraphModule) -> WeightUse:
-    """Of the observers of constants that are no biases, those with two dimensions or more."""
-    levels = [levels for _, graph in graphs_of(prepared) for levels in _levels(graph)]
-    return WeightUse(bool(levels), any(count <= 16 for count in levels))
-
-
-def _levels(graph: GraphModule) -> list[int]:
+def _has_weights(graph: GraphModule) -> bool:
+    """Whether a constant of two dimensions or more, which a bias has not, is observed."""
     constants = Constants(graph.graph)
-    found = []
-    for call in graph.graph.nodes:
-        if is_observer_call(call) and (source := call.all_input_nodes[0]) in constants:
-            observer: Any = inner_observer(graph.get_submodule(str(call.target)))
-            low, high = getattr(observer, "quant_min", None), getattr(observer, "quant_max", None)
-            value = source.meta.get("val")
-            if value is not None and value.dim() > 1:
-                found.append(256 if low is None or high is None else int(high) - int(low) + 1)
-    return found
+    sources = (node.all_input_nodes[0] for node in graph.graph.nodes if is_observer_call(node))
+    return any(x in constants and (value := node_tensor(x)) is not None and value.dim() > 1 for x in sources)

@@ -40,7 +40,7 @@ ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 class Smooth(Algorithm):
     """SmoothQuant. ``alpha``: the exponent of all groups; None: each group's is chosen on data.
 
-    ``insert``: put a division in float where no op in front can take the factors and the error falls by 3 dB;
+    ``insert``: put a division in float where no op in front can take the factors and the error falls by 1.5 dB;
     only where exponents are chosen. Raises `Quant2eError` for an alpha outside of 0 to 1, and for both settings.
     """
 

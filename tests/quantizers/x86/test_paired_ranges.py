@@ -208,3 +208,44 @@ def test_every_kernel_is_int8_and_exact(policy):
     program = lowering.to_inductor(result, engines="onednn")
     assert program.report.leftovers == ()
     assert program.verification.sqnr_db > 50
+
+
+# ---------------------------------------------------------------- integers that an algorithm chooses
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(-8, 8, width=32), min_size=4, max_size=4), min_size=1, max_size=4),
+    st.sampled_from(TOPS),
+    st.integers(0, 99),
+)
+def test_integers_within_their_limits_fit(rows, top, seed):
+    observer = PairedWeightObserver(
+        dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_channel_symmetric, ch_axis=0
+    )
+    weight = torch.tensor(rows)
+    assert observer.integer_limits(weight) is None
+    observer.agreement = Agreement()
+    observer.agreement.top = lambda: top
+    observer(weight)
+    scales = observer.scales(top)
+    nearest = quantize_per_channel(weight, scales, torch.zeros(len(rows)), 0, -128, 127, torch.float32)
+    low, high = observer.integer_limits(nearest)
+    assert bool((low <= nearest).all())
+    assert bool((nearest <= high).all())
+    generator = torch.Generator().manual_seed(seed)
+    for drawn in (low, high, low + (high - low) * torch.rand(weight.shape, generator=generator).round()):
+        assert not may_overflow(drawn.clamp(-128, 127).to(torch.int8), top)
+
+
+@pytest.mark.parametrize("algorithm", ["gptq", "fit_weight_ranges", {"round_adaptively": {"iterations": 20}}])
+def test_algorithms_leave_room_for_two_products(algorithm):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    with torch.no_grad():
+        model[0].weight[:, ::2] *= 3.0
+    data = [torch.randn(16, 32) @ torch.randn(32, 32) for _ in range(4)]
+    result = quantize(model, (data[0],), auto(), data, algorithms=[algorithm], min_sqnr_db=None)
+    products = constants(result.module)
+    assert len(products) == 2
+    assert not any(may_overflow(weight, top) for _, weight, top in products)

@@ -42,8 +42,11 @@ PAYS = 0.9
 CLAMPED_PAYS = 0.25
 """The same where they need bounds for each channel: 6 dB."""
 
-INSERTED_PAYS = 0.5
-"""The same where they need a division of their own: 3 dB."""
+SEARCHED_ON = 4
+"""Batches at most on which a search runs."""
+
+INSERTED_PAYS = 0.7
+"""The same where they need a division of their own: 1.5 dB."""
 
 Factors = Callable[[float], Tensor]
 """Factors of a graph, ``(count,)``, for an exponent."""
@@ -71,7 +74,10 @@ class ScaleChoice:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Data to find ranges on, and data to measure on: every fourth batch from the second, unless there is only one."""
+    """Data to find ranges on, and data to measure on: every fourth batch from the second, unless there is only one.
+
+    Of more batches than `SEARCHED_ON` so many, evenly spread: ranges that only rank exponents need no more.
+    """
 
     fit: tuple[Call, ...]
     held_out: tuple[Call, ...]
@@ -79,6 +85,8 @@ class Split:
     @classmethod
     def of(cls, calls: Sequence[Call]) -> Split:
         """Split calls."""
+        if len(calls) > SEARCHED_ON:
+            calls = [calls[place * (len(calls) - 1) // (SEARCHED_ON - 1)] for place in range(SEARCHED_ON)]
         if len(calls) == 1:
             return cls(tuple(calls), tuple(calls))
         kept = frozenset(range(1, len(calls), 4))

@@ -25,16 +25,24 @@ _DAMPINGS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnGrid:
-    """The integers of each value: ``scale``, ``zero_point``: float32 ``[groups, rows, columns]``; ``low``, ``high``."""
+    """The integers of each value: ``scale``, ``zero_point``: float32 ``[groups, rows, columns]``.
+
+    ``low``, ``high``: the smallest and the largest; of all, or, where a kernel bounds what integers of a row are
+    together, of each, float32 of that shape.
+    """
 
     scale: Tensor
     zero_point: Tensor
-    low: int
-    high: int
+    low: int | Tensor
+    high: int | Tensor
 
     def nearest(self, w: Tensor) -> Tensor:
         """The nearest integers, as floats; ties to even."""
-        return (torch.round(w * (1.0 / self.scale)) + self.zero_point).clamp_(self.low, self.high)
+        return self.within(torch.round(w * (1.0 / self.scale)) + self.zero_point)
+
+    def within(self, integers: Tensor) -> Tensor:
+        """Integers, as floats, moved to the nearest that there are."""
+        return integers.clamp(torch.as_tensor(self.low).to(integers), torch.as_tensor(self.high).to(integers))
 
     def real(self, integers: Tensor) -> Tensor:
         """The numbers that integers stand for."""
@@ -46,9 +54,8 @@ class ColumnGrid:
 
     def apply(self, rearrange: Callable[[Tensor], Tensor]) -> ColumnGrid:
         """The grid of columns in another order."""
-        return ColumnGrid(
-            scale=rearrange(self.scale), zero_point=rearrange(self.zero_point), low=self.low, high=self.high
-        )
+        low, high = (rearrange(end) if isinstance(end, Tensor) else end for end in (self.low, self.high))
+        return ColumnGrid(scale=rearrange(self.scale), zero_point=rearrange(self.zero_point), low=low, high=high)
 
 
 @dataclass(frozen=True, slots=True)

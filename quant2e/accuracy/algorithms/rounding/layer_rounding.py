@@ -34,6 +34,7 @@ from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.errors import CalibrationError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.module import check_dtypes
+from quant2e.observers.base import integer_limits
 from quant2e.observers.given import give_encoding, give_integers
 from quant2e.ranges.sqnr import sqnr_db
 
@@ -162,10 +163,10 @@ class _Walk:
         self, weight: QuantizedWeight, moment: Tensor, collected: Sequence[Any]
     ) -> tuple[Chosen | str, ColumnGrid]:
         """With a fitted range; with the old one where even its nearest integers are better than that."""
-        asked, own = weight.encoding, _grid(weight)
+        asked, own = weight.encoding, self._grid(weight)
         if self._algorithm.fit_ranges:
             self._fit(weight, moment)
-        grid = _grid(weight)
+        grid = self._grid(weight)
         chosen = self._algorithm.choose(weight, grid, collected)
         if isinstance(chosen, str) or weight.encoding is asked:
             return chosen, grid
@@ -187,10 +188,19 @@ class _Walk:
         if not isinstance(found, str):
             weight.encoding = found.encoding
 
-
-def _grid(weight: QuantizedWeight) -> ColumnGrid:
-    scale, zero = weight.grid()
-    return ColumnGrid(scale=scale, zero_point=zero, low=weight.encoding.quant_min, high=weight.encoding.quant_max)
+    def _grid(self, weight: QuantizedWeight) -> ColumnGrid:
+        """The integers of a weight, with the limits that a kernel sets them where the observer knows of one."""
+        scale, zero = weight.grid()
+        low, high = weight.encoding.quant_min, weight.encoding.quant_max
+        grid = ColumnGrid(scale=scale, zero_point=zero, low=low, high=high)
+        use, observers = weight.uses[0], dict.fromkeys(str(call.target) for call in weight.calls)
+        nearest = use.weight(grid.nearest(use.rows(weight.value.float())), weight.value.shape)
+        for name in observers:
+            limits = integer_limits(self._model.get_submodule(name), nearest)
+            if limits is not None:
+                least, most = (grid.within(use.rows(end.to(nearest))) for end in limits)
+                grid = replace(grid, low=least, high=most)
+        return grid
 
 
 def importance_of(weight: QuantizedWeight, moment: Tensor) -> Tensor:

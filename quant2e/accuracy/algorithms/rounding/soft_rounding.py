@@ -95,7 +95,7 @@ def round_softly(
     counts = [each.rounded.shape[1] for each in samples]
     for step in range(settings.iterations):
         h = (torch.sigmoid(v) * (_ZETA - _GAMMA) + _GAMMA).clamp(0, 1)
-        soft = grid.real((floor + h + grid.zero_point).clamp(grid.low, grid.high))
+        soft = grid.real(grid.within(floor + h + grid.zero_point))
         loss = torch.zeros((), device=w.device)
         for each, count in zip(samples, counts, strict=True):
             part = torch.randint(0, count, (min(settings.batch_size, count),), generator=generator).to(w.device)
@@ -107,6 +107,6 @@ def round_softly(
         optimizer.step()
     with torch.no_grad():
         up = (torch.sigmoid(v) * (_ZETA - _GAMMA) + _GAMMA >= 0.5).float()
-        integers = (floor + up + grid.zero_point).clamp(grid.low, grid.high)
+        integers = grid.within(floor + up + grid.zero_point)
         better = row_errors(samples, grid.real(integers)) < before
         return torch.where(better.unsqueeze(-1), integers, nearest)

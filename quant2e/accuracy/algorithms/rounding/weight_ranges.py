@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant2e.errors import AnnotationError
-from quant2e.observers.base import inner_observer
+from quant2e.observers.base import inner_observer, integer_limits
 from quant2e.observers.encodings import PerChannelEncoding, PerGroupEncoding, PerTensorEncoding
 from quant2e.observers.given import GivenObserver, StaticEncoding
 from quant2e.observers.placeholder import FixedQParamsObserver
@@ -47,6 +47,8 @@ def fit_encoding(
     grid = _number_format(observer, encoding)
     if isinstance(grid, str):
         return grid
+    if any(integer_limits(observer, torch.zeros_like(value)) is not None for value in values):
+        return "its scales leave room for what a kernel adds in few bits"
     rows = _rows(observer, encoding, values, importances)
     if isinstance(rows, str):
         return rows

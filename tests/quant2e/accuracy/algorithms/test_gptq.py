@@ -13,7 +13,7 @@ from quant2e.errors import CalibrationError, Quant2eError
 from quant2e.observers.given import integers_given
 from quant2e.observers.measuring import PerChannelMinMaxObserver
 from quant2e.observers.placeholder import FixedQParamsObserver
-from quantizers.x86 import X86InductorQuantizer
+from quantizers.x86 import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 from tests.quant2e.accuracy.algorithms.rounded import (
     QUANTIZERS,
     Small,
@@ -197,3 +197,17 @@ def test_in_one_call():
     )
     (step,) = result.report.algorithms
     assert step.name == "gptq"
+
+
+def test_weights_of_seven_bits_gain_where_one_column_owns_their_range():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    with torch.no_grad():
+        model[0].weight[:, 0] *= 20.0
+    mix = torch.randn(6, 32)
+    mix[:, 0] *= 0.05
+    data = [torch.randn(64, 6) @ mix for _ in range(6)]
+    quantizer = X86InductorQuantizer(isa="avx2").set_global(get_default_x86_inductor_quantization_config())
+    (step,) = quant2e.quantize(model, (data[0],), quantizer, data, algorithms=["gptq"]).report.algorithms
+    assert step.outcome == "kept"
+    assert step.after_db >= step.before_db + 3.0
