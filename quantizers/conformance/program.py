@@ -50,6 +50,11 @@ class Given:
     shape: Shape
     limit: int = 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return torch.int64 if self.limit else torch.float32
+
     def sample(self, generator: torch.Generator) -> Tensor:
         """One tensor of that kind."""
         if self.limit:

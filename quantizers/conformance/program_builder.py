@@ -129,9 +129,7 @@ class ProgramBuilder:
 
 def shapes_of(program: Program) -> list[Shape | None]:
     """The shapes of all values of a program; None for what is no float tensor."""
-    values: list[Any] = [
-        torch.empty(g.shape, device="meta", dtype=torch.int64 if g.limit else torch.float32) for g in program.inputs
-    ]
+    values: list[Any] = [torch.empty(g.shape, device="meta", dtype=g.dtype) for g in program.inputs]
     for step in program.steps:
         values.append(
             step.call(

@@ -28,6 +28,11 @@ from tests.pass_checks import watch
 CHUNK = 40
 """Programs that are drawn at once."""
 
+EVERY = 17
+"""One program of so many goes through a runtime: it takes as long as ten programs do. No factor of `CHUNK`."""
+
+TURNS = ("onnx", "executorch", "onnx", "executorch", "inductor")
+
 SHOWN = 3
 """So many failures of one oracle are made smaller and printed; of the others there are counts."""
 
@@ -45,11 +50,9 @@ class Campaign:
         self.found: list[str] = []
 
     def examine(self, program: FuzzProgram, setting: str, number: int) -> None:
-        """One program with the oracles whose turn it is; every ninth is lowered as well."""
-        names = list(LOWERED)
-        lowered = [LOWERED[names[number // 9 % 2]]] if number % 9 == 0 else []
-        if number % 180 == 90:
-            lowered = [LOWERED["inductor"]]
+        """One program with the oracles whose turn it is, and where it is that number's turn through a runtime."""
+        turn, offset = divmod(number, EVERY)
+        lowered = [LOWERED[TURNS[turn % len(TURNS)]]] if offset == EVERY - 1 else []
         oracles = (*ALWAYS, *IN_TURN[number % len(IN_TURN)], *lowered)
         try:
             failures = examine(program, setting, oracles, number)

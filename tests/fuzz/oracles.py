@@ -18,7 +18,7 @@ from lowering.verify import Bound
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.module import independent_copy
 from quant2e.graph.qdq_ops import DEQUANTIZE
-from tests.fuzz import noise
+from tests.fuzz import noise, relations
 from tests.fuzz.run import Batch, Run, bits_of, copies, differences, first_line, outputs, worst_level
 from tests.fuzz.settings import SETTINGS, TRAINED
 
@@ -269,6 +269,8 @@ IN_TURN: tuple[tuple[Oracle, ...], ...] = (
     (names_of_modules, strides_of_inputs),
     (training, other_batches),
     (dead_code, deterministic),
+    (relations.permuted_channels, relations.scaled),
+    (relations.permuted_rows, relations.joined_batches),
 )
 """One row for each program: each takes as long as the run."""
 

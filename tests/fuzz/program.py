@@ -55,6 +55,10 @@ class Values(Given):
     kind: str = "normal"
     """A key of `VALUES`, or "bool"."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bool if self.kind == "bool" else Given.dtype.fget(self)
+
     def sample(self, generator: torch.Generator) -> Tensor:
         if self.kind == "bool":
             return torch.rand(self.shape, generator=generator) < 0.7
