@@ -16,13 +16,14 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 COVERAGE := 85
 
-.PHONY: help install demo lint format test test-all fuzz mutants clean
+.PHONY: help install demo lint format test test-all fuzz mutants peers clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo "make test-all  make test, and the tests marked slow, with coverage: long, and they rarely break. Run it before you land"
 	@echo "make fuzz    programs that nobody wrote, for HOURS=1 or MINUTES=10, with SEED=1; the counts go to FUZZ_OUT=fuzz_counts.md"
 	@echo "make mutants plants bugs in a copy of the tree, one at a time, and says which test found each (half an hour)"
+	@echo "make peers   torchao's and ExecuTorch's own tests, from the checkouts TORCHAO=folder and EXECUTORCH=folder; they write docs/peers_tests.md, or PEERS_OUT=file"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove the environment and everything generated"
@@ -78,6 +79,10 @@ fuzz: $(INSTALLED)
 
 mutants: $(INSTALLED)
 	@$(BIN)/python -m tests.mutants
+
+PEERS_OUT ?= docs/peers_tests.md
+peers: $(INSTALLED)
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m tests.peers $(if $(TORCHAO),--torchao "$(TORCHAO)") $(if $(EXECUTORCH),--executorch "$(EXECUTORCH)") --out $(PEERS_OUT)
 
 clean:
 	rm -rf $(VENV) fuzz_counts.md build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output

@@ -212,7 +212,10 @@ def other_batches(run: Run) -> Iterator[str]:
 
 
 def training(run: Run) -> Iterator[str]:
-    """A model that was prepared for training computes in eval mode what is converted from it."""
+    """A model that was prepared for training computes in eval mode what is converted from it.
+
+    Once its observers are off: while they are on, they learn from what is evaluated as well, as in PT2E.
+    """
     if run.setting not in TRAINED or run.program.has_state:
         return
     prepared = quant2e.prepare_qat_pt2e(run.captured, TRAINED[run.setting]())
@@ -220,7 +223,7 @@ def training(run: Run) -> Iterator[str]:
     with torch.random.fork_rng(devices=[]):  # dropout draws from the stream of the process, as it should
         for batch in run.batches:
             prepared(*copies(batch))
-    prepared.eval()
+    prepared.eval().apply(quant2e.disable_observer)
     converted = quant2e.convert_pt2e(prepared)
     if not any(node.target in DEQUANTIZE for node in converted.graph.nodes):
         return

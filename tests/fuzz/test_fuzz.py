@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 import quant2e
 from quantizers import XNNPACKQuantizer
 from quantizers.conformance.capabilities import patterns_to_test
 from quantizers.conformance.generate import by_dice
-from tests.fuzz import noise, oracles
+from tests.fuzz import noise, oracles, relations
 from tests.fuzz.cases import CASES
 from tests.fuzz.examine import examine, smallest
 from tests.fuzz.generate import composed, programs
@@ -38,8 +39,9 @@ def run(program, setting, number, checks):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_programs(setting):
     found = programs(SETTINGS[setting](), EXAMPLES, seed=0)
+    first = EXAMPLES * list(SETTINGS).index(setting)  # so that all oracles have their turn
     judged = [
-        run(program, setting, number, (*oracles.ALWAYS, *oracles.IN_TURN[number % len(oracles.IN_TURN)]))
+        run(program, setting, number, (*oracles.ALWAYS, *oracles.IN_TURN[(first + number) % len(oracles.IN_TURN)]))
         for number, program in enumerate(found)
     ]
     assert sum(judged) >= EXAMPLES // 2, "most programs are refused, so nothing is tried"
@@ -146,6 +148,34 @@ def test_oracles_see_a_changed_graph():
     assert list(oracles.layout(run)) == []
     next(run.model.parameters()).data.add_(1)
     assert list(oracles.purity(run)) == ["the model's tensors were changed"]
+
+
+class Off(nn.Module):
+    """A model whose results are all one too large."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs):
+        return [x + 1 for x in self.model(*inputs)]
+
+
+@pytest.mark.parametrize("relation", relations.RELATIONS, ids=lambda relation: relation.__name__)
+def test_relations_hold_and_see_what_is_wrong(relation, monkeypatch):
+    run = Run(parse(f"{PROGRAM}batch varies"), "xnnpack").go()
+    assert list(relation(run)) == []
+    quantize = Run.quantize
+    monkeypatch.setattr(Run, "quantize", lambda *arguments: Off(quantize(*arguments)))
+    assert len(list(relation(run))) == 1
+
+
+def test_nothing_is_asked_where_the_float_model_keeps_no_relation(monkeypatch):
+    program = "x0: float32[4, 6] normal\nv0 = softmax.int(x0, 0)\nv1 = linear.default(v0, weight[3, 6])\nreturn v1"
+    run = Run(parse(program), "xnnpack").go()
+    monkeypatch.setattr(Run, "quantize", lambda *_: pytest.fail("it was quantized again"))
+    relations_of_all_rows = (relations.scaled, relations.joined_batches)
+    assert [list(relation(run)) for relation in relations_of_all_rows] == [[], []]
 
 
 def test_a_failure_is_made_small(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -98,18 +99,35 @@ def everything(folder):
         result = quant2e.quantize(model(), (data()[0],), make(), data())
         result.save(folder / f"{name}.pt2")
         text = f"{result.report}\n{json.dumps(result.report.as_dict(), default=str)}\n{result.encodings}"
-        digests[name] = [
-            hashlib.sha256(part).hexdigest() for part in ((folder / f"{name}.pt2").read_bytes(), text.encode())
-        ]
+        digests[name] = [digest((folder / f"{name}.pt2").read_bytes()), digest(text.encode())]
+        if name == "xnnpack":
+            digests[name] += lowered(result, folder)
     return digests
 
 
-def in_a_process(folder, hash_seed):
+def lowered(result, folder):
+    """Digests of what is lowered, for the runtimes that are here; the names of the files are those of the folder."""
+    from lowering import to_executorch, to_onnx
+
+    for needed, ending, lower in (("executorch", "pte", to_executorch), ("onnxruntime", "onnx", to_onnx)):
+        if find_spec(needed) is not None:
+            path = folder / f"{folder.name}.{ending}"
+            lower(result).save(path)
+            yield digest(path.read_bytes())
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def in_a_process(folder, hash_seed, threads):
     code = (
         "import json, sys, pathlib; from tests.quant2e.test_determinism import everything; "
         "print(json.dumps(everything(pathlib.Path(sys.argv[1]))))"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, str(folder)],
         capture_output=True, text=True, cwd=ROOT, env=environment, check=True,
@@ -118,11 +136,12 @@ def in_a_process(folder, hash_seed):
 
 
 @pytest.mark.slow  # two processes, each with its imports
-def test_the_hash_seed(tmp_path):
+def test_the_hash_seed_and_threads_of_a_process(tmp_path):
+    """Files, reports, and what is lowered."""
     found = []
-    for hash_seed in ("1", "4242"):
+    for hash_seed, threads in (("1", "1"), ("4242", "2")):
         (tmp_path / hash_seed).mkdir()
-        found.append(in_a_process(tmp_path / hash_seed, hash_seed))
+        found.append(in_a_process(tmp_path / hash_seed, hash_seed, threads))
     assert found[0] == found[1]
 
 
