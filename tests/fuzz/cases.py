@@ -29,4 +29,16 @@ CASES: tuple[Case, ...] = (
         return v1
         """,
     ),
+    Case(
+        "observers that are on learn from what is evaluated, which the oracle has to leave out",
+        "training",
+        "xnnpack",
+        3,
+        """
+        x0: float32[1, 3, 17] normal
+        x1: float32[1, 1, 1] normal
+        v0 = add.Tensor(x0, x1)
+        return v0
+        """,
+    ),
 )
