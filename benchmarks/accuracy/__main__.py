@@ -111,7 +111,9 @@ class Results:
 _NOTES = {
     "x86 w8a8": "on machines without VNNI ours keeps products of pairs within 16 bits, which costs a bit of a layer's "
     "activations or weights; peers keep full ranges, whose kernels overflow there, unless their range is reduced",
-    "full ranges": "ours for machines with VNNI; Q/DQ graphs are evaluated in float, so that nothing overflows here",
+    "as peers": "ours with full ranges, for machines with VNNI (graphs are evaluated in float, where nothing "
+    "overflows), and with float embedding tables",
+    "SQNR": "of the last calibration batch; it moves by some decibels from batch to batch where a model is small",
     "CPU s": "CPU time of one thread, which other work on the machine hardly moves",
     "digits, depthwise, vit": "trained here, evaluated on 597 images of scikit-learn's digits",
     "hard": "the same function bit for bit; ranges of channels over three decades (vit: four outlier channels a norm)",

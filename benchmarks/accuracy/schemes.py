@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.accuracy.row import FULL, MENDED, PLAIN, REDUCED
+from benchmarks.accuracy.row import ALIKE, MENDED, PLAIN, REDUCED
 from quantizers import (
     ComposableQuantizer,
     EmbeddingQuantizer,
@@ -22,18 +22,19 @@ from quantizers import (
 class Scheme:
     """What makes the quantizer of each method; None: the method has none for this scheme.
 
-    ``ours``: ours for this machine; ``full``: ours for machines that multiply full ranges exactly, where that differs;
-    ``peer``: the target's own, for torchao and NNCF; ``reduced``: the same with the ranges it has for this machine.
+    ``ours``: ours for this machine, which quantizes embedding tables as well; ``alike``: ours with full ranges, for
+    machines that multiply them exactly, and without tables, as peers do it; ``peer``: the target's own, for torchao and
+    NNCF; ``reduced``: the same with the ranges that it has for this machine.
     """
 
     ours: Callable[[], Any]
     peer: Callable[[], Any] | None = None
-    full: Callable[[], Any] | None = None
+    alike: Callable[[], Any] | None = None
     reduced: Callable[[], Any] | None = None
 
     def of(self, method: str) -> Callable[[], Any] | None:
         """What makes the quantizer of one of `METHODS`."""
-        return {PLAIN: self.ours, MENDED: self.ours, FULL: self.full, REDUCED: self.reduced}.get(method, self.peer)
+        return {PLAIN: self.ours, MENDED: self.ours, ALIKE: self.alike, REDUCED: self.reduced}.get(method, self.peer)
 
 
 def _xnnpack() -> Any:
@@ -48,9 +49,13 @@ def _xnnpack_of_executorch() -> Any:
     return theirs.XNNPACKQuantizer().set_global(config)
 
 
-def _x86(isa: str | None = None) -> Any:
+def _x86() -> Any:
     config = get_default_x86_inductor_quantization_config()
-    return ComposableQuantizer([EmbeddingQuantizer(), X86InductorQuantizer(isa).set_global(config)])
+    return ComposableQuantizer([EmbeddingQuantizer(), X86InductorQuantizer().set_global(config)])
+
+
+def _x86_alike() -> Any:
+    return X86InductorQuantizer("avx512_vnni").set_global(get_default_x86_inductor_quantization_config())
 
 
 def _x86_of_torchao(*, reduce_range: bool = False) -> Any:
@@ -65,7 +70,7 @@ W4, W4_ASYMMETRIC = "w4 in groups of 32", "w4 in groups of 32, asymmetric"
 
 SCHEMES: Mapping[str, Scheme] = {
     XNNPACK: Scheme(_xnnpack, _xnnpack_of_executorch),
-    X86: Scheme(_x86, _x86_of_torchao, partial(_x86, "avx512_vnni"), partial(_x86_of_torchao, reduce_range=True)),
+    X86: Scheme(_x86, _x86_of_torchao, _x86_alike, partial(_x86_of_torchao, reduce_range=True)),
     W4: Scheme(lambda: X86InductorQuantizer().set_global("w4-g32-sym")),
     W4_ASYMMETRIC: Scheme(lambda: X86InductorQuantizer().set_global("w4-g32-asym")),
 }

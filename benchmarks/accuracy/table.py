@@ -101,17 +101,17 @@ def tuned_lines(tuned: Sequence[Tuned]) -> list[str]:
 
 def trained_lines(trained: Sequence[Trained]) -> list[str]:
     """Accuracies over seeds, one method a line."""
-    heads = ("model", "bits of weights", "method", "top-1, mean", "lowest", "highest", "CPU ms a step")
+    heads = ("model", "bits of weights", "method", "seeds", "top-1, mean", "lowest", "highest", "CPU ms a step")
     return _lines(heads, [_trained_cells(one) for one in trained])
 
 
 def _trained_cells(one: Trained) -> tuple[str, ...]:
     head = (one.model, str(one.bits), one.method)
     if one.failed:
-        return (*head, f"failed: {one.failed}", "–", "–", "–")
+        return (*head, "–", f"failed: {one.failed}", "–", "–", "–")
     mean = sum(one.top1) / len(one.top1)
     step = "–" if one.step_seconds is None else f"{1e3 * one.step_seconds:.0f}"
-    return (*head, f"{mean:.2%}", f"{min(one.top1):.2%}", f"{max(one.top1):.2%}", step)
+    return (*head, str(len(one.top1)), f"{mean:.2%}", f"{min(one.top1):.2%}", f"{max(one.top1):.2%}", step)
 
 
 def write(path: Path, title: str, command: str, where: Machine, parts: Mapping[str, list[str]]) -> None:

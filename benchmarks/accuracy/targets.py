@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.accuracy.peers import FLOWS
-from benchmarks.accuracy.row import FLOAT, FULL, MENDED, NNCF, PLAIN, TORCHAO, Row
+from benchmarks.accuracy.row import ALIKE, FLOAT, MENDED, NNCF, PLAIN, TORCHAO, Row
 from benchmarks.accuracy.schemes import W4, W4_ASYMMETRIC, X86, XNNPACK
 from benchmarks.accuracy.tuning import Tuned
 
@@ -112,12 +112,12 @@ def _peers(rows: Rows) -> Iterator[Target]:
     """Ours with algorithms beside each peer, on each model and scheme that the peer ran on; with the same ranges."""
     for (model, scheme, method), peer in rows.items():
         exact, safe = rows.get((model, scheme, FLOAT)), rows.get((model, scheme, MENDED))
-        ours = (rows.get((model, scheme, FULL)) or safe) if method in {NNCF, TORCHAO} else safe
+        ours = (rows.get((model, scheme, ALIKE)) or safe) if method in {NNCF, TORCHAO} else safe
         if method not in FLOWS or exact is None or peer.failed or ours is None or ours.failed:
             continue
         found = _at(ours)
         if ours is not safe and safe is not None and not safe.failed:
-            found += f", and with ranges for this machine {_at(safe)}"
+            found += f", and with tables and ranges for this machine {_at(safe)}"
         found += f"; {method} {_at(peer)}"
         if ours.metric < peer.metric:
             found += f": {_behind(ours, peer)}; float {exact.metric:.2%}"
@@ -130,8 +130,7 @@ _BESIDE = "at least as accurate as it, or as float, at no smaller int8 share"
 
 
 def _at(row: Row) -> str:
-    noise = "" if row.sqnr_db is None else f" ({row.sqnr_db:.1f} dB)"
-    return f"{row.metric:.2%}{noise} at {row.int8_share:.1%}"
+    return f"{row.metric:.2%} at {row.int8_share:.1%}"
 
 
 def _behind(ours: Row, peer: Row) -> str:

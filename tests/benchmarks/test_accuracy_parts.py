@@ -15,7 +15,7 @@ from benchmarks.accuracy.hard import spread
 from benchmarks.accuracy.int8_share import int8_share
 from benchmarks.accuracy.nets import CharacterModel, DepthwiseNet, DigitsViT
 from benchmarks.accuracy.qat import Trained
-from benchmarks.accuracy.row import FLOAT, FULL, MENDED, NNCF, PLAIN, REDUCED, TORCHAO, Row
+from benchmarks.accuracy.row import ALIKE, FLOAT, MENDED, NNCF, PLAIN, REDUCED, TORCHAO, Row
 from benchmarks.accuracy.schemes import SCHEMES, W4, W4_ASYMMETRIC, X86, XNNPACK
 from benchmarks.accuracy.targets import targets
 from benchmarks.accuracy.tuning import Tuned
@@ -88,7 +88,7 @@ def test_peers_are_held_against_ours_with_the_same_ranges_and_against_float():
     rows = [
         _row("vit", X86, FLOAT, top1=0.98),
         _row("vit", X86, MENDED, top1=0.97),
-        _row("vit", X86, FULL, top1=0.978),
+        _row("vit", X86, ALIKE, top1=0.978),
         _row("vit", X86, TORCHAO, top1=0.975),
         _row("vit", X86, REDUCED, top1=0.972),
         _row("vit", XNNPACK, FLOAT, top1=0.98),
@@ -99,14 +99,14 @@ def test_peers_are_held_against_ours_with_the_same_ranges_and_against_float():
     assert {what.split()[-1] if REDUCED not in what else REDUCED: target.met for what, target in found.items()} == {
         TORCHAO: True, REDUCED: False, NNCF: True,
     }  # fmt: skip
-    assert "and with ranges for this machine 97.00%" in found[f"vit, {X86}, beside {TORCHAO}"].found
+    assert "and with tables and ranges for this machine 97.00%" in found[f"vit, {X86}, beside {TORCHAO}"].found
     assert "behind by 1 of 500; float 98.00%" in found[f"vit, {XNNPACK}, beside {NNCF}"].found
 
 
-def test_full_and_reduced_ranges_are_those_of_x86_only():
-    assert SCHEMES[X86].of(FULL) is not None
+def test_rows_as_peers_and_with_reduced_ranges_are_those_of_x86():
+    assert SCHEMES[X86].of(ALIKE) is not None
     assert SCHEMES[X86].of(REDUCED) is not None
-    assert SCHEMES[XNNPACK].of(FULL) is SCHEMES[XNNPACK].of(REDUCED) is SCHEMES[W4].of(NNCF) is None
+    assert SCHEMES[XNNPACK].of(ALIKE) is SCHEMES[XNNPACK].of(REDUCED) is SCHEMES[W4].of(NNCF) is None
 
 
 def test_what_was_not_tried_is_said_once_a_reason():
