@@ -10,6 +10,7 @@ from benchmarks.accuracy.peers import FLOWS
 from benchmarks.accuracy.row import ALIKE, FLOAT, MENDED, NNCF, PLAIN, TORCHAO, Row
 from benchmarks.accuracy.schemes import W4, W4_ASYMMETRIC, X86, XNNPACK
 from benchmarks.accuracy.tuning import Tuned
+from quant2e.accuracy.algorithms.ladder import ENOUGH_DB
 
 POINTS = 0.005
 """Half a point of a share."""
@@ -120,21 +121,24 @@ def _peers(rows: Rows) -> Iterator[Target]:
             found += f", and with tables and ranges for this machine {_at(safe)}"
         found += f"; {method} {_at(peer)}"
         if ours.metric < peer.metric:
-            found += f": {_behind(ours, peer)}; float {exact.metric:.2%}"
-        better = ours.metric >= min(peer.metric, exact.metric) and ours.int8_share >= peer.int8_share - 1e-6
+            found += f": {_behind(ours, peer, exact)}"
+        better = ours.metric >= peer.metric and ours.int8_share >= peer.int8_share - 1e-6
         yield Target(f"{model}, {scheme}, beside {method}", _BESIDE, found, better)
 
 
-_BESIDE = "at least as accurate as it, or as float, at no smaller int8 share"
-"""What a quantized model has above float is chance."""
+_BESIDE = "at least as accurate, at no smaller int8 share"
 
 
 def _at(row: Row) -> str:
     return f"{row.metric:.2%} at {row.int8_share:.1%}"
 
 
-def _behind(ours: Row, peer: Row) -> str:
-    """By how much, in samples where the metric is a share of them."""
-    if not ours.samples:
-        return f"behind by {peer.metric - ours.metric:.4f}"
-    return f"behind by {round((peer.metric - ours.metric) * ours.samples)} of {ours.samples:,}"
+def _behind(ours: Row, peer: Row, exact: Row) -> str:
+    """By how much, in samples where the metric is a share of them, and why that may be."""
+    lost = peer.metric - ours.metric
+    amount = f"{round(lost * ours.samples)} of {ours.samples:,}" if ours.samples else f"{lost:.4f}"
+    if ours.metric >= exact.metric:
+        return f"behind by {amount}, with all of float's {exact.metric:.2%}: what a model has above float is chance"
+    stopped = any("dB are enough" in note for note in ours.notes)
+    more = f'; "auto" stops at {ENOUGH_DB:g} dB, steps asked for by name do not' if stopped else ""
+    return f"behind by {amount}; float {exact.metric:.2%}{more}"
