@@ -16,7 +16,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 COVERAGE := 85
 
-.PHONY: help install demo lint format test test-all fuzz mutants peers clean
+.PHONY: help install demo lint format test test-all fuzz mutants peers zoo clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -24,6 +24,7 @@ help:
 	@echo "make fuzz    programs that nobody wrote, for HOURS=1 or MINUTES=10, with SEED=1; the counts go to FUZZ_OUT=fuzz_counts.md"
 	@echo "make mutants plants bugs in a copy of the tree, one at a time, and says which test found each (half an hour)"
 	@echo "make peers   torchao's and ExecuTorch's own tests, from the checkouts TORCHAO=folder and EXECUTORCH=folder; they write docs/peers_tests.md, or PEERS_OUT=file"
+	@echo "make zoo     some sixty architectures through everything, compared with docs/zoo.md; UPDATE=1 stores the rows, MISSING=1 runs what did not run yet (half an hour)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove the environment and everything generated"
@@ -83,6 +84,9 @@ mutants: $(INSTALLED)
 PEERS_OUT ?= docs/peers_tests.md
 peers: $(INSTALLED)
 	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m tests.peers $(if $(TORCHAO),--torchao "$(TORCHAO)") $(if $(EXECUTORCH),--executorch "$(EXECUTORCH)") --out $(PEERS_OUT)
+
+zoo: $(INSTALLED)
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m tests.zoo $(if $(UPDATE),--update) $(if $(MISSING),--missing) $(NAMES)
 
 clean:
 	rm -rf $(VENV) fuzz_counts.md build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quant2e.observers.encodings import PerChannelEncoding, PerGroupEncoding, PerTensorEncoding
+from quant2e.ranges.blocks import row_blocks
 from quant2e.ranges.histogram import HistogramState
 from quant2e.ranges.qparams import FLOAT_QPARAMS
 
@@ -82,16 +83,10 @@ def constant_loss(value: Tensor, encoding: _Static) -> Loss:
     """The loss of a weight ``value``, float of any shape, under ``encoding``. Channels of a tensor with one scale are
     those of its first dimension.
     """
-    x = value.detach().float()
-    rows, scale, zero = _rows(x, encoding)
-    half = scale / 2
-    size = rows.abs()
-    exact = not torch.is_floating_point(torch.as_tensor(zero))  # else zero may lie between two integers
-    there = (rows != 0) if exact else torch.zeros_like(rows, dtype=torch.bool)
-    small = there & (size <= half)  # ties go to zero, which is even
-    low, high = (encoding.quant_min - zero) * scale - half, (encoding.quant_max - zero) * scale + half
-    clipped = (rows < low) | (rows > high)
-    flushed, kept = small.sum(1), (there & ~small).sum(1)
+    rows, scale, zero = _rows(value.detach(), encoding)
+    blocks = list(row_blocks(rows.shape[0], rows.numel()))
+    counts = [_counts(rows[at], _rows_of(scale, at), _rows_of(zero, at), encoding) for at in blocks]
+    flushed, kept, clipped = (torch.cat(parts) for parts in zip(*counts, strict=True))
     lost = (flushed > 0) & (kept == 0)
     total = max(rows.numel(), 1)
     return Loss(
@@ -103,6 +98,21 @@ def constant_loss(value: Tensor, encoding: _Static) -> Loss:
         kind=_kind(encoding),
         constant=True,
     )
+
+
+def _counts(rows: Tensor, scale: Any, zero: Any, encoding: _Static) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row, how many of its values become zero, are others than zero and stay so, and are clipped."""
+    rows, half = rows.float(), scale / 2
+    exact = not torch.is_floating_point(torch.as_tensor(zero))  # else zero may lie between two integers
+    there = (rows != 0) if exact else torch.zeros_like(rows, dtype=torch.bool)
+    small = there & (rows.abs() <= half)  # ties go to zero, which is even
+    low, high = (encoding.quant_min - zero) * scale - half, (encoding.quant_max - zero) * scale + half
+    clipped = (rows < low) | (rows > high)
+    return small.sum(1), (there & ~small).sum(1), clipped.sum(1)
+
+
+def _rows_of(parameter: Any, block: slice) -> Any:
+    return parameter[block] if isinstance(parameter, Tensor) and parameter.dim() else parameter
 
 
 def _kind(encoding: _Static) -> str:

@@ -7,6 +7,7 @@ The float copy goes as soon as nothing else reads it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.fx import GraphModule, Node
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import QUANTIZE, qd
+from quant2e.ranges.blocks import by_blocks
 from quant2e.ranges.qparams import quantize_per_channel
 
 
@@ -47,12 +49,30 @@ def is_quantize(node: Node) -> bool:
 
 def _integers(gm: GraphModule, node: Node) -> Tensor:
     """What a quantize op on a constant computes. Per channel by our own arithmetic: the same bits, in fewer passes."""
-    if node.target is not qd.quantize_per_channel.default or node.kwargs:
+    if node.target not in _ROW_BY_ROW or node.kwargs:
         value: Tensor = evaluate(gm, node)
         return value
     given: list[Any] = [evaluate(gm, arg) if isinstance(arg, Node) else arg for arg in node.args]
     with torch.no_grad():
-        return quantize_per_channel(*given)
+        x, scale, zero_point, *others = given
+        dtype = next(one for one in others if isinstance(one, torch.dtype))
+        by_row = _parameters_by_row(node.target, given)
+        return by_blocks(_ROW_BY_ROW[node.target], x, (scale, zero_point), by_row, others, dtype)
+
+
+_ROW_BY_ROW: Mapping[Any, Callable[..., Tensor]] = {
+    qd.quantize_per_tensor.default: qd.quantize_per_tensor.default,
+    qd.quantize_per_channel.default: quantize_per_channel,
+    qd.quantize_per_channel_group.default: qd.quantize_per_channel_group.default,
+}
+"""Quantize ops that compute a slice of the first dimension from that slice alone, and what computes them here."""
+
+
+def _parameters_by_row(target: Any, given: Sequence[Any]) -> bool:
+    """Whether scales and zero points, the second and third operand, have an entry for each index of that dimension."""
+    if target is qd.quantize_per_channel.default:
+        return bool(given[3] % given[0].dim() == 0)
+    return target is qd.quantize_per_channel_group.default
 
 
 def fold_weights(gm: GraphModule) -> int:
