@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lowering.files.program_file import OpenProgram, opened, read_arrays, read_program
 from quant2e.errors import FileFormatError, LoweringError, Quant2eError
+from quant2e.isolation import unheard
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 _PRELOADED = ["lowering.bench.worker", "executorch.runtime", "executorch.kernels.quantized"]
@@ -46,6 +48,8 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
     context: Any = multiprocessing.get_context(_START)
     if _START == "forkserver":
         context.set_forkserver_preload(_PRELOADED)
+        with unheard("starting the process that others are forked from"):  # it, and they, keep this standard error
+            forkserver.ensure_running()
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sending, function, args))
     process.start()

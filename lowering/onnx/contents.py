@@ -54,12 +54,11 @@ def onnx_contents(path: Path) -> OnnxContents:
         raise
     except Exception as error:  # of protobuf, whose errors have no common base
         raise FileFormatError(f"{path} is no ONNX file, or is damaged: {error}") from error
-    names = onnx.TensorProto.DataType
     constants: Counter[str] = Counter()
     for tensor in model.graph.initializer:
-        name = names.Name(tensor.data_type) if tensor.data_type in names.values() else str(tensor.data_type)
-        bits = 4 if name.endswith("INT4") else 8 * _width(onnx, tensor.data_type)
-        constants[name.lower()] += math.prod(tensor.dims) * bits // 8
+        name = _dtype_name(onnx, tensor.data_type)
+        bits = 4 if name.endswith("int4") else 8 * _width(onnx, tensor.data_type)
+        constants[name] += math.prod(tensor.dims) * bits // 8
     own = [one.version for one in model.opset_import if one.domain in {"", "ai.onnx"}]
     return OnnxContents(
         opset=max(own, default=0),
@@ -83,8 +82,11 @@ def _width(onnx: Any, dtype: int) -> int:
 def _shown(onnx: Any, one: Any) -> str:
     kind = one.type.tensor_type
     sizes = [str(size.dim_value) if size.HasField("dim_value") else size.dim_param or "?" for size in kind.shape.dim]
+    return f"{one.name}: {_dtype_name(onnx, kind.elem_type)}[{', '.join(sizes)}]"
+
+
+def _dtype_name(onnx: Any, number: int) -> str:
+    """A dtype as torch calls it."""
     names = onnx.TensorProto.DataType
-    dtype = {"float": "float32", "double": "float64"}.get(
-        name := names.Name(kind.elem_type).lower() if kind.elem_type in names.values() else "?", name
-    )
-    return f"{one.name}: {dtype}[{', '.join(sizes)}]"
+    name = names.Name(number).lower() if number in names.values() else f"dtype {number}"
+    return {"float": "float32", "double": "float64"}.get(name, name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowering.inductor.compile import _check_files
 from lowering.inductor.package_file import archive, finished, hidden, load_package
 from quant2e.checksum import check_content
 from quant2e.errors import FileFormatError, LoweringError
@@ -103,3 +104,18 @@ def test_a_record_that_is_none_is_told(files, tmp_path, changed):
             )
     with pytest.raises(FileFormatError, match=r"model\.pt2 is damaged"):
         read_package_record(path)
+
+
+@pytest.mark.parametrize("target", ["torch.ops.onednn.qlinear_pointwise.default", "quantized::max_pool2d", "aten::add"])
+def test_ops_of_torch_itself_are_taken_however_they_are_spelled(tmp_path, target):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"nodes": [{"node": {"target": target}}]}))
+    _check_files([path])
+
+
+@pytest.mark.parametrize("target", ["torch.ops.quant2e.few_rows.default", "quant2e::few_rows"])
+def test_ops_that_torch_does_not_have_are_refused(tmp_path, target):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"nodes": [{"node": {"target": target}}]}))
+    with pytest.raises(LoweringError, match="few_rows.*, which a process that imports only torch does not have"):
+        _check_files([path])
