@@ -53,7 +53,7 @@ VISION = (
     seen("efficientnet", "EfficientNetForImageClassification", "EfficientNetConfig",
          {"image_size": 32, "width_coefficient": 0.5, "depth_coefficient": 0.3, "in_channels": [32, 16],
           "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2], "num_block_repeats": [1, 1],
-          "expand_ratios": [1, 4], "depthwise_padding": [], "hidden_dim": 64}),
+          "expand_ratios": [1, 4], "depthwise_padding": [], "hidden_dim": 640}),
     seen("mobilevit", "MobileViTForImageClassification", "MobileViTConfig",
          {"image_size": 32, "hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 16, 16, 32],
           "num_attention_heads": 2, "expand_ratio": 2.0}),
