@@ -56,6 +56,7 @@ OPTIONAL: Mapping[str, str | tuple[str, ...]] = {
     "PIL": "quant2e/cli/inputs/images.py",
     "rich": ("quant2e/calibration/progress.py", "quant2e/accuracy/tuning/table.py", "quant2e/stages.py"),
     "scipy": "quant2e/accuracy/tuning/budgets.py",
+    "transformers": "lowering/language_models/",
     "sympy": "quant2e/storage/",  # comes with torch
     "yaml": "quant2e/documents/yaml_text.py",
 }

@@ -27,6 +27,7 @@ PUBLIC = (
     "quant2e.pytorch_quantization",
     "quant2e.signature_types",
     "quant2e.training",
+    "lowering.language_models",
     "quantizers.conformance",
 )
 """Modules whose ``__all__`` is the interface."""

@@ -100,6 +100,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "executorch",
         "onnx",
         "files",
+        "language_models",
         "__init__",
         "bench",
     ),

@@ -30,6 +30,7 @@ from quant2e.graph.captured.inputs import Inputs, distinct, read_inputs
 from quant2e.graph.captured.modes import is_training_graph
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.captured.no_grad import set_all_detached
+from quant2e.graph.captured.written_constants import written_constants_as_buffers
 from quant2e.isolation import tracing
 from quant2e.stages import stage
 
@@ -163,6 +164,7 @@ def complete(captured: CapturedModule, inputs: Inputs) -> None:
     """Make a graph as torch.export leaves it one that `capture` returns: regions, ops, calling convention and mode."""
     inline_regions(captured)
     compose_core_ops(captured)
+    written_constants_as_buffers(captured)
     captured.inputs = inputs
     _set_flags(captured, is_training_graph(captured))  # torch sets the flag whatever the mode of the model was
 
@@ -213,6 +215,11 @@ def _export_failure(model: Module, error: Exception) -> str:
         advice = "forward chooses its path, or a size, by the values of a tensor: use torch.cond or torch.where there"
     elif "Constraints violated" in str(error) or "dynamic_shapes" in str(error):
         advice = "change dynamic_shapes as torch suggests, or mark the size torch.export.Dim.AUTO"
+    elif "Cache" in str(error):
+        advice = (
+            "a decoder of Hugging Face returns a cache: lowering.language_models.capture_decoder(model, max_length) "
+            "captures it with a static one; without any, set model.config.use_cache = False"
+        )
     elif isinstance(error, (TypeError, AttributeError, IndexError, KeyError, AssertionError)):
         advice = "check that model(*example_inputs, **kwargs) runs"
     else:
