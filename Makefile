@@ -16,7 +16,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 COVERAGE := 85
 
-.PHONY: help install demo lint format test test-all fuzz mutants peers zoo clean
+.PHONY: help install demo lint format test test-all fuzz mutants peers zoo site clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -25,6 +25,7 @@ help:
 	@echo "make mutants plants bugs in a copy of the tree, one at a time, and says which test found each (half an hour)"
 	@echo "make peers   torchao's and ExecuTorch's own tests, from the checkouts TORCHAO=folder and EXECUTORCH=folder; they write docs/peers_tests.md, or PEERS_OUT=file"
 	@echo "make zoo     some sixty architectures through everything, compared with docs/zoo.md; UPDATE=1 stores the rows, MISSING=1 runs what did not run yet (half an hour)"
+	@echo "make site    the pages and the reference as a site in build/site, links checked"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove the environment and everything generated"
@@ -87,6 +88,12 @@ peers: $(INSTALLED)
 
 zoo: $(INSTALLED)
 	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m tests.zoo $(if $(UPDATE),--update) $(if $(MISSING),--missing) $(NAMES)
+
+site: $(INSTALLED)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[site]"
+	@$(BIN)/python docs/gather_pages.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "==> build/site/index.html"
 
 clean:
 	rm -rf $(VENV) fuzz_counts.md build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
