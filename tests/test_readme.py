@@ -49,6 +49,10 @@ def test_the_top_of_the_page_is_short():
     assert 15 <= len(code) <= 22
 
 
+def test_the_page_is_short():
+    assert len(README.splitlines()) < 150
+
+
 def test_every_command_is_a_target_of_the_makefile():
     rules = re.findall(r"^([\w -]+):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     targets = {name for rule in rules for name in rule.split()}
