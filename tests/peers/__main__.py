@@ -51,12 +51,14 @@ def page(
         kinds = [outcome.kind for owner, outcome in outcomes if (owner, outcome.file) == (peer, file)]
         rows.append(f"| {peer} `{Path(file).name}` | " + " | ".join(str(kinds.count(k)) for k in KINDS) + " |")
     reasons = [
-        f"| {difference.what} | {', '.join(f'`{test}`' for test in _names(failures))} | {difference.why} |"
+        f"| {difference.what} | {', '.join(_names(failures))} | {difference.why} |"
         for difference, failures in found.items()
     ]
     lines = [
         HEAD,
-        f"Run on {today}: {'; '.join(revisions)}.\n",
+        f"Run on {today}:\n",
+        *(f"- {revision}" for revision in revisions),
+        "",
         f"| file | {' | '.join(KINDS)} |\n|---|---|---|---|",
         *rows,
         "",
@@ -75,8 +77,8 @@ SHOWN = 6
 
 def _names(failures: Sequence[Outcome]) -> list[str]:
     """The tests' own names, the first few."""
-    names = list(dict.fromkeys(failure.test.rpartition("::")[2] for failure in failures))
-    return names if len(names) <= SHOWN else [*names[: SHOWN - 1], f"… ({len(names)})"]
+    names = list(dict.fromkeys(f"`{failure.test.rpartition('::')[2]}`" for failure in failures))
+    return names if len(names) <= SHOWN else [*names[:SHOWN], f"{len(names) - SHOWN} more"]
 
 
 def _first_line(message: str) -> str:
