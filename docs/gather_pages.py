@@ -18,6 +18,7 @@ MODULES = {
     "quant2e": "Quantize, step by step or in one call.",
     "quantizers": "Backend quantizers, and the kit to write one.",
     "lowering": "From a Q/DQ graph to a program.",
+    "lowering.language_models": "Language models that generate.",
     "quant2e.integer": "The integer form of a graph.",
     "quant2e.accuracy.algorithms": "What mends accuracy.",
     "quant2e.pt2e": "Names that scripts written for PT2E import.",
