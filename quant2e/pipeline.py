@@ -44,7 +44,7 @@ from quant2e.report.algorithm_step import kept_algorithms
 from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import BAD_SQNR_DB, Report
-from quant2e.stages import quiet_where_told
+from quant2e.stages import heard, quiet_where_told
 
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
@@ -129,7 +129,7 @@ def quantize(
             algorithms=algorithms,
             progress=progress,
         )
-    told = progress if callable(progress) else None
+    told = heard(progress)
     if encodings is not None and not algorithms:
         _check_algorithms(encodings, ())
     attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf

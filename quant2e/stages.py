@@ -20,10 +20,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
 
+from quant2e.errors import Quant2eError
+
 LOG = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 VARIABLE = "QUANT2E_PROGRESS"
 """Environment variable: ``0`` shows nothing."""
@@ -102,6 +105,18 @@ def quiet_progress() -> Iterator[None]:
         yield
     finally:
         _quiet.reset(token)
+
+
+def heard(progress: F | bool | None) -> F | None:
+    """Who is told of progress by a function's ``progress=``: nobody where it is None, True or False.
+
+    Raises `Quant2eError` for what is none of these and cannot be called.
+    """
+    if progress is None or isinstance(progress, bool):
+        return None
+    if not callable(progress):
+        raise Quant2eError(f"progress is a {type(progress).__name__}: False, or a function that is told")
+    return progress
 
 
 def quiet_where_told(function: Callable[P, R]) -> Callable[P, R]:

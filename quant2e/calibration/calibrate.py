@@ -26,7 +26,7 @@ from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import IsolatedRandomness
 from quant2e.observers.native import ops as native
 from quant2e.report.record import RECORD_KEY, GraphRecord
-from quant2e.stages import quiet_where_told, stage
+from quant2e.stages import heard, quiet_where_told, stage
 
 Progress = Callable[[int, int | None], None]
 """Called after each batch with the number done and, where it is known, the total."""
@@ -51,7 +51,7 @@ def calibrate(
     range_tolerance: float | None = None,
     checkpoint: str | Path | None = None,
     compiled: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> GraphModule:
     """Run ``data`` through a prepared model, so that its observers learn their ranges; returns the same model.
 
@@ -65,7 +65,8 @@ def calibrate(
     %) of its extent for a while; by default at the end of the data. ``checkpoint``: a statistics file, written every
     `CHECKPOINT_EVERY` batches and at the end; when it exists, calibration goes on from there, skipping the batches it
     has seen. ``compiled``: run the observed graph through ``torch.compile``, for long runs; equal tensors give equal
-    statistics, but a compiled float op may differ from an eager one in the last bits.
+    statistics, but a compiled float op may differ from an eager one in the last bits. ``progress``: called with the
+    number of batches done and the total, where it is known; False shows nothing on a terminal.
 
     Under ``torch.distributed`` each rank feeds its own shard, and at the end every rank has the statistics of all:
     those that one process would have. Moving averages cannot be merged and are refused.
@@ -78,10 +79,9 @@ def calibrate(
     check_count(num_batches)
     if checkpoint is not None and not isinstance(checkpoint, str | Path):
         raise CalibrationError(f"checkpoint is a {type(checkpoint).__name__}: the path of a statistics file")
-    if progress is not None and not callable(progress):
-        raise CalibrationError(f"progress is a {type(progress).__name__}: a function of batches done and their total")
+    told = heard(progress)
     stopping = EarlyStopping(seconds, range_tolerance)
-    run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), progress, compiled)
+    run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), told, compiled)
     feed = Feed(data, prepared, "calibration", transform)
     known = batch_count(data)
     total = known if num_batches is None else num_batches if known is None else min(known, num_batches)

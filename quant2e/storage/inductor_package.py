@@ -85,11 +85,11 @@ def is_package(path: Path) -> bool:
 
 def with_record(content: bytes, record: PackageRecord) -> bytes:
     """The bytes of a package, a zip without a comment, with a record more."""
-    file = io.BytesIO(content)
-    with zipfile.ZipFile(file, "a", zipfile.ZIP_STORED) as archive:
+    stream = io.BytesIO(content)
+    with zipfile.ZipFile(stream, "a", zipfile.ZIP_STORED) as archive:
         root = archive.namelist()[0].partition("/")[0]
         archive.writestr(zipfile.ZipInfo(f"{root}/{_RECORD}"), _text(record))
-    return file.getvalue()
+    return stream.getvalue()
 
 
 def read_package_record(path: Path) -> PackageRecord | None:

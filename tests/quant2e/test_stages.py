@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import quant2e
+from quant2e.errors import Quant2eError
 from quant2e.isolation import unheard
-from quant2e.stages import VARIABLE, quiet_progress, quiet_where_told, shown, stage
+from quant2e.stages import VARIABLE, heard, quiet_progress, quiet_where_told, shown, stage
 from quantizers import XNNPACKQuantizer
 
 
@@ -141,3 +142,18 @@ def test_a_program_that_is_compiled_again_says_so(caplog):
         program(torch.randn(size, 3, 8, 8))
     again = [line for line in lines(caplog) if line.startswith("compile again for input.shape[0] = ")]
     assert len(again) == len(program._runs) - sum(run is program._general for run in program._runs.values())
+
+
+def test_who_hears_of_progress(terminal):
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    data = [torch.randn(2, 4) for _ in range(2)]
+    prepared = quant2e.prepare_pt2e(quant2e.capture(model, (data[0],)), XNNPACKQuantizer().set_global("w8a8"))
+    quant2e.calibrate(prepared, data, progress=False)
+    assert "calibrate" not in terminal.getvalue()
+    quant2e.calibrate(prepared, data, progress=True)
+    assert "calibrate" in terminal.getvalue()
+    assert [heard(told) for told in (None, True, False)] == [None, None, None]
+    assert heard(print) is print
+    for call in (heard, lambda progress: quant2e.calibrate(prepared, data, progress=progress)):
+        with pytest.raises(Quant2eError, match="progress is a int: False, or a function"):
+            call(5)

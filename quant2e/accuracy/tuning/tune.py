@@ -39,7 +39,7 @@ from quant2e.errors import Quant2eError
 from quant2e.graph.captured.capture import capture_call
 from quant2e.observers.measuring import searchable
 from quant2e.ranges.search import searched_together
-from quant2e.stages import quiet_progress, quiet_where_told, shown
+from quant2e.stages import heard, quiet_progress, quiet_where_told, shown
 
 TuningStrategy = Literal["sensitivity", "bisect", "mse", "bayesian", "random", "exhaustive"]
 
@@ -182,7 +182,7 @@ def _shown(progress: TrialProgress | bool | None) -> Iterator[TrialProgress | No
         with progress:
             yield progress
     else:
-        yield progress or None
+        yield heard(progress)
 
 
 def _checked(
