@@ -228,14 +228,15 @@ def restore_constants(gm: GraphModule) -> int:
     Ops in any other form stay, also where they come close: a graph says what it computes either way.
     """
     found: dict[Node, Node] = {}
+    held, scales = _of_their_own(gm), set[str]()
     for node in gm.graph.nodes:
         for given in node.all_input_nodes if node.target in _READERS else ():
-            if given not in found and (leaf := _stored(gm, given, node)) is not None:
+            if given not in found and (leaf := _stored(gm, given, node, scales)) is not None:
                 found[given] = leaf
     leaves = Counter(found.values())
     count = 0
     for last, leaf in found.items():
-        if leaves[leaf] == 1 and _only_serves(last, leaf):
+        if leaf.target in held and leaves[leaf] == 1 and _only_serves(last, leaf):
             _restore(gm, last, leaf)
             count += 1
     if count:
@@ -243,22 +244,65 @@ def restore_constants(gm: GraphModule) -> int:
     return count
 
 
-def _stored(gm: GraphModule, last: Node, reader: Node) -> Node | None:
-    """The constant of which ``last``, read by ``reader``, is the longer form; None for anything else."""
-    node = last
-    for target in (aten.add.Tensor, aten.to.dtype, aten.slice.Tensor):
-        if node.target is target and isinstance(node.args[0], Node) and not node.kwargs:
-            node = node.args[0]
-    if node.target is aten.cat.default:
-        leaf = _packed_in(node)
-    elif node.target is aten.repeat.default:
-        leaf = _repeated(gm, node, reader)
+def _of_their_own(gm: GraphModule) -> set[str]:
+    """Buffers that one node reads, and whose memory is that of no other buffer: in these another value can be put."""
+    nodes = Counter(str(node.target) for node in gm.graph.nodes if node.op == "get_attr")
+    shared = Counter(map(_memory, _buffers(gm)))
+    return {
+        path
+        for path, buffer in gm.named_buffers(remove_duplicate=False)
+        if nodes[path] == 1 and shared[_memory(buffer)] == 1
+    }
+
+
+def _stored(gm: GraphModule, last: Node, reader: Node, scales: set[str]) -> Node | None:
+    """The constant of which ``last``, read by ``reader``, is the longer form; None for anything else, as what a model
+    itself computes of its buffers, ``position + x`` say. ``scales``: those that zero points were repeated for.
+    """
+    if last.target is aten.repeat.default:
+        leaf = _repeated(gm, last, reader, scales)
     else:
-        leaf = node if node is not last else None
+        leaf = _unpacked(gm, last) or _cast(gm, last)
     value = None if leaf is None else tensor_at(gm, leaf)
     if leaf is None or value is None or not _plain(gm, str(leaf.target), value):
         return None
     return leaf
+
+
+def _unpacked(gm: GraphModule, last: Node) -> Node | None:
+    """The bytes that ``last`` is unpacked from, by the ops of `_packed` in their order."""
+    low = _last_argument(last, aten.add.Tensor)
+    node = last if low is None else last.all_input_nodes[0]
+    dtype = _last_argument(node, aten.to.dtype)
+    node, dtype = (node, torch.uint8) if dtype is None else (node.all_input_nodes[0], dtype)
+    if dtype not in _INTEGERS or not (low is None or (type(low) is int and _fits(low, dtype))):
+        return None
+    if node.target is aten.slice.Tensor and len(node.args) == 4 and node.args[1:3] == (0, 0):
+        node = node.all_input_nodes[0]
+    leaf = _packed_in(node) if node.target is aten.cat.default else None
+    stored = None if leaf is None else tensor_at(gm, leaf)
+    return leaf if stored is not None and stored.dtype is torch.uint8 else None
+
+
+def _cast(gm: GraphModule, last: Node) -> Node | None:
+    """The constant that ``last`` casts, as `_short_float` and `_short_integers` write it."""
+    dtype = _last_argument(last, aten.to.dtype)
+    stored = tensor_at(gm, last.args[0]) if dtype is not None else None
+    if stored is None:
+        return None
+    floats = stored.dtype is torch.bfloat16 and dtype is torch.float32
+    integers = stored.dtype in (torch.int8, torch.uint8) and dtype in _INTEGERS
+    return last.all_input_nodes[0] if floats or integers else None
+
+
+def _fits(value: int, dtype: torch.dtype) -> bool:
+    return torch.iinfo(dtype).min <= value <= torch.iinfo(dtype).max
+
+
+def _last_argument(node: Node, target: Callable[..., Any]) -> Any:
+    """What a call of ``target`` has behind its tensor, if it is one of these with two arguments."""
+    plain = node.target is target and len(node.args) == 2 and not node.kwargs and isinstance(node.args[0], Node)
+    return node.args[1] if plain else None
 
 
 def _packed_in(cat: Node) -> Node | None:
@@ -284,21 +328,28 @@ def _operand_of(node: Any, target: Callable[..., Any], number: int) -> Any:
     return node.args[0] if plain else None
 
 
-def _repeated(gm: GraphModule, node: Node, reader: Node) -> Node | None:
-    """The one value of which ``node`` makes as many as ``reader`` has scales: a file gives no more for a few bytes."""
+def _repeated(gm: GraphModule, node: Node, reader: Node, used: set[str]) -> Node | None:
+    """The one value of which ``node`` makes as many as ``reader`` has scales, once for a tensor of these: a file gives
+    no more for a few bytes.
+    """
     leaf, scales = node.args[0], operand(reader, "scales")
     sizes: Any = node.args[1]
     value, count = tensor_at(gm, leaf), node_tensor(scales)
     if value is None or count is None or scales is node or value.numel() != 1 or not isinstance(leaf, Node):
         return None
     plain = isinstance(sizes, (list, tuple)) and all(type(size) is int and size >= 0 for size in sizes)
-    return leaf if plain and list(count.shape) == list(sizes) and _is_held(gm, scales, count) else None
+    held = _held(gm, scales, count)
+    if not plain or list(count.shape) != list(sizes) or held is None or held in used:
+        return None
+    used.add(held)
+    return leaf
 
 
-def _is_held(gm: GraphModule, scales: Node, count: Tensor) -> bool:
-    """Whether the file has a tensor of so many scales, and does not only say so."""
-    held = tensor_at(gm, scales.args[0] if scales.target is aten.to.dtype else scales)
-    return held is not None and held.shape == count.shape
+def _held(gm: GraphModule, scales: Node, count: Tensor) -> str | None:
+    """The tensor of so many scales that the file has; None where it only says that it has one."""
+    node = scales.args[0] if scales.target is aten.to.dtype else scales
+    held = tensor_at(gm, node)
+    return str(node.target) if isinstance(node, Node) and held is not None and held.shape == count.shape else None
 
 
 def _only_serves(last: Node, leaf: Node) -> bool:

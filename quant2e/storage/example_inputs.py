@@ -171,7 +171,18 @@ def _drawn(shape: tuple[int, ...], dtype: torch.dtype, bounds: Any, generator: t
             return drawn.to(dtype)
         low, high = bounds
         middle, deviation = low / 2 + high / 2, (high / 2 - low / 2) / _DEVIATIONS
-        return drawn.double().mul(deviation).add(middle).clamp(low, high).to(dtype)
+        return _reaching(drawn.double().mul(deviation).add(middle).clamp(low, high), low, high).to(dtype)
     low, high = bounds or (0, 1)
     above = min(high + 1, torch.iinfo(torch.int64).max)
-    return torch.randint(min(low, above - 1), above, shape, generator=generator).to(dtype)
+    drawn = torch.randint(min(low, above - 1), above, shape, generator=generator)
+    return (drawn if bounds is None else _reaching(drawn, low, high)).to(dtype)
+
+
+def _reaching(drawn: Tensor, low: float, high: float) -> Tensor:
+    """``drawn``, its least value at ``low`` and its largest at ``high``, in place: a stand-in that is saved again is
+    described as what it stands for.
+    """
+    if drawn.numel() > 1:
+        least, largest = int(drawn.argmin()), int(drawn.argmax())
+        drawn.view(-1)[least], drawn.view(-1)[largest if largest != least else -1 - least] = low, high
+    return drawn

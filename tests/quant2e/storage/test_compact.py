@@ -166,6 +166,85 @@ def test_only_the_forms_that_are_written_are_restored(make, restored):
     assert gm.get_buffer("z").numel() == (40 if restored else 1)
 
 
+class Sum(nn.Module):
+    """A buffer that the model itself computes with, in front of a quantized layer."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.of, self.layer = of, nn.Linear(64, 64)
+        self.register_buffer("position", torch.randn(1, 40, 64))
+
+    def forward(self, x):
+        return self.layer(self.of(self.position, x))
+
+
+@pytest.mark.parametrize("of", [
+    lambda position, x: position + x,
+    lambda position, x: aten.slice.Tensor(position + x, 1, 0, 20),
+])  # fmt: skip
+def test_what_a_model_computes_of_its_buffers_stays(of, tmp_path):
+    x = torch.randn(1, 40, 64)
+    model = quantize(Sum(of).eval(), (x,), X86InductorQuantizer().set_global("w8a8"), [(x,)], min_sqnr_db=None)
+    model.save(tmp_path / "model.pt2")
+    again = load(tmp_path / "model.pt2")
+    assert targets(again.module) == targets(model.module)
+    assert torch.equal(again.module.get_buffer("position"), model.module.get_buffer("position"))
+    assert torch.equal(again(x), model(x))
+
+
+def packed(place, leaf, low=-8, dtype=torch.int8, mask=15, shift=4):
+    parts = [
+        emit(place, aten.bitwise_and.Scalar, leaf, mask),
+        emit(place, aten.bitwise_right_shift.Tensor_Scalar, leaf, shift),
+    ]
+    wide = emit(place, aten.to.dtype, emit(place, aten.cat.default, parts, 0), dtype)
+    return emit(place, aten.add.Tensor, wide, low)
+
+
+@pytest.mark.parametrize(("make", "restored"), [
+    (packed, True),
+    (lambda place, leaf: packed(place, leaf, low=1 << 40), False),
+    (lambda place, leaf: packed(place, leaf, low=emit(place, aten.full.default, [3], 1)), False),
+    (lambda place, leaf: packed(place, leaf, dtype=torch.complex128), False),
+    (lambda place, leaf: packed(place, leaf, mask=7), False),
+    (lambda place, leaf: packed(place, leaf, shift=3), False),
+    (lambda place, leaf: emit(place, aten.add.Tensor, leaf, 1), False),
+    (lambda place, leaf: emit(place, aten.slice.Tensor, leaf, 0, 0, 3), False),
+    (lambda place, leaf: emit(place, aten.to.dtype, leaf, torch.float64), False),
+])  # fmt: skip
+def test_only_packed_bytes_are_unpacked(make, restored):
+    gm, _ = reader(torch.zeros(80, 3, dtype=torch.uint8))
+    dequantize = next(node for node in gm.graph.nodes if node.target is qd.dequantize_per_channel.default)
+    dequantize.replace_input_with(dequantize.args[0], make(dequantize, dequantize.args[0]))
+    assert restore_constants(gm) == restored
+    assert gm.get_buffer("w").shape == (160 if restored else 80, 3)
+
+
+@pytest.mark.parametrize("kind", ["read", "tied"])
+def test_bytes_that_something_else_reads_stay(kind):
+    gm, _ = reader(torch.zeros(80, 3, dtype=torch.uint8))
+    dequantize = next(node for node in gm.graph.nodes if node.target is qd.dequantize_per_channel.default)
+    dequantize.replace_input_with(dequantize.args[0], packed(dequantize, dequantize.args[0]))
+    if kind == "tied":
+        gm.register_buffer("v", gm.get_buffer("w"))
+    else:
+        emit(dequantize, aten.add.Tensor, gm.graph.create_node("get_attr", "w"), 1)
+    assert restore_constants(gm) == 0
+    assert gm.get_buffer("w").shape == (80, 3)
+
+
+def test_zero_points_are_repeated_once_for_a_tensor_of_scales():
+    """Else a small file gives as many tensors of that size as it has ops."""
+    gm = by_hand(lambda place, zero: emit(place, aten.repeat.default, zero, [40]))
+    dequantize = next(node for node in gm.graph.nodes if node.target is qd.dequantize_per_channel.default)
+    gm.register_buffer("z2", torch.ones(1, dtype=torch.int64))
+    with gm.graph.inserting_before(dequantize):
+        other = emit(dequantize, aten.repeat.default, gm.graph.get_attr("z2"), [40])
+    emit(dequantize, dequantize.target, *dequantize.args[:2], other, *dequantize.args[3:])
+    assert restore_constants(gm) == 1
+    assert gm.get_buffer("z").numel() + gm.get_buffer("z2").numel() == 41
+
+
 # ---------------------------------------------------------------------------------------------------------- whole files
 
 
