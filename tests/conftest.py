@@ -16,6 +16,8 @@ from quant2e.passes.runner import checking
 from tests.pass_checks import watch
 
 GOLDEN = Path(__file__).parent / "golden"
+LONG = Path(__file__).parent / "long_tests.txt"
+"""Tests that are marked slow because of what they were measured to take, cases of tables among them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="store what the tests produce under tests/golden/")
 
 
+def long_tests() -> list[str]:
+    """The tests of `LONG`, as pytest names them."""
+    lines = LONG.read_text(encoding="utf-8").splitlines()
+    return [line.split(maxsplit=1)[1] for line in lines if line and not line.startswith("#")]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    measured = frozenset(long_tests())
+    for item in items:
+        if item.nodeid in measured:
+            item.add_marker("slow")
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler:
         return

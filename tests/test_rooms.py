@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "quant2e": (
-        "stages",
         "errors",
+        "stages",
         "files",
         "checksum",
         "cpu",
