@@ -53,7 +53,7 @@ from quant2e.graph.effects import is_in_place
 from quant2e.isolation import quietly, tracing
 from quant2e.passes import Pass
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
-from quant2e.stages import stage
+from quant2e.stages import quiet_where_told, stage
 
 FORWARD = "forward"
 """Name of the method of a program made of one model."""
@@ -86,6 +86,7 @@ class _Prepared:
     state: State
 
 
+@quiet_where_told
 @stage("lower to ExecuTorch")
 @tracing()
 def to_executorch(
@@ -96,6 +97,7 @@ def to_executorch(
     partitioners: Sequence[Any] | None = None,
     verify: bool = True,
     verify_inputs: Iterable[Any] = (),
+    progress: bool | None = None,  # noqa: ARG001  # read by the decorator
 ) -> ExecuTorchProgram:
     """Lower a Q/DQ graph to an ExecuTorch program.
 
@@ -112,7 +114,7 @@ def to_executorch(
     ``verify``: run the program in the runtime on the example inputs, also with the smallest and largest sizes that
     vary, and on ``verify_inputs``, and compare it with the Q/DQ graph. Raises `LoweringError` when ExecuTorch is
     missing, when the graph holds what the target cannot run, when an op has no kernel in the runtime, and when the
-    program disagrees with its graph.
+    program disagrees with its graph. ``progress``: False shows no stages on a terminal (see `quant2e.stages`).
     """
     given = {
         "example_inputs": example_inputs,

@@ -37,7 +37,7 @@ from lowering.state import State
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.isolation import tracing
-from quant2e.stages import stage
+from quant2e.stages import quiet_where_told, stage
 
 
 class InductorPackage(LoweredProgram[InductorReport]):
@@ -86,6 +86,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
             shutil.copyfile(self.path, part)
 
 
+@quiet_where_told
 @stage("package with Inductor")
 @tracing()
 def package_inductor(
@@ -97,6 +98,7 @@ def package_inductor(
     verify: bool = True,
     verify_inputs: Iterable[Any] = (),
     engines: Engines = "measured",
+    progress: bool | None = None,  # noqa: ARG001  # read by the decorator
 ) -> InductorPackage:
     """Compile a quantized model ahead of time into a file for ``torch._inductor.aoti_load_package``.
 

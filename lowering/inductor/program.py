@@ -27,7 +27,7 @@ from lowering.state import State, state_of
 from quant2e.errors import LoweringError
 from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import tracing
-from quant2e.stages import stage
+from quant2e.stages import quiet_where_told, stage
 
 LOG = logging.getLogger(f"quant2e.{__name__}")
 
@@ -125,6 +125,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
         return compile_flat(self._rewritten.flat(self._signature), inputs.values, inspect)
 
 
+@quiet_where_told
 @stage("compile with Inductor")
 @tracing()
 def to_inductor(
@@ -135,6 +136,7 @@ def to_inductor(
     verify: bool = True,
     verify_inputs: Iterable[Any] = (),
     engines: Engines = "measured",
+    progress: bool | None = None,  # noqa: ARG001  # read by the decorator
 ) -> InductorProgram:
     """Compile a quantized model with Inductor.
 
@@ -145,7 +147,7 @@ def to_inductor(
     when they differ by more than `BOUND` allows.
     ``engines``: what computes each product. ``"measured"`` times the engines on each shape, on this machine;
     ``"onednn"`` and ``"float"`` are one engine for all; a dict from op names to engines decides for those ops.
-    The report has the choices and the times.
+    The report has the choices and the times. ``progress``: False shows no stages on a terminal (see `quant2e.stages`).
 
     The model is left as it is, and so is every setting of torch: Inductor's flags are set for the compilations alone.
     Raises `LoweringError` when the graph cannot be compiled, or computes something else once it is.

@@ -40,7 +40,7 @@ from quant2e.graph.mutation import first_writer, written_attributes
 from quant2e.graph.qdq_ops import CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE
 from quant2e.isolation import quietly, tracing
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
-from quant2e.stages import stage
+from quant2e.stages import quiet_where_told, stage
 
 OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
 """What to do with a wrong file, where no op is to blame that could be left in float."""
@@ -48,6 +48,7 @@ OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
 _PROTOBUF_LIMIT = 2**31 - 1
 
 
+@quiet_where_told
 @stage("lower to ONNX")
 @tracing()
 def to_onnx(
@@ -60,6 +61,7 @@ def to_onnx(
     opset: int = OPSET,
     verify: bool = True,
     verify_inputs: Iterable[Any] = (),
+    progress: bool | None = None,  # noqa: ARG001  # read by the decorator
 ) -> OnnxProgram:
     """Write a Q/DQ graph as an ONNX file with QuantizeLinear and DequantizeLinear.
 
@@ -72,7 +74,8 @@ def to_onnx(
     onnxruntime on the example inputs, also with the smallest and largest sizes that vary, and on ``verify_inputs``,
     compare it with the Q/DQ graph, and list what ran on integers.
     A graph that takes or returns integers becomes a file that does; its metadata has their parameters, named as in a
-    ``.pte`` file: ``forward_input0_scale`` and so on.
+    ``.pte`` file: ``forward_input0_scale`` and so on. ``progress``: False shows no stages on a terminal (see
+    `quant2e.stages`).
 
     Raises `LoweringError`, before a file is written, when onnx, onnxscript or onnxruntime is missing, when the graph
     cannot be exported or held by the target, and when the file does not compute what its graph says.

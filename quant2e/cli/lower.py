@@ -40,8 +40,6 @@ that computes something else is not written. Lower for the target that the model
 def lower_file(model: Path, target: str, output: Path, no_verify: bool, **data: Any) -> VerbResult:
     """Make a program of a quantized model, and verify it."""
     check_program_path(output, target)
-    if output.exists() and output.samefile(model):
-        raise click.UsageError(f"--output is the model itself, {model}: give the program another name")
     if no_verify and data["data"] is not None:
         raise click.UsageError("--data is what the program is compared on, and --no-verify says not to compare it")
     from quant2e.cli.inputs.models import read_quantized_model

@@ -78,8 +78,6 @@ def quantize_file(
         raise click.UsageError("nothing to write: give --output FILE.pt2, --program FILE, or both")
     if program is not None:
         check_program_path(program, target)
-        if output == program:
-            raise click.UsageError(f"--output and --program are both {program}: give them different names")
     if max_drop is not None and evaluate is None:
         raise click.UsageError("--max-drop goes with --evaluate, the function that returns the metric")
     import quant2e

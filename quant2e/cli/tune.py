@@ -91,8 +91,6 @@ def tune_file(
         raise click.UsageError(f"--max-drop {max_drop:g} is more than all of the metric: 0.5%, or --absolute")
     if program is not None:
         check_program_path(program, target)
-        if output == program:
-            raise click.UsageError(f"--output and --program are both {program}: give them different names")
     import quant2e
     from quant2e.cli.inputs.models import read_float_model
     from quant2e.cli.inputs.taken import Taken

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import click
 
+from quant2e.cli.inputs.arguments import refuse_overwriting
 from quant2e.stages import quiet_progress
 
 _COMMON = (
@@ -60,6 +61,7 @@ class Verb(click.Command):
     def invoke(self, ctx: click.Context) -> int:
         as_json, quiet, verbose, traceback = (ctx.params.pop(name) for name in _NAMES)
         try:
+            refuse_overwriting(self.params, ctx.params)
             with _process(as_json=as_json, quiet=quiet, verbose=verbose):
                 outcome = super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit) as error:

@@ -157,3 +157,17 @@ def test_who_hears_of_progress(terminal):
     for call in (heard, lambda progress: quant2e.calibrate(prepared, data, progress=progress)):
         with pytest.raises(Quant2eError, match="progress is a int: False, or a function"):
             call(5)
+
+
+@pytest.mark.parametrize("name", ["to_executorch", "to_inductor", "package_inductor", "to_onnx"])
+def test_every_lowering_is_quiet_when_told(terminal, name):
+    import lowering
+
+    lower = getattr(lowering, name)
+    arguments = {"path": "nowhere/a.txt"} if "path" in lower.__annotations__ else {}
+    with pytest.raises(quant2e.Quant2eError):
+        lower(None, progress=False, **arguments)
+    assert terminal.getvalue() == ""
+    with pytest.raises(quant2e.Quant2eError):
+        lower(None, **arguments)
+    assert terminal.getvalue() != ""

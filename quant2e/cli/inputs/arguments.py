@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,10 @@ class OutputFile(_Type):
             self.fail(f"{path} does not end in {' or '.join(self._suffixes)}")
         if not path.parent.is_dir():
             self.fail(f"there is no folder {path.parent} to write {path.name} to")
+        if path.exists() and not path.is_file():
+            self.fail(f"{path} is there and is no file, so that none can be written in its place")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            self.fail(f"{path} cannot be written: permission denied")
         return path
 
 
@@ -161,3 +167,30 @@ class ImageSize(_Type):
         if found is None:
             self.fail(f"{value!r} is no size of images: 224, or height x width as in 240x320")
         return int(found[1]), int(found[2] or found[1])
+
+
+def refuse_overwriting(params: Iterable[click.Parameter], values: Mapping[str, Any]) -> None:
+    """Raise a usage error where a file that is to be written is one that is read, or that is written twice.
+
+    ``params``: of a command; ``values``: of its arguments, by name. Paths are compared as files, however spelled.
+    """
+    read: list[tuple[str, Path]] = []
+    written: list[tuple[str, Path]] = []
+    for param in params:
+        value = values.get(param.name or "")
+        paths = [Path(one) for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, str | Path)]
+        label = max(param.opts, key=len) if param.param_type_name == "option" else (param.metavar or str(param.name))
+        if isinstance(param.type, OutputFile):
+            written += [(label, path) for path in paths]
+        elif isinstance(param.type, Existing | DataSource):
+            read += [(label, path) for path in paths]
+    for index, (label, path) in enumerate(written):
+        for other, taken in (*read, *written[:index]):
+            if _same_file(path, taken):
+                raise click.UsageError(f"{label} and {other} are both {taken}: give what is written another name")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return one.samefile(other)
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -78,6 +78,8 @@ def read_data(path: Path, taken: Taken, batch_size: int | None, images: Preproce
         )
     arrays, notes = _matched(_arrays(path), taken, str(path))
     counts = {len(array) if array.dim() else 0 for array in arrays}
+    if counts == {0} and all(array.dim() for array in arrays):
+        raise CalibrationError(f"{path} holds no sample: the first axis of every array counts them, and is 0")
     if len(counts) != 1 or 0 in counts:
         sizes = ", ".join(f"{one.name} {list(array.shape)}" for one, array in zip(taken.tensors, arrays, strict=True))
         raise CalibrationError(
@@ -114,14 +116,17 @@ def _arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _matched(arrays: Mapping[str, Tensor], taken: Taken, what: str) -> tuple[list[Tensor], list[str]]:
-    """One array for each input, by name or else in their order, with its dtype; and what is to be said of that."""
+    """One array for each input, with its dtype; and what is to be said of that.
+
+    By name, or in their order where no name is that of an input: one that is would be given to another input then.
+    """
     names = [one.name for one in taken.tensors]
     notes = []
     if all(name in arrays for name in names):
         found = [arrays[name] for name in names]
         if left := [name for name in arrays if name not in names]:
             notes.append(f"left out, as the model does not take them: {', '.join(left)}")
-    elif len(arrays) == len(names):
+    elif len(arrays) == len(names) and not any(name in arrays for name in names):
         found = list(arrays.values())
         pairs = ", ".join(f"{theirs} → {ours}" for theirs, ours in zip(arrays, names, strict=True) if theirs != ours)
         notes.append(f"arrays in the order of the inputs: {pairs}")

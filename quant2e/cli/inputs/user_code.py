@@ -25,7 +25,7 @@ def user_function(place: str) -> Callable[..., Any]:
             if error.name and not f"{name}.".startswith(f"{error.name}."):
                 raise Quant2eError(f"{place}: importing {name} needs {error.name}, which is not installed") from error
             raise Quant2eError(f"{place}: there is no module {name!r} here or on PYTHONPATH") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # its exit code is not that of the verb
             raise Quant2eError(f"{place}: importing {name} failed with {_said(error)}") from error
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -42,13 +42,13 @@ def _named(place: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 return function(*args)
         except Quant2eError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # its exit code is not that of the verb
             raise Quant2eError(f"{place} failed with {_said(error)} (--traceback shows where)") from error
 
     return call
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
 
 

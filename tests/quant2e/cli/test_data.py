@@ -97,12 +97,20 @@ def test_folders_of_arrays(tmp_path):
         ({"a": np.zeros((4, 2)), "b": np.zeros(4)}, "holds a, b, and the model takes 'input': float32"),
         ({"input": np.zeros((1, 2), np.float32)}, r"holds 1 sample\(s\), and the model takes 2 at a time"),
         ({"input": np.zeros((), np.float32)}, "the first axis of every array counts the samples"),
+        ({"input": np.zeros((0, 2), np.float32)}, "holds no sample"),
     ],
 )
 def test_arrays_that_the_model_does_not_take(tmp_path, arrays, said):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(CalibrationError, match=said):
         read_data(tmp_path / "x.npz", taken(nn.Identity(), torch.zeros(2, 2)), None, NO_IMAGES)
+
+
+def test_an_array_is_never_given_to_another_input_than_that_of_its_name(tmp_path):
+    model = taken(TwoInputs(), torch.zeros(2, 3), torch.zeros(2, 3))
+    np.savez(tmp_path / "x.npz", mask=np.ones((4, 3), np.float32), tokens=np.zeros((4, 3), np.float32))
+    with pytest.raises(CalibrationError, match="holds mask, tokens, and the model takes 'ids'.*: no array for ids"):
+        read_data(tmp_path / "x.npz", model, None, NO_IMAGES)
 
 
 def test_other_refusals(tmp_path):

@@ -23,6 +23,9 @@ def nothing():
 def fails():
     return 1 // 0
 
+def leaves():
+    raise SystemExit(0)
+
 def metric(model):
     with torch.no_grad():
         return float(model(torch.ones(2, 8)).abs().mean())
@@ -76,6 +79,7 @@ def test_a_model_of_the_users_code(code):
     [
         ("built:nothing", "built:nothing returned a Linear: return (model, example_inputs)"),
         ("built:fails", "built:fails failed with ZeroDivisionError"),
+        ("built:leaves", "built:leaves failed with SystemExit: 0"),
         ("built:gone", "built:gone: built has no function 'gone'"),
         ("gone:build", "gone:build: there is no module 'gone' here or on PYTHONPATH"),
     ],

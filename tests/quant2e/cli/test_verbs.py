@@ -77,13 +77,19 @@ def test_the_list_of_verbs_is_whole(capsys):
         (["quantize", "{model}", "--target", "x86", "-o", "a.pt2", "--image-size", "0x4"], "is no size of images"),
         (["quantize", "{model}", "--target", "x86", "-o", "a.pt2", "--data", "no"], "there is no file or folder no"),
         (["quantize", "{model}", "--target", "x86", "-o", "a.pt2", "--data", "{model}"], "is a .npz or .safetensors"),
-        (["lower", "{model}", "--target", "x86", "-o", "{model}"], "--output is the model itself"),
+        (["lower", "{model}", "--target", "x86", "-o", "{model}"], "--output and MODEL_INT8.pt2 are both"),
+        (["quantize", "{model}", "--target", "x86", "-o", "{folder}/../{folder.name}/model.pt2"], "and MODEL are both"),
+        (["quantize", "{model}", "--target", "x86", "-o", "a.pt2", "--program", "./a.pt2"], "are both a.pt2"),
+        (["tune", "{model}", "--target", "x86", "--evaluate", "m:f", "-o", "{model}"], "and MODEL are both"),
+        (["quantize", "{model}", "--target", "x86", "-o", "{there}"], "is there and is no file"),
         (["inspect", "weights.pth"], "there is no file weights.pth"),
     ],
 )
 def test_wrong_arguments(capsys, monkeypatch, tmp_path, folder, arguments, said):
     monkeypatch.chdir(tmp_path)
-    names = {"model": folder / "model.pt2", "calib": folder / "calib.npz"}
+    there = tmp_path.with_suffix(".pt2")
+    there.mkdir()
+    names = {"model": folder / "model.pt2", "calib": folder / "calib.npz", "folder": folder, "there": there}
     assert main([argument.format(**names) for argument in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
