@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from types import FunctionType
+from typing import TYPE_CHECKING
 
-from torch.fx import Node
+if TYPE_CHECKING:  # the command line needs errors before it needs torch
+    from torch.fx import Node
 
 
 class Quant2eError(RuntimeError):

@@ -120,11 +120,15 @@ def heard(progress: F | bool | None) -> F | None:
 
 
 def quiet_where_told(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function with a keyword ``progress=``: it shows no stages where that is False, or the user's own."""
+    """Decorates a function with a keyword ``progress=``: it shows no stages where that is False, or the user's own.
+
+    Calls raise as `heard`.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if kwargs.get("progress") in (None, True):
+        told: Any = kwargs.get("progress")
+        if heard(told) is None and told is not False:
             return function(*args, **kwargs)
         with quiet_progress():
             return function(*args, **kwargs)
