@@ -1,7 +1,7 @@
 # Needs Python 3.11 and make; everything else comes from the package index.
 #
 #   make demo    environment, install, and the main job: a real transformer and a real CNN become int8 programs
-#   make test    environment, install, lint, types and tests; at most a quarter of an hour on two cores
+#   make test    environment, install, lint, types and tests; about a quarter of an hour on two cores
 #
 # Both are idempotent. The environment is built once and again only when pyproject.toml changes.
 
