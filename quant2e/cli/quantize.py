@@ -20,7 +20,7 @@ from quant2e.cli.options import (
     recipe_option,
     target_option,
 )
-from quant2e.cli.targets import also_written, check_program_path, lowered, quantizer_of
+from quant2e.cli.targets import check_program_path, quantizer_of, written
 from quant2e.cli.verb import VerbResult, verb
 
 _EXAMPLE = """
@@ -99,19 +99,12 @@ def quantize_file(
         max_drop=max_drop,
         min_sqnr_db=min_sqnr,
     )
-    if output is not None:
-        result.save(output)
-    text = [repr(result)]
+    files = written(result, output, target, program)
     shown: list[Any] = [result.report]
     found: dict[str, Any] = {"report": result.report.as_dict(), "data": None if batches is None else batches.as_dict()}
-    if output is not None:
-        text.append(f"wrote {output} ({output.stat().st_size:,} bytes)")
-        found["output"] = str(output)
-    if program is not None:
-        with also_written(output):
-            made = lowered(target, result, program, verify=True, data=())
-        text += [repr(made), f"wrote {program} ({program.stat().st_size:,} bytes)"]
-        found |= {"program": str(program), "program_report": made.report.as_dict()}
-        shown.append(made.report)
-    text += page_written(html, *shown)
+    found |= files.files
+    if files.program_report is not None:
+        found["program_report"] = files.program_report.as_dict()
+        shown.append(files.program_report)
+    text = [repr(result), *files.lines, *page_written(html, *shown)]
     return VerbResult(text="\n".join(text), data=found)

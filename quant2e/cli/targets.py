@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,17 +90,41 @@ def lowered(target: str, model: Any, path: Path, *, verify: bool, data: Any) -> 
     return program
 
 
-@contextmanager
-def also_written(output: Path | None) -> Iterator[None]:
-    """An error of the lowering says that the quantized model, which took longer, is there."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What was written: ``lines`` for people, ``files`` by what they are, and the report of the program, if one was."""
+
+    lines: list[str]
+    files: dict[str, str]
+    program_report: Any = None
+
+
+def written(model: Any, output: Path | None, target: str, program: Path | None) -> Written:
+    """Write a quantized model to ``output``, and its program, verified, to ``program``; either where it is given.
+
+    An error of the lowering says that the quantized model, which took longer, is there.
+    """
     from quant2e.errors import LoweringError
 
+    found = Written(lines=[], files={})
+    if output is not None:
+        model.save(output)
+        found.lines.append(_size(output))
+        found.files["output"] = str(output)
+    if program is None:
+        return found
     try:
-        yield
+        made = lowered(target, model, program, verify=True, data=())
     except LoweringError as error:
         if output is None:
             raise
         raise LoweringError(f"{error}. The quantized model is written: {output}") from error
+    lines, files = [*found.lines, repr(made), _size(program)], {**found.files, "program": str(program)}
+    return Written(lines=lines, files=files, program_report=made.report)
+
+
+def _size(path: Path) -> str:
+    return f"wrote {path} ({path.stat().st_size:,} bytes)"
 
 
 def check_program_path(path: Path, target: str) -> None:

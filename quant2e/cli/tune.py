@@ -21,7 +21,7 @@ from quant2e.cli.options import (
     recipe_option,
     target_option,
 )
-from quant2e.cli.targets import also_written, check_program_path, lowered, quantizer_of
+from quant2e.cli.targets import check_program_path, quantizer_of, written
 from quant2e.cli.verb import VerbResult, verb
 
 _EXAMPLE = """
@@ -116,17 +116,7 @@ def tune_file(
         timeout=timeout,
         storage=storage,
     )
-    text: list[str] = [repr(found)]
-    written: dict[str, str] = {}
-    if output is not None:
-        found.model.save(output)
-        text.append(f"wrote {output} ({output.stat().st_size:,} bytes)")
-        written["output"] = str(output)
-    if program is not None:
-        with also_written(output):
-            made = lowered(target, found.model, program, verify=True, data=())
-        text += [repr(made), f"wrote {program} ({program.stat().st_size:,} bytes)"]
-        written["program"] = str(program)
-    text += page_written(html, found.model.report, found)
+    files = written(found.model, output, target, program)
+    text = [repr(found), *files.lines, *page_written(html, found.model.report, found)]
     failure = "" if found.met else f"no mix that was tried keeps the goal ({found.goal})"
-    return VerbResult(text="\n".join(text), data={**found.as_dict(), **written}, failure=failure)
+    return VerbResult(text="\n".join(text), data={**found.as_dict(), **files.files}, failure=failure)
