@@ -26,7 +26,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from quant2e.accuracy.op_groups import OpGroup, op_groups, rounded_without
-from quant2e.accuracy.output_error import outputs_of, powers
+from quant2e.accuracy.output_error import powers
+from quant2e.accuracy.output_evaluation import OutputEvaluation
 from quant2e.accuracy.simulated import SimulatedGraph
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.calibration.batches import check_batch, check_count, check_iterable
@@ -211,7 +212,7 @@ def sensitivity(
     groups = op_groups(simulated, record_of(prepared).report)
     if not groups:
         raise Quant2eError("no op of this model is quantized: there is nothing to measure")
-    evaluate = _Evaluation(simulated, calls)
+    evaluate = OutputEvaluation(simulated, calls)
     whole = evaluate.sqnr(rounded_without(groups, ()))
     rows = _by_gradient(simulated, groups, calls) if method == "gradient" else _by_toggling(evaluate, groups)
     rows = sorted(rows, key=lambda row: row.sqnr_db_alone)
@@ -233,42 +234,7 @@ def _prepared(model: Any, example_inputs: Any) -> GraphModule:
     return model
 
 
-class _Evaluation:
-    """SQNR at the output of a simulated graph, for any set of rounded points."""
-
-    def __init__(self, simulated: SimulatedGraph, calls: Sequence[Call]) -> None:
-        self._simulated = simulated
-        self._calls = calls
-        with simulated.rounding(()):
-            self._wanted = self._outputs()
-        if not any(self._wanted):
-            raise Quant2eError(
-                "this model has no float output, so nothing can be measured at it: return what comes before the index"
-            )
-
-    def _outputs(self) -> list[list[Tensor]]:
-        """The float outputs of each item of data, from the same state and with the same random numbers each time."""
-        self._simulated.start_again()
-        randomness = IsolatedRandomness()
-        return [_outputs(self._simulated, call, randomness) for call in self._calls]
-
-    def sqnr(self, points: frozenset[Node]) -> float:
-        """In dB, against the graph with no point rounded."""
-        signal = noise = 0.0
-        with self._simulated.rounding(points):
-            for wanted, found in zip(self._wanted, self._outputs(), strict=True):
-                for exact, got in zip(wanted, found, strict=True):
-                    s, n = powers(exact, got)
-                    signal, noise = signal + s, noise + n
-        return sqnr_db(signal, noise)
-
-
-def _outputs(model: SimulatedGraph, call: Call, randomness: IsolatedRandomness) -> list[Tensor]:
-    leaves = outputs_of(model, call, randomness)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _by_toggling(evaluate: _Evaluation, groups: Sequence[OpGroup]) -> list[GroupSensitivity]:
+def _by_toggling(evaluate: OutputEvaluation, groups: Sequence[OpGroup]) -> list[GroupSensitivity]:
     return [
         GroupSensitivity(
             group.ops,

@@ -9,6 +9,7 @@ from quant2e.accuracy.algorithms.awq import Awq, awq
 from quant2e.accuracy.algorithms.channels.scaling import channels_left
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias, correct_bias
 from quant2e.accuracy.algorithms.equalize import Equalize, equalize
+from quant2e.accuracy.algorithms.fit_activation_ranges import FittedActivationRanges, fit_activation_ranges
 from quant2e.accuracy.algorithms.fit_weight_ranges import FittedWeightRanges, fit_weight_ranges
 from quant2e.accuracy.algorithms.gptq import GPTQ, gptq
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm, reestimate_batch_norm
@@ -27,6 +28,7 @@ __all__ = [
     "Context",
     "CorrectBias",
     "Equalize",
+    "FittedActivationRanges",
     "FittedWeightRanges",
     "ReestimateBatchNorm",
     "Smooth",
@@ -36,6 +38,7 @@ __all__ = [
     "channels_left",
     "correct_bias",
     "equalize",
+    "fit_activation_ranges",
     "fit_weight_ranges",
     "gptq",
     "read_algorithms",

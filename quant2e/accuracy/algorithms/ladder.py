@@ -33,6 +33,12 @@ def without_integer_activations(prepared: GraphModule) -> str:
     return "" if kinds & {STATIC, DYNAMIC} else "no activation is quantized"
 
 
+def without_static_activations(prepared: GraphModule) -> str:
+    """A reason where no op computes on activations whose ranges are known beforehand."""
+    static = any(verdict.kind == STATIC for verdict in record_of(prepared).report.verdicts)
+    return "" if static else "no activation has a range that was calibrated"
+
+
 def without_linears(prepared: GraphModule) -> str:
     """A reason where no linear computes on quantized activations: divisions are put in front of those."""
     targets = {node.target for _, graph in graphs_of(prepared) for node in graph.graph.nodes}
@@ -62,6 +68,7 @@ LADDER: tuple[tuple[AlgorithmItem, Callable[[GraphModule], str]], ...] = (
     ("smooth_sums", without_integer_activations),
     ({"smooth": {"insert": True}}, without_linears),
     ("awq", with_integer_activations),
+    ("fit_activation_ranges", without_static_activations),
     ("fit_weight_ranges", without_weights),
     ("gptq", without_weights),
     ("correct_bias", without_weights),

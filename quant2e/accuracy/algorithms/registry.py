@@ -16,6 +16,7 @@ from quant2e.accuracy.algorithms.algorithm import Algorithm
 from quant2e.accuracy.algorithms.awq import Awq
 from quant2e.accuracy.algorithms.correct_bias import CorrectBias
 from quant2e.accuracy.algorithms.equalize import Equalize
+from quant2e.accuracy.algorithms.fit_activation_ranges import FittedActivationRanges
 from quant2e.accuracy.algorithms.fit_weight_ranges import FittedWeightRanges
 from quant2e.accuracy.algorithms.gptq import GPTQ
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm
@@ -29,6 +30,7 @@ _CLASSES: tuple[type[Algorithm], ...] = (
     Smooth,
     SmoothSums,
     Awq,
+    FittedActivationRanges,
     FittedWeightRanges,
     GPTQ,
     AdaptiveRounding,
