@@ -5,9 +5,9 @@ In: an ``nn.Module``, an ``ExportedProgram`` or a captured graph. Out: a Q/DQ gr
 `quantize` does it in one call; `capture`, `prepare_pt2e`, `calibrate` and `convert_pt2e` are its steps.
 
 `quant2e.pt2e` holds what scripts written for PT2E need besides, `quant2e.pytorch_quantization` NVIDIA's descriptors,
-`quant2e.training` what training needs, `quant2e.integer` the integer form, `quant2e.accuracy.algorithms` what mends
-accuracy, and `quant2e.signature_types` what only annotations name; all of their names can be imported from here as
-well.
+`quant2e.training` what training needs, `quant2e.weights` weights that stay in their files, `quant2e.integer` the
+integer form, `quant2e.accuracy.algorithms` what mends accuracy, and `quant2e.signature_types` what only annotations
+name; all of their names can be imported from here as well.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quant2e.pytorch_quantization import *
     from quant2e.signature_types import *
     from quant2e.training import *
+    from quant2e.weights import *
 
     __version__: str
 else:

@@ -72,6 +72,7 @@ _ELSEWHERE = (
     "quant2e.accuracy.algorithms",
     "quant2e.pt2e",
     "quant2e.training",
+    "quant2e.weights",
     "quant2e.pytorch_quantization",
 )
 """Public modules whose names can be imported from ``quant2e`` as well, which does not list them."""

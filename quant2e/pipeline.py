@@ -45,6 +45,7 @@ from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import BAD_SQNR_DB, Report
 from quant2e.stages import heard, quiet_where_told
+from quant2e.stored_tensor import read_stored
 
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
@@ -134,6 +135,8 @@ def quantize(
         _check_algorithms(encodings, ())
     attempts, enough_db = attempts_of(algorithms), ENOUGH_DB if algorithms == "auto" else math.inf
     captured, given, shapes = capture_call(model, example_inputs, kwargs, dynamic_shapes, dynamic_batch)
+    if attempts:
+        read_stored(captured)  # algorithms change weights, and keep what they have changed
     prepared = prepare_pt2e(captured, quantizer)
     report = record_of(prepared).report
     if report.quantized_ops == 0 and not allow_unquantized:

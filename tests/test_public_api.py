@@ -27,6 +27,7 @@ PUBLIC = (
     "quant2e.pytorch_quantization",
     "quant2e.signature_types",
     "quant2e.training",
+    "quant2e.weights",
     "lowering.language_models",
     "quantizers.conformance",
 )

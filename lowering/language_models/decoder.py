@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 from quant2e.errors import CaptureError, Quant2eError
 from quant2e.graph.captured.capture import capture
 from quant2e.graph.mutation import written_attributes
+from quant2e.passes.fold_weights import weights_in_memory_once
 from quant2e.pipeline import quantize
 from quant2e.quantized_model import QuantizedModel
 
@@ -167,6 +168,10 @@ class Decoder:
         ``options``: as `quant2e.quantize` takes them. Where caches become integers (``set_buffer``) prompts go through
         ``decode``, since the two graphs would round keys differently. Raises what `quant2e.quantize` does.
         """
+        with weights_in_memory_once():
+            return self._quantized(quantizer, prompts, **options)
+
+    def _quantized(self, quantizer: Any, prompts: Iterable[Tensor], **options: Any) -> Decoder:
         prompts = [prompt[:, : self.max_length] for prompt in prompts]
         token, start = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0])
         decode = quantize(self.decode, (token, start), quantizer, list(_steps(prompts)) or None, **options)
@@ -241,12 +246,16 @@ def _continue(decode: Any, prefill: Any) -> None:
 
 
 def _share_equal(module: GraphModule, other: GraphModule) -> None:
-    """Let ``module`` hold the buffers of ``other`` where the two are equal and neither graph writes them."""
+    """Let ``module`` hold the tensors of ``other`` where the two are equal and neither graph writes them."""
     kept = {**written_attributes(module), **written_attributes(other)}
-    theirs = dict(other.named_buffers())
-    for path, value in list(module.named_buffers()):
-        twin = theirs.get(path)
-        same = twin is not None and path not in kept and twin.dtype == value.dtype and torch.equal(twin, value)
-        if same:
-            prefix, _, name = path.rpartition(".")
-            module.get_submodule(prefix)._buffers[name] = twin
+    for mine, theirs, table in (
+        (module.named_parameters(remove_duplicate=False), dict(other.named_parameters()), "_parameters"),
+        (module.named_buffers(remove_duplicate=False), dict(other.named_buffers()), "_buffers"),
+    ):
+        for path, value in list(mine):
+            twin = theirs.get(path)
+            if twin is None or twin is value or path in kept or twin.dtype != value.dtype:
+                continue
+            if twin.shape == value.shape and torch.equal(twin, value):
+                prefix, _, name = path.rpartition(".")
+                getattr(module.get_submodule(prefix), table)[name] = twin

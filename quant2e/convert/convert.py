@@ -47,6 +47,7 @@ from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import FLOAT, tensor_bytes, with_body
 from quant2e.report.weight_reads import weight_reads
 from quant2e.stages import stage
+from quant2e.stored_tensor import read_stored
 
 
 def convert_pt2e(
@@ -138,6 +139,7 @@ def converted_graph(
     run(gm, (split_dequantize, *fold, remove_dead_code, prune_unused_attributes), compiled=False)
     if trained:
         own_tensors(gm, trainable=False)  # training may go on, in tensors that are the prepared model's
+    read_stored(gm)  # what stays float
     gm.recompile()
     for module in gm.modules():
         module.training = False  # as the graph is, whatever rebuilt it set

@@ -21,6 +21,7 @@ from quant2e.graph.attributes import attribute
 from quant2e.graph.control_flow import has_bodies
 from quant2e.graph.effects import is_deterministic, writes
 from quant2e.graph.mutation import Storage, all_observed_writes, observed_writes, storage_of, storages
+from quant2e.stored_tensor import in_memory
 
 
 class Cause(StrEnum):
@@ -119,14 +120,15 @@ def _own_cause(node: Node) -> Cause | None:
 def evaluate(gm: GraphModule, node: Node, values: dict[Node, Any] | None = None) -> Any:
     """Value of a constant node (see `Constants`): usually a tensor, without gradient history.
 
-    A node that only reads an attribute gives the attribute itself, not a copy. Draws no random numbers.
+    A node that only reads an attribute gives the attribute itself, not a copy, or what its file holds where it is a
+    `StoredTensor`. Draws no random numbers.
     ``values`` keeps results between calls. Raises `PassError` when the node is not constant.
     """
     known: dict[Node, Any] = {} if values is None else values
     with torch.inference_mode(False), torch.no_grad():
         for step in _ancestors(node, known):
             if step.op == "get_attr":
-                known[step] = attribute(gm, str(step.target))
+                known[step] = in_memory(attribute(gm, str(step.target)))
             elif is_deterministic(step) and callable(step.target) and not observed_writes(step):
                 known[step] = _call(step, known)
             else:

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from quant2e.graph.attributes import attribute
 from quant2e.graph.effects import aliases, is_view, writes
+from quant2e.stored_tensor import StoredTensor
 
 Storage = tuple[str, Any] | Node
 """What tells one piece of memory from another: a tensor's storage, or the node that allocated it."""
@@ -36,7 +37,7 @@ def storage_of(node: Node, known: Mapping[Node, frozenset[Storage]]) -> frozense
 
 
 def _storage(tensor: Tensor) -> Storage:
-    real = tensor.layout == torch.strided and not isinstance(tensor, FakeTensor)
+    real = tensor.layout == torch.strided and not isinstance(tensor, FakeTensor | StoredTensor)
     pointer = tensor.untyped_storage().data_ptr() if real else 0
     return ("storage", pointer) if pointer else ("tensor", id(tensor))
 

@@ -7,7 +7,9 @@ The float copy goes as soon as nothing else reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverloadPacket
 from torch.fx import GraphModule, Node
 
+from quant2e.graph.attributes import tensor_at
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import QUANTIZE, qd
@@ -75,6 +78,36 @@ def _parameters_by_row(target: Any, given: Sequence[Any]) -> bool:
     return target is qd.quantize_per_channel_group.default
 
 
+_KNOWN: ContextVar[list[tuple[Any, Tensor, list[Any], Tensor]] | None] = ContextVar("known weights", default=None)
+
+
+@contextmanager
+def weights_in_memory_once() -> Iterator[None]:
+    """Graphs that are converted inside, one after the other, and quantize one parameter equally, hold one weight."""
+    token = _KNOWN.set([])
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def _weight(gm: GraphModule, node: Node) -> Tensor:
+    """As `_integers`; a tensor of `weights_in_memory_once` where there is one."""
+    known, parameter = _KNOWN.get(), tensor_at(gm, node.args[0])
+    if known is None or parameter is None:
+        return _integers(gm, node)
+    others = [evaluate(gm, arg) if isinstance(arg, Node) else arg for arg in (*node.args[1:], *node.kwargs.values())]
+    for target, other, given, integers in known:
+        if target is node.target and other is parameter and all(map(_equal, given, others)):
+            return integers
+    known.append((node.target, parameter, others, made := _integers(gm, node)))
+    return made
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else bool(one == other)
+
+
 def fold_weights(gm: GraphModule) -> int:
     """Evaluate every quantize op on a constant and keep its integers as a buffer; returns how many."""
     constants = Constants(gm.graph)
@@ -82,7 +115,7 @@ def fold_weights(gm: GraphModule) -> int:
     for node in list(gm.graph.nodes):
         if node not in constants or not is_quantize(node):
             continue
-        value = _integers(gm, node)
+        value = _weight(gm, node)
         integers = emit_constant(gm, node, f"{attribute_path(node)}_quantized", value)
         integers.meta = {**node.meta, "val": integers.meta["val"]}  # the same tensor, not one of its own
         replace(node, integers)

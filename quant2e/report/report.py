@@ -29,6 +29,7 @@ from quant2e.report.report_page import explorer_nodes, flow_of_ops, table_of_ops
 from quant2e.report.summary import NOTES_SHOWN, summary
 from quant2e.report.tensor_range import MOST_TENSORS, TensorRange
 from quant2e.report.verdict import DYNAMIC, FLOAT, FOLDED, KINDS, STATIC, WEIGHT_ONLY, Verdict
+from quant2e.stored_tensor import StoredTensor
 
 __all__ = ["DYNAMIC", "FLOAT", "FOLDED", "KINDS", "STATIC", "WEIGHT_ONLY", "Verdict"]  # of a report's rows; and below:
 __all__ += ["BAD_SQNR_DB", "ChosenRange", "Report", "tensor_bytes", "with_body"]
@@ -204,9 +205,10 @@ def with_body(report: Report, path: str, body: Report) -> Report:
 
 
 def tensor_bytes(gm: GraphModule) -> int:
-    """Bytes of all parameters and buffers of a module, each storage once."""
+    """Bytes of all parameters and buffers of a module, each storage once; of those in files, what memory would take."""
     seen: dict[tuple[int, int], int] = {}
     tensors: list[torch.Tensor] = [*gm.parameters(), *gm.buffers()]
     for tensor in tensors:
-        seen[(tensor.data_ptr(), tensor.numel())] = tensor.numel() * tensor.element_size()
+        place = id(tensor) if isinstance(tensor, StoredTensor) else tensor.data_ptr()
+        seen[(place, tensor.numel())] = tensor.numel() * tensor.element_size()
     return sum(seen.values())

@@ -42,29 +42,31 @@ class FileContents:
     hashed: bool
 
 
-def read_file(path: Path) -> FileContents:
+def read_file(path: Path, *, mapped: bool = False) -> FileContents:
     """Read a ``.pt2`` file. Nothing in it is run, imported or called, whatever it holds.
+
+    ``mapped``: tensors are the pages of the file, only to be looked at, and nobody may write to it meanwhile.
 
     Raises `FileFormatError` when it is damaged, of another kind, of a later version, or holds anything but a program
     of ops that compute tensors.
     """
-    archive = open_archive(path)
+    archive = open_archive(path, mapped=mapped)
     try:
         hashed = check_manifest(archive.records)
-        return _contents(archive, hashed)
+        return _contents(archive, hashed, copied=not mapped)
     except FileFormatError as error:
         raise FileFormatError(f"{path} cannot be read: {error}") from error
 
 
-def _contents(archive: Archive, hashed: bool) -> FileContents:
+def _contents(archive: Archive, hashed: bool, *, copied: bool) -> FileContents:
     records = archive.records
     models = [match[1] for name in records if (match := _MODEL.fullmatch(name))]
     if len(models) != 1:
         raise FileFormatError(f"it holds {len(models)} programs, and should hold one")
     (model,) = models
     _check_stamps(records)
-    weights, of_weights = read_tensors(archive, "weights", model)
-    constants, of_constants = read_tensors(archive, "constants", model)
+    weights, of_weights = read_tensors(archive, "weights", model, copied=copied)
+    constants, of_constants = read_tensors(archive, "constants", model, copied=copied)
     inputs = f"data/sample_inputs/{model}.pt"
     known = {f"models/{model}.json", *of_weights, *of_constants, inputs, *_FIXED, *_OF_THE_ZIP}
     for name in records:

@@ -73,16 +73,26 @@ def write_pt2(path: str | Path, contents: Pt2Contents, *, with_example_inputs: b
             program = program_records(with_compact_constants(module))
             write_records(file, with_manifest([*program, (f"extra/{RECORD}", record)]))
         try:
-            read_pt2(part)
+            _forget_tensors(read_pt2(part, mapped=True).module)
         except FileFormatError as error:
             raise Quant2eError(f"this program could be saved, but not loaded again: {error}") from error
 
 
+def _forget_tensors(module: GraphModule) -> None:
+    """Let go of the tensors of a graph that nobody needs any more: it refers to itself, so it stays for a while."""
+    for owner in module.modules():
+        owner._parameters.clear()
+        owner._buffers.clear()
+
+
 @tracing()
-def read_pt2(path: str | Path) -> Pt2Contents:
-    """Read what `write_pt2` wrote, or another program of the ops that it writes; see `quant2e.load`."""
+def read_pt2(path: str | Path, *, mapped: bool = False) -> Pt2Contents:
+    """Read what `write_pt2` wrote, or another program of the ops that it writes; see `quant2e.load`.
+
+    ``mapped``: as for `read_file`.
+    """
     source = Path(path)
-    contents = read_file(source)
+    contents = read_file(source, mapped=mapped)
     program = contents.program
     try:
         record = read_record(bytes(contents.extra.get(RECORD, b"")))

@@ -1,7 +1,8 @@
 """Quantizes a decoder of random weights in a process of its own and prints what memory it took, as JSON.
 
 ``python -m tests.load.decoder --layers 15 --width 2048 --setting x86-w8``: bytes of the float weights, resident bytes
-before the model was made, with it, at the peak, and at the end.
+before the model was made, with it, at the peak, and at the end. ``--files FOLDER``: the weights are written there, a
+layer at a time, and stay there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import quant2e
 from quant2e.annotation.quantizer import Quantizer
 from quantizers import X86InductorQuantizer, XNNPACKQuantizer
+from tests.quant2e.weights.checkpoints import write_safetensors
 
 WORDS = 8192
 
@@ -77,14 +79,35 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run(quantizer: Quantizer, layers: int, width: int, save: Path | None) -> dict[str, float]:
+def write_weights(model: Decoder, folder: Path) -> None:
+    """Random weights of ``model``, which has none, a file for each layer."""
+    for number, layer in enumerate((*model.layers, None)):
+        if layer is None:
+            named = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
+        else:
+            named = {f"layers.{number}.{name}": p for name, p in layer.named_parameters()}
+        values = {name: torch.empty(p.shape).uniform_(-1, 1) * p.shape[-1] ** -0.5 for name, p in named.items()}
+        write_safetensors(folder / f"{number}.safetensors", values)
+
+
+def made_model(layers: int, width: int, files: Path | None) -> Decoder:
+    """In memory, or with its weights in files."""
+    if files is None:
+        return Decoder(layers, width).eval()
+    with quant2e.parameters_on_meta():
+        model = Decoder(layers, width).eval()
+    write_weights(model, files)
+    return quant2e.attach_weights(model, files)
+
+
+def run(quantizer: Quantizer, layers: int, width: int, save: Path | None, files: Path | None) -> dict[str, float]:
     """Quantize, and measure."""
     torch.manual_seed(0)
     tokens = torch.randint(WORDS, (1, 4))
     small = Decoder(1, 64).eval()
     quant2e.quantize(small, (tokens,), quantizer)  # what imports and first calls take is nobody's weights
     before = resident()
-    model = Decoder(layers, width).eval()
+    model = made_model(layers, width, files)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     made, processor = resident(), time.process_time()
     peak_before = peak()
@@ -96,6 +119,7 @@ def run(quantizer: Quantizer, layers: int, width: int, save: Path | None) -> dic
     return {
         "weights": weights,
         "before": before,
+        "largest": max(p.numel() * p.element_size() for p in model.parameters()),
         "made": made,
         "peak_before": peak_before,
         "peak": most,
@@ -114,9 +138,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--setting", choices=SETTINGS, default="x86-w8")
     parser.add_argument("--save", type=Path, help="save the result there, and measure that as well")
+    parser.add_argument("--files", type=Path, help="keep the weights in files there")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    json.dump(run(SETTINGS[asked.setting](), asked.layers, asked.width, asked.save), sys.stdout)
+    json.dump(run(SETTINGS[asked.setting](), asked.layers, asked.width, asked.save, asked.files), sys.stdout)
 
 
 if __name__ == "__main__":

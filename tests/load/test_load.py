@@ -48,6 +48,17 @@ def test_a_decoder_of_a_billion_parameters():
 
 
 @pytest.mark.slow
+def test_weights_in_files_take_the_memory_of_their_integers_and_one_layer(tmp_path):
+    """Also while the result is saved; 83 MB are a fifth of these weights."""
+    memory_is_there(2)
+    found = run("decoder", "--layers", 6, "--width", 1024, "--files", tmp_path, "--save", tmp_path / "x.pt2")
+    allowed = found["quantized"] + found["largest"] + 50e6
+    assert found["peak_before"] - found["before"] <= found["weights"] / 3  # writing a layer
+    assert found["peak"] - found["before"] <= allowed
+    assert found["peak_saved"] - found["before"] <= allowed + found["quantized"]  # pages of the file, when it is read
+
+
+@pytest.mark.slow
 def test_five_thousand_nodes():
     found = run("many", "nodes", "--count", 1250)
     assert found["nodes"] >= 5000

@@ -8,6 +8,7 @@ conditions on the inputs are checked by the module and not by the graph, and ``t
 from __future__ import annotations
 
 import inspect
+import itertools
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ def capture(
     if not isinstance(model, Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}: give an nn.Module, whose forward is captured")
     _check_signature(model, args, keywords)
+    _check_values(model)
     # With gradients, whatever the caller's mode: where there are none, export does not see who switches them off.
     with stage("capture"), tracing(), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         try:
@@ -87,6 +89,17 @@ def capture(
             raise CaptureError(_export_failure(model, error)) from error
     _set_flags(captured, model.training)
     return captured
+
+
+def _check_values(model: Module) -> None:
+    """Raise `CaptureError` for parameters and buffers on the meta device: nothing says what they hold."""
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    if empty := [name for name, tensor in named if tensor.is_meta]:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        raise CaptureError(
+            f"'{empty[0]}'{more} of {type(model).__name__} are on the meta device, without values: "
+            "quant2e.attach_weights(model, folder) lets it read them from .safetensors files"
+        )
 
 
 class CapturedCall(NamedTuple):

@@ -8,6 +8,7 @@ makes a large tensor of a small one.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,8 +31,13 @@ _SMALL = 1 << 20
 _MOST_DIMENSIONS = 64
 
 
-def read_tensors(archive: Archive, folder: str, model: str) -> tuple[dict[str, Tensor], set[str]]:
-    """Tensors of one folder of an archive (``weights``, ``constants``) by their paths, and the records they lie in."""
+def read_tensors(
+    archive: Archive, folder: str, model: str, *, copied: bool = True
+) -> tuple[dict[str, Tensor], set[str]]:
+    """Tensors of one folder of an archive (``weights``, ``constants``) by their paths, and the records they lie in.
+
+    ``copied=False``: they lie in the bytes of the archive themselves, and are only to be looked at.
+    """
     name = f"data/{folder}/{model}_{folder}_config.json"
     if name not in archive.records:
         raise FileFormatError(f"the record '{name}' is missing")
@@ -48,7 +54,7 @@ def read_tensors(archive: Archive, folder: str, model: str) -> tuple[dict[str, T
             raise FileFormatError(f"the record '{place}' is missing")
         meta = payload["tensor_meta"]
         if place not in memory:
-            memory[place] = own_memory(archive.records[place], DTYPES[meta["dtype"]])
+            memory[place] = (own_memory if copied else bytes_as_tensor)(archive.records[place], DTYPES[meta["dtype"]])
         tensors[path] = _tensor(memory[place], meta, payload["is_param"], f"'{path}'", archive.size)
     return tensors, {name, *memory}
 
@@ -100,11 +106,29 @@ def _moved(tensor: Tensor, device: Mapping[str, Any], what: str) -> Tensor:
 
 def own_memory(data: memoryview, dtype: torch.dtype) -> Tensor:
     """The bytes of a record as a one-dimensional tensor of its own memory. Raises `FileFormatError`."""
-    if len(data) % dtype.itemsize:
-        raise FileFormatError(f"a record of {len(data)} bytes is no tensor of {dtype}")
     raw = torch.empty(len(data), dtype=torch.uint8)
     if data:
         raw.numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+    return _viewed(raw, dtype)
+
+
+def bytes_as_tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """The bytes of a record themselves as a one-dimensional tensor, never to be written to. Raises `FileFormatError`.
+
+    A record whose bytes do not begin where a number of ``dtype`` may is copied.
+    """
+    plain = np.frombuffer(data, dtype=np.uint8)
+    if not data or plain.ctypes.data % dtype.itemsize:
+        return own_memory(data, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of arrays that may not be written to
+        return _viewed(torch.from_numpy(plain), dtype)
+
+
+def _viewed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    data = len(raw)
+    if data % dtype.itemsize:
+        raise FileFormatError(f"a record of {data} bytes is no tensor of {dtype}")
     if dtype == torch.bool and data and int(raw.max()) > 1:
         raise FileFormatError("a tensor of bool holds something else than true and false")
     return raw.view(dtype)

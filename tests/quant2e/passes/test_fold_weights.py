@@ -7,7 +7,7 @@ from torch.fx import Graph, GraphModule
 
 from quant2e.graph.printer import graph_text
 from quant2e.graph.qdq_ops import qd
-from quant2e.passes.fold_weights import fold_weights
+from quant2e.passes.fold_weights import fold_weights, weights_in_memory_once
 
 aten = torch.ops.aten
 RANGE = (0.5, 0, -8, 7, torch.int8)
@@ -80,3 +80,22 @@ def test_what_is_left_alone(make):
     before = graph_text(gm.graph)
     assert not fold_weights(gm)
     assert graph_text(gm.graph) == before
+
+
+def test_graphs_that_quantize_one_parameter_equally_hold_one_weight():
+    weight, other = torch.arange(6.0).view(2, 3) / 2, torch.arange(6.0).view(2, 3) / 2
+
+    def folded(tensor, *numbers):
+        def make(graph, x, w):
+            return graph.call_function(qd.quantize_per_tensor.default, (w, *numbers))
+
+        gm = module(make, w=tensor)
+        fold_weights(gm)
+        return gm.w_quantized
+
+    with weights_in_memory_once():
+        first = folded(weight, *RANGE)
+        assert folded(weight, *RANGE) is first
+        assert folded(other, *RANGE) is not first
+        assert not torch.equal(folded(weight, 1.0, *RANGE[1:]), first)
+    assert folded(weight, *RANGE) is not first
