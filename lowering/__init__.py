@@ -1,4 +1,4 @@
-"""Lowering: from the portable Q/DQ graph to something that runs: Inductor, ExecuTorch, ONNX.
+"""Lowering: from the portable Q/DQ graph to something that runs: Inductor, ExecuTorch, ONNX, OpenVINO.
 
 In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program file, checked against the graph it came
 from.
@@ -16,6 +16,8 @@ from lowering.inductor.program import InductorProgram, to_inductor
 from lowering.inductor.report import InductorReport, LoweredOp
 from lowering.inductor.source import InductorSource
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
+from lowering.openvino import OpenVINOProgram, OpenVINOReport, to_openvino
+from lowering.openvino.precision import RunOp
 from lowering.program import LoweredProgram, LoweringReport, Table
 from lowering.signature import ProgramInput, Signature, TensorInput
 from lowering.state import KeepsState, State
@@ -43,10 +45,13 @@ __all__ = [
     "OnnxProgram",
     "OnnxReport",
     "OpenProgram",
+    "OpenVINOProgram",
+    "OpenVINOReport",
     "OutputDifference",
     "Partition",
     "Product",
     "ProgramInput",
+    "RunOp",
     "Signature",
     "State",
     "Table",
@@ -58,5 +63,6 @@ __all__ = [
     "to_executorch",
     "to_inductor",
     "to_onnx",
+    "to_openvino",
     "verify",
 ]

@@ -19,6 +19,7 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "openvino",
     "rich",
     "sklearn",
     "torchao",

@@ -39,6 +39,7 @@ LAZY: Mapping[str, str] = {
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "torch.onnx": "onnx",
+    "openvino": "openvino",
 }
 """Module prefix → target. Only lowering may import it, inside functions, and one file (or folder) per target."""
 
@@ -71,6 +72,7 @@ INSTEAD: Mapping[str, str] = {
     "executorch": "call lowering.to_executorch, or hand the user a graph to pass on",
     "torch._inductor": "call lowering.to_inductor",
     "onnx": "call lowering.to_onnx",
+    "openvino": "call lowering.to_openvino",
     "lowering": "take the lowered program as an argument; only the command line looks the lowering up by name",
     "quantizers": "take a Quantizer as an argument; only the command line looks it up by name",
     "benchmarks": "move what is needed into a package",

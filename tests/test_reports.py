@@ -15,6 +15,7 @@ from lowering import (
     Leftover,
     LoweredOp,
     OnnxReport,
+    OpenVINOReport,
     Partition,
     Verification,
 )
@@ -22,6 +23,7 @@ from lowering.bench.command import Row
 from lowering.bench.worker import Footprint
 from lowering.executorch.report import report_on_program
 from lowering.inductor.kernels.engines import KernelChoice, Product
+from lowering.openvino.precision import RunOp
 from quant2e import Edge, Group, IntegerReport, IntegerVerdict, Output, Plan, RangeChoice, Report
 from quant2e.annotation.plan import Ignored
 from quant2e.calibration.data_checks import DataFinding, DataReport
@@ -64,6 +66,17 @@ ONNX = OnnxReport(
     float_products=("MatMul '<mm>': neither operand is quantized",),
     verification=EQUAL,
 )
+OPENVINO = OpenVINOReport(
+    version="2026.4",
+    size=10,
+    constants={"int8": 8},
+    ops=(
+        RunOp(name="conv", layer="Convolution", kernel="jit_avx2_I8", precision="u8"),
+        RunOp(name="mm", layer="FullyConnected", kernel="brgemm_avx2_f32", precision="i8", weights="i8"),
+        RunOp(name="<mm>", layer="MatMul", kernel="jit_f32", precision="f32", reason="16 bits"),
+    ),
+    verification=EQUAL,
+)
 REPORTS = {
     "quantization": Report(
         (Verdict(FloatOp("linear", "aten.linear.default", "fc", "m.py:3", 32), "static", "linear"),),
@@ -92,10 +105,11 @@ REPORTS = {
     "executorch": EXECUTORCH,
     "executorch, two methods": report_on_program({"encode": EXECUTORCH, "decode": EXECUTORCH}),
     "onnx": ONNX,
+    "openvino": OPENVINO,
     "bench": Row(path=Path("a.pte"), size=1, footprint=Footprint(load_ms=1.0, peak_mb=2.0), medians={1: 3.0},
         ratios={1: 1.0}),
 }  # fmt: skip
-OF_PROGRAMS = ("inductor", "executorch", "executorch, two methods", "onnx", "verification")
+OF_PROGRAMS = ("inductor", "executorch", "executorch, two methods", "onnx", "openvino", "verification")
 
 
 @pytest.mark.parametrize("kind", REPORTS)

@@ -101,6 +101,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "executorch/xnnpack",
         "executorch",
         "onnx",
+        "openvino",
         "files",
         "language_models",
         "__init__",

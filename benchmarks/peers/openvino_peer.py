@@ -1,4 +1,8 @@
-"""OpenVINO, and NNCF's post-training quantization for it. They live in an environment of their own (`environment`)."""
+"""OpenVINO: models of NNCF's post-training quantization, and ours.
+
+They are run in an environment of their own (`environment`); ours are made in that of this project, which has the extra
+``openvino``.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +53,23 @@ def build_int8(job: Job) -> None:
     kind = nncf.ModelType.TRANSFORMER if job.model in TRANSFORMERS else None
     dataset = nncf.Dataset(batches, list)
     _save(nncf.quantize(_model(job), dataset, subset_size=len(batches), model_type=kind), job)
+
+
+def build_ours(job: Job) -> float:
+    """Quantized by us and lowered; not verified, so that times to lower compare. Returns the seconds."""
+    import time
+
+    import lowering
+    import quant2e
+    from benchmarks.peers.models import calibration_of, inputs_of, model_of
+    from quantizers import X86InductorQuantizer
+
+    model, inputs = model_of(job), inputs_of(job.place)
+    start = time.perf_counter()
+    prepared = quant2e.prepare_pt2e(quant2e.capture(model, inputs), X86InductorQuantizer().set_global("w8a8"))
+    quant2e.calibrate(prepared, calibration_of(job.place))
+    lowering.to_openvino(quant2e.convert_pt2e(prepared), inputs, verify=False).save(job.file(".xml"))
+    return time.perf_counter() - start
 
 
 def load(job: Job) -> Loaded:

@@ -1,4 +1,4 @@
-"""Program files: ``.pte``, ``.onnx`` and ``.pt2`` opened for a call, whoever made them.
+"""Program files: ``.pte``, ``.onnx``, ``.xml`` and ``.pt2`` opened for a call, whoever made them.
 
 In: the path of a file. Out: an `OpenProgram`; files without a checksum of ours are opened in a process of their own.
 """

@@ -1,6 +1,6 @@
-"""Program files as callables: ``.pte`` in the ExecuTorch runtime, ``.onnx`` in onnxruntime, ``.pt2`` in eager torch.
+"""Programs as callables: ``.pte`` in ExecuTorch, ``.onnx`` in onnxruntime, ``.xml`` in OpenVINO, ``.pt2`` in torch.
 
-Opening and running a file executes no code of the file: a ``.pte`` or ``.onnx`` is data that a runtime interprets, and
+Opening and running a file executes no code of the file: all but a ``.pt2`` are data that a runtime interprets, and
 a ``.pt2`` is read by `quant2e.load`. A package of AOTInductor, which also ends in ``.pt2``, is native code: only
 `open_native` opens it. The runtimes are written in C++ and trust the data that they are given, so a file that does not
 carry a checksum of ours is run in a process of its own.
@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from lowering.executorch.pte import check_structure
 from lowering.files.child import ChildProgram
+from lowering.openvino.files import read_pair
 from lowering.signature import TensorInput, laid_out, unusual
 from quant2e.checksum import check_content, check_file
 from quant2e.documents.arrays import read_archive, read_array
@@ -28,7 +29,7 @@ from quant2e.quantized_model import QuantizedModel
 from quant2e.storage.inductor_package import PackageRecord, is_package, read_package_record
 from quant2e.storage.pt2 import NOT_HASHED
 
-_SUFFIXES = (".pte", ".onnx", ".pt2")
+_SUFFIXES = (".pte", ".onnx", ".xml", ".pt2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,14 +107,17 @@ def read_arrays(path: Path) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramBytes:
-    """What a ``.pte`` or ``.onnx`` holds, read once. ``unchanged``: it carries a checksum of ours, and matches it.
+    """What a ``.pte``, ``.onnx`` or ``.xml`` holds, read once. ``unchanged``: it carries a checksum of ours, and
+    matches it.
 
-    ``package``: what a package of AOTInductor says of itself; None for other files.
+    ``weights``: of the ``.bin`` beside an ``.xml``. ``package``: what a package of AOTInductor says of itself; None for
+    other files.
     """
 
     path: Path
     content: bytes
     unchanged: bool
+    weights: bytes = b""
     package: PackageRecord | None = None
 
 
@@ -124,11 +128,16 @@ def read_program(path: Path, *, native: bool = False) -> ProgramBytes:
     cannot be read.
     """
     if path.suffix not in _SUFFIXES:
-        raise FileFormatError(f"{path}: program files end in .pte (ExecuTorch), .onnx or .pt2 (torch.export)")
+        raise FileFormatError(
+            f"{path}: program files end in .pte (ExecuTorch), .onnx, .xml (OpenVINO) or .pt2 (torch.export)"
+        )
     if path.suffix == ".pt2":  # `quant2e.load` reads and checks it
         if check_file(path) or is_package(path):
             return _read_package(path, native=native)
         return ProgramBytes(path=path, content=b"", unchanged=False)
+    if path.suffix == ".xml":
+        xml, weights, unchanged = read_pair(path)
+        return ProgramBytes(path=path, content=xml, weights=weights, unchanged=unchanged)
     content = path.read_bytes()
     unchanged = check_content(content, str(path))
     if path.suffix == ".pte":
@@ -165,7 +174,7 @@ def open_native(path: str | os.PathLike[str], method: str | None = None) -> Open
 def open_program(
     path: str | os.PathLike[str], method: str | None = None, *, isolated: bool | None = None
 ) -> OpenProgram:
-    """Open a ``.pte``, ``.onnx`` or ``.pt2`` file, whoever made it, to run it on this machine.
+    """Open a ``.pte``, ``.onnx``, ``.xml`` or ``.pt2`` file, whoever made it, to run it on this machine.
 
     ``method``: which one of a ``.pte``; "forward" unless given. ``isolated``: whether the file is run in a process of
     its own, so that one that crashes its runtime raises here. None: where it is a file for a runtime and carries no
@@ -195,7 +204,7 @@ def opened(source: ProgramBytes, method: str | None = None) -> OpenProgram:
     """A program in this process. Raises `FileFormatError`, `LoweringError`."""
     if source.package is not None:
         return _open_package(source, source.package)
-    kinds = {".pte": _open_pte, ".onnx": _open_onnx, ".pt2": _open_pt2}
+    kinds = {".pte": _open_pte, ".onnx": _open_onnx, ".xml": _open_openvino, ".pt2": _open_pt2}
     return kinds[source.path.suffix](source, method)
 
 
@@ -223,13 +232,29 @@ def _open_onnx(source: ProgramBytes, _: str | None) -> OpenProgram:
 
     loaded = session(source.content if source.unchanged else source.path)
     inputs = tensor_inputs(loaded)
-    # of a size that varies, the file does not say the largest
-    example = tuple(_noise(replace(one, sizes=tuple((low, max(low, 1)) for low, _ in one.sizes))) for one in inputs)
     return OpenProgram(
         path=source.path,
         inputs=inputs,
         call=lambda tensors: run(loaded, tensors),
-        example=example,
+        example=_of_small_sizes(inputs),
+        unchanged=source.unchanged,
+    )
+
+
+def _of_small_sizes(inputs: Sequence[TensorInput]) -> tuple[Tensor, ...]:
+    """Noise for inputs of which the file need not say the largest size."""
+    return tuple(_noise(replace(one, sizes=tuple((low, max(low, 1)) for low, _ in one.sizes))) for one in inputs)
+
+
+def _open_openvino(source: ProgramBytes, _: str | None) -> OpenProgram:
+    from lowering.openvino.session import open_model
+
+    loaded = open_model(source.content, source.weights, source.path)
+    return OpenProgram(
+        path=source.path,
+        inputs=loaded.inputs,
+        call=loaded.run,
+        example=_of_small_sizes(loaded.inputs),
         unchanged=source.unchanged,
     )
 

@@ -19,10 +19,11 @@ import numpy as np
 from lowering.onnx.qdq_form import INT4
 
 
-def use_integers(model: Any, *, unsigned: bool, four_bits: bool = True) -> None:
+def use_integers(model: Any, *, unsigned: bool, four_bits: bool = True, run_time: bool = True) -> None:
     """Apply all rewrites to an ``onnx_ir.Model``, in place.
 
     ``unsigned``: the target takes u8 weights as well. ``four_bits``: this version of ONNX has integers of four bits.
+    ``run_time``: the target has kernels for ranges found at run time.
     """
     for node in list(model.graph):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
@@ -32,7 +33,7 @@ def use_integers(model: Any, *, unsigned: bool, four_bits: bool = True) -> None:
         if node.op_type == "QuantizeLinear":
             _reuse_dynamic(node)
     for node in list(model.graph):
-        if node.op_type == "MatMul":
+        if run_time and node.op_type == "MatMul":
             _integer_product(model.graph, node)
         if node.op_type in ("Gemm", "MatMul"):
             _blocked_product(model.graph, node)
@@ -220,7 +221,7 @@ def _blocked_product(graph: Any, node: Any) -> None:
         return
     inputs = [_transposed(graph, value) for value in weight.inputs]
     made = ir.node("DequantizeLinear", inputs, attributes={"axis": 0, "block_size": block.value})
-    product = ir.node("MatMul", [node.inputs[0], made.outputs[0]])
+    product = ir.node("MatMul", [node.inputs[0], made.outputs[0]], name=node.name)
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     total = [] if bias is None else [ir.node("Add", [product.outputs[0], bias])]
     graph.insert_before(node, [made, product, *total])

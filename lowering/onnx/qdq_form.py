@@ -53,20 +53,29 @@ _ACCUMULATOR_MAX = 2**31 - 1
 class Convention:
     """What a runtime's integer kernels take.
 
-    ``unsigned``: activations are u8. ``symmetric``: every zero point is 0. ``integer_bias``: a bias is int32, in units
-    of the accumulator.
+    ``unsigned``: activations are u8. ``unsigned_weights``: a weight that is read twice is u8. ``symmetric``: every zero
+    point is 0. ``integer_bias``: a bias is int32, in units of the accumulator. ``run_time_ops``: there are kernels for
+    ranges found at run time; without them they are float arithmetic.
     """
 
     name: str
     unsigned: bool
     symmetric: bool
     integer_bias: bool
+    unsigned_weights: bool = False
+    run_time_ops: bool = True
 
 
 CONVENTIONS = {
-    "onnxruntime": Convention(name="onnxruntime", unsigned=True, symmetric=False, integer_bias=True),
+    "onnxruntime": Convention(
+        name="onnxruntime", unsigned=True, symmetric=False, integer_bias=True, unsigned_weights=True
+    ),
     "tensorrt": Convention(name="tensorrt", unsigned=False, symmetric=True, integer_bias=False),
 }
+"""By the name that `to_onnx` takes as its target."""
+
+OPENVINO = Convention(name="openvino", unsigned=True, symmetric=False, integer_bias=False, run_time_ops=False)
+"""What OpenVINO makes kernels on u8 and s8 of; it adds biases in float."""
 
 
 def in_form(module: GraphModule, convention: Convention) -> None:

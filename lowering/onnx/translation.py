@@ -46,8 +46,11 @@ def in_opset(version: int) -> Iterator[None]:
         _WRITTEN.reset(token)
 
 
-def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """ATen overload → function that emits ONNX ops."""
+def translations(*, run_time_ops: bool = True) -> dict[Callable[..., Any], Callable[..., Any]]:
+    """ATen overload → function that emits ONNX ops.
+
+    ``run_time_ops``: ranges found at run time are ONNX's ops for them; otherwise they are float arithmetic.
+    """
     table: tuple[tuple[Any, Any], ...] = (
         (qd.quantize_per_tensor.default, _quantize),
         (qd.dequantize_per_tensor.default, _dequantize),
@@ -62,7 +65,13 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         (qd.quantize_per_token.default, _quantize_per_token),
         (qd.dequantize_per_token.default, _dequantize_per_token),
     )
-    return {target: _with_attributes(function) for target, function in table}
+    in_float: tuple[tuple[Any, Any], ...] = (
+        (qd.choose_qparams.tensor, _choose_qparams_written_out),
+        (qd.quantize_per_tensor.tensor, _quantize_in_float),
+        (qd.dequantize_per_tensor.tensor, _dequantize_in_float),
+    )
+    chosen = table if run_time_ops else table + in_float
+    return {target: _with_attributes(function) for target, function in chosen}
 
 
 def _with_attributes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -172,10 +181,14 @@ def _as_float(scales: Any) -> Any:
 
 
 def _choose_qparams(input: Any, quant_min: int, quant_max: int, eps: float, dtype: int) -> Any:
-    op = _op()
     if (quant_min, quant_max, _numpy(dtype)) == (0, 255, np.uint8):
-        _, scale, zero_point = op.DynamicQuantizeLinear(input)
+        _, scale, zero_point = _op().DynamicQuantizeLinear(input)
         return scale, zero_point
+    return _choose_qparams_written_out(input, quant_min, quant_max, eps, dtype)
+
+
+def _choose_qparams_written_out(input: Any, quant_min: int, quant_max: int, eps: float, dtype: int) -> Any:
+    op = _op()
     low = op.Min(op.ReduceMin(input, keepdims=0), _constant(0.0))
     high = op.Max(op.ReduceMax(input, keepdims=0), _constant(0.0))
     span = _constant(float(quant_max - quant_min))
@@ -200,6 +213,25 @@ def _dequantize_at_run_time(
     input: Any, scale: Any, zero_point: Any, _quant_min: int, _quant_max: int, _dtype: int, out_dtype: int = -1
 ) -> Any:
     return _cast(_op().DequantizeLinear(input, scale, zero_point), out_dtype)
+
+
+def _quantize_in_float(input: Any, scale: Any, zero_point: Any, quant_min: int, quant_max: int, dtype: int) -> Any:
+    from onnxscript import ir
+
+    op = _op()
+    steps = op.Round(op.Mul(input, op.Reciprocal(scale)))
+    moved = op.Add(steps, op.Cast(zero_point, to=ir.DataType.FLOAT.value))
+    return op.Cast(op.Clip(moved, _constant(float(quant_min)), _constant(float(quant_max))), to=dtype)
+
+
+def _dequantize_in_float(
+    input: Any, scale: Any, zero_point: Any, _quant_min: int, _quant_max: int, _dtype: int, out_dtype: int = -1
+) -> Any:
+    from onnxscript import ir
+
+    op, to = _op(), ir.DataType.FLOAT.value
+    steps = op.Sub(op.Cast(input, to=to), op.Cast(zero_point, to=to))
+    return _cast(op.Mul(steps, scale), out_dtype)
 
 
 # ------------------------------------------------------------ tokens, in float arithmetic: XNNPACK's formula

@@ -19,9 +19,10 @@ inputs:
   numpy.savez("x.npz", ids, mask)       # one array per tensor, in the order in which the programs take them
   quant2e bench model_int8.pte model_int8.pt2 --inputs x.npz
 
-A .pte runs in the ExecuTorch runtime, an .onnx in onnxruntime, a .pt2 in eager torch, and a package of AOTInductor,
-which is native code, as it is: time those that you trust as you trust a program. Programs are called in turn, so that a
-machine that slows down slows all of them; times are medians, and ratios are to the first program: above 1 is faster.
+A .pte runs in the ExecuTorch runtime, an .onnx in onnxruntime, an .xml in OpenVINO, a .pt2 in eager torch, and a
+package of AOTInductor, which is native code, as it is: time those that you trust as you trust a program. Programs are
+called in turn, so that a machine that slows down slows all of them; times are medians, and ratios are to the first
+program: above 1 is faster.
 Each program runs in a process of its own, which a file that crashes its runtime ends.
 """
 

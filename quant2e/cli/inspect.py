@@ -21,8 +21,8 @@ example:
   quant2e inspect model_int8.pt2 --ops --html report.html
   quant2e inspect model.pt2 model_int8.pte model_int8.onnx model_aot.pt2 --json
 
-A .pt2 is a float or a quantized model, or a package of AOTInductor; a .pte is a program of ExecuTorch. Files are only
-read: no runtime opens them, and nothing in them is run.
+A .pt2 is a float or a quantized model, or a package of AOTInductor; a .pte is a program of ExecuTorch, an .xml, with
+the .bin beside it, one of OpenVINO. Files are only read: no runtime opens them, and nothing in them is run.
 """
 
 
@@ -58,6 +58,8 @@ def _inspected(path: Path, *, ops: bool, scales: bool) -> _Found:
         return _pte(path)
     if path.suffix == ".onnx":
         return _onnx(path)
+    if path.suffix == ".xml":
+        return _openvino(path)
     if is_package(path):
         return _package(path, ops=ops, scales=scales)
     from quant2e.cli.inputs.models import is_quantized
@@ -76,6 +78,10 @@ def _pte(path: Path) -> _Found:
 
 def _onnx(path: Path) -> _Found:
     return _program("ONNX model", path, looked_up("lowering.onnx.contents:onnx_contents")(path))
+
+
+def _openvino(path: Path) -> _Found:
+    return _program("OpenVINO model", path, looked_up("lowering.openvino.contents:openvino_contents")(path))
 
 
 def _program(kind: str, path: Path, contents: Any) -> _Found:

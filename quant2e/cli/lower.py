@@ -9,7 +9,7 @@ import click
 
 from quant2e.cli.inputs.arguments import OutputFile
 from quant2e.cli.options import QUANTIZED_MODEL, data_options, read_batches, target_option
-from quant2e.cli.targets import TARGETS, check_program_path, lowered
+from quant2e.cli.targets import TARGETS, check_program_path, lowered, program_files, wrote
 from quant2e.cli.verb import VerbResult, verb
 
 _EXAMPLE = """
@@ -50,6 +50,6 @@ def lower_file(model: Path, target: str, output: Path, no_verify: bool, **data: 
     taken = Taken(quantized.module, Call(quantized.example_inputs, dict(quantized.example_kwargs)))
     batches = read_batches(data, taken)
     made = lowered(target, quantized, output, verify=not no_verify, data=batches or ())
-    size = output.stat().st_size
-    text = f"{made!r}\nwrote {output} ({size:,} bytes)"
+    size = sum(one.stat().st_size for one in program_files(output))
+    text = "\n".join([repr(made), *wrote(output)])
     return VerbResult(text=text, data={"program": str(output), "bytes": size, "report": made.report.as_dict()})

@@ -20,7 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 FLOAT_MODEL = Existing(".pt2", code=True)
 QUANTIZED_MODEL = Existing(".pt2")
-PROGRAM = Existing(".pte", ".onnx", ".pt2")
+PROGRAM = Existing(".pte", ".onnx", ".xml", ".pt2")
 POSITIVE = click.IntRange(min=1)
 
 float_model = click.argument("model", type=FLOAT_MODEL, metavar="MODEL")

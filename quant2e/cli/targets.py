@@ -14,15 +14,16 @@ import click
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """``summary``: what runs it. ``quantizer``: ``module:class``, made without arguments, and configured by the name
-    of a recipe. ``lower``: ``module:function``, of the quantized model. ``suffix``: of the program file. ``writes``:
-    the function writes the file itself, to ``path=``; otherwise what it returns is saved. ``extra``: what is to be
-    installed.
+    of a recipe. ``lower``: ``module:function``, of the quantized model. ``suffix``: of the program file; ``beside``: of
+    a second one with the same name, if there is one. ``writes``: the function writes the file itself, to ``path=``;
+    otherwise what it returns is saved. ``extra``: what is to be installed.
     """
 
     summary: str
     quantizer: str
     lower: str
     suffix: str
+    beside: str = ""
     writes: bool = False
     extra: str = ""
 
@@ -49,6 +50,14 @@ TARGETS: Mapping[str, Target] = {
         suffix=".onnx",
         writes=True,
         extra="onnx",
+    ),
+    "openvino": Target(
+        summary="OpenVINO, on CPUs",
+        quantizer="quantizers:X86InductorQuantizer",
+        lower="lowering:to_openvino",
+        suffix=".xml",
+        beside=".bin",
+        extra="openvino",
     ),
 }
 """A new target is one entry here."""
@@ -109,7 +118,7 @@ def written(model: Any, output: Path | None, target: str, program: Path | None) 
     found = Written(lines=[], files={})
     if output is not None:
         model.save(output)
-        found.lines.append(_size(output))
+        found.lines.extend(wrote(output))
         found.files["output"] = str(output)
     if program is None:
         return found
@@ -119,12 +128,19 @@ def written(model: Any, output: Path | None, target: str, program: Path | None) 
         if output is None:
             raise
         raise LoweringError(f"{error}. The quantized model is written: {output}") from error
-    lines, files = [*found.lines, repr(made), _size(program)], {**found.files, "program": str(program)}
+    lines, files = [*found.lines, repr(made), *wrote(program)], {**found.files, "program": str(program)}
     return Written(lines=lines, files=files, program_report=made.report)
 
 
-def _size(path: Path) -> str:
-    return f"wrote {path} ({path.stat().st_size:,} bytes)"
+def program_files(path: Path) -> list[Path]:
+    """The file at ``path``, and the one that its target writes beside it."""
+    suffixes = [target.beside for target in TARGETS.values() if target.beside and target.suffix == path.suffix]
+    return [path, *map(path.with_suffix, suffixes)]
+
+
+def wrote(path: Path) -> list[str]:
+    """A line for each file that was written, with its size."""
+    return [f"wrote {one} ({one.stat().st_size:,} bytes)" for one in program_files(path)]
 
 
 def check_program_path(path: Path, target: str) -> None:

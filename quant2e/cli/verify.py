@@ -16,11 +16,11 @@ _EXAMPLE = """
 example:
   quant2e verify model_int8.pt2 model_int8.pte --data calib.npz
 
-The program is run on this machine, a .pte in the ExecuTorch runtime, an .onnx in onnxruntime, and compared with the
-model, output by output. One step is one integer of the quantized output. A program passes with at most --steps steps
-anywhere, or with an SQNR of at least --sqnr dB over all the data; otherwise the exit code is 1. Without --data it is
-compared on inputs that look like those the model was captured with. A package of AOTInductor is native code, and is
-run: verify one that you trust as you trust a program.
+The program is run on this machine, a .pte in the ExecuTorch runtime, an .onnx in onnxruntime, an .xml in OpenVINO, and
+compared with the model, output by output. One step is one integer of the quantized output. A program passes with at
+most --steps steps anywhere, or with an SQNR of at least --sqnr dB over all the data; otherwise the exit code is 1.
+Without --data it is compared on inputs that look like those the model was captured with. A package of AOTInductor is
+native code, and is run: verify one that you trust as you trust a program.
 """
 
 

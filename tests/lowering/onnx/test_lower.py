@@ -268,7 +268,7 @@ def test_what_is_not_installed_is_said(tmp_path, monkeypatch, missing):
 
 
 def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowering.onnx.lower.in_form", lambda module, convention: _broken(module))
+    monkeypatch.setattr("lowering.onnx.graph.in_form", lambda module, convention: _broken(module))
     path = tmp_path / "x.onnx"
     path.write_bytes(b"before")
     with pytest.raises(LoweringError, match="the ONNX file does not compute what its Q/DQ graph says"):

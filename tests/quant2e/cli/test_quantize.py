@@ -167,7 +167,10 @@ def test_tune_keeps_a_metric_or_says_that_nothing_does(code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "name", "module"), [("xnnpack", "a.pte", "executorch"), ("onnx", "a.onnx", "onnx")])
+@pytest.mark.parametrize(
+    ("target", "name", "module"),
+    [("xnnpack", "a.pte", "executorch"), ("onnx", "a.onnx", "onnx"), ("openvino", "a.xml", "openvino")],
+)
 def test_programs_are_lowered_verified_and_inspected(run, folder, quantized, target, name, module):
     pytest.importorskip(module)
     result = run("lower", quantized, "--target", target, "-o", name, "--data", folder / "calib.npz")
