@@ -210,6 +210,6 @@ def _reason(kinds: list[Kind], layer: _Layer) -> str:
     return f"OpenVINO runs it as {layer.layer} ({layer.kernel}) in {layer.precision}"
 
 
-def kernels_of(ops: tuple[RunOp, ...]) -> dict[str, int]:
+def integer_kernels_of(ops: tuple[RunOp, ...]) -> dict[str, int]:
     """How many quantized ops run as which kernel on integers."""
     return dict(Counter(f"{op.layer} {op.kernel}" for op in ops if op.on_integers))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lowering.openvino.files import write_pair
-from lowering.openvino.precision import RunOp, kernels_of
+from lowering.openvino.precision import RunOp, integer_kernels_of
 from lowering.openvino.session import Session, read_model
 from lowering.program import LoweredProgram, LoweringReport, Table
 from lowering.signature import Signature
@@ -49,7 +49,7 @@ class OpenVINOReport(LoweringReport):
     @property
     def integer_kernels(self) -> dict[str, int]:
         """How many quantized ops run as which kernel on integers."""
-        return kernels_of(self.ops or ())
+        return integer_kernels_of(self.ops or ())
 
     @property
     def in_float(self) -> tuple[RunOp, ...]:

@@ -33,7 +33,7 @@ RUN_TIME_OPTIONS = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 quantizes the activations before compressed weights otherwise, which no graph of ours says."""
 
 
-def exact_options() -> dict[str, Any]:
+def compile_options() -> dict[str, Any]:
     """Options of ``compile_model`` under which OpenVINO computes what a model says, on as many threads as torch uses.
 
     Float ops compute in float32: on processors with bfloat16 or AMX they would not.
@@ -77,9 +77,9 @@ class Session:
 
     def __init__(self, model: Any, name: str) -> None:
         openvino = import_openvino()
-        self.inputs = tensor_inputs(model)
+        self.inputs = tensors_taken(model)
         try:
-            self.compiled = openvino.Core().compile_model(model, "CPU", exact_options())
+            self.compiled = openvino.Core().compile_model(model, "CPU", compile_options())
             self._request = self.compiled.create_infer_request()
         except Exception as error:
             raise LoweringError(f"OpenVINO cannot compile {name}: {_first_line(error)}") from error
@@ -105,7 +105,7 @@ def open_model(xml: bytes, weights: bytes, path: Path) -> Session:
     return Session(read_model(xml, weights, str(path)), str(path))
 
 
-def tensor_inputs(model: Any) -> tuple[TensorInput, ...]:
+def tensors_taken(model: Any) -> tuple[TensorInput, ...]:
     """What a model takes. Raises `LoweringError` for inputs that are no tensors of the usual dtypes."""
     found = []
     for one in model.inputs:

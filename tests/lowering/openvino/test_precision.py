@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lowering.openvino.precision import run_ops
-from lowering.openvino.session import Session, read_model, tensor_inputs
+from lowering.openvino.session import Session, read_model, tensors_taken
 from quant2e.cpu import detect
 from quant2e.errors import FileFormatError, LoweringError
 
@@ -84,7 +84,7 @@ def test_sums_at_the_extremes(extreme):
 
 def test_what_a_model_takes_and_bytes_that_are_none():
     x = op.parameter(openvino.PartialShape([openvino.Dimension(1, 16), 3, -1]), np.int64, name="ids")
-    (found,) = tensor_inputs(openvino.Model([op.convert(x, "f32")], [x], "model"))
+    (found,) = tensors_taken(openvino.Model([op.convert(x, "f32")], [x], "model"))
     assert found.dtype is torch.int64
     assert found.sizes[:2] == ((1, 16), (3, 3))
     assert found.takes(torch.zeros(2, 3, 1000, dtype=torch.int64))

@@ -167,10 +167,7 @@ def test_tune_keeps_a_metric_or_says_that_nothing_does(code):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("target", "name", "module"),
-    [("xnnpack", "a.pte", "executorch"), ("onnx", "a.onnx", "onnx"), ("openvino", "a.xml", "openvino")],
-)
+@pytest.mark.parametrize(("target", "name", "module"), [("xnnpack", "a.pte", "executorch"), ("onnx", "a.onnx", "onnx")])
 def test_programs_are_lowered_verified_and_inspected(run, folder, quantized, target, name, module):
     pytest.importorskip(module)
     result = run("lower", quantized, "--target", target, "-o", name, "--data", folder / "calib.npz")
@@ -181,6 +178,24 @@ def test_programs_are_lowered_verified_and_inspected(run, folder, quantized, tar
     (found,) = json.loads(run("inspect", name, "--json").stdout)["files"]
     assert found["checksum"]
     assert run("compare", folder / "model.pt2", name, "--data", folder / "calib.npz").exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_model_for_openvino_is_made_verified_inspected_and_timed(run, folder):
+    pytest.importorskip("openvino")
+    data = ("--data", folder / "calib.npz")
+    made = run("quantize", folder / "model.pt2", *data, "--target", "openvino", "-o", "q.pt2", "--program", "a.xml")
+    assert made.exit_code == 0, made.output
+    assert "wrote a.bin" in made.stdout
+    verified = run("verify", "q.pt2", "a.xml", *data, "--json")
+    assert json.loads(verified.stdout)["passed"], verified.output
+    (found,) = json.loads(run("inspect", "a.xml", "--json").stdout)["files"]
+    assert (found["kind"], found["checksum"]) == ("OpenVINO model", True)
+    (timed,) = json.loads(run("bench", "a.xml", "--rounds", "2", "--json").stdout)["programs"]
+    assert timed["footprint"]["unchanged"]
+    Path("a.bin").write_bytes(Path("a.bin").read_bytes()[::-1])
+    refused = run("verify", "q.pt2", "a.xml", *data)
+    assert (refused.exit_code, "a.bin is not what a.xml was written with" in refused.stderr) == (1, True)
 
 
 @pytest.mark.slow
