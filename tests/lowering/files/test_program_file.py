@@ -213,7 +213,7 @@ def fields(content):
     return root(content) - struct.unpack_from("<i", content, root(content))[0]
 
 
-@pytest.mark.parametrize("suffix", [".pte", ".onnx", ".pt2"])
+@pytest.mark.parametrize("suffix", [".pte", ".onnx", ".xml", ".pt2"])
 def test_bytes_that_are_no_program_at_all(tmp_path, suffix):
     """Each of them ended the process, or was an error of somebody else's, when the runtime of a ``.pte`` saw it."""
     drawn, path = random.Random(0), tmp_path / f"model{suffix}"
@@ -229,7 +229,7 @@ def test_bytes_that_are_no_program_at_all(tmp_path, suffix):
 def test_other_kinds_of_files(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"")
-    with pytest.raises(FileFormatError, match=r"program files end in \.pte .*, \.onnx or \.pt2"):
+    with pytest.raises(FileFormatError, match=r"program files end in \.pte .*, \.onnx, \.xml .* or \.pt2"):
         read_program(path)
 
 
