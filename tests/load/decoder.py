@@ -1,8 +1,8 @@
 """Quantizes a decoder of random weights in a process of its own and prints what memory it took, as JSON.
 
 ``python -m tests.load.decoder --layers 15 --width 2048 --setting x86-w8``: bytes of the float weights, resident bytes
-before the model was made, with it, at the peak, and at the end. ``--files FOLDER``: the weights are written there, a
-layer at a time, and stay there.
+before the model was made, with it, at the peak, and at the end. ``--files FOLDER``: the weights stay in files there,
+which a process before wrote with ``--write``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def peak() -> int:
 
 
 def write_weights(model: Decoder, folder: Path) -> None:
-    """Random weights of ``model``, which has none, a file for each layer."""
+    """Random weights for ``model``, which has none, a file for each layer."""
     for number, layer in enumerate((*model.layers, None)):
         if layer is None:
             named = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
@@ -90,14 +90,17 @@ def write_weights(model: Decoder, folder: Path) -> None:
         write_safetensors(folder / f"{number}.safetensors", values)
 
 
+def empty_model(layers: int, width: int) -> Decoder:
+    """Without weights."""
+    with quant2e.parameters_on_meta():
+        return Decoder(layers, width).eval()
+
+
 def made_model(layers: int, width: int, files: Path | None) -> Decoder:
     """In memory, or with its weights in files."""
     if files is None:
         return Decoder(layers, width).eval()
-    with quant2e.parameters_on_meta():
-        model = Decoder(layers, width).eval()
-    write_weights(model, files)
-    return quant2e.attach_weights(model, files)
+    return quant2e.attach_weights(empty_model(layers, width), files)
 
 
 def run(quantizer: Quantizer, layers: int, width: int, save: Path | None, files: Path | None) -> dict[str, float]:
@@ -139,8 +142,13 @@ def main() -> None:
     parser.add_argument("--setting", choices=SETTINGS, default="x86-w8")
     parser.add_argument("--save", type=Path, help="save the result there, and measure that as well")
     parser.add_argument("--files", type=Path, help="keep the weights in files there")
+    parser.add_argument("--write", action="store_true", help="write these files, and do nothing else")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.write:
+        write_weights(empty_model(asked.layers, asked.width), asked.files)
+        json.dump({}, sys.stdout)
+        return
     json.dump(run(SETTINGS[asked.setting](), asked.layers, asked.width, asked.save, asked.files), sys.stdout)
 
 

@@ -49,13 +49,15 @@ def test_a_decoder_of_a_billion_parameters():
 
 @pytest.mark.slow
 def test_weights_in_files_take_the_memory_of_their_integers_and_one_layer(tmp_path):
-    """Also while the result is saved; 83 MB are a fifth of these weights."""
+    """And pages of the file that they are saved to, which the system may drop."""
     memory_is_there(2)
-    found = run("decoder", "--layers", 6, "--width", 1024, "--files", tmp_path, "--save", tmp_path / "x.pt2")
-    allowed = found["quantized"] + found["largest"] + 50e6
-    assert found["peak_before"] - found["before"] <= found["weights"] / 3  # writing a layer
-    assert found["peak"] - found["before"] <= allowed
-    assert found["peak_saved"] - found["before"] <= allowed + found["quantized"]  # pages of the file, when it is read
+    sizes = ("--layers", 6, "--width", 1024, "--files", tmp_path)
+    run("decoder", *sizes, "--write")
+    found = run("decoder", *sizes, "--save", tmp_path / "x.pt2")
+    allowed = found["quantized"] + found["largest"] + found["weights"] / 4  # what the allocator keeps of freed layers
+    assert found["made"] - found["before"] <= 5e6
+    assert found["peak"] - found["before"] <= allowed < 0.65 * found["weights"]
+    assert found["peak_saved"] - found["peak"] <= 1.25 * found["quantized"]
 
 
 @pytest.mark.slow

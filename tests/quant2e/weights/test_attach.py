@@ -85,8 +85,7 @@ def test_the_model_runs_from_its_files_and_is_captured_without_reading_them(tmp_
     assert reads == {"table.weight": 4, "up.weight": 2, "down.weight": 2}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tied", "scheme"), [(True, "w8"), (False, "w4-g32")])
+@pytest.mark.parametrize(("tied", "scheme", "dtype"), [(True, "w8", torch.bfloat16), (False, "w4-g32", torch.float32)])
 def test_quantized_from_files_it_is_the_same_bit_for_bit(tmp_path, dtype, tied, scheme):
     plain = random(tied, dtype)
     folder = write_shards(tmp_path, tensors(plain, *(["head.weight"] if tied else [])))
@@ -102,6 +101,7 @@ def test_quantized_from_files_it_is_the_same_bit_for_bit(tmp_path, dtype, tied, 
     assert not any(isinstance(t, StoredTensor) for t in there.module.state_dict().values())
 
 
+@pytest.mark.slow
 def test_activations_are_calibrated_from_files(tmp_path):
     plain = random()
     file = write_safetensors(tmp_path / "model.safetensors", tensors(plain, "head.weight"))
@@ -181,6 +181,7 @@ def test_what_has_no_values_says_so(tmp_path):
         quant2e.attach_weights({}, file)
 
 
+@pytest.mark.slow
 def test_algorithms_work_on_weights_in_memory(tmp_path):
     file = write_safetensors(tmp_path / "model.safetensors", tensors(random(), "head.weight"))
     model = quant2e.attach_weights(empty(), file)
