@@ -9,18 +9,25 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TORCH := $(shell grep -o 'torch==[0-9.*]*' pyproject.toml | head -n 1)
+# The ends of the ranges in pyproject.toml and quant2e/versions.py: `make test` runs on the oldest releases, `make
+# test-newest` on the newest.
+OLDEST := torch==2.13.* executorch==1.4.*
+NEWEST := torch==2.14.* executorch==1.5.*
+NEWEST_VENV ?= .venv-newest
+PIP_ARGS ?=
 
 # The tests run side by side, one thread each; what they compile, they compile in their own process.
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 COVERAGE := 85
 
-.PHONY: help install demo lint format test test-all fuzz mutants peers zoo site clean
+.PHONY: help install demo lint format test test-all test-newest wheel fuzz mutants peers zoo site clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo "make test-all  make test, and the tests marked slow, with coverage: long, and they rarely break. Run it before you land"
+	@echo "make test-newest  the tests of make test on the newest torch and ExecuTorch, in an environment of its own"
+	@echo "make wheel   builds the wheel, installs it with torch alone into a clean environment, and uses it there"
 	@echo "make fuzz    programs that nobody wrote, for HOURS=1 or MINUTES=10, with SEED=1; the counts go to FUZZ_OUT=fuzz_counts.md"
 	@echo "make mutants plants bugs in a copy of the tree, one at a time, and says which test found each (half an hour)"
 	@echo "make peers   torchao's and ExecuTorch's own tests, from the checkouts TORCHAO=folder and EXECUTORCH=folder; they write docs/peers_tests.md, or PEERS_OUT=file"
@@ -30,6 +37,12 @@ help:
 	@echo "make format  let ruff mend what it can"
 	@echo "make clean   remove the environment and everything generated"
 
+# $(call installed,BIN,RELEASES): quant2e with all extras and these releases.
+installed = echo "==> installing $(2)" && \
+	$(1)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) $(foreach one,$(filter torch==%,$(2)),"$(one)") && \
+	echo "==> installing quant2e with all extras (editable; a few minutes the first time)" && \
+	$(1)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --editable ".[all]" $(foreach one,$(2),"$(one)")
+
 install: $(INSTALLED)
 
 # torch first, and alone: the version pin then holds before any other package has a say in it.
@@ -38,10 +51,14 @@ $(INSTALLED): pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "==> environment in $(VENV) ($$("$(PYTHON)" --version))"
 	@"$(PYTHON)" -m venv $(VENV) || { echo "error: cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
-	@echo "==> installing $(TORCH)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
-	@echo "==> installing quant2e with all extras (editable; a few minutes the first time)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[all]"
+	@$(call installed,$(BIN),$(OLDEST))
+	@touch $@
+
+# A CUDA build of torch is not needed: where an index has CPU builds, PIP_ARGS="--extra-index-url address" takes those.
+$(NEWEST_VENV)/.installed: pyproject.toml
+	@echo "==> environment in $(NEWEST_VENV)"
+	@"$(PYTHON)" -m venv $(NEWEST_VENV)
+	@$(call installed,$(NEWEST_VENV)/bin,$(NEWEST))
 	@touch $@
 
 demo: $(INSTALLED)
@@ -72,6 +89,18 @@ test test-all: $(INSTALLED)
 	[ $$lint = 0 ] || echo "==> lint failed: see above the tests"; \
 	[ $$lint = 0 ] && [ $$tests = 0 ]
 
+# Lint and types are those of the oldest: what differs between the releases is what tests find.
+test-newest: $(NEWEST_VENV)/.installed
+	@$(NEWEST_VENV)/bin/python -c 'import torch, importlib.metadata as m; print("==> torch", torch.__version__, "and executorch", m.version("executorch"))'
+	@echo "==> every name that is taken from a library is there"
+	@$(NEWEST_VENV)/bin/python -m pytest -q tests/test_versions.py
+	@echo "==> pytest on $(WORKERS) workers"
+	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+# build/wheel holds two environments: one that builds, and one in which nothing but torch and the wheel is installed.
+wheel:
+	@"$(PYTHON)" tests/wheel/build_and_try.py "$(firstword $(OLDEST))"
+
 HOURS ?= 1
 MINUTES ?= $(shell echo $$(( $(HOURS) * 60 )))
 SEED ?= 1
@@ -96,4 +125,4 @@ site: $(INSTALLED)
 	@echo "==> build/site/index.html"
 
 clean:
-	rm -rf $(VENV) fuzz_counts.md build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output
+	rm -rf $(VENV) $(NEWEST_VENV) fuzz_counts.md build dist *.egg-info .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache demo_output

@@ -49,9 +49,12 @@ from quant2e.quantized_model import QuantizedModel, load, load_trusted_program, 
 from quant2e.report.encodings import Encodings
 from quant2e.report.record import plan_of, report_of
 from quant2e.report.report import Report, Verdict
+from quant2e.versions import warn_of_untested_torch
 
 if TYPE_CHECKING:
     from quant2e import pt2e
+
+warn_of_untested_torch()
 
 
 def __getattr__(name: str) -> object:

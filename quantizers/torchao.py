@@ -40,7 +40,7 @@ def as_torchao(quantizer: Quantizer) -> TorchaoQuantizer:
     try:
         from torchao.quantization.pt2e import observer
     except ImportError as error:
-        raise Quant2eError("as_torchao needs torchao, which is not installed: pip install torchao") from error
+        raise Quant2eError("as_torchao needs torchao, which is not installed: pip install quant2e[torchao]") from error
     for ours in (ObserverBase, DerivedObserver, _GridObserver, _WritingObserver):
         observer.ObserverBase.register(ours)
     return TorchaoQuantizer(quantizer)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "quant2e": (
         "errors",
+        "versions",
         "stages",
         "files",
         "checksum",

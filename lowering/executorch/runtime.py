@@ -12,6 +12,7 @@ from lowering.executorch.pte import check_structure
 from lowering.signature import TensorInput
 from quant2e.errors import FileFormatError, LoweringError
 from quant2e.isolation import quietly, tracing, unheard
+from quant2e.versions import warn_of_untested_executorch
 
 DTYPES = {
     0: torch.uint8,
@@ -42,6 +43,7 @@ def require_executorch(*, runtime_only: bool = False) -> None:
                 importlib.import_module(name)
     except ImportError as error:
         raise LoweringError(f"ExecuTorch is not installed ({error}): pip install quant2e[executorch]") from error
+    warn_of_untested_executorch()
 
 
 def load_program(content: bytes) -> Any:

@@ -14,6 +14,7 @@ from quant2e.cpu import detect
 from quant2e.graph.captured.dynamic_shapes import bounds_of
 from quant2e.report.plain_data import plain_data
 from quant2e.storage.inductor_package import PackageInput, PackageRecord
+from quant2e.versions import TORCH_VERSION
 
 _UNBOUNDED = (1 << 62) - 1
 
@@ -32,7 +33,7 @@ def record_of_package(source: InductorSource, report: InductorReport) -> Package
     ]
     verification = None if report.verification is None else report.verification.as_dict()
     return PackageRecord(
-        versions={"quant2e": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+        versions={"quant2e": __version__, "torch": TORCH_VERSION, "python": sys.version.split()[0]},
         instructions=detect().name,
         inputs=tuple(inputs),
         report=source.report,

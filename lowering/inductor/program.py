@@ -22,9 +22,11 @@ from lowering.inductor.package import write_package
 from lowering.inductor.pipeline import Rewritten
 from lowering.inductor.report import InductorReport, int8_kernels
 from lowering.inductor.source import InductorSource, chosen_in, source_of, verified
+from lowering.inductor.warm import warm_calls
 from lowering.program import LoweredProgram
 from lowering.state import State, state_of
 from quant2e.errors import LoweringError
+from quant2e.graph.captured.calls import Call
 from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import tracing
 from quant2e.stages import quiet_where_told, stage
@@ -40,7 +42,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
 
     Sizes are those the graph was captured with, except along dynamic dimensions. Where Inductor made an assumption
     on a dynamic size that an input does not meet (a batch of one, say), the program is compiled again for exactly
-    that size, once, with the same flags.
+    that size, once, with the same flags. ``to_inductor(warm=...)`` does that ahead.
     """
 
     def __init__(self, source: InductorSource, engines: Engines = "measured") -> None:
@@ -86,10 +88,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
         """Run the program. Raises `LoweringError` when the inputs are not what the graph was captured for."""
         values = self._signature.flatten(args, kwargs)
         sizes = self._signature.sizes(values)
-        run = self._runs.get(sizes)
-        if run is None:
-            with tracing():
-                run = self._runs[sizes] = self._runs.get(sizes) or self._program_for(sizes, values)
+        run = self._run_for(sizes, values)
         laid_out = zip(self._signature.inputs, self._signature.laid_out(values), strict=True)
         with torch.no_grad(), explained_run(values):
             return self._signature.unflatten(run(*[value for spec, value in laid_out if spec.taken]))
@@ -102,6 +101,16 @@ class InductorProgram(LoweredProgram[InductorReport]):
         with stage("package with Inductor"), tracing():
             write_package(self._source, Path(path), self._engines, verify=self.verification is not None)
 
+    def _compile_ahead(self, calls: Iterable[Call]) -> None:
+        """Have code for the sizes of each call; notes of the report name those that needed code of their own."""
+        for call in calls:
+            values = self._signature.flatten(*call)
+            sizes = self._signature.sizes(values)
+            if self._run_for(sizes, values) is not self._general:
+                note = f"compiled ahead for {self._named(sizes)}, which the code for any size does not take"
+                notes = dict.fromkeys((*self._report.notes, note))
+                self._report = replace(self._report, notes=tuple(notes))
+
     def _verify(self, batches: Iterable[Any]) -> None:
         graph, what = self._source.graph, "the program that Inductor made"
         calls = self._source.batches(batches, self._inputs.accept)
@@ -111,12 +120,21 @@ class InductorProgram(LoweredProgram[InductorReport]):
     def _lower_part(self, part: GraphModule) -> InductorProgram:
         return InductorProgram(self._source.part(part), chosen_in(part, self._report))
 
+    def _run_for(self, sizes: tuple[int, ...], values: Sequence[Any]) -> Flat:
+        run = self._runs.get(sizes)
+        if run is None:
+            with tracing():
+                run = self._runs[sizes] = self._runs.get(sizes) or self._program_for(sizes, values)
+        return run
+
+    def _named(self, sizes: tuple[int, ...]) -> str:
+        names = self._signature.size_names.values()
+        return ", ".join(f"{name} = {size}" for name, size in zip(names, sizes, strict=True))
+
     def _program_for(self, sizes: tuple[int, ...], values: Sequence[Any]) -> Flat:
         if self._inputs.accept(sizes):
             return self._general
-        named = ", ".join(
-            f"{name} = {size}" for name, size in zip(self._signature.size_names.values(), sizes, strict=True)
-        )
+        named = self._named(sizes)
         LOG.info("the program is compiled again, once, for %s, which it took for granted not to be", named)
         with stage(f"compile again for {named}"):
             return self._compile(FakeInputs(self._signature.at(values), {}), lambda _: None)
@@ -135,6 +153,7 @@ def to_inductor(
     dynamic_shapes: Any = None,
     verify: bool = True,
     verify_inputs: Iterable[Any] = (),
+    warm: Iterable[Any] = (),
     engines: Engines = "measured",
     progress: bool | None = None,  # noqa: ARG001  # read by the decorator
 ) -> InductorProgram:
@@ -145,6 +164,9 @@ def to_inductor(
     ``torch.export``; needed only where the graph was captured without them. ``verify``: run the program and the
     graph on the example inputs, also with the smallest and largest sizes that vary, and on ``verify_inputs``, and raise
     when they differ by more than `BOUND` allows.
+    ``warm``: what will be called, so that no such call has to compile the program again: sizes, as ``[1, 16]`` where
+    one varies, or ``[{"x.shape[0]": 1, "x.shape[1]": 7}]``, or inputs as in ``verify_inputs``. The program is compared
+    at each of them as well.
     ``engines``: what computes each product. ``"measured"`` times the engines on each shape, on this machine;
     ``"onednn"`` and ``"float"`` are one engine for all; a dict from op names to engines decides for those ops.
     The report has the choices and the times. ``progress``: False shows no stages on a terminal (see `quant2e.stages`).
@@ -152,7 +174,10 @@ def to_inductor(
     The model is left as it is, and so is every setting of torch: Inductor's flags are set for the compilations alone.
     Raises `LoweringError` when the graph cannot be compiled, or computes something else once it is.
     """
-    program = InductorProgram(source_of(model, example_inputs, dynamic_shapes, "to_inductor"), engines)
+    source = source_of(model, example_inputs, dynamic_shapes, "to_inductor")
+    calls = warm_calls(warm, source)
+    program = InductorProgram(source, engines)
+    program._compile_ahead(calls)
     if verify:
-        program._verify(verify_inputs)
+        program._verify((*calls, *verify_inputs))
     return program

@@ -43,7 +43,8 @@ class CachedDecoder(nn.Module):
             from transformers.cache_utils import StaticLayer
         except ImportError as error:
             raise CaptureError(
-                f"the cache of a Hugging Face decoder comes from transformers, which is not there: {error}"
+                f"the cache of a Hugging Face decoder comes from transformers, which is not installed ({error}): "
+                "pip install quant2e[decoders]"
             ) from error
         self.model = model
         cache = StaticCache(config=config, max_cache_len=max_length)

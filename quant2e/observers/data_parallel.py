@@ -27,7 +27,7 @@ def is_distributed() -> bool:
 
 def _training_group() -> dist.ProcessGroup | None:
     """The processes that run this forward together; None outside of DistributedDataParallel, and for one alone."""
-    running = getattr(torch.nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    running = torch.nn.parallel.DistributedDataParallel._active_ddp_module
     group = getattr(running, "process_group", None)
     return None if group is None or dist.get_world_size(group) == 1 else group
 

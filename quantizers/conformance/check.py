@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from quant2e.annotation.quantizer import Quantizer
-from quant2e.errors import AnnotationError, Quant2eError
+from quant2e.errors import AnnotationError
 from quant2e.integer.arithmetic.requantization import Requantization
 from quantizers.conformance.capabilities import TestedPatterns, opt_in_rules, patterns_to_test
 from quantizers.conformance.flow_checks import Limits, Outcome, examine
@@ -115,13 +115,7 @@ class _Search:
         """Random compositions."""
         if self._late():
             return
-        try:
-            programs = list(random_programs(self.known, examples, self.seed))
-        except ImportError as error:
-            raise Quant2eError(
-                "quantizers.conformance composes graphs with Hypothesis, which is not installed: pip install hypothesis"
-            ) from error
-        for program in programs:
+        for program in list(random_programs(self.known, examples, self.seed)):
             if self._late():
                 return
             self.look_at(program)

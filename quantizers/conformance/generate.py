@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from quant2e.annotation.pattern import arguments
+from quant2e.errors import Quant2eError
 from quantizers.conformance.capabilities import AROUND, TestedPattern, TestedPatterns
 from quantizers.conformance.op_calls import build
 from quantizers.conformance.program import Program
@@ -125,9 +126,18 @@ def by_dice(seed: int) -> Choose:
 
 
 def random_programs(capabilities: TestedPatterns, examples: int, seed: int) -> Iterator[Program]:
-    """Compositions that Hypothesis chooses. Equal seeds give equal programs. Raises ImportError without Hypothesis."""
-    import hypothesis
-    from hypothesis import strategies as st
+    """Compositions that Hypothesis chooses; equal seeds give equal programs.
+
+    Raises `Quant2eError` where Hypothesis is not installed.
+    """
+    try:
+        import hypothesis
+        from hypothesis import strategies as st
+    except ImportError as error:
+        raise Quant2eError(
+            "graphs for a quantizer are composed by Hypothesis, which is not installed: "
+            "pip install quant2e[conformance]"
+        ) from error
 
     found: list[Program] = []
 

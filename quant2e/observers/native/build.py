@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from quant2e.versions import TORCH_VERSION
+
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 _WISHES = (("-march=native",), ())
 """Flags to try in turn: not every compiler has them."""
@@ -87,7 +89,7 @@ def _private(folder: Path) -> Path:
 
 def _fingerprint(compiler: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
     """Of all that the compiled code depends on: sources, flags, torch, compiler, processor."""
-    parts = [*(source.read_bytes() for source in sources), repr((_FLAGS, _WISHES, flags, torch.__version__)).encode()]
+    parts = [*(source.read_bytes() for source in sources), repr((_FLAGS, _WISHES, flags, TORCH_VERSION)).encode()]
     parts += [compiler.encode(), _processor().encode()]
     parts.append(str(Path(compiler).resolve().stat().st_mtime_ns).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -28,9 +28,7 @@ from quant2e.storage.reader.ops import Ops
 from quant2e.storage.reader.origins import Origins
 from quant2e.storage.reader.schema import PROGRAM, check_schema
 from quant2e.storage.reader.shapes import Shapes
-
-_NEWEST_MINOR = 20
-"""Minor version of torch's schema that the tables here follow; a later one may hold keys that mean something else."""
+from quant2e.versions import SCHEMA
 
 _LIFTED = {"parameter": "parameter_name", "buffer": "buffer_name", "tensor_constant": "tensor_constant_name"}
 _MUTATED = {
@@ -96,10 +94,10 @@ def stored_program(text: memoryview, weights: Mapping[str, Tensor], constants: M
 def _check_versions(data: Mapping[str, Any]) -> None:
     minor, opset = data["schema_version"]["minor"], data["opset_version"].get("aten")
     newest = torch._C._get_max_operator_version()
-    if not 0 <= minor <= _NEWEST_MINOR or opset is None or not 0 < opset <= newest:
+    if not 0 <= minor <= SCHEMA[1] or opset is None or not 0 < opset <= newest:
         raise FileFormatError(
             f"it was written by another version of torch ({data.get('torch_version', 'unknown')[:40]}), in schema "
-            f"8.{minor} with opset {opset}; this version reads up to 8.{_NEWEST_MINOR} and {newest}"
+            f"8.{minor} with opset {opset}; this version reads up to 8.{SCHEMA[1]} and {newest}"
         )
     dialects = data.get("verifiers", [])
     if len(dialects) != 1 or dialects[0] not in DIALECTS:

@@ -24,9 +24,7 @@ from quant2e.storage.writer.lifting import Kind, Lifted, lifted_tensors
 from quant2e.storage.writer.origins import origin
 from quant2e.storage.writer.tensors import tensor_records
 from quant2e.storage.writer.values import Bytes, Json, Values
-
-SCHEMA_VERSION = (8, 20)
-"""The version of torch's schema that is written."""
+from quant2e.versions import SCHEMA, TORCH_VERSION
 
 _DIALECT = "TRAINING"
 """What torch calls a program that was not decomposed, and may write into its buffers."""
@@ -73,9 +71,9 @@ def _program(gm: GraphModule, lifted: tuple[Lifted, ...], values: Values) -> Jso
         "graph_module": module,
         "opset_version": {"aten": torch._C._get_max_operator_version()},
         "range_constraints": _ranges(gm, values),
-        "schema_version": {"major": SCHEMA_VERSION[0], "minor": SCHEMA_VERSION[1]},
+        "schema_version": {"major": SCHEMA[0], "minor": SCHEMA[1]},
         "verifiers": [_DIALECT],
-        "torch_version": torch.__version__,
+        "torch_version": TORCH_VERSION,
         "guards_code": _guards(inputs_of(gm)),
     }
 

@@ -18,8 +18,9 @@ from quant2e import capture
 from quant2e.errors import Quant2eError
 from quant2e.storage.reader.schema_numbers import DTYPES, LAYOUTS, MEMORY_FORMATS
 from quant2e.storage.writer.graph import qualified_name, write_graph
-from quant2e.storage.writer.program import SCHEMA_VERSION, program_records
+from quant2e.storage.writer.program import program_records
 from quant2e.storage.writer.values import Values
+from quant2e.versions import SCHEMA
 
 aten = torch.ops.aten
 
@@ -28,8 +29,8 @@ def test_numbers_are_those_of_torch():
     assert {dtype: int(number) for dtype, number in _TORCH_TO_SERIALIZE_DTYPE.items()} == dict(DTYPES)
     assert {form: int(number) for form, number in _TORCH_TO_SERIALIZE_MEMORY_FORMAT.items()} == dict(MEMORY_FORMATS)
     assert all(int(_TORCH_TO_SERIALIZE_LAYOUT[layout]) == number for layout, number in LAYOUTS.items())
-    assert SCHEMA_VERSION[0] == TORCH_SCHEMA[0]
-    assert SCHEMA_VERSION <= TORCH_SCHEMA
+    assert SCHEMA[0] == TORCH_SCHEMA[0]
+    assert SCHEMA <= TORCH_SCHEMA
 
 
 @pytest.mark.parametrize(
