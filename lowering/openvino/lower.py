@@ -38,6 +38,7 @@ from quant2e.errors import FileFormatError, LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.isolation import quietly, tracing
 from quant2e.stages import quiet_where_told, stage
+from quant2e.versions import TORCH_VERSION
 
 OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
 """What to do with a wrong program, where no op is to blame that could be left in float."""
@@ -100,7 +101,7 @@ def _program(made: OnnxGraph) -> OpenVINOProgram:
     _name_plainly(read)
     for name, value in RUN_TIME_OPTIONS.items():
         read.set_rt_info(value, ["runtime_options", name])
-    versions = {"quant2e": __version__, "torch": torch.__version__, "openvino": openvino.__version__}
+    versions = {"quant2e": __version__, "torch": TORCH_VERSION, "openvino": openvino.__version__}
     read.set_rt_info(json.dumps(versions), ["quant2e", "versions"])
     for name, parameter in constants("forward", made.quantized_io).items():
         read.set_rt_info(str(parameter), ["quant2e", name])
