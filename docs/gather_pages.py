@@ -25,6 +25,7 @@ MODULES = {
     "quant2e.pytorch_quantization": "Descriptors and tensor functions of NVIDIA's pytorch-quantization.",
     "quant2e.signature_types": "Types of public signatures.",
     "quant2e.training": "What training needs.",
+    "quant2e.weights": "Weights that stay in their files, for models larger than memory.",
     "quantizers.conformance": "A quantizer, checked on generated graphs.",
 }
 """The public modules, each with a line for its page."""

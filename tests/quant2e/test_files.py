@@ -220,7 +220,7 @@ WRITES = frozenset({"write_text", "write_bytes", "savez", "savez_compressed", "s
 MODULES = frozenset({"ir", "np", "shutil"})
 """Modules whose functions take the path, shutil's last, the others' anywhere."""
 
-INSIDE = frozenset({"part", "stream"})
+INSIDE = frozenset({"part", "stream", "weights_part", "again"})
 """What may be written to: what an `atomic_file` gave, by its name in the block and wherever it is handed on."""
 
 PRIVATE = ("quant2e/files.py", "quant2e/observers/native/build.py", "lowering/inductor/package_file.py")

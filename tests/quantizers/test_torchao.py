@@ -62,5 +62,5 @@ def test_without_torchao_it_says_what_to_install(monkeypatch):
         return imported(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(Quant2eError, match="pip install torchao"):
+    with pytest.raises(Quant2eError, match=r"pip install quant2e\[torchao\]"):
         as_torchao(Sound())

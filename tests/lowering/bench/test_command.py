@@ -133,7 +133,7 @@ def test_what_is_no_program(tmp_path, here, capsys, name, content, said):
     ("arguments", "said"),
     [
         (["bench"], "Missing argument 'PROGRAM...'"),
-        (["bench", str(Path(__file__)), "--rounds", "1"], "does not end in .pte or .onnx or .pt2"),
+        (["bench", str(Path(__file__)), "--rounds", "1"], "does not end in .pte or .onnx or .xml or .pt2"),
         (["bench", "a.pte", "--threads", "1,x"], "'x' is not a positive whole number"),
         (["bench", "a.pte", "--rounds", "0"], "0 is not in the range x>=1"),
         (["bench", "none.pte"], "there is no file none.pte"),
