@@ -68,13 +68,20 @@ class Architecture:
         return tuple(name for name, extent in self.sizes.items() if extent.most)
 
     def model(self) -> nn.Module:
-        """The model in eval mode, with norms that have seen something."""
+        """The model in eval mode, with norms that have seen something, and tokens and tables that are not zero.
+
+        Zeros make rows of zeros, of which a norm makes whatever rounding leaves there: no trained model is like that.
+        """
         torch.manual_seed(0)
         model = self.build().eval()
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1 and not bool(parameter.any()):
+                    parameter.normal_(0, 0.5)
         return model
 
     def batch(self, seed: int, *, other: bool = False) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ TEXT = (
     encoder("electra", "ElectraModel", "ElectraConfig", embedding_size=16),
     encoder("mpnet", "MPNetModel", "MPNetConfig"),
     encoder("deberta-v2", "DebertaV2Model", "DebertaV2Config", relative_attention=True, pos_att_type=["p2c", "c2p"],
-            max_relative_positions=8),
+            max_relative_positions=8, floor_db=5.0),  # padding begins as zeros, and a norm makes its rounding large
     encoder("modernbert", "ModernBertModel", "ModernBertConfig", global_attn_every_n_layers=1, local_attention=8,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2),
     encoder("squeezebert", "SqueezeBertModel", "SqueezeBertConfig", embedding_size=32),
