@@ -46,6 +46,9 @@ _CLEARLY = 0.97
 _NEGLIGIBLE = 0.1
 """Tensors that together make less than this part of the error, each by itself, stay as they are."""
 
+_AT_MOST = 24
+"""Tensors whose steps are tried: each takes some evaluations of the whole model."""
+
 
 @dataclass(frozen=True)
 class FittedActivationRanges(Algorithm):
@@ -145,7 +148,7 @@ def _costly(evaluation: OutputEvaluation, tensors: Sequence[_Tensor]) -> list[tu
     left, kept = sum(noise for *_, noise in found), []
     total = left
     for one in found:
-        if one[2] <= 0 or left < _NEGLIGIBLE * total:
+        if one[2] <= 0 or left < _NEGLIGIBLE * total or len(kept) == _AT_MOST:
             break
         kept.append(one)
         left -= one[2]
