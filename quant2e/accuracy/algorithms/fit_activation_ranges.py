@@ -145,8 +145,8 @@ def _costly(evaluation: OutputEvaluation, tensors: Sequence[_Tensor]) -> list[tu
     """Those that make the most of the error, the costliest first, with the power of the output and of their error."""
     found = [(tensor, *evaluation.powers(tensor.points)) for tensor in tensors]
     found.sort(key=lambda one: -one[2])
-    left, kept = sum(noise for *_, noise in found), []
-    total = left
+    kept: list[tuple[_Tensor, float, float]] = []
+    total = left = sum(noise for *_, noise in found)
     for one in found:
         if one[2] <= 0 or left < _NEGLIGIBLE * total or len(kept) == _AT_MOST:
             break
