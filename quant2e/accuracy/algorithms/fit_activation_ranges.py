@@ -11,7 +11,7 @@ no labels. Errors of several tensors add up where they are small.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -158,7 +158,10 @@ def _costly(evaluation: OutputEvaluation, tensors: Sequence[_Tensor]) -> list[tu
 def _climbed(
     evaluation: OutputEvaluation, simulated: SimulatedGraph, tensor: _Tensor, before: float
 ) -> tuple[float, float]:
-    """The factor that leaves the least error, wider and narrower in turn for as long as that falls, and this error."""
+    """The factor that leaves the least error, and this error: wider for as long as it falls, and narrower if it rises.
+
+    The points of the tensor keep the last step that was tried: each tensor is evaluated by itself, once.
+    """
     best = 1.0, before
     for ratio in (RATIO, 1 / RATIO):
         factor, least = 1.0, before
@@ -166,7 +169,9 @@ def _climbed(
             if ratio > 1 and factor >= tensor.covered:
                 break
             factor *= ratio
-            _round(simulated, tensor.points, tensor.scaled(factor))
+            rounded = _Rounded(tensor.scaled(factor))
+            for point in tensor.points:
+                simulated.points[point].rounded = rounded
             error = evaluation.powers(tensor.points)[1]
             if not error < least:
                 break
@@ -175,13 +180,7 @@ def _climbed(
                 best = factor, error
         if best[0] != 1.0:
             break
-    _round(simulated, tensor.points, tensor.scaled(best[0]))
     return best
-
-
-def _round(simulated: SimulatedGraph, points: Collection[Node], encoding: PerTensorEncoding) -> None:
-    for point in points:
-        simulated.points[point].rounded = _Rounded(encoding)
 
 
 class _Rounded(nn.Module):
