@@ -1,0 +1,274 @@
+// Convolutions, and linear layers as 1 x 1 convolutions: unsigned bytes times signed bytes, summed in 32 bits.
+//
+// A block is up to 6 pixels by 64 outputs (or more pixels by fewer outputs). Its sums stay in registers while the bytes
+// of its inputs go by, four at a time: see README.md for how weights are packed. Each pixel has a pointer, so that
+// strides, borders and dilations are a matter of addresses.
+
+#include "epilogue.h"
+
+namespace quant2e {
+namespace {
+
+constexpr int kMostPixels = 14;
+constexpr int kMostTaps = 1024;
+constexpr int64_t kPanelBytes = 96 * 1024;  // of inputs that stay in the L2 cache beside the weights
+
+struct Layer {
+  const int8_t* weights;  // packed, of the first output of this block
+  const int32_t* init;
+  int64_t inner, taps;
+  const int64_t* offsets;  // of each tap, in bytes from a pixel's first
+  Epilogue epilogue;
+  bool fast;
+};
+
+// R pixels by V * 16 outputs.
+template <int R, int V, int kHow>
+__attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x, const Pixel* pixels, int n) {
+  I sums[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sums[r][v] = load_int(layer.init + v * kLanes);
+  const int8_t* w = layer.weights;
+  const uint8_t* p[R];
+  for (int r = 0; r < R; ++r) p[r] = x[r];
+  for (int64_t t = 0; t < layer.taps; ++t) {
+    const int64_t begin = layer.offsets[t], end = begin + layer.inner;
+    for (int64_t k = begin; k < end; k += 4) {
+      B weights[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) weights[v] = load_weights(w + 64 * v);
+      w += 64 * V;
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        int32_t four;
+        std::memcpy(&four, p[r] + k, 4);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] = dot<kHow>(sums[r][v], weights[v], four);
+      }
+    }
+  }
+  const Epilogue& e = layer.epilogue;
+  if (layer.fast) {
+    const Range range = e.range;
+    const float *scale = e.scale, *bias = e.bias;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) finish_fast<V>(sums[r], scale, bias, range, pixels[r].y, n);
+    return;
+  }
+  int32_t memory[R][V * kLanes];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store_int(memory[r] + v * kLanes, sums[r][v]);
+#pragma GCC unroll 1
+  for (int r = 0; r < R; ++r) {
+    I again[V];
+    for (int v = 0; v < V; ++v) again[v] = load_int(memory[r] + v * kLanes);
+    finish<V>(again, e, pixels[r], n);
+  }
+}
+
+// One pixel has few sums, each of which would wait for the one before: two for each output, of bytes in turn.
+template <int V, int kHow>
+__attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, const Pixel* pixels, int n) {
+  I sums[2][V];
+  for (int v = 0; v < V; ++v) sums[0][v] = load_int(layer.init + v * kLanes), sums[1][v] = set_int(0);
+  const int8_t* w = layer.weights;
+  for (int64_t t = 0; t < layer.taps; ++t) {
+    const uint8_t* p = x[0] + layer.offsets[t];
+    int64_t k = 0;
+    for (; k + 8 <= layer.inner; k += 8) {
+      int32_t four[2];
+      std::memcpy(four, p + k, 8);
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v)
+          sums[half][v] = dot<kHow>(sums[half][v], load_weights(w + 64 * (V * half + v)), four[half]);
+      for (int line = 0; line < 2 * V; ++line) __builtin_prefetch(w + 2048 + 64 * line);
+      w += 128 * V;
+    }
+    if (k < layer.inner) {
+      int32_t four;
+      std::memcpy(&four, p + k, 4);
+      for (int v = 0; v < V; ++v) sums[0][v] = dot<kHow>(sums[0][v], load_weights(w + 64 * v), four);
+      w += 64 * V;
+    }
+  }
+  int32_t memory[2][V * kLanes];
+  for (int half = 0; half < 2; ++half)
+    for (int v = 0; v < V; ++v) store_int(memory[half] + v * kLanes, sums[half][v]);
+  for (int i = 0; i < V * kLanes; ++i) memory[0][i] += memory[1][i];
+  I again[V];
+  for (int v = 0; v < V; ++v) again[v] = load_int(memory[0] + v * kLanes);
+  finish<V>(again, layer.epilogue, pixels[0], n);
+}
+
+using Block = void (*)(const Layer&, const uint8_t* const*, const Pixel*, int);
+
+struct Shape {
+  int pixels;
+  Block run;
+};
+
+// For V: blocks by falling number of pixels. With 32 registers up to 24 sums, with 16 (two a sum) up to 4.
+template <int V, int kHow>
+const Shape* shapes() {
+#if defined(__AVX512VNNI__)
+  if constexpr (V == 4) {
+    static const Shape found[] = {{6, block<6, 4, kHow>}, {5, block<5, 4, kHow>}, {4, block<4, 4, kHow>},
+                                  {3, block<3, 4, kHow>}, {2, block<2, 4, kHow>}, {1, row<4, kHow>}};
+    return found;
+  } else if constexpr (V == 2) {
+    static const Shape found[] = {{12, block<12, 2, kHow>}, {8, block<8, 2, kHow>}, {6, block<6, 2, kHow>},
+                                  {4, block<4, 2, kHow>}, {2, block<2, 2, kHow>}, {1, row<2, kHow>}};
+    return found;
+  } else {
+    static const Shape found[] = {{14, block<14, 1, kHow>}, {8, block<8, 1, kHow>}, {4, block<4, 1, kHow>},
+                                  {2, block<2, 1, kHow>}, {1, row<1, kHow>}};
+    return found;
+  }
+#else
+  static const Shape found[] = {{V == 1 ? 4 : 2, block<V == 1 ? 4 : 2, V, kHow>}, {1, row<V, kHow>}};
+  return found;
+#endif
+}
+
+// Where the pixels of a layer are read, written and added to.
+struct Places {
+  const View &x, &y, &z, &added;
+  int64_t w;                             // pixels of a row
+  int64_t stride_h, stride_w, top, left;  // of what is read
+  int64_t out_h, out_w, from_h, from_w;  // what is written: every out_h-th row from from_h on
+  int64_t channel_in, channel_out;
+};
+
+// Pixels in turn. Along a row addresses grow by a constant.
+class Walk {
+ public:
+  Walk(const Places& places, int64_t pixel) : p(places), i(pixel / places.w), j(pixel % places.w) {
+    in_step = p.stride_w * p.x.c;
+    y_step = p.out_w * p.y.c, z_step = p.out_w * p.z.c, added_step = p.out_w * p.added.c * p.added.size;
+    row();
+  }
+
+  ALWAYS_INLINE void next(const uint8_t*& from, Pixel& to) {
+    from = in, to = out;
+    in += in_step, out.y += y_step, out.z += z_step, out.added = (const char*)out.added + added_step;
+    if (++j == p.w) j = 0, ++i, row();
+  }
+
+ private:
+  const Places& p;
+  int64_t i, j, in_step, y_step, z_step, added_step;
+  const uint8_t* in;
+  Pixel out;
+
+  void row() {
+    in = p.x.bytes(i * p.stride_h - p.top, j * p.stride_w - p.left) + p.channel_in;
+    const int64_t h = i * p.out_h + p.from_h, v = j * p.out_w + p.from_w;
+    out.y = p.y.data ? p.y.bytes(h, v) + p.channel_out : nullptr;
+    out.z = p.z.data ? p.z.floats(h, v) + p.channel_out : nullptr;
+    out.added = p.added.data ? p.added.at(h, v) + p.channel_out * p.added.size : nullptr;
+  }
+};
+
+template <int V, int kHow>
+void pixels_by_outputs(const Layer& layer, Walk walk, int64_t count, int n) {
+  const Shape* shape = shapes<V, kHow>();
+  const uint8_t* x[kMostPixels];
+  Pixel pixels[kMostPixels];
+  while (count > 0) {
+    while (shape->pixels > count) ++shape;
+    int take = shape->pixels;
+    for (int r = 0; r < take; ++r) walk.next(x[r], pixels[r]);
+    shape->run(layer, x, pixels, n);
+    count -= take;
+  }
+}
+
+template <int kHow>
+void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t pixels, int64_t from_block,
+            int64_t to_block) {
+  const int64_t outputs = step.outputs, padded = (outputs + 15) / 16 * 16;
+  const int64_t bytes = layer.inner * layer.taps;
+  const int64_t panel = std::max<int64_t>(24, kPanelBytes / std::max<int64_t>(1, layer.inner) / 12 * 12);
+  const Epilogue whole = layer.epilogue;
+  const int8_t* weights = layer.weights;
+  const int32_t* init = layer.init;
+  const int64_t channel = places.channel_out;
+  for (int64_t at = 0; at < pixels; at += panel) {
+    const int64_t count = std::min(panel, pixels - at);
+    for (int64_t n = from_block * 64; n < std::min(padded, to_block * 64);) {
+      const int64_t left = padded - n;
+      const int v = left >= 64 ? 4 : left >= 32 ? 2 : 1;
+      layer.weights = weights + n * bytes;
+      layer.init = init + n;
+      layer.epilogue.scale = whole.scale + n, layer.epilogue.bias = whole.bias + n;
+      places.channel_out = channel + n;
+      const Walk walk(places, pixel + at);
+      const int some = (int)std::min<int64_t>(v * kLanes, outputs - n);
+      if (v == 4) pixels_by_outputs<4, kHow>(layer, walk, count, some);
+      else if (v == 2) pixels_by_outputs<2, kHow>(layer, walk, count, some);
+      else pixels_by_outputs<1, kHow>(layer, walk, count, some);
+      n += v * kLanes;
+    }
+  }
+}
+
+using Blocks = void (*)(const Step&, Layer, Places, int64_t, int64_t, int64_t, int64_t);
+
+Blocks blocks_for(int64_t arithmetic) {
+#if defined(__AVX512VNNI__) || !defined(__AVX2__)
+  (void)arithmetic;
+  return blocks<kExact>;
+#else
+  return arithmetic == kSigned ? blocks<kSigned> : blocks<kBounded>;
+#endif
+}
+
+}  // namespace
+
+Epilogue epilogue_of(const Run& run, const Step& step) {
+  Epilogue e{nullptr, nullptr, Range(step.zero, step.low, step.high), 0, 0, 0, 0, 0, 0, false, false};
+  e.scale = run.constant<float>(step.scale), e.bias = run.constant<float>(step.bias);
+  e.activation = step.activation, e.a = step.a(), e.b = step.b();
+  e.inverse = step.inverse();
+  if (step.other >= 0) {
+    e.adds_floats = run.tensors[step.other].type == kFloat, e.adds_bytes = !e.adds_floats;
+    e.added_scale = step.other_scale(), e.added_zero = (float)step.other_zero;
+  }
+  return e;
+}
+
+void convolution(const Run& run, const Step& step) {
+  const View x = run.view(step.x), none{};
+  const View y = step.y >= 0 ? run.view(step.y) : none, z = step.z >= 0 ? run.view(step.z) : none;
+  const View added = step.other >= 0 ? run.view(step.other) : none, &out = step.y >= 0 ? y : z;
+  int64_t offsets[kMostTaps];
+  // A tap is a place of the kernel, or a row of it where the bytes of a row lie side by side.
+  const int64_t across = step.taps == step.kernel_h ? 1 : step.kernel_w;
+  for (int64_t t = 0; t < step.taps; ++t)
+    offsets[t] = t / across * step.dilation_h * x.row() + t % across * step.dilation_w * x.c;
+  const int64_t h = (out.h - step.step_h + step.extra - 1) / step.extra, w = (out.w - step.step_w + step.mode - 1) / step.mode;
+  const int64_t pixels = h * w, padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
+  const Blocks compute = blocks_for(step.arithmetic);
+  for (int64_t g = 0; g < step.groups; ++g) {
+    Layer layer{nullptr, nullptr, step.inner, step.taps, offsets, epilogue_of(run, step), step.fast != 0};
+    layer.weights = run.constant<int8_t>(step.weight) + g * padded * step.inner * step.taps;
+    layer.init = run.constant<int32_t>(step.init) + g * padded;
+    layer.epilogue.scale += g * padded, layer.epilogue.bias += g * padded;
+    const Places places{x, y, z, added, w, step.stride_h, step.stride_w, step.top, step.left, step.extra, step.mode,
+                    step.step_h, step.step_w, g * step.inputs, g * step.outputs};
+    if (pixels >= 24 * run.threads)
+      in_parallel(run, pixels, 12, [&](int64_t begin, int64_t end) {
+        compute(step, layer, places, begin, end - begin, 0, strips);
+      });
+    else
+      in_parallel(run, strips, 1, [&](int64_t begin, int64_t end) {
+        compute(step, layer, places, 0, pixels, begin, end);
+      });
+  }
+}
+
+}  // namespace quant2e

@@ -1,0 +1,134 @@
+// A region: tensors, steps that compute one from others, and what runs them.
+//
+// Python writes a plan as int64 numbers: a header, a `Tensor` for each value and a `Step` for each op; floats stand in
+// it as the bits of doubles. The fields are those of `plan.py`, in the same order.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace quant2e {
+
+constexpr int64_t kVersion = 1;
+
+enum Type : int64_t { kUint8 = 0, kFloat = 1 };
+
+// Pixels of `c` values, `h` rows of `w`, channels last, with a border of `pad` pixels that holds `zero`. Rows of a
+// matrix are the pixels of one row of an image. `w` of 0: as many as there are rows to compute at the moment.
+struct Tensor {
+  int64_t place;  // of its first byte in the arena, or -1 - i for the i-th tensor that the caller gave
+  int64_t type, h, w, c, pad, zero;
+  int64_t shared;  // an argument that is the same for every image
+};
+
+enum Kind : int64_t {
+  kQuantize, kDequantize, kConvolution, kDepthwise, kBinary, kUnary, kPool, kConcat, kLayerNorm, kAttention, kSoftmax,
+};
+
+struct Step {
+  int64_t kind;
+  int64_t x, other, third, fourth;    // tensors that are read; -1 for none
+  int64_t y, z;                       // written: integers, floats; -1 for none
+  int64_t weight, scale, bias, init;  // bytes into the constants; -1 for none
+  int64_t arithmetic, fast;
+  int64_t activation, a_bits, b_bits;
+  int64_t inverse_bits, zero, low, high;  // of y: 1 / scale, zero point, range of integers
+  int64_t x_scale_bits, x_zero, other_scale_bits, other_zero;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, top, left, dilation_h, dilation_w;
+  int64_t groups, inputs, outputs, taps, inner;  // of one group: input and output channels; taps and bytes of each
+  int64_t mode, extra, extra_bits, step_h, step_w;
+
+  static float number(int64_t bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return (float)value;
+  }
+  float a() const { return number(a_bits); }
+  float b() const { return number(b_bits); }
+  float inverse() const { return number(inverse_bits); }
+  float x_scale() const { return number(x_scale_bits); }
+  float other_scale() const { return number(other_scale_bits); }
+  float extra_number() const { return number(extra_bits); }
+};
+
+// A tensor where it lies in memory.
+struct View {
+  char* data;
+  int64_t size;  // of a value, in bytes
+  int64_t h, w, c, pad;
+
+  int64_t row() const { return (w + 2 * pad) * c; }
+  char* at(int64_t i, int64_t j) const { return data + ((i + pad) * row() + (j + pad) * c) * size; }
+  uint8_t* bytes(int64_t i, int64_t j) const { return (uint8_t*)at(i, j); }
+  float* floats(int64_t i, int64_t j) const { return (float*)at(i, j); }
+  int64_t pixels() const { return h * w; }
+};
+
+// An argument of the op: its memory and how far apart its values are, in values.
+struct Given {
+  char* data;
+  int64_t image, channel, row, column;
+};
+
+// What a step needs beside its plan. `threads`: that may work on it.
+struct Run {
+  const Tensor* tensors;
+  const Given* given;
+  const char* constants;
+  char* arena;
+  int64_t image, rows, threads;
+
+  View view(int64_t tensor) const {
+    const Tensor& t = tensors[tensor];
+    const int64_t size = t.type == kFloat ? 4 : 1, w = t.w ? t.w : rows;
+    char* data = t.place >= 0 ? arena + t.place : given[-1 - t.place].data;
+    if (t.place < 0 && !t.shared) data += image * given[-1 - t.place].image * size;
+    return {data, size, t.h, w, t.c, t.pad};
+  }
+  template <class T>
+  const T* constant(int64_t place) const {
+    return place < 0 ? nullptr : (const T*)(constants + place);
+  }
+};
+
+// Calls `work(begin, end)` for parts of [0, count), on as many threads as the run has. Each part is a multiple of
+// `least` long, the last excepted.
+template <class Work>
+void in_parallel(const Run& run, int64_t count, int64_t least, const Work& work);
+
+void convolution(const Run&, const Step&);
+void depthwise(const Run&, const Step&);
+void quantize(const Run&, const Step&);
+void dequantize(const Run&, const Step&);
+void binary(const Run&, const Step&);
+void unary(const Run&, const Step&);
+void pool(const Run&, const Step&);
+void concat(const Run&, const Step&);
+void layer_norm(const Run&, const Step&);
+void attention(const Run&, const Step&);
+void softmax(const Run&, const Step&);
+
+}  // namespace quant2e
+
+extern "C" int32_t torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+namespace quant2e {
+
+template <class Work>
+void in_parallel(const Run& run, int64_t count, int64_t least, const Work& work) {
+  const int64_t blocks = (count + least - 1) / least, parts = blocks < run.threads ? blocks : run.threads;
+  if (parts <= 1) return work(0, count);
+  struct Context {
+    const Work& work;
+    int64_t count, least, blocks, parts;
+  } context{work, count, least, blocks, parts};
+  torch_parallel_for(0, parts, 1, [](int64_t from, int64_t to, void* given) {
+    const Context& c = *(const Context*)given;
+    for (int64_t part = from; part < to; ++part) {
+      const int64_t begin = c.blocks * part / c.parts * c.least, end = c.blocks * (part + 1) / c.parts * c.least;
+      c.work(begin, end < c.count ? end : c.count);
+    }
+  }, &context);
+}
+
+}  // namespace quant2e

@@ -1,0 +1,324 @@
+// Sixteen lanes, whatever the machine: the only file with intrinsics.
+//
+// F: 16 floats. I: 16 int32. B: 16 groups of 4 bytes, as weights are packed. AVX-512 has them in one register, AVX2 in
+// two, plain C++ in arrays. `n` is the number of lanes that memory holds: the others are neither read nor written.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512VNNI__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+namespace quant2e {
+
+constexpr int kLanes = 16;
+
+// How the products of four unsigned and four signed bytes are added to 32 bits. With VNNI there is one instruction, and
+// it is exact. AVX2 adds two products in 16 saturating bits first, which Python proves harmless before it asks for it.
+enum Arithmetic : int64_t {
+  kExact = 0,    // VNNI, or plain C++
+  kBounded = 1,  // AVX2: the weights are such that no sum of two products exceeds 16 bits
+  kSeven = 2,    // AVX2: both sides have 7 bits, so that sums of four products do not either
+  kSigned = 3,   // AVX2: activations minus 128, |a| * (w with the sign of a); weights are not -128
+};
+
+#if defined(__AVX512VNNI__)
+
+typedef __m512 F;
+typedef __m512i I;
+typedef __m512i B;
+constexpr int kRegisters = 32;
+
+ALWAYS_INLINE __mmask16 lanes(int n) { return (__mmask16)((1u << n) - 1); }
+ALWAYS_INLINE F set(float x) { return _mm512_set1_ps(x); }
+ALWAYS_INLINE I set_int(int32_t x) { return _mm512_set1_epi32(x); }
+ALWAYS_INLINE F load(const float* from) { return _mm512_loadu_ps(from); }
+ALWAYS_INLINE F load(const float* from, int n) { return _mm512_maskz_loadu_ps(lanes(n), from); }
+ALWAYS_INLINE I load_int(const int32_t* from) { return _mm512_loadu_si512(from); }
+ALWAYS_INLINE B load_weights(const int8_t* from) { return _mm512_loadu_si512(from); }
+ALWAYS_INLINE F load_bytes(const uint8_t* from, int n) {
+  const __m128i raw = n == kLanes ? _mm_loadu_si128((const __m128i*)from) : _mm_maskz_loadu_epi8(lanes(n), from);
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(raw));
+}
+ALWAYS_INLINE void store(float* to, F x, int n) { _mm512_mask_storeu_ps(to, lanes(n), x); }
+ALWAYS_INLINE void store_int(int32_t* to, I x) { _mm512_storeu_si512(to, x); }
+ALWAYS_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+ALWAYS_INLINE I rounded(F x) { return _mm512_cvtps_epi32(x); }
+ALWAYS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+ALWAYS_INLINE F minimum(F a, F b) { return _mm512_min_ps(a, b); }
+ALWAYS_INLINE F maximum(F a, F b) { return _mm512_max_ps(a, b); }
+ALWAYS_INLINE F absolute(F x) { return _mm512_abs_ps(x); }
+ALWAYS_INLINE F whole(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+ALWAYS_INLINE F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
+ALWAYS_INLINE F with_sign_of(F x, F sign) {
+  const __m512i bit = _mm512_set1_epi32((int32_t)0x80000000);
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(x), 0xca));
+}
+ALWAYS_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
+ALWAYS_INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
+
+template <int kHow>
+ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
+  return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(four), weights);
+}
+
+// As `dot`, where each lane has activations of its own.
+ALWAYS_INLINE I dot_lanes(I sums, B activations, B weights) { return _mm512_dpbusd_epi32(sums, activations, weights); }
+
+// What integers become bytes with: a zero point, and the bounds. Kept in registers, as stores of bytes may write to any
+// memory that the compiler knows of.
+struct Range {
+  __m512i zero, low, high, order;
+
+  ALWAYS_INLINE Range(int64_t z, int64_t l, int64_t h)
+      : zero(_mm512_set1_epi16((short)z)), low(_mm512_set1_epi8((char)l)), high(_mm512_set1_epi8((char)h)),
+        order(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)) {}
+};
+
+// Fewer than 16 bytes: plain stores where they do, which take less time than masked ones.
+ALWAYS_INLINE void store_tail(uint8_t* to, __m128i y, int n) {
+  if (n == 8) _mm_storel_epi64((__m128i*)to, y);
+  else if (n) _mm_mask_storeu_epi8(to, lanes(n), y);
+}
+
+ALWAYS_INLINE uint64_t bits(int n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
+
+// Bytes of V * 16 integers: plus the zero point, between the bounds; the first `n` of them are written.
+template <int V>
+ALWAYS_INLINE void store_bytes(uint8_t* to, const I* x, const Range& range, int n) {
+  if constexpr (V == 4) {
+    const __m512i a = _mm512_adds_epi16(_mm512_packs_epi32(x[0], x[1]), range.zero);
+    const __m512i b = _mm512_adds_epi16(_mm512_packs_epi32(x[2], x[3]), range.zero);
+    __m512i y = _mm512_permutexvar_epi32(range.order, _mm512_packus_epi16(a, b));
+    y = _mm512_min_epu8(_mm512_max_epu8(y, range.low), range.high);
+    if (n == 64) _mm512_storeu_si512(to, y);
+    else _mm512_mask_storeu_epi8(to, bits(n), y);
+  } else if constexpr (V == 2) {
+    const __m512i words = _mm512_adds_epi16(_mm512_packs_epi32(x[0], x[1]), range.zero);
+    const __m512i pairs = _mm512_permutexvar_epi32(range.order, _mm512_packus_epi16(words, words));
+    __m256i y = _mm512_castsi512_si256(pairs);
+    y = _mm256_min_epu8(_mm256_max_epu8(y, _mm512_castsi512_si256(range.low)), _mm512_castsi512_si256(range.high));
+    if (n == 32) {
+      _mm256_storeu_si256((__m256i*)to, y);
+      return;
+    }
+    if (n >= 16) _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(y)), to += 16, n -= 16;
+    else y = _mm256_permute4x64_epi64(y, 0x44);
+    store_tail(to, _mm256_extracti128_si256(y, 1), n);
+  } else {
+    const __m256i words = _mm256_adds_epi16(_mm512_cvtsepi32_epi16(x[0]), _mm512_castsi512_si256(range.zero));
+    __m128i y = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    y = _mm_min_epu8(_mm_max_epu8(y, _mm512_castsi512_si128(range.low)), _mm512_castsi512_si128(range.high));
+    if (n == 16) _mm_storeu_si128((__m128i*)to, y);
+    else store_tail(to, y, n);
+  }
+}
+
+#else
+
+#if defined(__AVX2__)
+
+struct F { __m256 a, b; };
+struct I { __m256i a, b; };
+typedef I B;
+constexpr int kRegisters = 16;
+
+#define EACH_F(CALL) F{CALL(a), CALL(b)}
+ALWAYS_INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+ALWAYS_INLINE I set_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+ALWAYS_INLINE F load(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+ALWAYS_INLINE I load_int(const int32_t* from) {
+  return {_mm256_loadu_si256((const __m256i*)from), _mm256_loadu_si256((const __m256i*)(from + 8))};
+}
+ALWAYS_INLINE B load_weights(const int8_t* from) { return load_int((const int32_t*)from); }
+ALWAYS_INLINE F floats_of(__m128i raw) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(raw)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(raw, 8)))};
+}
+ALWAYS_INLINE void store_all(float* to, F x) { _mm256_storeu_ps(to, x.a), _mm256_storeu_ps(to + 8, x.b); }
+ALWAYS_INLINE void store_int(int32_t* to, I x) {
+  _mm256_storeu_si256((__m256i*)to, x.a), _mm256_storeu_si256((__m256i*)(to + 8), x.b);
+}
+ALWAYS_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+ALWAYS_INLINE I rounded(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+ALWAYS_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+ALWAYS_INLINE F minimum(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+ALWAYS_INLINE F maximum(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+ALWAYS_INLINE F operator+(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+ALWAYS_INLINE F operator-(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+ALWAYS_INLINE F operator*(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+ALWAYS_INLINE F operator/(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+ALWAYS_INLINE F absolute(F x) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(bit, x.a), _mm256_andnot_ps(bit, x.b)};
+}
+ALWAYS_INLINE F with_sign_of(F x, F sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_and_ps(bit, sign.a), _mm256_andnot_ps(bit, x.a)),
+          _mm256_or_ps(_mm256_and_ps(bit, sign.b), _mm256_andnot_ps(bit, x.b))};
+}
+ALWAYS_INLINE F whole(F x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, kNearest), _mm256_round_ps(x.b, kNearest)};
+}
+ALWAYS_INLINE __m256 power_of_two(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+ALWAYS_INLINE F times_power_of_two(F x, F n) {
+  return {_mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b))};
+}
+
+ALWAYS_INLINE __m256i dot_of(__m256i sums, __m256i u, __m256i s) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sums, u, s);
+#else
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+#endif
+}
+
+template <int kHow>
+ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
+  if constexpr (kHow == kSigned) {
+    const __m256i x = _mm256_xor_si256(_mm256_set1_epi32(four), _mm256_set1_epi8((char)0x80));
+    const __m256i u = _mm256_abs_epi8(x);
+    return {dot_of(sums.a, u, _mm256_sign_epi8(weights.a, x)), dot_of(sums.b, u, _mm256_sign_epi8(weights.b, x))};
+  } else {
+    const __m256i u = _mm256_set1_epi32(four);
+    return {dot_of(sums.a, u, weights.a), dot_of(sums.b, u, weights.b)};
+  }
+}
+
+// Exact for any bytes: even and odd bytes as 16-bit numbers.
+ALWAYS_INLINE __m256i exact_dot(__m256i sums, __m256i u, __m256i s) {
+#if defined(__AVXVNNI__)
+  return _mm256_dpbusd_avx_epi32(sums, u, s);
+#else
+  const __m256i even_u = _mm256_and_si256(u, _mm256_set1_epi16(255)), odd_u = _mm256_srli_epi16(u, 8);
+  const __m256i even_s = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), odd_s = _mm256_srai_epi16(s, 8);
+  const __m256i pairs = _mm256_add_epi32(_mm256_madd_epi16(even_u, even_s), _mm256_madd_epi16(odd_u, odd_s));
+  return _mm256_add_epi32(sums, pairs);
+#endif
+}
+ALWAYS_INLINE I dot_lanes(I sums, B u, B s) { return {exact_dot(sums.a, u.a, s.a), exact_dot(sums.b, u.b, s.b)}; }
+
+struct Range {
+  __m256i zero;
+  __m128i low, high;
+
+  ALWAYS_INLINE Range(int64_t z, int64_t l, int64_t h)
+      : zero(_mm256_set1_epi16((short)z)), low(_mm_set1_epi8((char)l)), high(_mm_set1_epi8((char)h)) {}
+};
+
+ALWAYS_INLINE void bytes_of(uint8_t* to, I x, const Range& range) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  const __m256i moved = _mm256_adds_epi16(words, range.zero);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(moved), _mm256_extracti128_si256(moved, 1));
+  _mm_storeu_si128((__m128i*)to, _mm_min_epu8(_mm_max_epu8(bytes, range.low), range.high));
+}
+
+#else
+
+struct F { float v[kLanes]; };
+struct I { int32_t v[kLanes]; };
+struct B { int8_t v[4 * kLanes]; };
+constexpr int kRegisters = 16;
+
+#define EACH(TYPE, VALUE) TYPE y; for (int i = 0; i < kLanes; ++i) y.v[i] = VALUE; return y
+ALWAYS_INLINE F set(float x) { EACH(F, x); }
+ALWAYS_INLINE I set_int(int32_t x) { EACH(I, x); }
+ALWAYS_INLINE F load(const float* from) { EACH(F, from[i]); }
+ALWAYS_INLINE I load_int(const int32_t* from) { EACH(I, from[i]); }
+ALWAYS_INLINE B load_weights(const int8_t* from) { B y; std::memcpy(y.v, from, sizeof y.v); return y; }
+ALWAYS_INLINE void store_all(float* to, F x) { std::memcpy(to, x.v, sizeof x.v); }
+ALWAYS_INLINE void store_int(int32_t* to, I x) { std::memcpy(to, x.v, sizeof x.v); }
+ALWAYS_INLINE F to_float(I x) { EACH(F, (float)x.v[i]); }
+ALWAYS_INLINE I rounded(F x) { EACH(I, (int32_t)std::nearbyint(std::min(std::max(x.v[i], -2.1e9f), 2.1e9f))); }
+ALWAYS_INLINE F fma(F a, F b, F c) { EACH(F, std::fma(a.v[i], b.v[i], c.v[i])); }
+ALWAYS_INLINE F minimum(F a, F b) { EACH(F, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+ALWAYS_INLINE F maximum(F a, F b) { EACH(F, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+ALWAYS_INLINE F operator+(F a, F b) { EACH(F, a.v[i] + b.v[i]); }
+ALWAYS_INLINE F operator-(F a, F b) { EACH(F, a.v[i] - b.v[i]); }
+ALWAYS_INLINE F operator*(F a, F b) { EACH(F, a.v[i] * b.v[i]); }
+ALWAYS_INLINE F operator/(F a, F b) { EACH(F, a.v[i] / b.v[i]); }
+ALWAYS_INLINE F absolute(F x) { EACH(F, std::fabs(x.v[i])); }
+ALWAYS_INLINE F with_sign_of(F x, F sign) { EACH(F, std::copysign(x.v[i], sign.v[i])); }
+ALWAYS_INLINE F whole(F x) { EACH(F, std::nearbyint(x.v[i])); }
+ALWAYS_INLINE F times_power_of_two(F x, F n) { EACH(F, std::ldexp(x.v[i], (int)n.v[i])); }
+ALWAYS_INLINE int32_t four_products(const uint8_t* u, const int8_t* s) {
+  return u[0] * s[0] + u[1] * s[1] + u[2] * s[2] + u[3] * s[3];
+}
+template <int kHow>
+ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
+  uint8_t u[4];
+  std::memcpy(u, &four, 4);
+  EACH(I, sums.v[i] + four_products(u, weights.v + 4 * i));
+}
+ALWAYS_INLINE I dot_lanes(I sums, B u, B s) {
+  EACH(I, sums.v[i] + four_products((const uint8_t*)u.v + 4 * i, s.v + 4 * i));
+}
+ALWAYS_INLINE F floats_of(const uint8_t* raw) { EACH(F, (float)raw[i]); }
+struct Range {
+  int64_t zero, low, high;
+
+  Range(int64_t z, int64_t l, int64_t h) : zero(z), low(l), high(h) {}
+};
+
+ALWAYS_INLINE void bytes_of(uint8_t* to, I x, const Range& range) {
+  for (int i = 0; i < kLanes; ++i) to[i] = (uint8_t)std::min(std::max(x.v[i] + range.zero, range.low), range.high);
+}
+#undef EACH
+#endif
+
+// What has no masks goes through memory where lanes are missing.
+ALWAYS_INLINE F load(const float* from, int n) {
+  if (n == kLanes) return load(from);
+  float whole_lanes[kLanes] = {};
+  std::memcpy(whole_lanes, from, n * sizeof(float));
+  return load(whole_lanes);
+}
+ALWAYS_INLINE F load_bytes(const uint8_t* from, int n) {
+  uint8_t whole_lanes[kLanes] = {};
+  std::memcpy(whole_lanes, from, n);
+#if defined(__AVX2__)
+  return floats_of(_mm_loadu_si128((const __m128i*)whole_lanes));
+#else
+  return floats_of(whole_lanes);
+#endif
+}
+ALWAYS_INLINE void store(float* to, F x, int n) {
+  if (n == kLanes) return store_all(to, x);
+  float whole_lanes[kLanes];
+  store_all(whole_lanes, x);
+  std::memcpy(to, whole_lanes, n * sizeof(float));
+}
+ALWAYS_INLINE float sum(F x) {
+  float v[kLanes], total = 0;
+  store_all(v, x);
+  for (int half = kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return total + v[0];
+}
+ALWAYS_INLINE float largest(F x) {
+  float v[kLanes];
+  store_all(v, x);
+  return *std::max_element(v, v + kLanes);
+}
+template <int V>
+ALWAYS_INLINE void store_bytes(uint8_t* to, const I* x, const Range& range, int n) {
+  for (int v = 0; v < V && n > 0; ++v, n -= kLanes) {
+    uint8_t bytes[kLanes];
+    bytes_of(bytes, x[v], range);
+    std::memcpy(to + v * kLanes, bytes, std::min(n, kLanes));
+  }
+}
+
+#endif
+
+ALWAYS_INLINE F clamped(F x, float low, float high) { return minimum(maximum(x, set(low)), set(high)); }
+
+}  // namespace quant2e
