@@ -101,7 +101,9 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
   for (int i = 0; i < V * kLanes; ++i) memory[0][i] += memory[1][i];
   I again[V];
   for (int v = 0; v < V; ++v) again[v] = load_int(memory[0] + v * kLanes);
-  finish<V>(again, layer.epilogue, pixels[0], n);
+  const Epilogue& e = layer.epilogue;
+  if (layer.fast) finish_fast<V>(again, e.scale, e.bias, e.range, pixels[0].y, n);
+  else finish<V>(again, e, pixels[0], n);
 }
 
 using Block = void (*)(const Layer&, const uint8_t* const*, const Pixel*, int);

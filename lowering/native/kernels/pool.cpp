@@ -29,10 +29,7 @@ void largest_of(const Step& s, const View& x, const View& y, int64_t i, int64_t 
         const int64_t row = h + p * s.dilation_h, column = w + q * s.dilation_w;
         if (row < 0 || row >= x.h || column < 0 || column >= x.w) continue;
         const uint8_t* from = x.bytes(row, column) + c;
-        if (n == kStrip)
-          for (int k = 0; k < kStrip; ++k) best[k] = std::max(best[k], from[k]);
-        else
-          for (int64_t k = 0; k < n; ++k) best[k] = std::max(best[k], from[k]);
+        take_larger(best, from, (int)n);
       }
     std::memcpy(to + c, best, n);
   }
@@ -49,10 +46,7 @@ void average_of(const Step& s, const View& x, const View& y, const View& z, int6
     for (int64_t p = window.top; p < window.bottom; ++p)
       for (int64_t q = window.left; q < window.right; ++q) {
         const uint8_t* from = x.bytes(p, q) + c;
-        if (n == kStrip)
-          for (int k = 0; k < kStrip; ++k) sums[k] += from[k];
-        else
-          for (int k = 0; k < n; ++k) sums[k] += from[k];
+        add_bytes(sums, from, n);
       }
     for (int v = 0; v * kLanes < n; ++v) {
       const int lanes_here = std::min(kLanes, n - v * kLanes);

@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,9 +24,12 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-ma
 _WISHES = (("-march=native",), ())
 """Flags to try in turn: not every compiler has them."""
 
+_TOGETHER = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w")
+
 _BUILD_SECONDS = 120
 
 _TORCH = Path(torch.__file__).parent / "lib"
+_LIBRARIES = (f"-L{_TORCH}", "-ltorch_cpu", "-lm")
 
 
 def cache_folder() -> Path:
@@ -58,6 +63,38 @@ def built(source: Path, *included: Path, flags: tuple[str, ...] = ()) -> Path | 
     return path
 
 
+def built_together(name: str, sources: Sequence[Path], included: Sequence[Path], flags: tuple[str, ...]) -> Path | None:
+    """One library, called ``name``, of several ``sources``, which are compiled side by side; otherwise as `built`.
+
+    ``flags`` say all that it needs of the processor: it runs on every machine that has that.
+    """
+    program = None if os.environ.get("QUANT2E_NATIVE") == "0" else compiler()
+    if program is None:
+        return None
+    folder = _private(cache_folder())
+    path = folder / f"{name}-{_fingerprint(program, (*sources, *included), flags)}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=folder) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(work) / f"{source.stem}.o" for source in sources]
+        each = [(*_TOGETHER, *flags, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)]
+        for source, complaint in zip(sources, pool.map(lambda command: _complaint(program, command), each), strict=True):
+            if complaint:
+                raise RuntimeError(f"{program} cannot compile {source.name}: {complaint}")
+        part = Path(work) / path.name
+        complaint = _complaint(program, ("-shared", *map(str, objects), "-o", str(part), *_LIBRARIES))
+        if complaint:
+            raise RuntimeError(f"{program} cannot link {path.name}: {complaint}")
+        part.replace(path)
+    return path
+
+
+def _complaint(compiler: str, command: Sequence[str]) -> str:
+    """What the compiler says where it fails; empty where it does not."""
+    done = subprocess.run([compiler, *command], capture_output=True, timeout=_BUILD_SECONDS, check=False)  # noqa: S603 - the user's compiler
+    return done.stderr.decode(errors="replace")[-500:] or "no reason given" if done.returncode else ""
+
+
 def warn_unbuilt(source: Path, error: Exception, instead: str) -> None:
     """Say that there is a compiler, that it failed on ``source``, and what computes ``instead``."""
     warnings.warn(
@@ -89,7 +126,7 @@ def _private(folder: Path) -> Path:
 
 def _fingerprint(compiler: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
     """Of all that the compiled code depends on: sources, flags, torch, compiler, processor."""
-    parts = [*(source.read_bytes() for source in sources), repr((_FLAGS, _WISHES, flags, TORCH_VERSION)).encode()]
+    parts = [*(source.read_bytes() for source in sources), repr((_FLAGS, _TOGETHER, _WISHES, flags, TORCH_VERSION)).encode()]
     parts += [compiler.encode(), _processor().encode()]
     parts.append(str(Path(compiler).resolve().stat().st_mtime_ns).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
@@ -106,19 +143,15 @@ def _compile(compiler: str, source: Path, target: Path, flags: tuple[str, ...]) 
     complaint = ""
     for wishes in _WISHES:
         command = [
-            compiler,
             *_FLAGS,
             *flags,
             *wishes,
             str(source),
             "-o",
             str(target),
-            f"-L{_TORCH}",
-            "-ltorch_cpu",
-            "-lm",
+            *_LIBRARIES,
         ]
-        done = subprocess.run(command, capture_output=True, timeout=_BUILD_SECONDS, check=False)  # noqa: S603 - the user's compiler
-        if done.returncode == 0:
+        complaint = _complaint(compiler, command)
+        if not complaint:
             return
-        complaint = done.stderr.decode(errors="replace")[-500:]
     raise RuntimeError(f"{compiler} cannot compile {source.name}: {complaint}")

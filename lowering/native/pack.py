@@ -1,0 +1,94 @@
+"""Packing of weights: the order in which the kernels read them, and what belongs to each output.
+
+``kernels/README.md`` shows the order in a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lowering.native.plan import Arithmetic
+
+LANES = 16
+STRIP = 64
+"""Outputs that are computed together: four registers of `LANES`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packed:
+    """``weight``: int8. ``init``: int32, what sums begin with. ``taps``, ``inner``: of one group, and bytes of each."""
+
+    weight: Tensor
+    init: Tensor
+    taps: int
+    inner: int
+
+
+def padded(count: int, to: int = LANES) -> int:
+    """``count``, or the next multiple of ``to``."""
+    return -(-count // to) * to
+
+
+def pack_convolution(weight: Tensor, zero_point: int, groups: int, *, rows: bool, arithmetic: Arithmetic) -> Packed:
+    """Pack an int8 weight ``[outputs, inputs of a group, height, width]`` for activations with this zero point.
+
+    ``rows``: whether a tap is a row of the kernel, whose bytes lie side by side in the image. Of each group, strips of
+    64 outputs (then 32, then 16) hold for each tap and each four inputs the four bytes of every output.
+    """
+    outputs, inputs, height, width = weight.shape
+    by_tap = weight.permute(0, 2, 3, 1)  # [outputs, height, width, inputs]
+    taps = height if rows else height * width
+    by_tap = by_tap.reshape(groups, outputs // groups, taps, -1)
+    inner = padded(by_tap.shape[3], 4)
+    init = _init(by_tap.flatten(2), zero_point, arithmetic)
+    filled = pad(by_tap, (0, inner - by_tap.shape[3], 0, 0, 0, padded(outputs // groups) - outputs // groups))
+    parts = [strip for group in filled for strip in _strips(group)]
+    return Packed(
+        weight=torch.cat(parts), init=pad(init, (0, padded(init.shape[1]) - init.shape[1])).flatten(), taps=taps, inner=inner
+    )
+
+
+def _strips(group: Tensor) -> list[Tensor]:
+    """``[outputs, taps, inner]`` as strips of outputs, each ``[taps, inner / 4, outputs of the strip, 4]``, flat."""
+    made, at = [], 0
+    outputs, taps, inner = group.shape
+    while at < outputs:
+        left = outputs - at
+        wide = next(width for width in (STRIP, STRIP // 2, LANES) if width <= left)
+        strip = group[at : at + wide].reshape(wide, taps, inner // 4, 4)
+        made.append(strip.permute(1, 2, 0, 3).flatten())
+        at += wide
+    return made
+
+
+def pack_depthwise(weight: Tensor, zero_point: int) -> Packed:
+    """Pack an int8 weight ``[channels, 1, height, width]``, of at most 8 rows.
+
+    For each 64 channels, for each column of the kernel and each four rows: the four bytes of every channel.
+    """
+    channels, _, height, width = weight.shape
+    init = _init(weight.reshape(1, channels, -1), zero_point, Arithmetic.EXACT)
+    rows, more = padded(height, 4), padded(channels, STRIP) - channels
+    filled = pad(weight[:, 0], (0, 0, 0, rows - height, 0, more))
+    blocks = filled.reshape(-1, STRIP, rows // 4, 4, width).permute(0, 4, 2, 1, 3)
+    return Packed(weight=blocks.flatten(), init=pad(init.flatten(), (0, more)), taps=1, inner=0)
+
+
+def _init(by_output: Tensor, zero_point: int, arithmetic: Arithmetic) -> Tensor:
+    """``[groups, outputs]``: what the zero point of the activation takes away from every sum.
+
+    Signed activations are 128 less than those that are stored.
+    """
+    zero = zero_point - 128 if arithmetic is Arithmetic.SIGNED else zero_point
+    return (-zero * by_output.sum(2, dtype=torch.int64)).to(torch.int32)
+
+
+def per_output(values: Tensor, groups: int, to: int = LANES) -> Tensor:
+    """Float32 numbers of each output, with as many zeros behind each group as the kernels read."""
+    by_group = values.to(torch.float32).reshape(groups, -1)
+    filled = pad(by_group, (0, padded(by_group.shape[1], to) - by_group.shape[1])).flatten()
+    return pad(filled, (0, STRIP))  # the last strip is read whole

@@ -1,0 +1,93 @@
+"""Pools of int8 images, as units of a region."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.native.plan import Kind, Step
+from lowering.native.units import Emitter, Ending, Unit, ending_of, finish
+from lowering.native.values import image_of, integers_of, is_quantize, stored
+from quant2e.graph.dataflow import operands
+
+aten = torch.ops.aten
+
+_LARGEST = aten.max_pool2d.default
+_AVERAGE = frozenset({aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.mean.dim})
+_BY_ALL, _BY_INSIDE = 1, 2
+
+
+def pool_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
+    """The unit of a pool; why there is none; None for other ops."""
+    del gm
+    if node.target is not _LARGEST and node.target not in _AVERAGE:
+        return None
+    source = stored(node.args[0])
+    x = image_of(source)
+    y = image_of(node)
+    if source is None or x is None or y is None or len(source.meta["val"].shape) != 4:
+        return "its operand is no image of bytes with a constant scale"
+    step = _largest(node) if node.target is _LARGEST else _average(node, x, y)
+    if isinstance(step, str):
+        return step
+    ending = ending_of(node, taken, adds=False)
+    if node.target is _LARGEST and not _same_scale(source, ending):
+        return "its result is rounded with another scale than its operand has"
+    (dequantize,) = (n for n in node.all_input_nodes)
+
+    def emit(emitter: Emitter) -> None:
+        integers = integers_of(source)
+        assert integers is not None, "it was looked at before"
+        step.x, step.x_scale, step.x_zero = emitter.read(source), integers.scale, integers.zero
+        finish(emitter, step, ending)
+
+    return Unit(nodes=(dequantize, node, *ending.nodes), reads=(source,), writes=ending.writes, emit=emit)
+
+
+def _same_scale(source: Node, ending: Ending) -> bool:
+    """Whether the largest byte is the result as it is."""
+    wanted = ending.integers
+    if wanted is None or ending.floats is not None or ending.activation.kind or not is_quantize(wanted):
+        return False
+    return integers_of(wanted) == integers_of(source)
+
+
+def _pair(value: object) -> tuple[int, int]:
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return (int(values[0]), int(values[-1]))
+
+
+def _largest(node: Node) -> Step:
+    given = operands(node)
+    kernel = _pair(given["kernel_size"])
+    stride = _pair(given["stride"]) if given["stride"] else kernel
+    padding, dilation = _pair(given["padding"]), _pair(given["dilation"])
+    return Step(
+        kind=Kind.POOL, kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
+        top=padding[0], left=padding[1], dilation_h=dilation[0], dilation_w=dilation[1],
+    )  # fmt: skip
+
+
+def _average(node: Node, x: tuple[int, int, int], y: tuple[int, int, int]) -> Step | str:
+    given = operands(node)
+    if node.target is aten.avg_pool2d.default:
+        kernel = _pair(given["kernel_size"])
+        stride = _pair(given["stride"]) if given["stride"] else kernel
+        padding = _pair(given["padding"])
+        if given["ceil_mode"]:
+            return "an average with ceil_mode"
+        mode = _BY_ALL if given["count_include_pad"] or given["divisor_override"] else _BY_INSIDE
+        count = given["divisor_override"] or kernel[0] * kernel[1]
+    else:
+        if node.target is aten.mean.dim:
+            dims = {dim % 4 for dim in given["dim"] or ()}
+            if dims != {2, 3} or not given["keepdim"]:
+                return "a mean along other axes than height and width, or that drops them"
+        if x[0] % y[0] or x[1] % y[1]:
+            return "windows of different sizes"
+        kernel = stride = (x[0] // y[0], x[1] // y[1])
+        padding, mode, count = (0, 0), _BY_ALL, kernel[0] * kernel[1]
+    return Step(
+        kind=Kind.POOL, kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
+        top=padding[0], left=padding[1], mode=mode, extra=int(count),
+    )  # fmt: skip

@@ -1,0 +1,170 @@
+"""Convolutions and linear layers with int8 operands, as units of a region.
+
+q(dq(x) * dq(w) + b [+ r])        =>        a step: sums of bytes, scale, bias, what is added, activation, bytes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from lowering.native.pack import STRIP, pack_convolution, pack_depthwise, per_output
+from lowering.native.plan import Arithmetic, Kind, Step
+from lowering.native.units import CLAMPS, Emitter, Ending, Unit, ending_of, finish
+from lowering.native.values import Integers, Weight, image_of, integers_of, stored, weight_at
+from quant2e.graph.attributes import tensor_at
+from quant2e.graph.dataflow import operands
+
+aten = torch.ops.aten
+
+_CONVOLUTION = frozenset({aten.conv2d.default, aten.conv2d.padding, aten.convolution.default})
+_MOST_DEPTHWISE_ROWS = 8
+_MOST_REACH = 40
+"""Columns that the depthwise kernel interleaves at a time hold at least one output whose kernel spans so many."""
+_MOST_TAPS = 1024
+_SMALL = 2.0**30
+"""Sums multiplied by their scale stay below this, where results are rounded without a clamp before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """A convolution's geometry, height first. ``after``: pixels beyond the bottom and the right edge that it reads."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    before: tuple[int, int]
+    dilation: tuple[int, int]
+    after: tuple[int, int]
+
+    @property
+    def border(self) -> int:
+        """Pixels around the image that are read."""
+        return max(0, *self.before, *self.after)
+
+
+def product_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
+    """The unit of a convolution or linear layer; why there is none; None for other ops."""
+    if node.target not in _CONVOLUTION and node.target is not aten.linear.default:
+        return None
+    given = operands(node)
+    source, weight = stored(given["input"]), weight_at(gm, given["weight"])
+    if source is None or weight is None:
+        return "its operands are not bytes with a constant scale, and a constant symmetric int8 weight"
+    x, y = image_of(source), image_of(node)
+    bias = tensor_at(gm, given["bias"])
+    if x is None or y is None or (given["bias"] is not None and bias is None):
+        return "sizes other than the first vary, or it has more than two dimensions of space"
+    if given.get("transposed"):
+        return "transposed convolutions are not built"
+    linear = node.target is aten.linear.default
+    window = _window(given, x, y, weight) if not linear else Window(kernel=(1, 1), stride=(1, 1), before=(0, 0), dilation=(1, 1), after=(0, 0))
+    if window is None or (linear and len(source.meta["val"].shape) == 4):
+        return "its padding has no numbers" if not linear else "a linear layer on four dimensions"
+    groups = 1 if linear else int(given["groups"])
+    ending = ending_of(node, taken)
+    product = _Product(gm, source, weight, bias, window, groups, ending)
+    if window.kernel[0] * window.kernel[1] > _MOST_TAPS:
+        return f"a kernel of {window.kernel[0]} x {window.kernel[1]}"
+    dequantizes = tuple(n for n in (given["input"], given["weight"]) if isinstance(n, Node))
+    return Unit(
+        nodes=(*dequantizes, node, *ending.nodes),
+        reads=(source, *ending.reads),
+        writes=ending.writes,
+        emit=product.emit,
+        products=True,
+    )
+
+
+def _window(given: dict[str, Any], x: tuple[int, int, int], y: tuple[int, int, int], weight: Weight) -> Window | None:
+    kernel, stride, dilation = tuple(weight.integers.shape[2:]), _pair(given["stride"]), _pair(given["dilation"])
+    padding = given["padding"]
+    if padding == "valid":
+        padding = [0, 0]
+    if padding == "same":
+        padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
+    if isinstance(padding, str) or len(kernel) != 2:
+        return None
+    before = _pair(padding)
+    after = tuple(
+        (y[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] - before[i] - (x[i] - 1) for i in range(2)
+    )
+    return Window(kernel=kernel, stride=stride, before=before, dilation=dilation, after=(after[0], after[1]))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+    return (values[0], values[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    gm: GraphModule
+    source: Node
+    weight: Weight
+    bias: Tensor | None
+    window: Window
+    groups: int
+    ending: Ending
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether each channel has a kernel of its own, of a size that the kernel for that takes."""
+        integers, window = self.weight.integers, self.window
+        reach = (window.kernel[1] - 1) * window.dilation[1] + 1
+        alone = integers.dim() == 4 and integers.shape[1] == 1 and self.groups == integers.shape[0] > 1
+        return alone and window.kernel[0] <= _MOST_DEPTHWISE_ROWS and reach <= _MOST_REACH
+
+    def emit(self, emitter: Emitter) -> None:
+        """Pack, and add the step."""
+        x = integers_of(self.source)
+        assert x is not None, "it was looked at before"
+        window, weight = self.window, self.weight.integers
+        weight = weight if weight.dim() == 4 else weight[:, :, None, None]
+        step = Step(
+            kind=Kind.DEPTHWISE if self.depthwise else Kind.CONVOLUTION,
+            x=emitter.border(self.source, window.border),
+            x_scale=x.scale,
+            x_zero=x.zero,
+            kernel_h=window.kernel[0],
+            kernel_w=window.kernel[1],
+            stride_h=window.stride[0],
+            stride_w=window.stride[1],
+            top=window.before[0],
+            left=window.before[1],
+            dilation_h=window.dilation[0],
+            dilation_w=window.dilation[1],
+            groups=self.groups,
+            inputs=weight.shape[1],
+            outputs=weight.shape[0] // self.groups,
+            mode=1,
+            extra=1,
+        )
+        if self.depthwise:
+            packed, to, groups = pack_depthwise(weight, x.zero), STRIP, 1
+        else:
+            rows = self.groups == 1 and window.dilation[1] == 1
+            packed = pack_convolution(weight, x.zero, self.groups, rows=rows, arithmetic=Arithmetic.EXACT)
+            to, groups = 16, self.groups
+        step.taps, step.inner = packed.taps, packed.inner
+        scale, bias, fast = self._numbers(x)
+        step.weight, step.init = emitter.constants.add(packed.weight), emitter.constants.add(packed.init)
+        step.scale = emitter.constants.add(per_output(scale, groups, to))
+        step.bias = emitter.constants.add(per_output(bias, groups, to))
+        finish(emitter, step, self.ending, fast=fast)
+
+    def _numbers(self, x: Integers) -> tuple[Tensor, Tensor, bool]:
+        """Scale and bias of each output; divided by the scale of the result where nothing else is asked for."""
+        scale = self.weight.scale.double() * x.scale
+        bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().double()
+        end = self.ending
+        y = None if end.integers is None else integers_of(end.integers)
+        if y is None or end.floats is not None or end.added is not None or end.activation.kind not in CLAMPS:
+            return scale, bias, False
+        most = self.weight.integers.abs().flatten(1).sum(1, dtype=torch.int64) * 255 * scale / y.scale
+        if bool((most + (bias / y.scale).abs() >= _SMALL).any()):
+            return scale, bias, False
+        return scale / y.scale, bias / y.scale, True

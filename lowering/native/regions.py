@@ -1,0 +1,302 @@
+"""Regions: the units of a graph, joined where they are connected, each a call of one op.
+
+graph ─▶ `find_units` ─▶ `grouped` ─▶ `Written`: the plan of each group ─▶ `call_regions`: calls in their place
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from lowering.native.plan import Kind, Plan, plan_of
+from lowering.native.pointwise import (
+    binary_unit,
+    dequantize_unit,
+    flat_unit,
+    join_unit,
+    quantize_unit,
+    unary_unit,
+)
+from lowering.native.pools import pool_unit
+from lowering.native.products import product_unit
+from lowering.native.units import Emitter, Unit
+from lowering.native.values import image_of, is_quantize, same_size, shape_of, stored
+from quant2e.graph.qdq_ops import DEQUANTIZE
+from quant2e.passes.dead_code import remove_dead_code
+
+aten = torch.ops.aten
+
+Match = Callable[[GraphModule, Node, set[Node]], Unit | str | None]
+
+MATCHES: tuple[Match, ...] = (
+    product_unit,
+    pool_unit,
+    flat_unit,
+    join_unit,
+    binary_unit,
+    unary_unit,
+    quantize_unit,
+)
+
+ROWS_AT_ONCE = 64
+"""Of a region in which a sample is one row: so many are computed together, and read each weight once."""
+
+_ROW_KINDS = frozenset({Kind.QUANTIZE, Kind.DEQUANTIZE, Kind.CONVOLUTION, Kind.BINARY, Kind.UNARY, Kind.CONCAT})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """``units`` in an order in which each comes behind what it reads. ``refused``: why an op is in none, by name."""
+
+    units: tuple[Unit, ...]
+    refused: Mapping[str, str]
+
+
+def find_units(gm: GraphModule) -> Found:
+    """The units of a graph: every op that a step can compute, with what it takes in."""
+    taken: set[Node] = set()
+    units: list[Unit] = []
+    refused: dict[str, str] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or node in taken:
+            continue
+        for match in MATCHES:
+            unit = match(gm, node, taken)
+            if isinstance(unit, Unit):
+                units.append(unit)
+                taken.update(n for n in unit.nodes if n.target not in DEQUANTIZE)
+                break
+            if unit is not None:
+                refused[node.name] = unit
+                break
+    for node in gm.graph.nodes:
+        if stored(node) is not None and any(user not in taken for user in node.users):
+            unit = dequantize_unit(gm, node, taken)
+            if unit is not None:
+                units.append(unit)
+    return Found(units=tuple(_in_order(units)), refused=refused)
+
+
+def _in_order(units: Sequence[Unit]) -> Iterator[Unit]:
+    maker = {node: unit for unit in units for node in unit.writes}
+    done: set[int] = set()
+    for first in units:
+        stack = [first]
+        while stack:
+            unit = stack[-1]
+            ahead = [maker[node] for node in unit.reads if node in maker and id(maker[node]) not in done]
+            if ahead:
+                stack.extend(ahead)
+                continue
+            stack.pop()
+            if id(unit) not in done:
+                done.add(id(unit))
+                yield unit
+
+
+class Groups:
+    """Which units run together: sets of connected units between which no path leads out of the set and back."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, list[Unit]] = {}
+        self._group: dict[Node, int] = {}  # of what a unit wrote
+        self._before: dict[int, set[int]] = {}  # groups that a group depends on
+        self._behind: dict[Node, frozenset[int]] = {}  # groups that a node outside of all depends on
+        self._batch: dict[int, object] = {}
+
+    def outside(self, node: Node) -> None:
+        """A node that no unit stands for."""
+        found: set[int] = set()
+        for source in node.all_input_nodes:
+            found |= self._of(source)
+        self._behind[node] = frozenset(found)
+
+    def add(self, unit: Unit) -> None:
+        """Give a unit to the group of what it reads, if it may join one."""
+        batch = shape_of(unit.writes[0])
+        assert batch is not None, "units write images"
+        candidates = sorted({self._group[node] for node in unit.reads if node in self._group}, reverse=True)
+        chosen = next((group for group in candidates if self._joins(unit, group, batch[0])), None)
+        if chosen is None:
+            chosen = len(self._before)
+            self.members[chosen], self._before[chosen], self._batch[chosen] = [], set(), batch[0]
+        self.members[chosen].append(unit)
+        for node in unit.reads:
+            self._before[chosen] |= self._of(node) - {chosen}
+        for node in unit.writes:
+            self._group[node] = chosen
+        for other in candidates:
+            if other != chosen:
+                self._merge(chosen, other)
+
+    def _of(self, node: Node) -> set[int]:
+        if node in self._group:
+            return {self._group[node]}
+        return set(self._behind.get(node, frozenset()))
+
+    def _joins(self, unit: Unit, group: int, batch: object) -> bool:
+        if not same_size(self._batch[group], batch):
+            return False
+        others = {found for node in unit.reads if self._group.get(node) != group for found in self._of(node)}
+        return group not in self._closure(others)
+
+    def _closure(self, groups: set[int]) -> set[int]:
+        found, queue = set(groups), list(groups)
+        while queue:
+            for before in self._before[queue.pop()] - found:
+                found.add(before)
+                queue.append(before)
+        return found
+
+    def _merge(self, into: int, other: int) -> None:
+        """Make one group of two, where no path leads from one to the other through a third."""
+        if not same_size(self._batch[into], self._batch[other]):
+            return
+        others = (self._before[into] | self._before[other]) - {into, other}
+        if {into, other} & self._closure(others) or self._leads(other, into) or self._leads(into, other):
+            return
+        self.members[into] = [*self.members.pop(other), *self.members[into]]
+        self._before[into] = others
+        self._before[other] = set()
+        self._group = {node: into if group == other else group for node, group in self._group.items()}
+        for group, before in self._before.items():
+            if other in before:
+                self._before[group] = (before - {other}) | {into} - {group}
+        self._behind = {
+            node: frozenset(into if group == other else group for group in groups) for node, groups in self._behind.items()
+        }
+
+    def _leads(self, first: int, second: int) -> bool:
+        """Whether the second group reads what came out of the first by way of a node outside of both."""
+        return any(
+            first in self._behind[node]
+            for unit in self.members[second]
+            for node in unit.reads
+            if node in self._behind
+        )
+
+
+def grouped(gm: GraphModule, found: Found) -> list[list[Unit]]:
+    """The units of each region, in order; those without a product run no faster here, and are left out."""
+    groups = Groups()
+    inside = {node for unit in found.units for node in unit.nodes}
+    maker: dict[Node, Unit] = {}
+    for unit in found.units:
+        for node in unit.writes:
+            maker[node] = unit
+    added: set[int] = set()
+
+    def add(unit: Unit) -> None:
+        if id(unit) in added:
+            return
+        added.add(id(unit))
+        for node in unit.reads:
+            if node in maker:
+                add(maker[node])
+        groups.add(unit)
+
+    for node in gm.graph.nodes:
+        if node in maker:
+            add(maker[node])
+        elif node not in inside:
+            groups.outside(node)
+    order = {id(unit): place for place, unit in enumerate(found.units)}
+    return [
+        sorted(units, key=lambda unit: order[id(unit)])
+        for units in groups.members.values()
+        if any(unit.products for unit in units)
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A region as it is called. ``inputs``: nodes whose results it takes, ``outputs``: nodes whose results it makes."""
+
+    units: tuple[Unit, ...]
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    plan: Plan
+    steps: int
+
+
+def write(gm: GraphModule, units: Sequence[Unit]) -> Written | str:
+    """The plan of a region; why there is none."""
+    made = {node for unit in units for node in unit.writes}
+    own = {node for unit in units for node in unit.nodes}
+    inputs = tuple(dict.fromkeys(node for unit in units for node in unit.reads if node not in made))
+    outputs = tuple(node for unit in units for node in unit.writes if any(user not in own for user in node.users))
+    outputs = tuple(node for node in outputs if not (is_quantize(node) and _inside(node, own, made)))
+    if any(is_quantize(node) for node in (*inputs, *outputs)):
+        return "integers would enter or leave it"
+    if not inputs or not outputs:
+        return "nothing enters or leaves it"
+    emitter = Emitter(gm, rows=_by_rows(units))
+    for place, node in enumerate(inputs):
+        emitter.declare(node, argument=place)
+    for unit in units:
+        unit.emit(emitter)
+    if emitter.rows and any(step.kind not in _ROW_KINDS for step in emitter.steps):
+        emitter = Emitter(gm)
+        for place, node in enumerate(inputs):
+            emitter.declare(node, argument=place)
+        for unit in units:
+            unit.emit(emitter)
+    for place, node in enumerate(outputs):
+        emitter.values[emitter.places[node]].argument = len(inputs) + place
+    shapes = [tuple(shape_of(node) or ())[1:] for node in outputs]
+    plan = plan_of(
+        emitter.values, emitter.steps, emitter.constants, len(inputs), shapes, ROWS_AT_ONCE if emitter.rows else 0
+    )
+    return Written(units=tuple(units), inputs=inputs, outputs=outputs, plan=plan, steps=len(emitter.steps))
+
+
+def _inside(node: Node, own: set[Node], made: set[Node]) -> bool:
+    """Whether every op outside of the region that reads these integers reads them as floats that the region makes."""
+    return all(user in own or user in made or not user.users for user in node.users)
+
+
+def _by_rows(units: Sequence[Unit]) -> bool:
+    nodes = [node for unit in units for node in (*unit.reads, *unit.writes)]
+    return all(len(node.meta["val"].shape) == 2 and image_of(node) is not None for node in nodes)
+
+
+def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., object]) -> None:
+    """Put a call in the place of each region, its plan and constants as buffers of ``gm``; what is not read goes."""
+    graph = gm.graph
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    for number, region in enumerate(regions):
+        names = {"plan": region.plan.numbers, "constants": region.plan.constants}
+        for name, tensor in names.items():
+            gm.register_buffer(f"_region_{number}_{name}", tensor, persistent=False)
+        with graph.inserting_before(output):
+            inputs = [_laid_out(gm, region, node) for node in region.inputs]
+            held = [graph.get_attr(f"_region_{number}_{name}") for name in names]
+            called = graph.call_function(op, (inputs, *held, list(region.plan.outputs)))
+            for place, node in enumerate(region.outputs):
+                made = graph.call_function(operator.getitem, (called, place))
+                made.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(made)
+    _sort(gm)
+    remove_dead_code(gm)
+
+
+def _laid_out(gm: GraphModule, region: Written, node: Node) -> Node:
+    """An input in the layout that steps read: channels last, where more than a quantize op reads it."""
+    if all(unit.nodes[0].target is not None and is_quantize(unit.nodes[0]) for unit in region.units if node in unit.reads):
+        return node
+    images = len(node.meta["val"].shape) == 4
+    layout = torch.channels_last if images else torch.contiguous_format
+    return gm.graph.call_function(aten.contiguous.default, (node,), {"memory_format": layout})
+
+
+def _sort(gm: GraphModule) -> None:
+    """Each node behind what it reads, and otherwise as they were."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(gm.graph)
+
+
