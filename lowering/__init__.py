@@ -1,4 +1,4 @@
-"""Lowering: from the portable Q/DQ graph to something that runs: Inductor, ExecuTorch, ONNX, OpenVINO.
+"""Lowering: from the portable Q/DQ graph to something that runs: our own kernels, Inductor, ExecuTorch, ONNX, OpenVINO.
 
 In: a `QuantizedModel` or a converted GraphModule. Out: a callable or a program file, checked against the graph it came
 from.
@@ -15,6 +15,8 @@ from lowering.inductor.package import InductorPackage, package_inductor
 from lowering.inductor.program import InductorProgram, to_inductor
 from lowering.inductor.report import InductorReport, LoweredOp
 from lowering.inductor.source import InductorSource
+from lowering.native.program import NativeProgram, to_native
+from lowering.native.report import NativeOp, NativeRegion, NativeReport
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.openvino import OpenVINOProgram, OpenVINOReport, to_openvino
 from lowering.openvino.precision import RunOp
@@ -42,6 +44,10 @@ __all__ = [
     "LoweredProgram",
     "LoweringReport",
     "Method",
+    "NativeOp",
+    "NativeProgram",
+    "NativeRegion",
+    "NativeReport",
     "OnnxProgram",
     "OnnxReport",
     "OpenProgram",
@@ -62,6 +68,7 @@ __all__ = [
     "package_inductor",
     "to_executorch",
     "to_inductor",
+    "to_native",
     "to_onnx",
     "to_openvino",
     "verify",

@@ -20,6 +20,7 @@ from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice, Pro
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
+from lowering.native.engine import NATIVE, Native
 from quant2e.errors import LoweringError
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.constants import Constants
@@ -32,6 +33,9 @@ aten = torch.ops.aten
 
 Engines = str | Mapping[str, str]
 """``"measured"``, the name of an engine, or a name for each op."""
+
+WITH_NATIVE: tuple[Engine, ...] = (Native(), *ENGINES)
+"""In order of preference, where int8 regions can be cut out of the graph."""
 
 _FLOAT, _MEASURED = "float", "measured"
 
@@ -95,6 +99,27 @@ def _decide(
         if choices[name].engine == _FLOAT:
             decisions.append((node, None))
     return choices, tuple(decisions)
+
+
+def choose_native(
+    gm: GraphModule, wanted: Engines, engines: Sequence[Engine] = WITH_NATIVE
+) -> tuple[Mapping[str, KernelChoice], Engines]:
+    """Choose the engine of every product of ``gm`` that our own kernels may compute, before regions are cut.
+
+    Returns the choices by op name, and what is then asked for the ops that are in no region. Raises `LoweringError` as
+    `choose` does.
+    """
+    constants = Constants(gm.graph)
+    nodes = {node.name: node for node in gm.graph.nodes if weight_of(node) in constants}
+    quantized = {name: node for name, node in nodes.items() if quantized_operands(node) is not None}
+    alone = {name: node for name, node in nodes.items() if is_weight_only(gm, node)}
+    _check(wanted, engines, {**quantized, **alone})
+    if isinstance(wanted, str) and wanted not in (_MEASURED, NATIVE):
+        return {}, wanted
+    products = {name: product_of(node) for name, node in quantized.items()}
+    found = {name: _choice(name, product, wanted, engines) for name, product in products.items() if product is not None}
+    rest = _MEASURED if isinstance(wanted, str) else {name: e for name, e in wanted.items() if e != NATIVE}
+    return found, rest
 
 
 def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> KernelChoice:

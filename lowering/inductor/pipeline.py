@@ -1,24 +1,27 @@
 """Inductor pipeline: a captured graph in the form that its int8 patterns take, and what was decided on the way.
 
-copy the graph ─▶ rewrite what the patterns miss ─▶ guard what they get wrong ─▶ choose an engine for each product
-─▶ cut out steps that repeat ─▶ call the kernels that have no pattern
+copy the graph ─▶ cut out int8 regions, each one op ─▶ rewrite what the patterns miss ─▶ guard what they get wrong
+─▶ choose an engine for each product ─▶ cut out steps that repeat ─▶ call the kernels that have no pattern
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
 from lowering.inductor.guard import keep_from_patterns
-from lowering.inductor.kernel_selection import Engines, choose
-from lowering.inductor.kernels.engines import ENGINES, Engine
-from lowering.inductor.report import InductorReport, Kernel, build_report
+from lowering.inductor.kernel_selection import Engines, choose, choose_native
+from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice
+from lowering.inductor.report import COMPUTED, REGION, InductorReport, Kernel, build_report
 from lowering.inductor.rewrites.graph import op_of, private_copy
 from lowering.inductor.rewrites.kernel_calls import kernel_calls
 from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
 from lowering.inductor.rewrites.repeated_steps import RepeatedSteps
+from lowering.native.cut import NO_CUT, Cut, cut_regions
+from lowering.native.engine import NATIVE
+from lowering.native.units import activation_of
 from lowering.signature import Signature
 from quant2e.passes import Promise, run
 from quant2e.passes.dead_code import remove_dead_code
@@ -40,11 +43,15 @@ class Rewritten:
     ) -> None:
         self._original = private_copy(model)
         self.graph = private_copy(model)
+        cut, native, wanted = (NO_CUT, {}, wanted) if whole else _with_regions(self.graph, wanted)
         run(self.graph, REWRITES, compiled=False)
         ops = {node.name: op_of(node) for node in self.graph.graph.nodes}
         refused = keep_from_patterns(self.graph)
         self._refused = {ops[name]: reason for name, reason in refused.items()}  # by the names that the user knows
-        self._choices, self._float_bytes = choose(self.graph, refused, wanted, engines)
+        choices, self._float_bytes = choose(self.graph, refused, wanted, engines)
+        self._in_regions = tuple(kernels_of(cut))
+        inside = {kernel.tag for kernel in self._in_regions}
+        self._choices = {**{name: choice for name, choice in native.items() if name in inside}, **choices}
         repeated = RepeatedSteps()
         run(self.graph, () if whole else (repeated,), compiled=False)
         self.steps = tuple(repeated.made)
@@ -69,4 +76,21 @@ class Rewritten:
 
     def report(self, kernels: Sequence[Kernel]) -> InductorReport:
         """What became of each quantized op, given the kernels in the graph that Inductor generated code for."""
-        return build_report(self._original, kernels, self._refused, self._choices, self._float_bytes)
+        return build_report(self._original, (*self._in_regions, *kernels), self._refused, self._choices, self._float_bytes)
+
+
+def _with_regions(gm: GraphModule, wanted: Engines) -> tuple[Cut, Mapping[str, KernelChoice], Engines]:
+    """Cut the int8 regions out of ``gm``. Returns them, the engine of each product, and what is asked for the others."""
+    choices, rest = choose_native(gm, wanted)
+    if not any(choice.engine == NATIVE for choice in choices.values()):
+        return NO_CUT, {}, rest
+    return cut_regions(gm, [name for name, choice in choices.items() if choice.engine != NATIVE]), choices, rest
+
+
+def kernels_of(cut: Cut) -> Iterator[Kernel]:
+    """The ops that regions compute, for the report."""
+    for region in cut.regions:
+        for unit in region.units:
+            activations = [node for node in unit.nodes if activation_of(node) is not None]
+            post_op = activations[0].target._opname if activations else ""
+            yield from (Kernel(REGION, node.name, post_op) for node in unit.nodes if node.target in COMPUTED)

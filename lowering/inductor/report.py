@@ -27,7 +27,10 @@ aten = torch.ops.aten
 _POOL = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 _LOOKUP = frozenset({aten.embedding.default, aten.embedding_bag.padding_idx})
 _POOL_KERNEL = "quantized.max_pool2d"
-_COMPUTE = CONVOLUTION | LINEAR | _POOL | _LOOKUP
+COMPUTED = CONVOLUTION | LINEAR | _POOL | _LOOKUP
+REGION = "quant2e.int8_region"
+"""What computes the ops of an int8 region, in reports."""
+
 _CALLED = {"qconv_pointwise": "qconv", "qconv2d_pointwise": "qconv", "qlinear_pointwise": "qlinear"}
 """oneDNN's ops where they have no pattern → their names in reports."""
 _WEIGHT_ONLY = "weight-only"
@@ -204,7 +207,7 @@ def _assign(gm: GraphModule, kernels: Sequence[Kernel]) -> dict[str, Kernel]:
         node = nodes.get(kernel.tag)
         if node is None:
             continue
-        if node.target in _COMPUTE:
+        if node.target in COMPUTED:
             fused[node.name] = kernel
         else:
             later.append((kernel, node))
@@ -274,7 +277,7 @@ def build_report(
     fused = _assign(gm, kernels)
     ops = []
     for node in gm.graph.nodes:
-        if node.target not in _COMPUTE:
+        if node.target not in COMPUTED:
             continue
         operand_nodes = [weight_of(node), activation_of(node)] if node.target not in _LOOKUP | _POOL else [node.args[0]]
         if not any(_dequantized(operand) for operand in operand_nodes):
@@ -324,7 +327,7 @@ def _weight_bytes(node: Node, by_rows: KernelChoice | None) -> tuple[int, int]:
 def _inside(gm: GraphModule) -> Iterator[LoweredOp]:
     """Ops with quantized operands in bodies of control flow."""
     for path, node in ops_inside(gm):
-        if any(_dequantized(operand) for operand in node.all_input_nodes) and node.target in _COMPUTE:
+        if any(_dequantized(operand) for operand in node.all_input_nodes) and node.target in COMPUTED:
             yield LoweredOp(
                 name=f"{path}.{node.name}", target=str(node.target), kernel="float", reason=INSIDE, place=where(node)
             )

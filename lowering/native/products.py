@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.pack import STRIP, pack_convolution, pack_depthwise, per_output
-from lowering.native.plan import Arithmetic, Kind, Step
+from lowering.native.pack import LANES, STRIP, pack_convolution, pack_depthwise, per_output
+from lowering.native.plan import Arithmetic, Constants, Kind, Step
 from lowering.native.units import CLAMPS, Emitter, Ending, Unit, ending_of, finish
 from lowering.native.values import Integers, Weight, image_of, integers_of, stored, weight_at
 from quant2e.graph.attributes import tensor_at
@@ -46,6 +46,10 @@ class Window:
         return max(0, *self.before, *self.after)
 
 
+POINT = Window(kernel=(1, 1), stride=(1, 1), before=(0, 0), dilation=(1, 1), after=(0, 0))
+"""Of a linear layer."""
+
+
 def product_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
     """The unit of a convolution or linear layer; why there is none; None for other ops."""
     if node.target not in _CONVOLUTION and node.target is not aten.linear.default:
@@ -61,7 +65,7 @@ def product_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | 
     if given.get("transposed"):
         return "transposed convolutions are not built"
     linear = node.target is aten.linear.default
-    window = _window(given, x, y, weight) if not linear else Window(kernel=(1, 1), stride=(1, 1), before=(0, 0), dilation=(1, 1), after=(0, 0))
+    window = POINT if linear else _window(given, x, y, weight)
     if window is None or (linear and len(source.meta["val"].shape) == 4):
         return "its padding has no numbers" if not linear else "a linear layer on four dimensions"
     groups = 1 if linear else int(given["groups"])
@@ -100,6 +104,51 @@ def _pair(value: Any) -> tuple[int, int]:
     return (values[0], values[-1])
 
 
+def _is_depthwise(weight: Tensor, window: Window, groups: int) -> bool:
+    """Whether each channel has a kernel of its own, of a size that the kernel for that takes."""
+    reach = (window.kernel[1] - 1) * window.dilation[1] + 1
+    alone = weight.dim() == 4 and weight.shape[1] == 1 and groups == weight.shape[0] > 1
+    return alone and window.kernel[0] <= _MOST_DEPTHWISE_ROWS and reach <= _MOST_REACH
+
+
+def packed_step(
+    constants: Constants, weight: Tensor, x: Integers, window: Window, groups: int
+) -> tuple[Step, int]:
+    """The step of a convolution or linear layer with its weight packed, and of what multiple its outputs are.
+
+    ``weight``: int8 ``[outputs, inputs of a group]``, and its height and width. What is read, scale, bias and what is
+    written are still to be filled in.
+    """
+    depthwise = _is_depthwise(weight, window, groups)
+    weight = weight if weight.dim() == 4 else weight[:, :, None, None]
+    step = Step(
+        kind=Kind.DEPTHWISE if depthwise else Kind.CONVOLUTION,
+        x_scale=x.scale,
+        x_zero=x.zero,
+        kernel_h=window.kernel[0],
+        kernel_w=window.kernel[1],
+        stride_h=window.stride[0],
+        stride_w=window.stride[1],
+        top=window.before[0],
+        left=window.before[1],
+        dilation_h=window.dilation[0],
+        dilation_w=window.dilation[1],
+        groups=groups,
+        inputs=weight.shape[1],
+        outputs=weight.shape[0] // groups,
+        mode=1,
+        extra=1,
+    )
+    if depthwise:
+        packed = pack_depthwise(weight, x.zero)
+    else:
+        rows = groups == 1 and window.dilation[1] == 1
+        packed = pack_convolution(weight, x.zero, groups, rows=rows, arithmetic=Arithmetic.EXACT)
+    step.taps, step.inner = packed.taps, packed.inner
+    step.weight, step.init = constants.add(packed.weight), constants.add(packed.init)
+    return step, STRIP if depthwise else LANES
+
+
 @dataclass(frozen=True, slots=True)
 class _Product:
     gm: GraphModule
@@ -110,48 +159,14 @@ class _Product:
     groups: int
     ending: Ending
 
-    @property
-    def depthwise(self) -> bool:
-        """Whether each channel has a kernel of its own, of a size that the kernel for that takes."""
-        integers, window = self.weight.integers, self.window
-        reach = (window.kernel[1] - 1) * window.dilation[1] + 1
-        alone = integers.dim() == 4 and integers.shape[1] == 1 and self.groups == integers.shape[0] > 1
-        return alone and window.kernel[0] <= _MOST_DEPTHWISE_ROWS and reach <= _MOST_REACH
-
     def emit(self, emitter: Emitter) -> None:
         """Pack, and add the step."""
         x = integers_of(self.source)
         assert x is not None, "it was looked at before"
-        window, weight = self.window, self.weight.integers
-        weight = weight if weight.dim() == 4 else weight[:, :, None, None]
-        step = Step(
-            kind=Kind.DEPTHWISE if self.depthwise else Kind.CONVOLUTION,
-            x=emitter.border(self.source, window.border),
-            x_scale=x.scale,
-            x_zero=x.zero,
-            kernel_h=window.kernel[0],
-            kernel_w=window.kernel[1],
-            stride_h=window.stride[0],
-            stride_w=window.stride[1],
-            top=window.before[0],
-            left=window.before[1],
-            dilation_h=window.dilation[0],
-            dilation_w=window.dilation[1],
-            groups=self.groups,
-            inputs=weight.shape[1],
-            outputs=weight.shape[0] // self.groups,
-            mode=1,
-            extra=1,
-        )
-        if self.depthwise:
-            packed, to, groups = pack_depthwise(weight, x.zero), STRIP, 1
-        else:
-            rows = self.groups == 1 and window.dilation[1] == 1
-            packed = pack_convolution(weight, x.zero, self.groups, rows=rows, arithmetic=Arithmetic.EXACT)
-            to, groups = 16, self.groups
-        step.taps, step.inner = packed.taps, packed.inner
+        step, to = packed_step(emitter.constants, self.weight.integers, x, self.window, self.groups)
+        step.x = emitter.border(self.source, self.window.border)
         scale, bias, fast = self._numbers(x)
-        step.weight, step.init = emitter.constants.add(packed.weight), emitter.constants.add(packed.init)
+        groups = 1 if step.kind is Kind.DEPTHWISE else self.groups
         step.scale = emitter.constants.add(per_output(scale, groups, to))
         step.bias = emitter.constants.add(per_output(bias, groups, to))
         finish(emitter, step, self.ending, fast=fast)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from lowering.inductor.kernel_selection import choose
 from lowering.inductor.kernels.engines import ENGINES, KernelChoice
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.source import InductorSource, source_of, verified
+from lowering.native.cut import cut_regions
 from lowering.native.op import instruction_set, load_op
-from lowering.native.regions import Written, call_regions, find_units, grouped, write
 from lowering.native.report import NativeReport, native_ops, native_regions
 from lowering.program import LoweredProgram
 from lowering.state import State, state_of
@@ -30,35 +30,7 @@ from quant2e.isolation import tracing
 from quant2e.quantized_model import QuantizedModel, save
 from quant2e.stages import quiet_where_told, stage
 
-WRITES = "the graph writes to its buffers: what reads them keeps its place, op by op"
 _EAGER = frozenset({"few_rows", "float"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """What became of a graph: ``regions`` that it calls now, and why each op is in none, by name."""
-
-    regions: tuple[Written, ...]
-    refused: Mapping[str, str]
-
-
-def cut_regions(gm: GraphModule) -> Cut:
-    """Let ``gm`` call the int8 regions that it has, where this machine has kernels for them."""
-    op = load_op()
-    if op is None:
-        return Cut(regions=(), refused={})
-    if written_attributes(gm):
-        return Cut(regions=(), refused={node.name: WRITES for node in gm.graph.nodes})
-    found = find_units(gm)
-    refused, regions = dict(found.refused), []
-    for units in grouped(gm, found):
-        written = write(gm, units)
-        if isinstance(written, Written):
-            regions.append(written)
-        else:
-            refused.update({node.name: written for unit in units for node in unit.nodes})
-    call_regions(gm, regions, op)
-    return Cut(regions=tuple(regions), refused=refused)
 
 
 class NativeProgram(LoweredProgram[NativeReport]):

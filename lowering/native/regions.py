@@ -6,7 +6,7 @@ graph ─▶ `find_units` ─▶ `grouped` ─▶ `Written`: the plan of each gr
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +56,13 @@ class Found:
     refused: Mapping[str, str]
 
 
-def find_units(gm: GraphModule) -> Found:
-    """The units of a graph: every op that a step can compute, with what it takes in."""
+def find_units(gm: GraphModule, besides: Collection[str] = ()) -> Found:
+    """The units of a graph: every op that a step can compute, with what it takes in. ``besides``: ops to leave out."""
     taken: set[Node] = set()
     units: list[Unit] = []
     refused: dict[str, str] = {}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or node in taken:
+        if node.op != "call_function" or node in taken or node.name in besides:
             continue
         for match in MATCHES:
             unit = match(gm, node, taken)

@@ -89,7 +89,11 @@ void unary(const Run& run, const Step& s) {
 void concat(const Run& run, const Step& s) {
   const View x = run.view(s.x), y = run.view(s.y);
   const uint8_t* table = run.constant<uint8_t>(s.weight);
-  for (int64_t i = 0; i < x.h; ++i)
+  for (int64_t i = 0; i < x.h; ++i) {
+    if (s.mode == 0 && !table && x.c == y.c) {
+      std::memcpy(y.bytes(i, 0), x.bytes(i, 0), x.w * x.c);
+      continue;
+    }
     for (int64_t j = 0; j < x.w; ++j) {
       const uint8_t* from = x.bytes(i, j);
       if (s.mode == 1) {
@@ -102,6 +106,7 @@ void concat(const Run& run, const Step& s) {
       else
         for (int64_t c = 0; c < x.c; ++c) to[c] = table[from[c]];
     }
+  }
 }
 
 }  // namespace quant2e
