@@ -3,8 +3,9 @@
 #include "region.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <vector>
+
+#include "memory.h"
 
 #include "../../../quant2e/observers/native/native_op.cpp"
 
@@ -30,24 +31,7 @@ struct Header {
   int64_t version, tensors, steps, arena, inputs, outputs, rows, reserved;
 };
 
-// Memory of one thread, which grows and is kept: a region needs it again at the next call.
-struct Arena {
-  char* data = nullptr;
-  int64_t size = 0;
-  ~Arena() { std::free(data); }
-
-  char* of(int64_t bytes) {
-    if (bytes > size) {
-      std::free(data);
-      size = (bytes + 4095) / 4096 * 4096;
-      data = (char*)std::aligned_alloc(4096, size);
-      if (!data) throw std::bad_alloc();
-    }
-    return data;
-  }
-};
-
-thread_local Arena arena;
+thread_local Memory arena;
 
 // What lies around an image holds its zero point.
 void fill_border(const Run& run, int64_t tensor) {
@@ -103,7 +87,7 @@ void run_images(const Region& region, int64_t threads) {
   for (int64_t i = threads > 1 ? alone : 0; i < region.images; ++i) region.image(i, threads);
 }
 
-Given given_of(Handle tensor, const Tensor& t) {
+Given given_of(Handle tensor) {
   int64_t rank = 0, *sizes = nullptr, *strides = nullptr;
   void* data = nullptr;
   must(aoti_torch_get_dim(tensor, &rank));
@@ -111,7 +95,7 @@ Given given_of(Handle tensor, const Tensor& t) {
   must(aoti_torch_get_strides(tensor, &strides));
   must(aoti_torch_get_data_ptr(tensor, &data));
   Given given{(char*)data, rank ? strides[0] : 0, 1, 0, 0};
-  if (rank == 4 && t.shared == 0) given.channel = strides[1], given.row = strides[2], given.column = strides[3];
+  if (rank == 4) given.channel = strides[1], given.row = strides[2], given.column = strides[3];
   else if (rank >= 2) given.channel = strides[rank - 1], given.column = rank >= 3 ? strides[rank - 2] : strides[0];
   return given;
 }
@@ -167,7 +151,7 @@ void int8_region(uint64_t* stack, uint64_t, uint64_t) {
   must(aoti_torch_get_sizes(inputs.handles[0], &sizes));
   const int64_t samples = sizes[0];
   std::vector<Given> given;
-  for (int64_t i = 0; i < header.inputs; ++i) given.push_back(given_of(inputs.handles[i], tensors[i]));
+  for (int64_t i = 0; i < header.inputs; ++i) given.push_back(given_of(inputs.handles[i]));
   List made = nullptr;
   must(torch_new_list_reserve_size(header.outputs, &made));
   const int64_t* out = outputs.data();

@@ -37,6 +37,8 @@ struct Step {
   int64_t kernel_h, kernel_w, stride_h, stride_w, top, left, dilation_h, dilation_w;
   int64_t groups, inputs, outputs, taps, inner;  // of one group: input and output channels; taps and bytes of each
   int64_t mode, extra, extra_bits, step_h, step_w;
+  int64_t third_scale_bits, third_zero;
+  int64_t softmax_scale_bits, softmax_zero, softmax_low, softmax_high;  // of probabilities; a scale of 0: left as floats
 
   static float number(int64_t bits) {
     double value;
@@ -49,6 +51,8 @@ struct Step {
   float x_scale() const { return number(x_scale_bits); }
   float other_scale() const { return number(other_scale_bits); }
   float extra_number() const { return number(extra_bits); }
+  float third_scale() const { return number(third_scale_bits); }
+  float softmax_scale() const { return number(softmax_scale_bits); }
 };
 
 // A tensor where it lies in memory.

@@ -71,6 +71,30 @@ ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
 // As `dot`, where each lane has activations of its own.
 ALWAYS_INLINE I dot_lanes(I sums, B activations, B weights) { return _mm512_dpbusd_epi32(sums, activations, weights); }
 
+ALWAYS_INLINE B repeated(int32_t four) { return _mm512_set1_epi32(four); }
+
+// Rows become columns.
+ALWAYS_INLINE void transpose(F (&x)[kLanes]) {
+  F t[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    t[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), t[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // x[4 * i + k]: of each 128 bits the column k, of four rows
+    const __m512d a = _mm512_castps_pd(t[i / 2 * 4 + i % 2]), b = _mm512_castps_pd(t[i / 2 * 4 + i % 2 + 2]);
+    x[2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), x[2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {
+    const F low = _mm512_shuffle_f32x4(x[k], x[4 + k], 0x88), high = _mm512_shuffle_f32x4(x[k], x[4 + k], 0xdd);
+    const F low2 = _mm512_shuffle_f32x4(x[8 + k], x[12 + k], 0x88), high2 = _mm512_shuffle_f32x4(x[8 + k], x[12 + k], 0xdd);
+    t[k] = _mm512_shuffle_f32x4(low, low2, 0x88), t[8 + k] = _mm512_shuffle_f32x4(low, low2, 0xdd);
+    t[4 + k] = _mm512_shuffle_f32x4(high, high2, 0x88), t[12 + k] = _mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) x[i] = t[i];
+}
+
 // What integers become bytes with: a zero point, and the bounds. Kept in registers, as stores of bytes may write to any
 // memory that the compiler knows of.
 struct Range {
@@ -204,6 +228,7 @@ ALWAYS_INLINE __m256i exact_dot(__m256i sums, __m256i u, __m256i s) {
   return _mm256_add_epi32(sums, pairs);
 #endif
 }
+ALWAYS_INLINE B repeated(int32_t four) { return set_int(four); }
 ALWAYS_INLINE I dot_lanes(I sums, B u, B s) { return {exact_dot(sums.a, u.a, s.a), exact_dot(sums.b, u.b, s.b)}; }
 
 struct Range {
@@ -258,6 +283,11 @@ ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
   std::memcpy(u, &four, 4);
   EACH(I, sums.v[i] + four_products(u, weights.v + 4 * i));
 }
+ALWAYS_INLINE B repeated(int32_t four) {
+  B y;
+  for (int i = 0; i < kLanes; ++i) std::memcpy(y.v + 4 * i, &four, 4);
+  return y;
+}
 ALWAYS_INLINE I dot_lanes(I sums, B u, B s) {
   EACH(I, sums.v[i] + four_products((const uint8_t*)u.v + 4 * i, s.v + 4 * i));
 }
@@ -307,6 +337,13 @@ ALWAYS_INLINE float largest(F x) {
   float v[kLanes];
   store_all(v, x);
   return *std::max_element(v, v + kLanes);
+}
+ALWAYS_INLINE void transpose(F (&x)[kLanes]) {
+  float rows[kLanes][kLanes], columns[kLanes][kLanes];
+  for (int i = 0; i < kLanes; ++i) store_all(rows[i], x[i]);
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < kLanes; ++j) columns[i][j] = rows[j][i];
+  for (int i = 0; i < kLanes; ++i) x[i] = load(columns[i]);
 }
 template <int V>
 ALWAYS_INLINE void store_bytes(uint8_t* to, const I* x, const Range& range, int n) {
