@@ -72,8 +72,6 @@ struct Rounding {
       : scale(s.softmax_scale()), inverse(scale ? 1 / scale : 0), zero(s.softmax_zero),
         range(s.softmax_zero, s.softmax_low, s.softmax_high), low((float)(s.softmax_low - s.softmax_zero)),
         high((float)(s.softmax_high - s.softmax_zero)) {}
-
-  ALWAYS_INLINE F integers(F probability) const { return clamped(whole(probability * set(inverse)), low, high); }
 };
 
 struct Attention {
@@ -100,15 +98,15 @@ struct Attention {
 // What a thread works with: a packed head, and the rows of a block.
 struct Room {
   Panels keys, values;
-  float *scores, *out, *q, *mask, *sums;
+  float *scores, *out, *q, *mask, *factors, *sums;
   uint8_t* bytes;  // of probabilities
-  int64_t keys_row, out_row, q_row;
+  int64_t keys_row, bytes_row, out_row, q_row;
 
   explicit Room(const Attention& a) {
-    keys_row = whole_lanes(a.keys()), out_row = whole_lanes(a.size()), q_row = whole_lanes(a.q.first.size);
+    keys_row = whole_lanes(a.keys()), bytes_row = (keys_row + 63) / 64 * 64, out_row = whole_lanes(a.size()), q_row = whole_lanes(a.q.first.size);
     const int64_t sizes[] = {panel_bytes(a.bytes_of_scores, a.q.first.size, a.keys()), keys_row * 4,
                              panel_bytes(a.bytes_of_values, a.keys(), a.size()), out_row * 4, a.rows * keys_row * 4,
-                             a.rows * out_row * 4, a.rows * q_row * 4, keys_row * 4, a.rows * 4, a.rows * keys_row};
+                             a.rows * out_row * 4, a.rows * q_row * 4, keys_row * 4, a.rows * 4, a.rows * 4, a.rows * bytes_row};
     constexpr int kParts = sizeof sizes / sizeof *sizes;
     int64_t places[kParts], total = 0;
     for (int i = 0; i < kParts; ++i) places[i] = total, total += (sizes[i] + 127) / 64 * 64;
@@ -116,7 +114,8 @@ struct Room {
     keys = {data + places[0], (int32_t*)(data + places[1]), a.q.first.size, a.keys()};
     values = {data + places[2], (int32_t*)(data + places[3]), a.keys(), a.size()};
     scores = (float*)(data + places[4]), out = (float*)(data + places[5]), q = (float*)(data + places[6]);
-    mask = (float*)(data + places[7]), sums = (float*)(data + places[8]), bytes = (uint8_t*)(data + places[9]);
+    mask = (float*)(data + places[7]), factors = (float*)(data + places[8]), sums = (float*)(data + places[9]);
+    bytes = (uint8_t*)(data + places[10]);
   }
 };
 
@@ -130,7 +129,8 @@ void pack_head(const Attention& a, const Room& room, int64_t h) {
 // scores = q k^T, of the first `keys` keys.
 void score(const Attention& a, const Room& room, const Rows& q, int64_t begin, int64_t rows, int64_t keys) {
   if (a.bytes_of_scores)
-    return multiply((const uint8_t*)q.at(begin), q.row, rows, room.keys, q.size, keys, room.scores, room.keys_row);
+    return multiply((const uint8_t*)q.at(begin), q.row, rows, room.keys, q.size, keys,
+                    (int32_t*)room.scores, room.keys_row);
   if (!q.bytes)
     return multiply((const float*)q.at(begin), q.row, rows, room.keys, q.size, keys, room.scores, room.keys_row);
   for (int64_t i = 0; i < rows; ++i)
@@ -139,43 +139,64 @@ void score(const Attention& a, const Room& room, const Rows& q, int64_t begin, i
   multiply(room.q, room.q_row, rows, room.keys, q.size, keys, room.scores, room.keys_row);
 }
 
-// Probabilities of a row, rounded: as floats where they are, or as bytes; returns the sum of the integers.
-float round_row(const Attention& a, const Room& room, int64_t row, int64_t n, float factor) {
-  float* x = room.scores + row * room.keys_row;
-  F total = set(0.0f);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const F value = a.rounding.integers(load(x + i) * set(factor));
-    total = total + value;
-    if (!a.bytes_of_values) {
-      store(x + i, value, kLanes);
-      continue;
-    }
-    const I integers = rounded(value);
-    store_bytes<1>(room.bytes + row * room.keys_row + i, &integers, a.rounding.range, kLanes);
-  }
-  return sum(total);
+// Probabilities of a row as rounded integers, without their zero point.
+void round_floats(const Attention& a, float* x, int64_t n, float factor) {
+  for (int64_t i = 0; i < n; i += kLanes)
+    store(x + i, clamped(whole(load(x + i) * set(factor)), a.rounding.low, a.rounding.high), kLanes);
 }
 
-// Softmax of one row, of which `n` keys are seen and `keys` computed. What is left to do is a product with `sums`.
-void probabilities(const Attention& a, const Room& room, int64_t h, int64_t at, int64_t row, int64_t keys) {
-  const int64_t n = a.causal ? std::min(keys, at + 1) : keys;
-  float* x = room.scores + row * room.keys_row;
-  const float total = exponentials(x, n, a.scale, a.mask.of(h, at, n, room.mask));
-  // behind `n`, the exponentials of minus infinity are not quite 0
-  if (n < room.keys_row) std::memset(x + n, 0, (room.keys_row - n) * 4);
-  const float factor = total ? 1 / total : 0;
-  room.sums[row] = a.rounding.scale ? round_row(a, room, row, whole_lanes(keys), factor) : factor;
+// The same as bytes, with zero point; returns the sum of the integers.
+float round_bytes(const Attention& a, const float* x, int64_t n, float factor, uint8_t* to) {
+  for (int64_t i = 0; i < n; i += 4 * kLanes) {
+    I integers[4];
+    const int count = (int)std::min<int64_t>(4 * kLanes, n - i);
+    for (int v = 0; v < 4; ++v)
+      integers[v] = v * kLanes < count ? rounded(load(x + i + v * kLanes) * set(factor)) : set_int(0);
+    store_bytes<4>(to + i, integers, a.rounding.range, count);
+  }
+  if (a.v.first.zero == 128) return 0;
+  int32_t sums[kLanes], total = 0;
+  I sum_of_fours = set_int(0);
+  for (int64_t i = n; i % 64; ++i) to[i] = 0;
+  for (int64_t i = 0; i < n; i += 64) sum_of_fours = dot_lanes(sum_of_fours, load_weights((const int8_t*)to + i), repeated(0x01010101));
+  store_int(sums, sum_of_fours);
+  for (int lane : sums) total += lane;
+  return (float)(total - n * a.rounding.zero);
+}
+
+// Probabilities of the rows of a block, of which `keys` are computed. What is left to do is a product with `factors`.
+void probabilities(const Attention& a, const Room& room, int64_t h, int64_t begin, int64_t rows, int64_t keys) {
+  const int64_t whole_keys = whole_lanes(keys);
+  const auto seen = [&](int64_t i) { return a.causal ? std::min(keys, begin + i + 1) : keys; };
+  const auto row = [&](int64_t i) { return room.scores + i * room.keys_row; };
+  const bool scaled = a.mask.data || a.bytes_of_scores;
+  for (int64_t i = 0; i < rows && scaled; ++i) {
+    const float* mask = a.mask.of(h, begin + i, seen(i), room.mask);
+    if (a.bytes_of_scores) scale_row<true>(row(i), seen(i), a.scale, mask);
+    else scale_row<false>(row(i), seen(i), a.scale, mask);
+  }
+  for (int64_t i = 0; i < rows; ++i) room.factors[i] = largest_of(row(i), seen(i));
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t n = seen(i);
+    const float total = exponentials(row(i), n, scaled ? 1 : a.scale, room.factors[i]);
+    // behind `n`, powers of minus infinity are not quite 0
+    if (n < whole_keys) std::memset(row(i) + n, 0, (whole_keys - n) * 4);
+    room.factors[i] = total ? 1 / total : 0;
+  }
+  if (!a.rounding.scale) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float factor = room.factors[i] * a.rounding.inverse;
+    if (a.bytes_of_values) room.sums[i] = round_bytes(a, row(i), whole_keys, factor, room.bytes + i * room.bytes_row);
+    else round_floats(a, row(i), whole_keys, factor);
+    room.factors[i] = a.rounding.scale;
+  }
 }
 
 // A row of the result.
-void write(const Attention& a, const Room& room, int64_t h, int64_t at, int64_t row) {
+void write(const Attention& a, const Room& room, int64_t h, int64_t i, int64_t row) {
   const float* from = room.out + row * room.out_row;
-  float factor = room.sums[row], offset = 0;
-  if (a.rounding.scale) factor = a.rounding.scale;
-  if (a.bytes_of_values) {
-    factor *= a.v.first.scale;
-    offset = (float)(128 - a.v.first.zero) * room.sums[row];
-  }
+  const float factor = room.factors[row] * (a.bytes_of_values ? a.v.first.scale : 1);
+  const float offset = a.bytes_of_values ? (float)(128 - a.v.first.zero) * room.sums[row] : 0;
   const int64_t size = a.size();
   for (int64_t c = 0; c < size; c += 4 * kLanes) {
     I integers[4];
@@ -186,20 +207,22 @@ void write(const Attention& a, const Room& room, int64_t h, int64_t at, int64_t 
         integers[v] = set_int(0);
         continue;
       }
-      const F value = (load(from + c + v * kLanes) + set(offset)) * set(factor);
-      if (a.z.data) store(a.z.floats(0, at) + h * size + c + v * kLanes, value, count);
+      const float* at = from + c + v * kLanes;
+      const F sums = a.bytes_of_values ? to_float(load_int((const int32_t*)at)) : load(at);
+      const F value = (sums + set(offset)) * set(factor);
+      if (a.z.data) store(a.z.floats(0, i) + h * size + c + v * kLanes, value, count);
       integers[v] = rounded(clamped(value * set(a.inverse), -1e9f, 1e9f));
     }
-    if (a.y.data) store_bytes<4>(a.y.bytes(0, at) + h * size + c, integers, a.range, n);
+    if (a.y.data) store_bytes<4>(a.y.bytes(0, i) + h * size + c, integers, a.range, n);
   }
 }
 
 void block(const Attention& a, const Room& room, int64_t h, int64_t begin, int64_t end) {
   const int64_t rows = end - begin, keys = a.seen(end);
   score(a, room, a.q.of(h), begin, rows, keys);
-  for (int64_t i = 0; i < rows; ++i) probabilities(a, room, h, begin + i, i, keys);
+  probabilities(a, room, h, begin, rows, keys);
   if (a.bytes_of_values)
-    multiply(room.bytes, room.keys_row, rows, room.values, keys, a.size(), room.out, room.out_row);
+    multiply(room.bytes, room.bytes_row, rows, room.values, keys, a.size(), (int32_t*)room.out, room.out_row);
   else
     multiply(room.scores, room.keys_row, rows, room.values, keys, a.size(), room.out, room.out_row);
   for (int64_t i = 0; i < rows; ++i) write(a, room, h, begin + i, i);

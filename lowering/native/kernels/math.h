@@ -1,28 +1,47 @@
-// Functions of sixteen floats: exp, erf, tanh and the activations made of them.
+// Functions of sixteen floats: powers, and activations.
 #pragma once
 
 #include "simd.h"
 
 namespace quant2e {
 
-// Cephes' range reduction and a Taylor polynomial of degree 6: relative error below 2e-7.
-ALWAYS_INLINE F exponential(F x) {
-  x = clamped(x, -87.0f, 88.0f);
-  const F n = whole(x * set(1.44269504f));
-  F rest = fma(n, set(-0.693359375f), x);
-  rest = fma(n, set(2.12194440e-4f), rest);
-  F p = set(1.0f / 720);
-  for (float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, rest, set(term));
-  return times_power_of_two(p, n);
+// The sum of terms[k] * x^k. Coefficients of this file are minimax fits, in single precision.
+template <int N>
+ALWAYS_INLINE F polynomial(const float (&terms)[N], F x) {
+  F p = set(terms[N - 1]);
+#pragma GCC unroll 16
+  for (int k = N - 2; k >= 0; --k) p = fma(p, x, set(terms[k]));
+  return p;
 }
 
-// Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7.
-ALWAYS_INLINE F error_function(F x) {
-  const F z = absolute(x), t = set(1.0f) / fma(z, set(0.3275911f), set(1.0f));
-  F p = set(1.061405429f);
-  for (float term : {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f}) p = fma(p, t, set(term));
-  const F y = set(1.0f) - p * t * exponential(set(0.0f) - z * z);
-  return with_sign_of(y, x);
+// 2^x for x >= -126, with a relative error below 1e-7; what is less counts as -126.
+ALWAYS_INLINE F power_of_two(F x) {
+  constexpr float kTerms[] = {1.0f, 0.693147182f, 0.240226462f, 0.0555032864f, 0.00961848907f, 0.00133999321f, 0.000153458081f};
+  x = maximum(x, set(-126.0f));
+  const F n = whole(x);
+  return times_power_of_two(polynomial(kTerms, x - n), n);
+}
+
+// Cephes' range reduction: relative error below 2e-7.
+ALWAYS_INLINE F exponential(F x) {
+  constexpr float kTerms[] = {1.00000012f, 0.999999702f, 0.499988914f, 0.166675791f, 0.0419158787f, 0.00829758123f};
+  x = clamped(x, -87.0f, 88.0f);
+  const F n = whole(x * set(1.44269504f));
+  const F rest = fma(n, set(2.12194440e-4f), fma(n, set(-0.693359375f), x));
+  return times_power_of_two(polynomial(kTerms, rest), n);
+}
+
+// x times the part of a normal distribution below x: absolute error below 1e-6 where |x| <= 10, relative 1e-7 above. The
+// part below x, less a half, is x times a polynomial of x^2; it is constant beyond kEdge.
+ALWAYS_INLINE F gelu(F x) {
+  constexpr float kEdge = 5.2f;
+  constexpr float kTerms[] = {0.135949999f,   -0.0677436665f,  0.0500245132f,  -0.039929796f,   0.0319901034f,
+                              -0.024723893f,  0.0179540496f,   -0.0125039686f, 0.0085616475f,   -0.00479142275f,
+                              0.00179838401f, -0.00121918356f, 0.00126917753f, -0.000482121861f};
+  x = maximum(x, set(-kEdge));
+  const F inside = minimum(x, set(kEdge));
+  const F part = polynomial(kTerms, fma(inside * inside, set(2 / (kEdge * kEdge)), set(-1.0f)));
+  return fma(x, inside * part, x * set(0.5f));
 }
 
 ALWAYS_INLINE F sigmoid(F x) { return set(1.0f) / (set(1.0f) + exponential(set(0.0f) - x)); }
@@ -39,7 +58,7 @@ ALWAYS_INLINE F activated(F x, int64_t activation, float a, float b) {
     case kClamp: return clamped(x, a, b);
     case kHardswish: return x * clamped(x + set(3.0f), 0.0f, 6.0f) * set(1.0f / 6);
     case kHardsigmoid: return clamped(x + set(3.0f), 0.0f, 6.0f) * set(1.0f / 6);
-    case kGelu: return x * set(0.5f) * (set(1.0f) + error_function(x * set(0.70710678f)));
+    case kGelu: return gelu(x);
     case kGeluTanh: {
       const F inner = set(0.79788456f) * fma(x * x * x, set(0.044715f), x);
       return x * set(0.5f) * (set(1.0f) + hyperbolic_tangent(inner));

@@ -15,6 +15,7 @@ struct Floats {
   using Left = float;
   using Right = float;
   using Sum = F;
+  using Result = float;
   using Value = F;
   static constexpr int kGroup = 1;  // values of a row of the left matrix that meet one vector
 
@@ -22,13 +23,14 @@ struct Floats {
   static ALWAYS_INLINE Value value(const Left* from) { return set(*from); }
   static ALWAYS_INLINE F column(const Right* from) { return load(from); }
   static ALWAYS_INLINE Sum add(Sum sum, Value value, F column) { return fma(value, column, sum); }
-  static ALWAYS_INLINE F result(Sum sum) { return sum; }
+  static ALWAYS_INLINE void put(float* to, Sum sum) { store(to, sum, kLanes); }
 };
 
 struct Bytes {
   using Left = uint8_t;
   using Right = int8_t;
   using Sum = I;
+  using Result = int32_t;
   using Value = B;
   static constexpr int kGroup = 4;
 
@@ -40,13 +42,14 @@ struct Bytes {
   }
   static ALWAYS_INLINE B column(const Right* from) { return load_weights(from); }
   static ALWAYS_INLINE Sum add(Sum sum, Value value, B column) { return dot_lanes(sum, value, column); }
-  static ALWAYS_INLINE F result(Sum sum) { return to_float(sum); }
+  static ALWAYS_INLINE void put(int32_t* to, Sum sum) { store_int(to, sum); }
 };
 
 // R rows by a panel of V * 16 columns, `groups` of values of a row.
 template <class T, int R, int V>
 __attribute__((noinline)) void product(const typename T::Left* a, int64_t a_row, const typename T::Right* panel,
-                                       const int32_t* init, int64_t groups, float* c, int64_t c_row) {
+                                       const int32_t* init, int64_t groups, typename T::Result* c,
+                                       int64_t c_row) {
   typename T::Sum sums[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -69,13 +72,14 @@ __attribute__((noinline)) void product(const typename T::Left* a, int64_t a_row,
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(c + r * c_row + v * kLanes, T::result(sums[r][v]), kLanes);
+    for (int v = 0; v < V; ++v) T::put(c + r * c_row + v * kLanes, sums[r][v]);
 }
 
 template <class T>
 struct Shape {
   int rows;
-  void (*run)(const typename T::Left*, int64_t, const typename T::Right*, const int32_t*, int64_t, float*, int64_t);
+  void (*run)(const typename T::Left*, int64_t, const typename T::Right*, const int32_t*, int64_t, typename T::Result*,
+              int64_t);
 };
 
 // For V: products by falling number of rows. With 32 registers up to 24 sums, with 16 (two a sum) up to 6.
@@ -112,7 +116,7 @@ int64_t groups_of(int64_t depth) { return (depth + 3) / 4; }
 
 template <class T>
 void by_panels(const typename T::Left* a, int64_t a_row, int64_t rows, const Panels& panels, int64_t depth,
-               int64_t columns, float* c, int64_t c_row) {
+               int64_t columns, typename T::Result* c, int64_t c_row) {
   const auto* data = (const typename T::Right*)panels.data;
   const int64_t height = T::kGroup == 1 ? panels.depth : 4 * groups_of(panels.depth);
   for (int64_t n = 0; n < columns;) {
@@ -246,7 +250,7 @@ void multiply(const float* a, int64_t a_row, int64_t rows, const Panels& panels,
 }
 
 void multiply(const uint8_t* a, int64_t a_row, int64_t rows, const Panels& panels, int64_t depth, int64_t columns,
-              float* c, int64_t c_row) {
+              int32_t* c, int64_t c_row) {
   by_panels<Bytes>(a, a_row, rows, panels, depth, columns, c, c_row);
 }
 

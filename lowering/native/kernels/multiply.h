@@ -46,8 +46,8 @@ void pack_transposed_bytes(const Rows& x, int64_t left_zero, const Panels& to);
 void multiply(const float* a, int64_t a_row, int64_t rows, const Panels& panels, int64_t depth, int64_t columns, float* c,
               int64_t c_row);
 
-// Of bytes a: (a - left_zero) times (byte - 128), exact where it is below 2^24. Up to 3 bytes behind a row are read.
+// Of bytes a: (a - left_zero) times (byte - 128), exact. Up to 3 bytes behind a row are read.
 void multiply(const uint8_t* a, int64_t a_row, int64_t rows, const Panels& panels, int64_t depth, int64_t columns,
-              float* c, int64_t c_row);
+              int32_t* c, int64_t c_row);
 
 }  // namespace quant2e

@@ -126,7 +126,7 @@ void softmax(const Run& run, const Step& s) {
       const int64_t i = at / x.w, j = at % x.w;
       const float* from = floats_of(s, x, i, j, room);
       if (from != room) std::memcpy(room, from, x.c * 4);
-      const float total = exponentials(room, x.c, 1, nullptr);
+      const float total = exponentials(room, x.c, 1, largest_of(room, x.c));
       normalize_pixel({nullptr, nullptr, 0, 1 / total}, room, x.c, out, i, j);
     }
   });
