@@ -146,6 +146,12 @@ class Step:
     extra_number: float = 0.0
     step_h: int = 0
     step_w: int = 0
+    third_scale: float = 0.0
+    third_zero: int = 0
+    softmax_scale: float = 0.0
+    softmax_zero: int = 0
+    softmax_low: int = 0
+    softmax_high: int = 255
 
     def numbers(self) -> tuple[int, ...]:
         """The fields of C++'s ``Step``."""
