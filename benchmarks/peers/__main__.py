@@ -70,6 +70,7 @@ class Engine:
 ENGINES = {
     "float eager": Engine(load=f"{TORCH}:eager"),
     "float Inductor": Engine(load=f"{TORCH}:inductor"),
+    "ours → native": Engine(load=f"{TORCH}:ours_native"),
     "ours → Inductor": Engine(load=f"{TORCH}:ours_inductor"),
     "torchao X86 → Inductor": Engine(load=f"{TORCH}:torchao"),
     "torchao X86, 7 bits → Inductor": Engine(load=f"{TORCH}:torchao_7_bit"),
@@ -199,12 +200,12 @@ def _build_or_reason(job: Job, log: Path) -> float | WorkerError:
 
 
 def kept(path: Path, where: Machine) -> dict[tuple[Any, ...], Row]:
-    """Rows of an earlier run on the same processor."""
+    """Rows of an earlier run on the same processor, with the same instructions."""
     stored = path.with_suffix(".json")
     if not stored.exists():
         return {}
     data = json.loads(stored.read_text())
-    if data["machine"]["cpu"] != where.cpu:
+    if any(data["machine"][name] != getattr(where, name) for name in ("cpu", "isa", "vnni")):
         return {}
     return {(*row.setting, row.engine): row for row in map(Row.from_plain, data["rows"])}
 

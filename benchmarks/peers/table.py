@@ -14,7 +14,7 @@ import numpy as np
 from quant2e.files import atomic_file
 
 EAGER = "float eager"
-OURS = ("ours → Inductor", "ours → ExecuTorch", "ours → OpenVINO")
+OURS = ("ours → native", "ours → Inductor", "ours → ExecuTorch", "ours → OpenVINO")
 HEADS = (
     "model", "batch", "threads", "engine", "ms", "faster than eager", *(f"{ours} is faster" for ours in OURS),
     "SQNR dB", "file MB", "lower s", "peak MB",

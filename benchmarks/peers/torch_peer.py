@@ -78,6 +78,18 @@ def ours_inductor(job: Job) -> Loaded:
     return _ready(program, inputs, f"quant2e {version('quant2e')}", start)
 
 
+def ours_native(job: Job) -> Loaded:
+    """Quantized by us, lowered at once to our own kernels; not verified, so that times to lower compare."""
+    _threads(job)
+    model, inputs = model_of(job), inputs_of(job.place)
+    start = time.perf_counter()
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    prepared = quant2e.prepare_pt2e(quant2e.capture(model, inputs), quantizer)
+    quant2e.calibrate(prepared, calibration_of(job.place))
+    program = lowering.to_native(quant2e.convert_pt2e(prepared), inputs, verify=False)
+    return _ready(program, inputs, f"quant2e {version('quant2e')}", start)
+
+
 def torchao(job: Job) -> Loaded:
     """Torchao's flow with its x86 quantizer, as it documents it."""
     return _torchao(job, reduce_range=False)
