@@ -15,8 +15,7 @@ from lowering.inductor.package import InductorPackage, package_inductor
 from lowering.inductor.program import InductorProgram, to_inductor
 from lowering.inductor.report import InductorReport, LoweredOp
 from lowering.inductor.source import InductorSource
-from lowering.native.program import NativeProgram, to_native
-from lowering.native.report import NativeOp, NativeRegion, NativeReport
+from lowering.native.program import NativeOp, NativeProgram, NativeRegion, NativeReport, to_native
 from lowering.onnx import OnnxProgram, OnnxReport, to_onnx
 from lowering.openvino import OpenVINOProgram, OpenVINOReport, to_openvino
 from lowering.openvino.precision import RunOp

@@ -76,11 +76,13 @@ class Rewritten:
 
     def report(self, kernels: Sequence[Kernel]) -> InductorReport:
         """What became of each quantized op, given the kernels in the graph that Inductor generated code for."""
-        return build_report(self._original, (*self._in_regions, *kernels), self._refused, self._choices, self._float_bytes)
+        return build_report(
+            self._original, (*self._in_regions, *kernels), self._refused, self._choices, self._float_bytes
+        )
 
 
 def _with_regions(gm: GraphModule, wanted: Engines) -> tuple[Cut, Mapping[str, KernelChoice], Engines]:
-    """Cut the int8 regions out of ``gm``. Returns them, the engine of each product, and what is asked for the others."""
+    """Cut the int8 regions out of ``gm``: they, the engine of each product, and what is asked for the others."""
     choices, rest = choose_native(gm, wanted)
     if not any(choice.engine == NATIVE for choice in choices.values()):
         return NO_CUT, {}, rest
@@ -91,6 +93,6 @@ def kernels_of(cut: Cut) -> Iterator[Kernel]:
     """The ops that regions compute, for the report."""
     for region in cut.regions:
         for unit in region.units:
-            activations = [node for node in unit.nodes if activation_of(node) is not None]
-            post_op = activations[0].target._opname if activations else ""
+            activations = [node.name for node in unit.nodes if activation_of(node) is not None]
+            post_op = activations[0].rstrip("_0123456789") if activations else ""
             yield from (Kernel(REGION, node.name, post_op) for node in unit.nodes if node.target in COMPUTED)

@@ -54,8 +54,8 @@ def load_op(name: str | None = None) -> Region | None:
     """The op, built and registered now; None where there is no C++ compiler. ``name``: of an instruction set, that of
     this processor by default.
 
-    ``inputs``: float32, samples first. ``plan``, ``constants``: of a `Plan`, and ``outputs``: for each the number of its
-    dimensions and its sizes, the first of which is that of the inputs. Returns float32 tensors, images with their
+    ``inputs``: float32, samples first. ``plan``, ``constants``: of a `Plan`, and ``outputs``: for each the number of
+    its dimensions and its sizes, the first of which is that of the inputs. Returns float32 tensors, images with their
     channels last in memory. A compiler that fails is a RuntimeWarning.
     """
     with ALONE:
@@ -87,8 +87,9 @@ def built(name: str) -> Path | None:
     return built_together(f"native-{name}", sources, headers, FLAGS[name])
 
 
-def _shapes(inputs: Sequence[Tensor], plan: Tensor, constants: Tensor, outputs: Sequence[int]) -> list[Tensor]:
-    made, at = [], 0
+def _shapes(inputs: Sequence[Tensor], _plan: Tensor, _constants: Tensor, outputs: Sequence[int]) -> list[Tensor]:
+    made: list[Tensor] = []
+    at = 0
     while at < len(outputs):
         rank = outputs[at]
         sizes = (inputs[0].shape[0], *outputs[at + 2 : at + 1 + rank])

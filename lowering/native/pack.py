@@ -39,7 +39,7 @@ def pack_convolution(weight: Tensor, zero_point: int, groups: int, *, rows: bool
     ``rows``: whether a tap is a row of the kernel, whose bytes lie side by side in the image. Of each group, strips of
     64 outputs (then 32, then 16) hold for each tap and each four inputs the four bytes of every output.
     """
-    outputs, inputs, height, width = weight.shape
+    outputs, _, height, width = weight.shape
     by_tap = weight.permute(0, 2, 3, 1)  # [outputs, height, width, inputs]
     taps = height if rows else height * width
     by_tap = by_tap.reshape(groups, outputs // groups, taps, -1)
@@ -48,7 +48,10 @@ def pack_convolution(weight: Tensor, zero_point: int, groups: int, *, rows: bool
     filled = pad(by_tap, (0, inner - by_tap.shape[3], 0, 0, 0, padded(outputs // groups) - outputs // groups))
     parts = [strip for group in filled for strip in _strips(group)]
     return Packed(
-        weight=torch.cat(parts), init=pad(init, (0, padded(init.shape[1]) - init.shape[1])).flatten(), taps=taps, inner=inner
+        weight=torch.cat(parts),
+        init=pad(init, (0, padded(init.shape[1]) - init.shape[1])).flatten(),
+        taps=taps,
+        inner=inner,
     )
 
 

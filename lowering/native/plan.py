@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _number(value: float) -> int:
+def _number(value: Any) -> int:
     if isinstance(value, float):
         return int(struct.unpack("<q", struct.pack("<d", value))[0])
     return int(value)
@@ -218,7 +219,11 @@ def plan_of(
     """
     arena = _place(values, steps, rows)
     header = (VERSION, len(values), len(steps), arena, inputs, len(outputs), rows, 0)
-    numbers = [*header, *(n for value in values for n in value.numbers()), *(n for step in steps for n in step.numbers())]
+    numbers = [
+        *header,
+        *(n for value in values for n in value.numbers()),
+        *(n for step in steps for n in step.numbers()),
+    ]
     sizes = tuple(n for shape in outputs for n in (len(shape) + 1, 0, *shape))
     return Plan(
         numbers=torch.tensor(numbers, dtype=torch.int64), constants=constants.tensor(), outputs=sizes, arena=arena

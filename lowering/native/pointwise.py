@@ -14,7 +14,7 @@ from quant2e.graph.dataflow import operand, operands
 aten = torch.ops.aten
 
 _ADD, _MULTIPLY, _SUBTRACT = 0, 1, 2
-_BINARY = {
+_BINARY: dict[object, int] = {
     aten.add.Tensor: _ADD,
     aten.add_.Tensor: _ADD,
     aten.mul.Tensor: _MULTIPLY,
@@ -137,7 +137,9 @@ def unary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | No
 def _table(source: Node, node: Node, rounded: Node) -> Tensor:
     """What each byte becomes: uint8 ``[256]``, computed by torch."""
     x, y = integers_of(source), integers_of(rounded)
-    assert x is not None and y is not None and callable(node.target), "they were looked at before"
+    assert x is not None, "it was looked at before"
+    assert y is not None, "it was looked at before"
+    assert callable(node.target), "an activation is an op"
     floats = (torch.arange(256) - x.zero).to(torch.float32) * x.scale
     made = node.target(floats, *node.args[1:], **node.kwargs)
     integers = torch.round(made * y.inverse) + y.zero
@@ -183,7 +185,11 @@ def join_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
     tensors, dim = operand(node, "tensors"), operand(node, "dim")
     sources = [stored(value) for value in tensors]
     wanted = shape_of(node)
-    if any(source is None for source in sources) or wanted is None or any(image_of(source) is None for source in sources):
+    if (
+        any(source is None for source in sources)
+        or wanted is None
+        or any(image_of(source) is None for source in sources)
+    ):
         return "its operands are not all bytes with a constant scale"
     if dim % len(wanted) != (1 if len(wanted) == 4 else len(wanted) - 1):
         return "it joins along another axis than the channels"
@@ -209,6 +215,7 @@ def join_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
 def _moved(source: Node, rounded: Node) -> Tensor:
     """What each byte becomes with another scale: uint8 ``[256]``."""
     x, y = integers_of(source), integers_of(rounded)
-    assert x is not None and y is not None, "they were looked at before"
+    assert x is not None, "it was looked at before"
+    assert y is not None, "it was looked at before"
     floats = (torch.arange(256) - x.zero).to(torch.float32) * x.scale
     return (torch.round(floats * y.inverse) + y.zero).clamp(y.low, y.high).to(torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -52,7 +54,7 @@ def _same_scale(source: Node, ending: Ending) -> bool:
     return integers_of(wanted) == integers_of(source)
 
 
-def _pair(value: object) -> tuple[int, int]:
+def _pair(value: Any) -> tuple[int, int]:
     values = list(value) if isinstance(value, list | tuple) else [value]
     return (int(values[0]), int(values[-1]))
 

@@ -93,9 +93,7 @@ def _window(given: dict[str, Any], x: tuple[int, int, int], y: tuple[int, int, i
     if isinstance(padding, str) or len(kernel) != 2:
         return None
     before = _pair(padding)
-    after = tuple(
-        (y[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] - before[i] - (x[i] - 1) for i in range(2)
-    )
+    after = tuple((y[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] - before[i] - (x[i] - 1) for i in range(2))
     return Window(kernel=kernel, stride=stride, before=before, dilation=dilation, after=(after[0], after[1]))
 
 
@@ -111,9 +109,7 @@ def _is_depthwise(weight: Tensor, window: Window, groups: int) -> bool:
     return alone and window.kernel[0] <= _MOST_DEPTHWISE_ROWS and reach <= _MOST_REACH
 
 
-def packed_step(
-    constants: Constants, weight: Tensor, x: Integers, window: Window, groups: int
-) -> tuple[Step, int]:
+def packed_step(constants: Constants, weight: Tensor, x: Integers, window: Window, groups: int) -> tuple[Step, int]:
     """The step of a convolution or linear layer with its weight packed, and of what multiple its outputs are.
 
     ``weight``: int8 ``[outputs, inputs of a group]``, and its height and width. What is read, scale, bias and what is

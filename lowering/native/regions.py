@@ -5,6 +5,7 @@ graph ─▶ `find_units` ─▶ `grouped` ─▶ `Written`: the plan of each gr
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -167,16 +168,14 @@ class Groups:
             if other in before:
                 self._before[group] = (before - {other}) | {into} - {group}
         self._behind = {
-            node: frozenset(into if group == other else group for group in groups) for node, groups in self._behind.items()
+            node: frozenset(into if group == other else group for group in groups)
+            for node, groups in self._behind.items()
         }
 
     def _leads(self, first: int, second: int) -> bool:
         """Whether the second group reads what came out of the first by way of a node outside of both."""
         return any(
-            first in self._behind[node]
-            for unit in self.members[second]
-            for node in unit.reads
-            if node in self._behind
+            first in self._behind[node] for unit in self.members[second] for node in unit.reads if node in self._behind
         )
 
 
@@ -286,7 +285,7 @@ def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., 
 
 def _laid_out(gm: GraphModule, region: Written, node: Node) -> Node:
     """An input in the layout that steps read: channels last, where more than a quantize op reads it."""
-    if all(unit.nodes[0].target is not None and is_quantize(unit.nodes[0]) for unit in region.units if node in unit.reads):
+    if all(is_quantize(unit.nodes[0]) for unit in region.units if node in unit.reads):
         return node
     images = len(node.meta["val"].shape) == 4
     layout = torch.channels_last if images else torch.contiguous_format
@@ -295,8 +294,13 @@ def _laid_out(gm: GraphModule, region: Written, node: Node) -> Node:
 
 def _sort(gm: GraphModule) -> None:
     """Each node behind what it reads, and otherwise as they were."""
-    from torch._inductor.pattern_matcher import stable_topological_sort
-
-    stable_topological_sort(gm.graph)
-
-
+    done: dict[Node, None] = {}
+    for first in list(gm.graph.nodes):
+        stack = [first]
+        while stack:
+            ahead = [node for node in stack[-1].all_input_nodes if node not in done]
+            stack.extend(ahead)
+            if not ahead:
+                done.setdefault(stack.pop())
+    for before, node in itertools.pairwise(done):
+        before.append(node)

@@ -38,7 +38,12 @@ class Emitter:
         h, w, c = image
         self.values.append(
             Value(
-                floats=integers is None, h=h, w=0 if self.rows else w, c=c, zero=integers.zero if integers else 0, **more
+                floats=integers is None,
+                h=h,
+                w=0 if self.rows else w,
+                c=c,
+                zero=integers.zero if integers else 0,
+                **more,
             )
         )
         self.places[node] = len(self.values) - 1
@@ -117,7 +122,9 @@ def activation_of(node: Node) -> Activated | None:
         low, high = (operand(node, name) for name in names)
         if isinstance(low, Node) or isinstance(high, Node):
             return None
-        return Activated(kind=kind, a=-_LARGEST if low is None else float(low), b=_LARGEST if high is None else float(high))
+        return Activated(
+            kind=kind, a=-_LARGEST if low is None else float(low), b=_LARGEST if high is None else float(high)
+        )
     return Activated(kind=kind)
 
 
@@ -166,7 +173,9 @@ def ending_of(root: Node, taken: set[Node], *, adds: bool = True) -> Ending:
             break
         if is_identity(user):
             pass
-        elif adds and added is None and activation.kind is Activation.NONE and (other := _addend(user, last)) is not None:
+        elif (
+            adds and added is None and activation.kind is Activation.NONE and (other := _addend(user, last)) is not None
+        ):
             added = other
             nodes += [other] if stored(other) is not None else []
         elif activation.kind is Activation.NONE and (found := activation_of(user)) is not None:

@@ -19,7 +19,7 @@ _OFFSET = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Integers:
-    """How integers stand for numbers, as they are stored: unsigned, ``(q - zero) * scale``, from ``low`` to ``high``."""
+    """How integers stand for numbers, as they are stored: unsigned, ``(q - zero) * scale``, ``low`` to ``high``."""
 
     scale: float
     zero: int
@@ -105,9 +105,8 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
         return None
     if value.dtype not in (torch.float32, torch.int8, torch.uint8) or value.dim() not in (2, 3, 4):
         return None
-    if any(not isinstance(size, int) or size == 0 for size in value.shape[1:]):
-        return None
-    return tuple(value.shape)
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    return sizes if all(isinstance(size, int) and size for size in sizes[1:]) else None
 
 
 def same_size(one: Any, two: Any) -> bool:

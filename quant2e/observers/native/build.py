@@ -77,8 +77,12 @@ def built_together(name: str, sources: Sequence[Path], included: Sequence[Path],
         return path
     with tempfile.TemporaryDirectory(dir=folder) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(work) / f"{source.stem}.o" for source in sources]
-        each = [(*_TOGETHER, *flags, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)]
-        for source, complaint in zip(sources, pool.map(lambda command: _complaint(program, command), each), strict=True):
+        each = [
+            (*_TOGETHER, *flags, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)
+        ]
+        for source, complaint in zip(
+            sources, pool.map(lambda command: _complaint(program, command), each), strict=True
+        ):
             if complaint:
                 raise RuntimeError(f"{program} cannot compile {source.name}: {complaint}")
         part = Path(work) / path.name
@@ -126,7 +130,10 @@ def _private(folder: Path) -> Path:
 
 def _fingerprint(compiler: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> str:
     """Of all that the compiled code depends on: sources, flags, torch, compiler, processor."""
-    parts = [*(source.read_bytes() for source in sources), repr((_FLAGS, _TOGETHER, _WISHES, flags, TORCH_VERSION)).encode()]
+    parts = [
+        *(source.read_bytes() for source in sources),
+        repr((_FLAGS, _TOGETHER, _WISHES, flags, TORCH_VERSION)).encode(),
+    ]
     parts += [compiler.encode(), _processor().encode()]
     parts.append(str(Path(compiler).resolve().stat().st_mtime_ns).encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

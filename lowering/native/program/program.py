@@ -21,7 +21,7 @@ from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.native.cut import cut_regions
 from lowering.native.op import instruction_set, load_op
-from lowering.native.report import NativeReport, native_ops, native_regions
+from lowering.native.program.report import NativeReport, native_ops, native_regions
 from lowering.program import LoweredProgram
 from lowering.state import State, state_of
 from quant2e.errors import LoweringError
@@ -142,11 +142,11 @@ def to_native(
     """Make a program of a quantized model at once: its int8 parts run as one op each, on our own kernels.
 
     ``model``: a QuantizedModel, or a captured GraphModule. ``example_inputs``, ``dynamic_shapes``, ``verify``,
-    ``verify_inputs``, ``progress``: as `lowering.to_inductor` takes them. What no kernel of ours computes runs op by op,
+    ``verify_inputs``, ``progress``: as `lowering.to_inductor` takes them. What no kernel computes runs op by op,
     as torch does; `lowering.to_inductor` compiles that as well, and calls the same kernels.
 
-    The kernels are built on the first use on a machine, in some seconds. Raises `LoweringError` when the graph cannot be
-    lowered, or computes something else once it is.
+    The kernels are built on the first use on a machine, in some seconds. Raises `LoweringError` when the graph cannot
+    be lowered, or computes something else once it is.
     """
     source = source_of(model, example_inputs, dynamic_shapes, "to_native")
     program = NativeProgram(source, model)

@@ -75,7 +75,7 @@ class NativeReport(LoweringReport):
     def __str__(self) -> str:
         lines = [self.headline]
         lines += [
-            f"  region {number}: {len(region.ops)} ops, {region.steps} steps, {region.arena / 2**10:.0f} KiB between them"
+            f"  region {number}: {len(region.ops)} ops, {region.steps} steps, {region.arena >> 10} KiB between them"
             for number, region in enumerate(self.regions)
         ]
         lines += [f"  eager  {op.name}: {op.reason}" for op in self.leftovers]
@@ -107,9 +107,7 @@ def native_ops(gm: GraphModule, regions: Sequence[NativeRegion], refused: Mappin
             continue
         region = inside.get(node.name, -1)
         reason = "" if region >= 0 else refused.get(node.name, "no step of a region computes this op")
-        found.append(
-            NativeOp(name=node.name, target=str(node.target), region=region, reason=reason, place=where(node))
-        )
+        found.append(NativeOp(name=node.name, target=str(node.target), region=region, reason=reason, place=where(node)))
     return tuple(found)
 
 
