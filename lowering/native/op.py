@@ -94,6 +94,7 @@ def _shapes(inputs: Sequence[Tensor], _plan: Tensor, _constants: Tensor, outputs
         rank = outputs[at]
         sizes = (inputs[0].shape[0], *outputs[at + 2 : at + 1 + rank])
         layout = torch.channels_last if rank == 4 else torch.contiguous_format
-        made.append(inputs[0].new_empty(sizes, dtype=torch.float32).contiguous(memory_format=layout))
+        dtype = torch.float32 if outputs[at + 1] else torch.uint8
+        made.append(inputs[0].new_empty(sizes, dtype=dtype).contiguous(memory_format=layout))
         at += 1 + rank
     return made

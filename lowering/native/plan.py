@@ -200,8 +200,9 @@ class Constants:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the op of a region is called with, besides its inputs. ``outputs``: of each the number of dimensions and its
-    sizes, the first of which is that of the inputs. ``arena``: bytes that one image takes.
+    """What the op of a region is called with, besides its inputs. ``outputs``: of each the number of dimensions, its
+    type as in ``region.h`` in the place of the first size, which is that of the inputs, and the other sizes.
+    ``arena``: bytes that one image takes.
     """
 
     numbers: Tensor
@@ -218,13 +219,14 @@ def plan_of(
     ``values`` begin with the inputs. ``outputs``: sizes of each, without the first. ``rows``: at a time, 0 for images.
     """
     arena = _place(values, steps, rows)
+    kinds = {value.argument: int(value.floats) for value in values}
     header = (VERSION, len(values), len(steps), arena, inputs, len(outputs), rows, 0)
     numbers = [
         *header,
         *(n for value in values for n in value.numbers()),
         *(n for step in steps for n in step.numbers()),
     ]
-    sizes = tuple(n for shape in outputs for n in (len(shape) + 1, 0, *shape))
+    sizes = tuple(n for place, shape in enumerate(outputs) for n in (len(shape) + 1, kinds[inputs + place], *shape))
     return Plan(
         numbers=torch.tensor(numbers, dtype=torch.int64), constants=constants.tensor(), outputs=sizes, arena=arena
     )

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.native.plan import Activation, Kind, Step
 from lowering.native.units import Emitter, Unit, activation_of, ending_of, finish, is_identity
-from lowering.native.values import image_of, integers_of, is_quantize, same_size, shape_of, stored
+from lowering.native.values import image_of, integers_of, is_inner, is_quantize, same_size, shape_of, stored
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten
@@ -37,7 +37,7 @@ def _describe(step: Step, emitter: Emitter, place: str, node: Node) -> None:
 def quantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
     """The unit that makes bytes of a float tensor."""
     del gm, taken
-    if not is_quantize(node):
+    if not is_inner(node):
         return None
     source = node.args[0]
     if not isinstance(source, Node) or image_of(source) is None or image_of(node) is None:

@@ -1,4 +1,4 @@
-"""Pools of int8 images, as units of a region."""
+"""Pools of images, as units of a region."""
 
 from __future__ import annotations
 
@@ -24,26 +24,28 @@ def pool_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
     del gm
     if node.target is not _LARGEST and node.target not in _AVERAGE:
         return None
-    source = stored(node.args[0])
-    x = image_of(source)
-    y = image_of(node)
-    if source is None or x is None or y is None or len(source.meta["val"].shape) != 4:
-        return "its operand is no image of bytes with a constant scale"
+    operand = node.args[0]
+    source = stored(operand) or operand
+    x, y = image_of(source), image_of(node)
+    if not isinstance(source, Node) or x is None or y is None or len(source.meta["val"].shape) != 4:
+        return "its operand is no image, or its sizes vary"
+    if node.target is _LARGEST and source is operand:
+        return "its operand is float"
     step = _largest(node) if node.target is _LARGEST else _average(node, x, y)
     if isinstance(step, str):
         return step
     ending = ending_of(node, taken, adds=False)
     if node.target is _LARGEST and not _same_scale(source, ending):
         return "its result is rounded with another scale than its operand has"
-    (dequantize,) = (n for n in node.all_input_nodes)
+    dequantizes = node.all_input_nodes if source is not operand else []
 
     def emit(emitter: Emitter) -> None:
-        integers = integers_of(source)
-        assert integers is not None, "it was looked at before"
-        step.x, step.x_scale, step.x_zero = emitter.read(source), integers.scale, integers.zero
+        step.x = emitter.read(source)
+        if (integers := integers_of(source)) is not None and source is not operand:
+            step.x_scale, step.x_zero = integers.scale, integers.zero
         finish(emitter, step, ending)
 
-    return Unit(nodes=(dequantize, node, *ending.nodes), reads=(source,), writes=ending.writes, emit=emit)
+    return Unit(nodes=(*dequantizes, node, *ending.nodes), reads=(source,), writes=ending.writes, emit=emit)
 
 
 def _same_scale(source: Node, ending: Ending) -> bool:

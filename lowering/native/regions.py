@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -204,11 +204,19 @@ def grouped(gm: GraphModule, found: Found) -> list[list[Unit]]:
         elif node not in inside:
             groups.outside(node)
     order = {id(unit): place for place, unit in enumerate(found.units)}
-    return [
-        sorted(units, key=lambda unit: order[id(unit)])
-        for units in groups.members.values()
-        if any(unit.products for unit in units)
-    ]
+    return [sorted(units, key=lambda unit: order[id(unit)]) for units in _worthwhile(groups.members.values())]
+
+
+def _worthwhile(groups: Iterable[list[Unit]]) -> list[list[Unit]]:
+    """Groups with a product, and those that they exchange integers with: outside of regions, these look different."""
+    left, kept = list(groups), list[list[Unit]]()
+    wanted = [group for group in left if any(unit.products for unit in group)]
+    while wanted:
+        kept += wanted
+        left = [group for group in left if group not in wanted]
+        shared = {node for group in kept for unit in group for node in (*unit.reads, *unit.writes) if is_quantize(node)}
+        wanted = [group for group in left if any(not shared.isdisjoint((*u.reads, *u.writes)) for u in group)]
+    return kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,9 +236,6 @@ def write(gm: GraphModule, units: Sequence[Unit]) -> Written | str:
     own = {node for unit in units for node in unit.nodes}
     inputs = tuple(dict.fromkeys(node for unit in units for node in unit.reads if node not in made))
     outputs = tuple(node for unit in units for node in unit.writes if any(user not in own for user in node.users))
-    outputs = tuple(node for node in outputs if not (is_quantize(node) and _inside(node, own, made)))
-    if any(is_quantize(node) for node in (*inputs, *outputs)):
-        return "integers would enter or leave it"
     if not inputs or not outputs:
         return "nothing enters or leaves it"
     emitter = Emitter(gm, rows=_by_rows(units))
@@ -245,17 +250,12 @@ def write(gm: GraphModule, units: Sequence[Unit]) -> Written | str:
         for unit in units:
             unit.emit(emitter)
     for place, node in enumerate(outputs):
-        emitter.values[emitter.places[node]].argument = len(inputs) + place
+        emitter.hand_over(node, len(inputs) + place)
     shapes = [tuple(shape_of(node) or ())[1:] for node in outputs]
     plan = plan_of(
         emitter.values, emitter.steps, emitter.constants, len(inputs), shapes, ROWS_AT_ONCE if emitter.rows else 0
     )
     return Written(units=tuple(units), inputs=inputs, outputs=outputs, plan=plan, steps=len(emitter.steps))
-
-
-def _inside(node: Node, own: set[Node], made: set[Node]) -> bool:
-    """Whether every op outside of the region that reads these integers reads them as floats that the region makes."""
-    return all(user in own or user in made or not user.users for user in node.users)
 
 
 def _by_rows(units: Sequence[Unit]) -> bool:
@@ -267,29 +267,30 @@ def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., 
     """Put a call in the place of each region, its plan and constants as buffers of ``gm``; what is not read goes."""
     graph = gm.graph
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    made: dict[Node, Node] = {}
     for number, region in enumerate(regions):
         names = {"plan": region.plan.numbers, "constants": region.plan.constants}
         for name, tensor in names.items():
             gm.register_buffer(f"_region_{number}_{name}", tensor, persistent=False)
         with graph.inserting_before(output):
-            inputs = [_laid_out(gm, region, node) for node in region.inputs]
+            inputs = [_laid_out(gm, region, node, made.get(node, node)) for node in region.inputs]
             held = [graph.get_attr(f"_region_{number}_{name}") for name in names]
             called = graph.call_function(op, (inputs, *held, list(region.plan.outputs)))
             for place, node in enumerate(region.outputs):
-                made = graph.call_function(operator.getitem, (called, place))
-                made.meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(made)
+                made[node] = graph.call_function(operator.getitem, (called, place))
+                made[node].meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(made[node])
     _sort(gm)
     remove_dead_code(gm)
 
 
-def _laid_out(gm: GraphModule, region: Written, node: Node) -> Node:
-    """An input in the layout that steps read: channels last, where more than a quantize op reads it."""
+def _laid_out(gm: GraphModule, region: Written, node: Node, given: Node) -> Node:
+    """``given``, which is ``node`` by now, in the layout that steps read, where more than a quantize op reads it."""
     if all(is_quantize(unit.nodes[0]) for unit in region.units if node in unit.reads):
-        return node
+        return given
     images = len(node.meta["val"].shape) == 4
     layout = torch.channels_last if images else torch.contiguous_format
-    return gm.graph.call_function(aten.contiguous.default, (node,), {"memory_format": layout})
+    return gm.graph.call_function(aten.contiguous.default, (given,), {"memory_format": layout})
 
 
 def _sort(gm: GraphModule) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.plan import Activation, Constants, Step, Value
-from lowering.native.values import Integers, image_of, integers_of, is_quantize, same_shape, stored
+from lowering.native.plan import Activation, Constants, Kind, Step, Value
+from lowering.native.values import Integers, image_of, integers_of, is_inner, is_quantize, same_shape, stored
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten
@@ -56,8 +56,19 @@ class Emitter:
     def border(self, node: Node, pixels: int) -> int:
         """As `read`, of integers that need so many pixels of zeros around them."""
         value = self.values[self.places[node]]
+        if pixels and value.argument is not None:  # of the caller, who has none
+            given = self.places[node]
+            self.steps.append(Step(kind=Kind.CONCAT, x=given, y=self.declare(node)))
+            value = self.values[self.places[node]]
         value.pad = max(value.pad, pixels)
         return self.places[node]
+
+    def hand_over(self, node: Node, argument: int) -> None:
+        """Let the result of ``node`` be an output, the ``argument``-th tensor of the caller."""
+        made = self.places[node]
+        if not self.values[made].floats:  # inside, they may have a border
+            self.steps.append(Step(kind=Kind.CONCAT, x=made, y=self.declare(node)))
+        self.values[self.places[node]].argument = argument
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +195,7 @@ def ending_of(root: Node, taken: set[Node], *, adds: bool = True) -> Ending:
             break
         last = user
         nodes.append(user)
-    quantized = [user for user in last.users if is_quantize(user) and user not in taken]
+    quantized = [user for user in last.users if is_inner(user) and user not in taken]
     integers = quantized[0] if quantized else None
     nodes += quantized[:1]
     floats = None if integers is not None and len(last.users) == 1 else last

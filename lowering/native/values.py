@@ -61,6 +61,11 @@ def is_quantize(node: object) -> bool:
     return isinstance(node, Node) and node.target is qd.quantize_per_tensor.default and integers_of(node) is not None
 
 
+def is_inner(node: object) -> bool:
+    """Whether a node makes bytes of floats that nothing reads but dequantize ops with the same parameters."""
+    return isinstance(node, Node) and is_quantize(node) and all(stored(user) is node for user in node.users)
+
+
 def stored(node: object) -> Node | None:
     """The quantize op whose integers a dequantize op reads, with the same parameters; None for any other node."""
     if not isinstance(node, Node) or node.target is not qd.dequantize_per_tensor.default:

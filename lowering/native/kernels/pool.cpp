@@ -35,6 +35,25 @@ void largest_of(const Step& s, const View& x, const View& y, int64_t i, int64_t 
   }
 }
 
+void add_floats(const View& x, const Window& window, int64_t c, int n, float* totals) {
+  for (int64_t p = window.top; p < window.bottom; ++p)
+    for (int64_t q = window.left; q < window.right; ++q)
+      for (int v = 0; v * kLanes < n; ++v) {
+        const int some = std::min(kLanes, n - v * kLanes);
+        store(totals + v * kLanes, load(totals + v * kLanes) + load(x.floats(p, q) + c + v * kLanes, some), kLanes);
+      }
+}
+
+// Exact sums of bytes, and the numbers that they stand for.
+void add_integers(const Step& s, const View& x, const Window& window, int64_t c, int n, float* totals) {
+  int32_t sums[kStrip] = {};
+  for (int64_t p = window.top; p < window.bottom; ++p)
+    for (int64_t q = window.left; q < window.right; ++q) add_bytes(sums, x.bytes(p, q) + c, n);
+  const F zeros = set((float)((window.bottom - window.top) * (window.right - window.left) * s.x_zero));
+  for (int v = 0; v < kStrip / kLanes; ++v)
+    store(totals + v * kLanes, (to_float(load_int(sums + v * kLanes)) - zeros) * set(s.x_scale()), kLanes);
+}
+
 // `mode` 2: divided by the pixels of the image in the window; 1: by all pixels of the window, or by `extra`.
 void average_of(const Step& s, const View& x, const View& y, const View& z, int64_t i, int64_t j) {
   const Window window = window_of(s, x, i, j);
@@ -42,17 +61,12 @@ void average_of(const Step& s, const View& x, const View& y, const View& z, int6
   const float count = (float)(s.mode == 2 ? inside : s.extra);
   for (int64_t c = 0; c < x.c; c += kStrip) {
     const int n = (int)std::min<int64_t>(kStrip, x.c - c);
-    int32_t sums[kStrip] = {};
-    for (int64_t p = window.top; p < window.bottom; ++p)
-      for (int64_t q = window.left; q < window.right; ++q) {
-        const uint8_t* from = x.bytes(p, q) + c;
-        add_bytes(sums, from, n);
-      }
+    float totals[kStrip] = {};
+    if (x.size == 4) add_floats(x, window, c, n, totals);
+    else add_integers(s, x, window, c, n, totals);
     for (int v = 0; v * kLanes < n; ++v) {
       const int lanes_here = std::min(kLanes, n - v * kLanes);
-      int32_t* part = sums + v * kLanes;
-      const F total = to_float(load_int(part)) - set((float)(inside * s.x_zero));
-      const F value = activated(total * set(s.x_scale() / count), s.activation, s.a(), s.b());
+      const F value = activated(load(totals + v * kLanes) * set(1.0f / count), s.activation, s.a(), s.b());
       if (s.z >= 0) store(z.floats(i, j) + c + v * kLanes, value, lanes_here);
       if (s.y < 0) continue;
       const I integers = rounded(clamped(value * set(s.inverse()), -1e9f, 1e9f));

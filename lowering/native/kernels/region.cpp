@@ -100,7 +100,7 @@ Given given_of(Handle tensor) {
   return given;
 }
 
-// Sizes of an output, the first of them the number of samples; an image is returned as it is computed, channels last.
+// An output. `sizes`: its type, and the sizes of a sample; an image is returned as it is computed, channels last.
 Handle output_of(const int64_t* sizes, int64_t rank, int64_t samples) {
   int64_t shape[8], strides[8], step = 1;
   for (int64_t d = 0; d < rank; ++d) shape[d] = d ? sizes[d] : samples;
@@ -110,7 +110,8 @@ Handle output_of(const int64_t* sizes, int64_t rank, int64_t samples) {
   else
     for (int64_t d = rank - 1; d >= 0; --d) place(d);
   Handle made = nullptr;
-  must(aoti_torch_empty_strided(rank, shape, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &made));
+  const int32_t dtype = sizes[0] == kUint8 ? aoti_torch_dtype_uint8() : aoti_torch_dtype_float32();
+  must(aoti_torch_empty_strided(rank, shape, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
   return made;
 }
 
