@@ -36,7 +36,7 @@ class Native:
             return None
         constants = Constants()
         window = POINT if product.is_linear else _window(product)
-        weight = torch.randint(-64, 64, product.weight, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+        weight = torch.randint(-127, 128, product.weight, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
         step, to = packed_step(constants, weight, _X, window, product.groups)
         groups = 1 if step.kind is Kind.DEPTHWISE else product.groups
         numbers = constants.add(per_output(torch.full((product.weight[0],), 1e-3), groups, to))

@@ -7,6 +7,7 @@ out. Its plan and its constants are tensors.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant2e.errors import LoweringError
 from quant2e.isolation import ALONE
 from quant2e.observers.native.build import built_together, warn_unbuilt
 from quant2e.observers.native.ops import OP
@@ -38,45 +40,89 @@ _NEEDED = {
     "plain": (),
 }
 
-_NAME = "quant2e::int8_region"
+_NAME = "int8_region"
 _SCHEMA = "(Tensor[] inputs, Tensor plan, Tensor constants, int[] outputs) -> Tensor[]"
 
 Region = Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[int]], list[Tensor]]
 
 
+_CHOICE = "QUANT2E_NATIVE_ISA"
+"""Environment variable that chooses an instruction set by hand, such as ``avx2``."""
+
+
+def able() -> tuple[str, ...]:
+    """The instruction sets of `FLAGS` that this processor has, the best first."""
+    has = torch.cpu.get_capabilities()
+    return tuple(name for name, needed in _NEEDED.items() if all(has.get(feature) for feature in needed))
+
+
 def instruction_set() -> str:
-    """The best of `FLAGS` that this processor has."""
-    able = torch.cpu.get_capabilities()
-    return next(name for name, needed in _NEEDED.items() if all(able.get(feature) for feature in needed))
+    """The one that regions run on: ``$QUANT2E_NATIVE_ISA``, or the best of `able` that the compiler knows.
+
+    Empty without a compiler. Raises `LoweringError` for a choice that this processor does not have.
+    """
+    with ALONE:
+        return _chosen()[0]
 
 
 def load_op(name: str | None = None) -> Region | None:
-    """The op, built and registered now; None where there is no C++ compiler. ``name``: of an instruction set, that of
-    this processor by default.
+    """The op, built and registered now; None where there is no C++ compiler.
+
+    ``name``: one of `able`, by default that of `instruction_set`, whose op is called ``int8_region``. Those of others
+    stand beside it, as ``int8_region_avx2`` and so on.
 
     ``inputs``: float32, samples first. ``plan``, ``constants``: of a `Plan`, and ``outputs``: for each the number of
     its dimensions and its sizes, the first of which is that of the inputs. Returns float32 tensors, images with their
     channels last in memory. A compiler that fails is a RuntimeWarning.
     """
     with ALONE:
-        return _load_op(name or instruction_set())
+        chosen, library = _chosen()
+        if name is not None and name != chosen:
+            library, _ = _tried(name)
+        return None if library is None else _registered(library, _NAME if name in (None, chosen) else f"{_NAME}_{name}")
 
 
 @cache
-def _load_op(name: str) -> Region | None:
+def _chosen() -> tuple[str, Path | None]:
+    """The instruction set of regions and its library; nothing where there is none."""
+    wish, names = os.environ.get(_CHOICE), able()
+    if wish and wish not in names:
+        raise LoweringError(f"{_CHOICE}={wish}: kernels for this processor are {', '.join(names)}. Choose one of them")
+    complaints = {}
+    for name in (wish,) if wish else names:
+        library, complaint = _tried(name)
+        if complaint is not None:
+            complaints[name] = complaint
+            continue
+        if complaints:
+            _warn(next(iter(complaints.values())), f"Int8 regions run on {name} kernels")
+        return (name, library) if library is not None else ("", None)
+    _warn(next(iter(complaints.values())), "Int8 regions run op by op")
+    return "", None
+
+
+def _tried(name: str) -> tuple[Path | None, Exception | None]:
+    """The library for an instruction set, or why there is none; neither without a compiler."""
     try:
         library = built(name)
-        if library is None:
-            return None
-        handle = ctypes.CDLL(str(library))
+        if library is not None:
+            ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
-        warn_unbuilt(FOLDER / "region.cpp", error, "Int8 regions run op by op")
-        return None
-    torch.library.define(_NAME, _SCHEMA)
-    torch.library.register_fake(_NAME, _shapes)
-    if failed := handle.quant2e_register():
-        raise RuntimeError(f"torch refused the op {_NAME}, at step {failed}")
-    op: Region = torch.ops.quant2e.int8_region.default
+        return None, error
+    return library, None
+
+
+def _warn(error: Exception, instead: str) -> None:
+    warn_unbuilt(FOLDER / "region.cpp", error, instead)
+
+
+@cache
+def _registered(library: Path, name: str) -> Region:
+    torch.library.define(f"quant2e::{name}", _SCHEMA)
+    torch.library.register_fake(f"quant2e::{name}", _shapes)
+    if failed := ctypes.CDLL(str(library)).quant2e_register(name.encode()):
+        raise RuntimeError(f"torch refused the op quant2e::{name}, at step {failed}")
+    op: Region = getattr(torch.ops.quant2e, name).default
     return op
 
 

@@ -16,11 +16,17 @@ from lowering.native.plan import Arithmetic
 LANES = 16
 STRIP = 64
 """Outputs that are computed together: four registers of `LANES`."""
+SHIFT = 128
+"""What `Arithmetic.SIGNED` takes away from activations."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """``weight``: int8. ``init``: int32, what sums begin with. ``taps``, ``inner``: of one group, and bytes of each."""
+    """``weight``: int8. ``init``: int32, what sums begin with. ``taps``, ``inner``: of one group, and bytes of each.
+
+    Of `Arithmetic.SIGNED`, ``init`` holds two numbers for each output: behind all the first, what sums of activations
+    minus 128 begin with.
+    """
 
     weight: Tensor
     init: Tensor
@@ -44,15 +50,12 @@ def pack_convolution(weight: Tensor, zero_point: int, groups: int, *, rows: bool
     taps = height if rows else height * width
     by_tap = by_tap.reshape(groups, outputs // groups, taps, -1)
     inner = padded(by_tap.shape[3], 4)
-    init = _init(by_tap.flatten(2), zero_point, arithmetic)
+    zeros = (zero_point, zero_point - SHIFT) if arithmetic is Arithmetic.SIGNED else (zero_point,)
+    init = torch.stack([_init(by_tap.flatten(2), zero) for zero in zeros])
     filled = pad(by_tap, (0, inner - by_tap.shape[3], 0, 0, 0, padded(outputs // groups) - outputs // groups))
     parts = [strip for group in filled for strip in _strips(group)]
-    return Packed(
-        weight=torch.cat(parts),
-        init=pad(init, (0, padded(init.shape[1]) - init.shape[1])).flatten(),
-        taps=taps,
-        inner=inner,
-    )
+    init = pad(init, (0, padded(init.shape[2]) - init.shape[2])).flatten()
+    return Packed(weight=torch.cat(parts), init=init, taps=taps, inner=inner)
 
 
 def _strips(group: Tensor) -> list[Tensor]:
@@ -74,20 +77,16 @@ def pack_depthwise(weight: Tensor, zero_point: int) -> Packed:
     For each 64 channels, for each column of the kernel and each four rows: the four bytes of every channel.
     """
     channels, _, height, width = weight.shape
-    init = _init(weight.reshape(1, channels, -1), zero_point, Arithmetic.EXACT)
+    init = _init(weight.reshape(1, channels, -1), zero_point)
     rows, more = padded(height, 4), padded(channels, STRIP) - channels
     filled = pad(weight[:, 0], (0, 0, 0, rows - height, 0, more))
     blocks = filled.reshape(-1, STRIP, rows // 4, 4, width).permute(0, 4, 2, 1, 3)
     return Packed(weight=blocks.flatten(), init=pad(init.flatten(), (0, more)), taps=1, inner=0)
 
 
-def _init(by_output: Tensor, zero_point: int, arithmetic: Arithmetic) -> Tensor:
-    """``[groups, outputs]``: what the zero point of the activation takes away from every sum.
-
-    Signed activations are 128 less than those that are stored.
-    """
-    zero = zero_point - 128 if arithmetic is Arithmetic.SIGNED else zero_point
-    return (-zero * by_output.sum(2, dtype=torch.int64)).to(torch.int32)
+def _init(by_output: Tensor, zero_point: int) -> Tensor:
+    """``[groups, outputs]``: what the zero point of the activation takes away from every sum."""
+    return (-zero_point * by_output.sum(2, dtype=torch.int64)).to(torch.int32)
 
 
 def per_output(values: Tensor, groups: int, to: int = LANES) -> Tensor:

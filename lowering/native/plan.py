@@ -59,7 +59,7 @@ class Activation(IntEnum):
 
 
 class Arithmetic(IntEnum):
-    """How sums of products are exact: see ``simd.h``."""
+    """How sums of products are exact: see `lowering.native.arithmetic`."""
 
     EXACT = 0
     BOUNDED = 1

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowering.native.arithmetic import arithmetic_of, sums_fit
 from lowering.native.pack import LANES, STRIP, pack_convolution, pack_depthwise, per_output
-from lowering.native.plan import Arithmetic, Constants, Kind, Step
+from lowering.native.plan import Constants, Kind, Step
 from lowering.native.units import CLAMPS, Emitter, Ending, Unit, ending_of, finish
 from lowering.native.values import Integers, Weight, image_of, integers_of, stored, weight_at
 from quant2e.graph.attributes import tensor_at
@@ -73,6 +74,9 @@ def product_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | 
     product = _Product(gm, source, weight, bias, window, groups, ending)
     if window.kernel[0] * window.kernel[1] > _MOST_TAPS:
         return f"a kernel of {window.kernel[0]} x {window.kernel[1]}"
+    integers = integers_of(source)
+    if integers is None or not sums_fit(weight.integers, integers):
+        return "its sums may leave 32 bits"
     dequantizes = tuple(n for n in (given["input"], given["weight"]) if isinstance(n, Node))
     return Unit(
         nodes=(*dequantizes, node, *ending.nodes),
@@ -139,7 +143,8 @@ def packed_step(constants: Constants, weight: Tensor, x: Integers, window: Windo
         packed = pack_depthwise(weight, x.zero)
     else:
         rows = groups == 1 and window.dilation[1] == 1
-        packed = pack_convolution(weight, x.zero, groups, rows=rows, arithmetic=Arithmetic.EXACT)
+        step.arithmetic = arithmetic_of(weight, x)
+        packed = pack_convolution(weight, x.zero, groups, rows=rows, arithmetic=step.arithmetic)
     step.taps, step.inner = packed.taps, packed.inner
     step.weight, step.init = constants.add(packed.weight), constants.add(packed.init)
     return step, STRIP if depthwise else LANES
@@ -175,7 +180,7 @@ class _Product:
         y = None if end.integers is None else integers_of(end.integers)
         if y is None or end.floats is not None or end.added is not None or end.activation.kind not in CLAMPS:
             return scale, bias, False
-        most = self.weight.integers.abs().flatten(1).sum(1, dtype=torch.int64) * 255 * scale / y.scale
+        most = self.weight.integers.flatten(1).to(torch.int32).abs().sum(1, dtype=torch.int64) * 255 * scale / y.scale
         if bool((most + (bias / y.scale).abs() >= _SMALL).any()):
             return scale, bias, False
         return scale / y.scale, bias / y.scale, True

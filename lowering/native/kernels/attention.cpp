@@ -3,6 +3,7 @@
 // Scores of a block stay in the L2 cache between the two products of multiply.cpp: of floats, or of bytes where both
 // sides are quantized.
 
+#include "dot.h"
 #include "epilogue.h"
 #include "memory.h"
 #include "multiply.h"

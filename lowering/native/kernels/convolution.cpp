@@ -1,9 +1,11 @@
 // Convolutions, and linear layers as 1 x 1 convolutions: unsigned bytes times signed bytes, summed in 32 bits.
 //
-// A block is up to 6 pixels by 64 outputs (or more pixels by fewer outputs). Its sums stay in registers while the bytes
-// of its inputs go by, four at a time: see README.md for how weights are packed. Each pixel has a pointer, so that
+// A block is up to 6 pixels by 64 outputs (or more pixels by fewer outputs; without AVX-512 by 16 of the 64 that are
+// packed together). Its sums stay in registers while the bytes of its inputs go by, four at a time: see README.md for how
+// weights are packed. Each pixel has a pointer, so that
 // strides, borders and dilations are a matter of addresses.
 
+#include "dot.h"
 #include "epilogue.h"
 
 namespace quant2e {
@@ -17,10 +19,18 @@ struct Layer {
   const int8_t* weights;  // packed, of the first output of this block
   const int32_t* init;
   int64_t inner, taps;
+  int64_t step;  // bytes of four inputs' weights: of all the outputs that are packed together
   const int64_t* offsets;  // of each tap, in bytes from a pixel's first
   Epilogue epilogue;
   bool fast;
 };
+
+// Outputs that are computed together, in lanes: as many as are packed together, or one lane of them.
+#if defined(__AVX512VNNI__)
+constexpr bool kWhole = true;
+#else
+constexpr bool kWhole = false;
+#endif
 
 // R pixels by V * 16 outputs.
 template <int R, int V, int kHow>
@@ -31,13 +41,24 @@ __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x
   const int8_t* w = layer.weights;
   const uint8_t* p[R];
   for (int r = 0; r < R; ++r) p[r] = x[r];
+  const int64_t step = kWhole ? 64 * V : layer.step;
   for (int64_t t = 0; t < layer.taps; ++t) {
     const int64_t begin = layer.offsets[t], end = begin + layer.inner;
-    for (int64_t k = begin; k < end; k += 4) {
+    int64_t k = begin;
+    if constexpr (kHow == kSeven)
+      for (; k + 8 <= end; k += 8, w += 2 * step)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+          int32_t four[2];
+          std::memcpy(four, p[r] + k, 8);
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v)
+            sums[r][v] = dot_two(sums[r][v], load_weights(w + 64 * v), load_weights(w + step + 64 * v), four[0], four[1]);
+        }
+    for (; k < end; k += 4, w += step) {
       B weights[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) weights[v] = load_weights(w + 64 * v);
-      w += 64 * V;
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         int32_t four;
@@ -74,6 +95,7 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
   I sums[2][V];
   for (int v = 0; v < V; ++v) sums[0][v] = load_int(layer.init + v * kLanes), sums[1][v] = set_int(0);
   const int8_t* w = layer.weights;
+  const int64_t step = kWhole ? 64 * V : layer.step;
   for (int64_t t = 0; t < layer.taps; ++t) {
     const uint8_t* p = x[0] + layer.offsets[t];
     int64_t k = 0;
@@ -84,15 +106,15 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
       for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
-          sums[half][v] = dot<kHow>(sums[half][v], load_weights(w + 64 * (V * half + v)), four[half]);
+          sums[half][v] = dot<kHow>(sums[half][v], load_weights(w + step * half + 64 * v), four[half]);
       for (int line = 0; line < 2 * V; ++line) __builtin_prefetch(w + 2048 + 64 * line);
-      w += 128 * V;
+      w += 2 * step;
     }
     if (k < layer.inner) {
       int32_t four;
       std::memcpy(&four, p + k, 4);
       for (int v = 0; v < V; ++v) sums[0][v] = dot<kHow>(sums[0][v], load_weights(w + 64 * v), four);
-      w += 64 * V;
+      w += step;
     }
   }
   int32_t memory[2][V * kLanes];
@@ -113,7 +135,7 @@ struct Shape {
   Block run;
 };
 
-// For V: blocks by falling number of pixels. With 32 registers up to 24 sums, with 16 (two a sum) up to 4.
+// For V: blocks by falling number of pixels. With 32 registers up to 24 sums, with 16 (two a sum) up to 5.
 template <int V, int kHow>
 const Shape* shapes() {
 #if defined(__AVX512VNNI__)
@@ -131,8 +153,13 @@ const Shape* shapes() {
     return found;
   }
 #else
-  static const Shape found[] = {{V == 1 ? 4 : 2, block<V == 1 ? 4 : 2, V, kHow>}, {1, row<V, kHow>}};
-  return found;
+  if constexpr (V == 1) {
+    static const Shape found[] = {{5, block<5, 1, kHow>}, {4, block<4, 1, kHow>}, {2, block<2, 1, kHow>}, {1, row<1, kHow>}};
+    return found;
+  } else {
+    static const Shape found[] = {{1, row<V, kHow>}};
+    return found;
+  }
 #endif
 }
 
@@ -203,31 +230,40 @@ void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t
     const int64_t count = std::min(panel, pixels - at);
     for (int64_t n = from_block * 64; n < std::min(padded, to_block * 64);) {
       const int64_t left = padded - n;
-      const int v = left >= 64 ? 4 : left >= 32 ? 2 : 1;
-      layer.weights = weights + n * bytes;
-      layer.init = init + n;
-      layer.epilogue.scale = whole.scale + n, layer.epilogue.bias = whole.bias + n;
-      places.channel_out = channel + n;
-      const Walk walk(places, pixel + at);
-      const int some = (int)std::min<int64_t>(v * kLanes, outputs - n);
-      if (v == 4) pixels_by_outputs<4, kHow>(layer, walk, count, some);
-      else if (v == 2) pixels_by_outputs<2, kHow>(layer, walk, count, some);
-      else pixels_by_outputs<1, kHow>(layer, walk, count, some);
-      n += v * kLanes;
+      const int strip = left >= 64 ? 4 : left >= 32 ? 2 : 1;       // packed together, in lanes
+      const int v = kWhole || count == 1 ? strip : 1;              // computed together
+      layer.step = 64 * strip;
+      for (int part = 0; part < strip; part += v) {
+        const int64_t at_output = n + part * kLanes;
+        layer.weights = weights + n * bytes + 64 * part;
+        layer.init = init + at_output;
+        layer.epilogue.scale = whole.scale + at_output, layer.epilogue.bias = whole.bias + at_output;
+        places.channel_out = channel + at_output;
+        const Walk walk(places, pixel + at);
+        const int some = (int)std::min<int64_t>(v * kLanes, outputs - at_output);
+        if (v == 4) pixels_by_outputs<4, kHow>(layer, walk, count, some);
+        else if (v == 2) pixels_by_outputs<2, kHow>(layer, walk, count, some);
+        else pixels_by_outputs<1, kHow>(layer, walk, count, some);
+      }
+      n += strip * kLanes;
     }
   }
 }
 
 using Blocks = void (*)(const Step&, Layer, Places, int64_t, int64_t, int64_t, int64_t);
 
+#ifdef ADDS_PAIRS
 Blocks blocks_for(int64_t arithmetic) {
-#if defined(__AVX512VNNI__) || !defined(__AVX2__)
-  (void)arithmetic;
-  return blocks<kExact>;
-#else
-  return arithmetic == kSigned ? blocks<kSigned> : blocks<kBounded>;
-#endif
+  switch (arithmetic) {
+    case kBounded: return blocks<kBounded>;
+    case kSeven: return blocks<kSeven>;
+    case kSigned: return blocks<kSigned>;
+    default: return blocks<kExact>;
+  }
 }
+#else
+Blocks blocks_for(int64_t) { return blocks<kExact>; }
+#endif
 
 }  // namespace
 
@@ -256,9 +292,9 @@ void convolution(const Run& run, const Step& step) {
   const int64_t pixels = h * w, padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
   const Blocks compute = blocks_for(step.arithmetic);
   for (int64_t g = 0; g < step.groups; ++g) {
-    Layer layer{nullptr, nullptr, step.inner, step.taps, offsets, epilogue_of(run, step), step.fast != 0};
+    Layer layer{nullptr, nullptr, step.inner, step.taps, 0, offsets, epilogue_of(run, step), step.fast != 0};
     layer.weights = run.constant<int8_t>(step.weight) + g * padded * step.inner * step.taps;
-    layer.init = run.constant<int32_t>(step.init) + g * padded;
+    layer.init = run.constant<int32_t>(step.init) + (g + (kShifts && step.arithmetic == kSigned ? step.groups : 0)) * padded;
     layer.epilogue.scale += g * padded, layer.epilogue.bias += g * padded;
     const Places places{x, y, z, added, w, step.stride_h, step.stride_w, step.top, step.left, step.extra, step.mode,
                     step.step_h, step.step_w, g * step.inputs, g * step.outputs};

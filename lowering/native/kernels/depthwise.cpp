@@ -4,6 +4,7 @@
 // instruction adds four products for each of 16 channels. Interleaved columns stay in the L1 cache and serve every
 // output that reads them.
 
+#include "dot.h"
 #include "epilogue.h"
 
 namespace quant2e {

@@ -1,5 +1,6 @@
 // Products of two matrices that are computed: see multiply.h.
 
+#include "dot.h"
 #include "multiply.h"
 
 namespace quant2e {

@@ -177,9 +177,9 @@ void int8_region(uint64_t* stack, uint64_t, uint64_t) {
 }  // namespace
 }  // namespace quant2e
 
-// Gives the op, which op.py has declared, to torch; returns 0, or the step that failed.
-extern "C" int quant2e_register() {
+// Gives the op, which op.py has declared as quant2e::`name`, to torch; returns 0, or the step that failed.
+extern "C" __attribute__((visibility("default"))) int quant2e_register(const char* name) {
   Handle library = nullptr;
   if (aoti_torch_library_init_impl("quant2e", "CPU", __FILE__, __LINE__, &library)) return 1;
-  return aoti_torch_library_impl(library, "int8_region", quant2e::int8_region) ? 2 : 0;
+  return aoti_torch_library_impl(library, name, quant2e::int8_region) ? 2 : 0;
 }

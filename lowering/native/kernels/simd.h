@@ -1,4 +1,4 @@
-// Sixteen lanes, whatever the machine: the only file with intrinsics.
+// Sixteen lanes, whatever the machine. Intrinsics are here and in dot.h, nowhere else.
 //
 // F: 16 floats. I: 16 int32. B: 16 groups of 4 bytes, as weights are packed. AVX-512 has them in one register, AVX2 in
 // two, plain C++ in arrays. `n` is the number of lanes that memory holds: the others are neither read nor written.
@@ -18,15 +18,6 @@
 namespace quant2e {
 
 constexpr int kLanes = 16;
-
-// How the products of four unsigned and four signed bytes are added to 32 bits. With VNNI there is one instruction, and
-// it is exact. AVX2 adds two products in 16 saturating bits first, which Python proves harmless before it asks for it.
-enum Arithmetic : int64_t {
-  kExact = 0,    // VNNI, or plain C++
-  kBounded = 1,  // AVX2: the weights are such that no sum of two products exceeds 16 bits
-  kSeven = 2,    // AVX2: both sides have 7 bits, so that sums of four products do not either
-  kSigned = 3,   // AVX2: activations minus 128, |a| * (w with the sign of a); weights are not -128
-};
 
 #if defined(__AVX512VNNI__)
 
@@ -62,14 +53,6 @@ ALWAYS_INLINE F with_sign_of(F x, F sign) {
 }
 ALWAYS_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
 ALWAYS_INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
-
-template <int kHow>
-ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
-  return _mm512_dpbusd_epi32(sums, _mm512_set1_epi32(four), weights);
-}
-
-// As `dot`, where each lane has activations of its own.
-ALWAYS_INLINE I dot_lanes(I sums, B activations, B weights) { return _mm512_dpbusd_epi32(sums, activations, weights); }
 
 ALWAYS_INLINE B repeated(int32_t four) { return _mm512_set1_epi32(four); }
 
@@ -197,39 +180,7 @@ ALWAYS_INLINE F times_power_of_two(F x, F n) {
   return {_mm256_mul_ps(x.a, power_of_two(n.a)), _mm256_mul_ps(x.b, power_of_two(n.b))};
 }
 
-ALWAYS_INLINE __m256i dot_of(__m256i sums, __m256i u, __m256i s) {
-#if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sums, u, s);
-#else
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
-#endif
-}
-
-template <int kHow>
-ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
-  if constexpr (kHow == kSigned) {
-    const __m256i x = _mm256_xor_si256(_mm256_set1_epi32(four), _mm256_set1_epi8((char)0x80));
-    const __m256i u = _mm256_abs_epi8(x);
-    return {dot_of(sums.a, u, _mm256_sign_epi8(weights.a, x)), dot_of(sums.b, u, _mm256_sign_epi8(weights.b, x))};
-  } else {
-    const __m256i u = _mm256_set1_epi32(four);
-    return {dot_of(sums.a, u, weights.a), dot_of(sums.b, u, weights.b)};
-  }
-}
-
-// Exact for any bytes: even and odd bytes as 16-bit numbers.
-ALWAYS_INLINE __m256i exact_dot(__m256i sums, __m256i u, __m256i s) {
-#if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sums, u, s);
-#else
-  const __m256i even_u = _mm256_and_si256(u, _mm256_set1_epi16(255)), odd_u = _mm256_srli_epi16(u, 8);
-  const __m256i even_s = _mm256_srai_epi16(_mm256_slli_epi16(s, 8), 8), odd_s = _mm256_srai_epi16(s, 8);
-  const __m256i pairs = _mm256_add_epi32(_mm256_madd_epi16(even_u, even_s), _mm256_madd_epi16(odd_u, odd_s));
-  return _mm256_add_epi32(sums, pairs);
-#endif
-}
 ALWAYS_INLINE B repeated(int32_t four) { return set_int(four); }
-ALWAYS_INLINE I dot_lanes(I sums, B u, B s) { return {exact_dot(sums.a, u.a, s.a), exact_dot(sums.b, u.b, s.b)}; }
 
 struct Range {
   __m256i zero;
@@ -274,22 +225,10 @@ ALWAYS_INLINE F absolute(F x) { EACH(F, std::fabs(x.v[i])); }
 ALWAYS_INLINE F with_sign_of(F x, F sign) { EACH(F, std::copysign(x.v[i], sign.v[i])); }
 ALWAYS_INLINE F whole(F x) { EACH(F, std::nearbyint(x.v[i])); }
 ALWAYS_INLINE F times_power_of_two(F x, F n) { EACH(F, std::ldexp(x.v[i], (int)n.v[i])); }
-ALWAYS_INLINE int32_t four_products(const uint8_t* u, const int8_t* s) {
-  return u[0] * s[0] + u[1] * s[1] + u[2] * s[2] + u[3] * s[3];
-}
-template <int kHow>
-ALWAYS_INLINE I dot(I sums, B weights, int32_t four) {
-  uint8_t u[4];
-  std::memcpy(u, &four, 4);
-  EACH(I, sums.v[i] + four_products(u, weights.v + 4 * i));
-}
 ALWAYS_INLINE B repeated(int32_t four) {
   B y;
   for (int i = 0; i < kLanes; ++i) std::memcpy(y.v + 4 * i, &four, 4);
   return y;
-}
-ALWAYS_INLINE I dot_lanes(I sums, B u, B s) {
-  EACH(I, sums.v[i] + four_products((const uint8_t*)u.v + 4 * i, s.v + 4 * i));
 }
 ALWAYS_INLINE F floats_of(const uint8_t* raw) { EACH(F, (float)raw[i]); }
 struct Range {

@@ -24,7 +24,8 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-ma
 _WISHES = (("-march=native",), ())
 """Flags to try in turn: not every compiler has them."""
 
-_TOGETHER = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w")
+_TOGETHER = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-w")
+"""Hidden: libraries for several instruction sets may be loaded side by side."""
 
 _BUILD_SECONDS = 120
 
