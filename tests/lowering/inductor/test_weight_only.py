@@ -1,4 +1,4 @@
-"""Weight-only linear layers by our own kernel: its numbers, which layers it gets, and the compiled program."""
+"""Weight-only linear layers by our own kernels: which layers they get, and the compiled program."""
 
 import pytest
 import torch
@@ -6,77 +6,18 @@ from torch import nn
 
 from lowering import to_inductor
 from lowering.inductor.kernel_selection import choose
-from lowering.inductor.kernels import few_rows
+from lowering.inductor.kernels import weight_only
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.pipeline import REWRITES
 from quant2e import quantize
 from quant2e.errors import LoweringError
+from quant2e.graph.attributes import tensor_at
 from quant2e.observers.native.build import built, compiler
 from quant2e.passes import run
 from quantizers import X86InductorQuantizer, recipe
 from tests.lowering.graphs import Weight
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so there is no kernel of ours")
-
-
-def parts(outputs, inputs, group, low=-128, high=127):
-    generator = torch.Generator().manual_seed(outputs * inputs)
-    weight = torch.randint(low, high + 1, (outputs, inputs), dtype=torch.int8, generator=generator)
-    scale = torch.rand(outputs, inputs // group, generator=generator) + 0.01
-    point = torch.randint(-3, 4, scale.shape, generator=generator).float()
-    return weight, scale, point, torch.randn(outputs, generator=generator)
-
-
-def expected(x, weight, scale, point, bias):
-    """In double, as the formula says."""
-    group = weight.shape[1] // scale.shape[1]
-    stretched = (t.double().repeat_interleave(group, dim=1) for t in (scale, point))
-    s, z = stretched
-    return x.double() @ ((weight.double() - z) * s).T + bias.double()
-
-
-SHAPES = [
-    ((1, 64), 8, 64),
-    ((64,), 3, 64),
-    ((2, 3, 37), 5, 37),
-    ((7, 96), 9, 32),
-    ((4, 50), 6, 25),
-    ((1, 7), 1, 7),
-    ((0, 32), 4, 32),
-]
-
-
-@pytest.mark.parametrize(("x", "outputs", "group"), SHAPES)
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_kernel_computes_the_formula(x, outputs, group, threads):
-    rows = torch.randn(x, generator=torch.Generator().manual_seed(1))
-    weight, scale, point, bias = parts(outputs, x[-1], group)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = few_rows.load_kernel()(rows, weight, scale, point, bias, False)
-    finally:
-        torch.set_num_threads(before)
-    wanted = expected(rows, weight, scale, point, bias)
-    assert found.dtype is torch.float32
-    assert found.shape == wanted.shape
-    assert torch.allclose(
-        found.double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max() if wanted.numel() else 1)
-    )
-    assert torch.equal(found, few_rows.load_kernel()(rows, weight, scale, point, bias, False))
-
-
-@pytest.mark.parametrize(("rows", "outputs", "inputs", "group"), [(1, 5, 96, 32), (6, 8, 64, 64), (3, 2, 128, 64)])
-def test_two_values_in_a_byte_count_as_each_alone(rows, outputs, inputs, group):
-    x = torch.randn(rows, inputs)
-    weight, scale, point, bias = parts(outputs, inputs, group, -8, 7)
-    half = few_rows.packed(weight)
-    assert (half.dtype, half.numel()) == (torch.uint8, weight.numel() // 2)
-    alone = few_rows.load_kernel()(x, weight, scale, point, bias, False)
-    assert torch.allclose(few_rows.load_kernel()(x, half, scale, point, bias, True), alone, rtol=1e-5, atol=1e-4)
-
-
-# ------------------------------------------------------------------------------------------ which layers it gets
 
 
 class Products(nn.Module):
@@ -108,24 +49,35 @@ def chosen(result, wanted):
 @pytest.mark.parametrize("given", ["w8", "w4-g32", "w4", recipe("w8", weight={"symmetric": False})], ids=str)
 def test_the_graph_computes_the_same_with_the_kernel(given):
     result, x = converted(given)
-    gm, choices, size = chosen(result, "few_rows")
-    assert [choice.engine for choice in choices.values()] == ["few_rows"] * 2
+    gm, choices, size = chosen(result, "weight_only")
+    assert [choice.engine for choice in choices.values()] == ["weight_only"] * 2
     assert size == 0
     assert torch.allclose(gm(*x)[0], result(*x), rtol=1e-5, atol=1e-5)
-    packed = [n for n in gm.graph.nodes if "few_rows" in str(n.target)]
-    assert [n.args[-1] for n in packed] == [str(given).strip("'").startswith("w4")] * 2
+    calls = [n for n in gm.graph.nodes if "weight_only" in str(n.target)]
+    four = str(given).strip("'").startswith("w4")
+    assert [tensor_at(gm, n.args[1]).dtype for n in calls] == [torch.uint8 if four else torch.int8] * 2
 
 
 def test_what_the_kernel_cannot_compute_gets_a_float_weight(monkeypatch):
-    dynamic, _ = converted(dynamic_shapes=({0: torch.export.Dim("rows", max=64)},))
-    assert chosen(dynamic, "few_rows")[1] == {}  # a kernel for few rows must not meet many
-    assert chosen(dynamic, "few_rows")[2] == 2 * 64 * 32 * 4
     result, x = converted()
-    monkeypatch.setattr(few_rows, "load_kernel", lambda: None)
+    monkeypatch.setattr(weight_only, "load_kernel", lambda: None)
     gm, choices, size = chosen(result, "measured")
     assert [choice.engine for choice in choices.values()] == ["float"] * 2
     assert size == 2 * 64 * 32 * 4
     assert torch.allclose(gm(*x)[0], result(*x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_number_of_rows_that_varies_needs_no_float_weight():
+    result, x = converted("w4-g32", dynamic_shapes=({0: torch.export.Dim("rows", max=64)},))
+    gm, choices, size = chosen(result, "measured")
+    assert [(choice.engine, choice.reason) for choice in choices.values()] == [
+        ("weight_only", "the number of rows varies")
+    ] * 2
+    assert size == 0
+    assert torch.allclose(gm(*x)[0], result(*x), rtol=1e-5, atol=1e-5)
+    named = chosen(result, "float")
+    assert [choice.engine for choice in named[1].values()] == ["float"] * 2
+    assert named[2] == 2 * 64 * 32 * 4
 
 
 class Turned(nn.Module):
@@ -155,9 +107,9 @@ def test_axes_that_stay_in_their_places_are_no_transposition(case):
     model = torch.export.export(Turned(turn).eval(), (x,), strict=False).module()
     gm = private_copy(model)
     run(gm, REWRITES, compiled=False)
-    choices, size = choose(gm, {}, "few_rows")
+    choices, size = choose(gm, {}, "weight_only")
     gm.recompile()
-    assert [choice.engine for choice in choices.values()] == ["few_rows"] * rows
+    assert [choice.engine for choice in choices.values()] == ["weight_only"] * rows
     assert size == 64 * 64 * 4 * (not rows)
     assert torch.allclose(gm(x)[0], model(x), rtol=1e-5, atol=1e-4)
 
@@ -174,16 +126,28 @@ def test_an_engine_named_for_an_op_must_be_able_to_compute_it():
 @pytest.mark.inductor
 def test_the_compiled_program():
     result, x = converted("w4-g32")
-    program = to_inductor(result, engines="few_rows")
+    program = to_inductor(result, engines="weight_only")
     assert program.verification.passed
     assert torch.allclose(program(*x), result(*x), rtol=1e-5, atol=1e-5)
-    assert {op.kernel for op in program.report.ops} == {"quant2e.few_rows_linear"}
+    assert {op.kernel for op in program.report.ops} == {"quant2e.weight_only_linear"}
     assert "weight linear: weight-only: float rows, and a weight that is read as the integers" in str(program.report)
+
+
+@pytest.mark.inductor
+def test_the_compiled_program_takes_any_number_of_rows():
+    x = torch.randn(3, 5, 64)
+    dims = {0: torch.export.Dim("batch", max=8), 1: torch.export.Dim("tokens", max=64)}
+    result, _ = converted("w4-g32", x=(x,), dynamic_shapes=(dims,))
+    program = to_inductor(result)
+    assert {op.kernel for op in program.report.ops} == {"quant2e.weight_only_linear"}
+    for shape in ((1, 1, 64), (1, 33, 64), (8, 64, 64)):
+        x = torch.randn(shape)
+        assert torch.allclose(program(x), result(x), rtol=1e-5, atol=1e-5)
 
 
 def test_it_compiles_where_nothing_is_cached(tmp_path, monkeypatch):
     """A cached library would hide an include that leads nowhere: the cache goes by what the files hold."""
     monkeypatch.setenv("QUANT2E_CACHE_DIR", str(tmp_path))
-    library = built(few_rows.SOURCE, few_rows.OP, flags=few_rows.FLAGS)
+    library = built(weight_only.SOURCE, weight_only.LANES, weight_only.OP)
     assert library is not None
     assert library.parent == tmp_path
