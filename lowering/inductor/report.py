@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from lowering.control_flow import INSIDE, notes_on_branches, ops_inside
 from lowering.inductor.kernels.engines import WEIGHT_ONLY, KernelChoice
+from lowering.inductor.kernels.weight_only import FLOAT_ROWS, INT8_ROWS
 from lowering.inductor.rewrites.graph import TAG
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ
 from lowering.inductor.rewrites.weights import CONVOLUTION, LINEAR, activation_of, weight_of
@@ -282,12 +283,14 @@ def build_report(
         kernel = fused.get(node.name)
         by_rows = node.name in choices and choices[node.name].engine == WEIGHT_ONLY
         read, in_float = _weight_bytes(node, choices[node.name] if by_rows else None)
+        if by_rows and choices[node.name].product.int8_rows:
+            kernel = Kernel(f"quant2e.{INT8_ROWS}", node.name)
         reason = "" if kernel else _reason(gm, node, refused, by_rows)
         ops.append(
             LoweredOp(
                 name=node.name,
                 target=str(node.target),
-                kernel=kernel.name if kernel else "quant2e.weight_only_linear" if by_rows else "float",
+                kernel=kernel.name if kernel else f"quant2e.{FLOAT_ROWS}" if by_rows else "float",
                 reason=reason,
                 place=where(node),
                 post_op=kernel.post_op if kernel else "",

@@ -42,7 +42,8 @@ class Product:
     ``output_padding``: of a transposed convolution, whose weight has its input channels first; None of a plain one.
     ``integers``: whether the result is wanted as integers. ``float_rows``: the activation is float, and only the weight
     is quantized; then ``group``: inputs that share a scale, ``group_bytes``: of that scale and its zero point,
-    ``bits``: of a weight, and ``varies``: whether the number of rows does, ``x`` being an example.
+    ``bits``: of a weight, ``int8_rows``: whether the rows are dequantized from int8 with a scale each, and ``varies``:
+    whether the number of rows does, ``x`` being an example.
     """
 
     x: tuple[int, ...]
@@ -58,6 +59,7 @@ class Product:
     group: int = 0
     group_bytes: int = 4
     bits: int = 8
+    int8_rows: bool = False
     varies: bool = False
 
     @property
@@ -68,7 +70,9 @@ class Product:
     def __str__(self) -> str:
         if self.is_linear:
             rows = torch.Size(self.x[:-1]).numel()
-            kind = f"{self.bits}-bit weight-only linear" if self.float_rows else "linear"
+            kind = "linear"
+            if self.float_rows:
+                kind = f"{self.bits}-bit {'int8-row' if self.int8_rows else 'weight-only'} linear"
             return f"{kind} {rows}x{self.weight[1]}x{self.weight[0]}"
         kind = "depthwise conv" if self.groups == self.weight[0] > 1 else "conv"
         kind = kind if self.output_padding is None else "transposed conv"
@@ -177,7 +181,7 @@ class Float:
 
 @dataclass(frozen=True, slots=True)
 class WeightOnly:
-    """Our kernel for float rows and integer weights."""
+    """Our kernels for integer weights with groups, by float rows, or by int8 rows with a scale each."""
 
     name: str = WEIGHT_ONLY
 
@@ -187,7 +191,7 @@ class WeightOnly:
 
     def prepare(self, product: Product) -> Run | None:
         """A call of `kernels.weight_only`."""
-        op = weight_only.load_kernel()
+        op = weight_only.load_kernel(weight_only.INT8_ROWS if product.int8_rows else weight_only.FLOAT_ROWS)
         if op is None or not product.float_rows:
             return None
         integers, weight, _, _, bias = _operands(product)
@@ -195,8 +199,13 @@ class WeightOnly:
         scale = torch.full((outputs, inputs // product.group), 0.01 if product.group_bytes >= 4 else 1 / 64)
         point = torch.full_like(scale, product.group_bytes % 2)
         packed = weight_only.pack(weight.clamp(-8, 7) if product.bits == 4 else weight, scale, point, bits=product.bits)
-        x, added = integers.float(), torch.empty(0) if bias is None else bias
-        return lambda: op(x, packed.weight, packed.scale, packed.zero_point, added, outputs)
+        added = torch.empty(0) if bias is None else bias
+        operands = (packed.weight, packed.scale, packed.zero_point, added)
+        if product.int8_rows:
+            rows, each = integers.to(torch.int8), torch.ones(product.x[0], 1)
+            return lambda: op(rows, each, each, *operands, packed.totals, outputs)
+        x = integers.float()
+        return lambda: op(x, *operands, outputs)
 
 
 ENGINES: tuple[Engine, ...] = (OneDnn(), WeightOnly(), Float())

@@ -27,10 +27,11 @@ SOURCE = Path(__file__).with_name("weight_only.cpp")
 LANES = Path(__file__).with_name("lanes.cpp")
 """What the source includes beside `OP`."""
 
+FLOAT_ROWS, INT8_ROWS = "weight_only_linear", "int8_rows_linear"
+
 SCHEMAS = {
-    "weight_only_linear": "(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, Tensor bias, int outputs) "
-    "-> Tensor",
-    "int8_rows_linear": "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor scale, "
+    FLOAT_ROWS: "(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, Tensor bias, int outputs) -> Tensor",
+    INT8_ROWS: "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor scale, "
     "Tensor zero_point, Tensor bias, Tensor totals, int outputs) -> Tensor",
 }
 """``x``: ``[..., inputs]``, contiguous; float32, or int8 with ``x_scale`` and ``x_zero_point``, float32 ``[..., 1]``,
@@ -95,7 +96,7 @@ def _by_strips(values: Tensor, spare: int) -> Tensor:
     return filled.reshape(-1, _VECTORS * _OUTPUTS, values.shape[1]).transpose(1, 2).contiguous()
 
 
-def load_kernel(name: str = "weight_only_linear") -> Kernel | None:
+def load_kernel(name: str = FLOAT_ROWS) -> Kernel | None:
     """``torch.ops.quant2e.<name>.default`` of `SCHEMAS`, built and registered now; None where there is no C++ compiler.
 
     A compiler that fails is a RuntimeWarning.

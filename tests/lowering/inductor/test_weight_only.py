@@ -14,7 +14,7 @@ from quant2e.errors import LoweringError
 from quant2e.graph.attributes import tensor_at
 from quant2e.observers.native.build import built, compiler
 from quant2e.passes import run
-from quantizers import X86InductorQuantizer, recipe
+from quantizers import X86InductorQuantizer, XNNPACKQuantizer, recipe
 from tests.lowering.graphs import Weight
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so there is no kernel of ours")
@@ -58,9 +58,36 @@ def test_the_graph_computes_the_same_with_the_kernel(given):
     assert [tensor_at(gm, n.args[1]).dtype for n in calls] == [torch.uint8 if four else torch.int8] * 2
 
 
+@pytest.mark.parametrize("of", [X86InductorQuantizer, XNNPACKQuantizer])
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 3, 64)], ids=str)
+def test_int8_rows_with_a_scale_each_meet_4_bits_as_integers(of, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    result = quantize(Products().eval(), (x,), of().set_global("w4a8-dynamic-g32"))
+    gm, choices, size = chosen(result, "weight_only")
+    assert [str(choice.product) for choice in choices.values()] == [
+        f"4-bit int8-row linear {x.numel() // 64}x64x32",
+        f"4-bit int8-row linear {x.numel() // 64}x32x64",
+    ]
+    assert size == 0
+    assert torch.allclose(gm(x)[0], result(x), rtol=1e-5, atol=1e-5)
+    calls = [n for n in gm.graph.nodes if "int8_rows" in str(n.target)]
+    assert [n.args[0].args[0].meta["val"].dtype for n in calls] == [torch.int8] * 2
+
+
+def test_rows_of_other_weights_stay_float():
+    """8-bit weights: by rows with a scale each there is the kernel of float rows."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 64)
+    result = quantize(Products().eval(), (x,), XNNPACKQuantizer().set_global("w8a8-dynamic"))
+    gm, choices, _ = chosen(result, "weight_only")
+    assert [choice.product.int8_rows for choice in choices.values()] == [False] * 2
+    assert torch.allclose(gm(x)[0], result(x), rtol=1e-5, atol=1e-5)
+
+
 def test_what_the_kernel_cannot_compute_gets_a_float_weight(monkeypatch):
     result, x = converted()
-    monkeypatch.setattr(weight_only, "load_kernel", lambda: None)
+    monkeypatch.setattr(weight_only, "load_kernel", lambda *_: None)
     gm, choices, size = chosen(result, "measured")
     assert [choice.engine for choice in choices.values()] == ["float"] * 2
     assert size == 2 * 64 * 32 * 4
@@ -142,6 +169,16 @@ def test_the_compiled_program_takes_any_number_of_rows():
     assert {op.kernel for op in program.report.ops} == {"quant2e.weight_only_linear"}
     for shape in ((1, 1, 64), (1, 33, 64), (8, 64, 64)):
         x = torch.randn(shape)
+        assert torch.allclose(program(x), result(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.inductor
+def test_the_compiled_program_of_int8_rows():
+    result, x = converted("w4a8-dynamic-g32", dynamic_shapes=({0: torch.export.Dim("rows", max=64)},))
+    program = to_inductor(result)
+    assert [(op.kernel, op.int8) for op in program.report.ops] == [("quant2e.int8_rows_linear", True)] * 2
+    for rows in (1, 7, 64):
+        x = torch.randn(rows, 64)
         assert torch.allclose(program(x), result(x), rtol=1e-5, atol=1e-5)
 
 
