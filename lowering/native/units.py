@@ -54,9 +54,9 @@ class Emitter:
         return self.places[node]
 
     def border(self, node: Node, pixels: int) -> int:
-        """As `read`, of integers that need so many pixels of zeros around them."""
+        """As `read`, of integers that need so many pixels of zeros around them, and `SLACK` behind the last."""
         value = self.values[self.places[node]]
-        if pixels and value.argument is not None:  # of the caller, who has none
+        if value.argument is not None:  # of the caller, who has neither
             given = self.places[node]
             self.steps.append(Step(kind=Kind.CONCAT, x=given, y=self.declare(node)))
             value = self.values[self.places[node]]
