@@ -98,7 +98,7 @@ def _unit(node: Node, query: object, key: object, scores: _Scores, taken: set[No
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Operand:
-    """``read``: floats, or the quantize op of integers, in whose rows the heads lie. ``factor``: they are multiplied by."""
+    """``read``: floats, or the quantize op of integers, in whose rows the heads lie, to be multiplied by ``factor``."""
 
     heads: Heads
     read: Node
@@ -109,23 +109,26 @@ class _Operand:
 def _operand(value: object, *, transposed: bool = False) -> _Operand | None:
     if not isinstance(value, Node):
         return None
-    factor, scaled = 1.0, []
-    while (found := _factor(value)) is not None:
-        scaled.append(value)
-        factor, value = factor * found, value.args[0]
-        assert isinstance(value, Node), "numbers multiply tensors"
-    heads = heads_at(value, transposed=transposed)
+    first, factor, above = _unscaled(value)
+    heads = heads_at(first, transposed=transposed)
     if heads is None:
         return None
-    source = heads.source
-    while (found := _factor(source)) is not None:
-        scaled.append(source)
-        factor *= found
-        source = source.args[0]
-        assert isinstance(source, Node), "numbers multiply tensors"
+    source, more, below = _unscaled(heads.source)
     read = stored(source)
-    nodes = (*scaled, *heads.moved, *((source,) if read is not None else ()))
-    return _Operand(heads=heads, read=read or source, factor=factor, nodes=nodes)
+    nodes = (*above, *heads.moved, *below, *((source,) if read is not None else ()))
+    return _Operand(heads=heads, read=read or source, factor=factor * more, nodes=nodes)
+
+
+def _unscaled(node: Node) -> tuple[Node, float, list[Node]]:
+    """What ``node`` is a multiple of, the number it is multiplied by, and the ops that do."""
+    factor, passed = 1.0, list[Node]()
+    while (found := _factor(node)) is not None:
+        passed.append(node)
+        factor *= found
+        source = node.args[0]
+        assert isinstance(source, Node), "numbers multiply tensors"
+        node = source
+    return node, factor, passed
 
 
 def _factor(node: Node) -> float | None:
@@ -150,9 +153,7 @@ def _scores_of(node: Node) -> _Scores | None:
             values = user.args[1]
             if not isinstance(values, Node):
                 return None
-            return _Scores(
-                scale=scale, mask=mask, probabilities=rounded, nodes=tuple(nodes), values=values, last=user
-            )
+            return _Scores(scale=scale, mask=mask, probabilities=rounded, nodes=tuple(nodes), values=values, last=user)
         if is_identity(user):
             pass
         elif not softmax and mask is None and factor is not None:
@@ -195,7 +196,9 @@ def _fits(mask: Node, scores: Node, q: _Operand, k: _Operand) -> bool:
     if shape is None or len(shape) != 4 or mask.meta["val"].dtype is not torch.float32:
         return False
     rows, keys = (part.heads.source.meta["val"].shape[1] for part in (q, k))
-    return scores.meta["val"].dim() == 4 and shape[1] in (1, q.heads.count) and shape[2] in (1, rows) and shape[3] == keys
+    return (
+        scores.meta["val"].dim() == 4 and shape[1] in (1, q.heads.count) and shape[2] in (1, rows) and shape[3] == keys
+    )
 
 
 def _alone(nodes: tuple[Node, ...]) -> tuple[Node, ...]:

@@ -51,10 +51,10 @@ _SAMPLES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Heads in the rows of ``source``, a tensor ``[n, rows, channels]``: ``count`` of them from channel ``first`` on, one
-    behind the other, each ``size`` wide and read by ``readers`` of the tensor that they were made into.
+    """Heads in the rows of ``source``, a tensor ``[n, rows, channels]``.
 
-    ``moved``: the ops between, the last first.
+    ``count`` of them from channel ``first`` on, one behind the other, each ``size`` wide; repeated, they make
+    ``readers``. ``moved``: the ops between, the last first.
     """
 
     source: Node
@@ -83,8 +83,10 @@ def moved_from(node: Node) -> tuple[Node, tuple[Node, ...]]:
 
 
 def heads_at(node: Node, *, transposed: bool = False) -> Heads | None:
-    """The heads that ``node``, a tensor ``[n, heads, rows, size]`` or ``[n * heads, rows, size]``, was made of; None where
-    they do not lie one behind the other in the rows of a tensor. ``transposed``: its last two axes are exchanged.
+    """The heads that ``node``, a tensor ``[n, heads, rows, size]`` or ``[n * heads, rows, size]``, was made of.
+
+    None where they do not lie one behind the other in the rows of a tensor. ``transposed``: the last two axes of
+    ``node`` are exchanged.
     """
     source, passed = moved_from(node)
     for end, start in reversed(list(enumerate((*passed, source)))):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-
-import torch
 
 from lowering.native.plan import NOTHING, Kind, Step
 from lowering.native.units import Emitter, Unit, describe, ending_of, finish
@@ -15,14 +14,13 @@ from quant2e.graph.dataflow import operands
 
 aten = torch.ops.aten
 
-_LAYER, _ROOT_MEAN_SQUARE = 0, 1
-_NORMS = {aten.layer_norm.default: _LAYER, aten.rms_norm.default: _ROOT_MEAN_SQUARE}
+_LAYER_NORM, _RMS_NORM = aten.layer_norm.default, aten.rms_norm.default
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 
 
 def normalize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
     """The unit of a norm or a softmax over the last axis of ``[n, rows, channels]`` or ``[n, channels]``."""
-    if node.target not in _NORMS and node.target not in _SOFTMAX:
+    if node.target not in (_LAYER_NORM, _RMS_NORM) and node.target not in _SOFTMAX:
         return None
     given, shape = operands(node), shape_of(node)
     x = given.get("input", given.get("self"))
@@ -43,11 +41,13 @@ def normalize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str 
             return "its weight or bias is computed"
     ending = ending_of(node, taken, adds=False, activates=False)
     epsilon = given.get("eps")
-    if node.target is aten.rms_norm.default and epsilon is None:
+    if node.target is _RMS_NORM and epsilon is None:
         epsilon = torch.finfo(torch.float32).eps
 
     def emit(emitter: Emitter) -> None:
-        step = Step(kind=Kind.SOFTMAX if node.target in _SOFTMAX else Kind.LAYER_NORM, mode=_NORMS.get(node.target, 0))
+        step = Step(
+            kind=Kind.SOFTMAX if node.target in _SOFTMAX else Kind.LAYER_NORM, mode=int(node.target is _RMS_NORM)
+        )
         describe(step, emitter, "x", source)
         step.extra_number = float(epsilon or 0.0)
         step.scale, step.bias = _constant(emitter, weight), _constant(emitter, bias)
