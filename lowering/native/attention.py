@@ -234,6 +234,8 @@ class _Attention:
             other_first=k.first,
             third_first=v.first,
         )
+        if is_quantize(self.q.read):
+            emitter.border(self.q.read, 0)  # groups of four bytes are read, of the last row as well
         for place, part in (("x", self.q), ("other", self.k), ("third", self.v)):
             describe(step, emitter, place, part.read)
         if self.scores.mask is not None:

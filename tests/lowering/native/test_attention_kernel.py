@@ -20,7 +20,7 @@ LOWEST = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Sizes of one attention. ``mask``: its sizes, without keys. ``shares``: heads of k and v, where there are fewer."""
+    """Sizes of one attention. ``mask``: its own, without keys. ``shares``: heads of k and v, where there are fewer."""
 
     rows: int
     keys: int
@@ -175,7 +175,8 @@ def test_bytes_are_multiplied_exactly(case, zero):
     p = (probabilities(case, q, k, mask) * 252).round().clamp(-zero, 255 - zero) / 252
     wrong = (y - expected(case, p, v)).abs()
     # a probability in the middle of two integers may become either
-    assert wrong.max() < 4.5 / 252 and (wrong > 3e-6).double().mean() < 0.02
+    assert wrong.max() < 4.5 / 252
+    assert (wrong > 3e-6).double().mean() < 0.02
 
 
 def test_heads_begin_at_any_channel():

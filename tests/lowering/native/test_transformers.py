@@ -120,4 +120,5 @@ def test_one_mask_serves_all_samples():
 
     program = lowering.to_native(quantized(Shared(), dynamic_batch=True), verify_inputs=[inputs(3)])
     assert len(program.report.regions) == 1
-    assert program.verification is not None and program.verification.sqnr_db > 55
+    assert program.verification is not None
+    assert program.verification.sqnr_db > 55
