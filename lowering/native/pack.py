@@ -71,17 +71,28 @@ def _strips(group: Tensor) -> list[Tensor]:
     return made
 
 
-def pack_depthwise(weight: Tensor, zero_point: int) -> Packed:
+def pack_depthwise(weight: Tensor, zero_point: int, *, rows: int = 0, stride: int = 1) -> Packed:
     """Pack an int8 weight ``[channels, 1, height, width]``, of at most 8 rows.
 
-    For each 64 channels, for each column of the kernel and each four rows: the four bytes of every channel.
+    For each 64 channels, for each column of the kernel and each four rows: the four bytes of every channel. ``rows`` of
+    outputs that are computed together (`depthwise_rows`) have weights of their own side by side there, each moved down
+    by ``stride`` rows; 0 for sizes that have no kernel of their own.
     """
     channels, _, height, width = weight.shape
     init = _init(weight.reshape(1, channels, -1), zero_point)
-    rows, more = padded(height, 4), padded(channels, STRIP) - channels
-    filled = pad(weight[:, 0], (0, 0, 0, rows - height, 0, more))
-    blocks = filled.reshape(-1, STRIP, rows // 4, 4, width).permute(0, 4, 2, 1, 3)
-    return Packed(weight=blocks.flatten(), init=pad(init.flatten(), (0, more)), taps=1, inner=0)
+    groups, more = padded(height, 4) // 4, padded(channels, STRIP) - channels
+    below = [groups * 4 - height - stride * row for row in range(max(1, rows))]
+    moved = [pad(weight[:, 0], (0, 0, stride * row, space, 0, more)) for row, space in enumerate(below)]
+    blocks = torch.stack(moved, 1).reshape(-1, STRIP, max(1, rows), groups, 4, width).permute(0, 5, 3, 2, 1, 4)
+    return Packed(weight=blocks.flatten(), init=pad(init.flatten(), (0, more)), taps=1, inner=rows)
+
+
+def depthwise_rows(kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> int:
+    """Rows of outputs that the four or eight rows hold which are interleaved for a kernel; 0 for rare sizes."""
+    size, step = kernel[0], stride[0]
+    if kernel != (size, size) or stride != (step, step) or dilation != (1, 1):
+        return 0
+    return {(3, 1): 2, (3, 2): 1, (5, 1): 2, (5, 2): 2, (7, 1): 2}.get((size, step), 0)
 
 
 def _init(by_output: Tensor, zero_point: int) -> Tensor:

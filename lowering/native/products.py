@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.native.arithmetic import arithmetic_of, sums_fit
-from lowering.native.pack import LANES, STRIP, pack_convolution, pack_depthwise, per_output
+from lowering.native.pack import LANES, STRIP, depthwise_rows, pack_convolution, pack_depthwise, per_output
 from lowering.native.plan import Constants, Kind, Step
 from lowering.native.units import CLAMPS, Emitter, Ending, Unit, ending_of, finish
 from lowering.native.values import Integers, Weight, image_of, integers_of, stored, weight_at
@@ -140,7 +140,8 @@ def packed_step(constants: Constants, weight: Tensor, x: Integers, window: Windo
         extra=1,
     )
     if depthwise:
-        packed = pack_depthwise(weight, x.zero)
+        rows = depthwise_rows(window.kernel, window.stride, window.dilation)
+        packed = pack_depthwise(weight, x.zero, rows=rows, stride=window.stride[0])
     else:
         rows = groups == 1 and window.dilation[1] == 1
         step.arithmetic = arithmetic_of(weight, x)

@@ -73,7 +73,7 @@ __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x
     const Range range = e.range;
     const float *scale = e.scale, *bias = e.bias;
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) finish_fast<V>(sums[r], scale, bias, range, pixels[r].y, n);
+    for (int r = 0; r < R; ++r) finish_fast<V, kFolded>(sums[r], e, scale, bias, range, pixels[r].y, nullptr, n);
     return;
   }
   int32_t memory[R][V * kLanes];
@@ -83,9 +83,7 @@ __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x
     for (int v = 0; v < V; ++v) store_int(memory[r] + v * kLanes, sums[r][v]);
 #pragma GCC unroll 1
   for (int r = 0; r < R; ++r) {
-    I again[V];
-    for (int v = 0; v < V; ++v) again[v] = load_int(memory[r] + v * kLanes);
-    finish<V>(again, e, pixels[r], n);
+    finish<V>(memory[r], e, pixels[r], n);
   }
 }
 
@@ -121,11 +119,11 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
   for (int half = 0; half < 2; ++half)
     for (int v = 0; v < V; ++v) store_int(memory[half] + v * kLanes, sums[half][v]);
   for (int i = 0; i < V * kLanes; ++i) memory[0][i] += memory[1][i];
+  const Epilogue& e = layer.epilogue;
+  if (!layer.fast) return finish<V>(memory[0], e, pixels[0], n);
   I again[V];
   for (int v = 0; v < V; ++v) again[v] = load_int(memory[0] + v * kLanes);
-  const Epilogue& e = layer.epilogue;
-  if (layer.fast) finish_fast<V>(again, e.scale, e.bias, e.range, pixels[0].y, n);
-  else finish<V>(again, e, pixels[0], n);
+  finish_fast<V, kFolded>(again, e, e.scale, e.bias, e.range, pixels[0].y, nullptr, n);
 }
 
 using Block = void (*)(const Layer&, const uint8_t* const*, const Pixel*, int);

@@ -20,6 +20,8 @@ struct Epilogue {
   bool adds_bytes, adds_floats;
 };
 
+Epilogue epilogue_of(const Run& run, const Step& step);
+
 // Where one pixel is written, and what is added to it.
 struct Pixel {
   uint8_t* y;
@@ -27,32 +29,60 @@ struct Pixel {
   const void* added;
 };
 
+// The activation of V registers: one that is common without asking for each.
 template <int V>
-void finish(const I* sums, const Epilogue& e, const Pixel& pixel, int n) {
-  I integers[V];
-  for (int v = 0; v < V; ++v) {
-    const int at = v * kLanes, count = std::min(n - at, kLanes);
-    if (count <= 0) {
-      integers[v] = set_int(0);
-      continue;
-    }
-    F value = fma(to_float(sums[v]), load(e.scale + at), load(e.bias + at));
-    if (e.adds_bytes)
-      value = fma(load_bytes((const uint8_t*)pixel.added + at, count) - set(e.added_zero), set(e.added_scale), value);
-    if (e.adds_floats) value = value + load((const float*)pixel.added + at, count);
-    value = activated(value, e.activation, e.a, e.b);
-    if (pixel.z) store(pixel.z + at, value, count);
-    integers[v] = rounded(clamped(value * set(e.inverse), -1e9f, 1e9f));
-  }
-  if (pixel.y) store_bytes<V>(pixel.y, integers, e.range, n);
+ALWAYS_INLINE void activate(F (&x)[V], const Epilogue& e) {
+  if (e.activation == kNone) return;
+  if (e.activation == kRelu)
+    for (int v = 0; v < V; ++v) x[v] = maximum(x[v], set(0.0f));
+  else if (e.activation == kHardswish)
+    for (int v = 0; v < V; ++v) x[v] = activated(x[v], kHardswish, 0, 0);
+  else
+    for (int v = 0; v < V; ++v) x[v] = activated(x[v], e.activation, e.a, e.b);
 }
 
-// Where no more than a clamp is asked for: scale and bias are divided by the scale of y already.
+// Any layer's ending. The first `n` outputs are written; scale, bias and bytes that are added are read up to V * 16.
 template <int V>
-ALWAYS_INLINE void finish_fast(const I* sums, const float* scale, const float* bias, const Range& range, uint8_t* y, int n) {
+__attribute__((noinline)) void finish(const int32_t* sums, const Epilogue& e, const Pixel& pixel, int n) {
+  F x[V];
+  for (int v = 0; v < V; ++v) x[v] = fma(to_float(load_int(sums + v * kLanes)), load(e.scale + v * kLanes), load(e.bias + v * kLanes));
+  if (e.adds_bytes)
+    for (int v = 0; v < V; ++v) {
+      const F added = load_bytes((const uint8_t*)pixel.added + v * kLanes, kLanes) - set(e.added_zero);
+      x[v] = fma(added, set(e.added_scale), x[v]);
+    }
+  if (e.adds_floats)
+    for (int v = 0; v * kLanes < n; ++v)
+      x[v] = x[v] + load((const float*)pixel.added + v * kLanes, std::min(n - v * kLanes, kLanes));
+  activate<V>(x, e);
+  if (pixel.z)
+    for (int v = 0; v * kLanes < n; ++v) store(pixel.z + v * kLanes, x[v], std::min(n - v * kLanes, kLanes));
+  if (!pixel.y) return;
   I integers[V];
-  for (int v = 0; v < V; ++v)
-    integers[v] = rounded(fma(to_float(sums[v]), load(scale + v * kLanes), load(bias + v * kLanes)));
+  for (int v = 0; v < V; ++v) integers[v] = rounded(clamped(x[v] * set(e.inverse), -1e9f, 1e9f));
+  store_bytes<V>(pixel.y, integers, e.range, n);
+}
+
+// What is done to sums that stay in registers: endings that layers often have.
+enum Ending { kAny, kFolded, kFoldedAdded, kOnlyHardswish };
+
+ALWAYS_INLINE Ending ending_of(const Step& s) {
+  if (s.fast) return s.other >= 0 ? kFoldedAdded : kFolded;
+  return s.activation == kHardswish && s.y >= 0 && s.z < 0 && s.other < 0 ? kOnlyHardswish : kAny;
+}
+
+// kFolded: no more than a clamp is asked for, and scale, bias and that of what is added are divided by the scale of y.
+template <int V, Ending kHow>
+ALWAYS_INLINE void finish_fast(const I* sums, const Epilogue& e, const float* scale, const float* bias, const Range& range,
+                               uint8_t* y, const uint8_t* added, int n) {
+  I integers[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    F x = fma(to_float(sums[v]), load(scale + v * kLanes), load(bias + v * kLanes));
+    if (kHow == kFoldedAdded) x = fma(load_bytes(added + v * kLanes, kLanes), set(e.added_scale), x);
+    if (kHow == kOnlyHardswish) x = minimum(activated(x, kHardswish, 0, 0) * set(e.inverse), set(1e9f));
+    integers[v] = rounded(x);
+  }
   store_bytes<V>(y, integers, range, n);
 }
 

@@ -1,5 +1,6 @@
 // What enters and leaves a region: floats become bytes with channels last, and bytes become floats.
 
+#include "bytes.h"
 #include "epilogue.h"
 
 namespace quant2e {
@@ -7,29 +8,35 @@ namespace {
 
 constexpr int kMostChannels = 4;  // of images whose channels lie apart, and are interleaved pixel by pixel
 
-ALWAYS_INLINE I integers_of(F x, const Step& s) { return rounded(clamped(x * set(s.inverse()), -1e9f, 1e9f)); }
+ALWAYS_INLINE I integers_of(F x, F inverse) { return rounded(clamped(x * inverse, -1e9f, 1e9f)); }
 
 void quantize_line(const Step& s, const float* x, uint8_t* y, int64_t count) {
-  for (int64_t c = 0; c < count; c += kLanes) {
+  const Range range(s.zero, s.low, s.high);
+  const F inverse = set(s.inverse());
+  int64_t c = 0;
+  for (; c + kStrip <= count; c += kStrip) {
+    I integers[4];
+    for (int v = 0; v < 4; ++v) integers[v] = integers_of(load(x + c + v * kLanes), inverse);
+    store_bytes<4>(y + c, integers, range, kStrip);
+  }
+  for (; c < count; c += kLanes) {
     const int n = (int)std::min<int64_t>(kLanes, count - c);
-    const I integers = integers_of(load(x + c, n), s);
-    store_bytes<1>(y + c, &integers, Range(s.zero, s.low, s.high), n);
+    const I integers = integers_of(load(x + c, n), inverse);
+    store_bytes<1>(y + c, &integers, range, n);
   }
 }
 
 // A row of pixels from planes: C of them at once, 16 pixels at a time.
 template <int C>
-void interleave(const Step& s, const float* const* planes, uint8_t* y, int64_t w) {
+void mix(const Step& s, const float* const* planes, uint8_t* y, int64_t w) {
+  const Range range(s.zero, s.low, s.high);
+  const F inverse = set(s.inverse());
   for (int64_t j = 0; j < w; j += kLanes) {
     const int n = (int)std::min<int64_t>(kLanes, w - j);
-    uint8_t bytes[C][kLanes], mixed[kLanes * C];
-    for (int c = 0; c < C; ++c) {
-      const I integers = integers_of(load(planes[c] + j, n), s);
-      store_bytes<1>(bytes[c], &integers, Range(s.zero, s.low, s.high), kLanes);
-    }
-    for (int i = 0; i < kLanes; ++i)
-      for (int c = 0; c < C; ++c) mixed[i * C + c] = bytes[c][i];
-    std::memcpy(y + j * C, mixed, n * C);
+    I integers[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) integers[c] = integers_of(load(planes[c] + j, n), inverse);
+    store_pixels<C>(y + j * C, integers, range, n);
   }
 }
 
@@ -46,10 +53,10 @@ void quantize_row(const Step& s, const Source& x, const View& y, int64_t i) {
     const float* planes[kMostChannels];
     for (int64_t c = 0; c < y.c; ++c) planes[c] = from + c * x.channel;
     uint8_t* to = y.bytes(i, 0);
-    if (y.c == 1) interleave<1>(s, planes, to, y.w);
-    else if (y.c == 2) interleave<2>(s, planes, to, y.w);
-    else if (y.c == 3) interleave<3>(s, planes, to, y.w);
-    else interleave<4>(s, planes, to, y.w);
+    if (y.c == 1) mix<1>(s, planes, to, y.w);
+    else if (y.c == 2) mix<2>(s, planes, to, y.w);
+    else if (y.c == 3) mix<3>(s, planes, to, y.w);
+    else mix<4>(s, planes, to, y.w);
     return;
   }
   float pixels[kLanes * kLanes];  // 16 channels of 16 pixels

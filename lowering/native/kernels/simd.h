@@ -295,29 +295,6 @@ ALWAYS_INLINE void store_bytes(uint8_t* to, const I* x, const Range& range, int 
 
 #endif
 
-// best[i] = max(best[i], from[i]) of 64 bytes, the first `n` of which are there.
-ALWAYS_INLINE void take_larger(uint8_t* __restrict__ best, const uint8_t* __restrict__ from, int n) {
-#if defined(__AVX512VNNI__)
-  const __m512i other = n == 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(bits(n), from);
-  _mm512_storeu_si512(best, _mm512_max_epu8(_mm512_loadu_si512(best), other));
-#else
-  for (int i = 0; i < n; ++i) best[i] = from[i] > best[i] ? from[i] : best[i];
-#endif
-}
-
-// sums[i] += from[i] of 64 bytes, the first `n` of which are there.
-ALWAYS_INLINE void add_bytes(int32_t* __restrict__ sums, const uint8_t* __restrict__ from, int n) {
-#if defined(__AVX512VNNI__)
-  for (int v = 0; v * kLanes < n; ++v) {
-    const int some = std::min(kLanes, n - v * kLanes);
-    const __m512i more = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes(some), from + v * kLanes));
-    _mm512_storeu_si512(sums + v * kLanes, _mm512_add_epi32(_mm512_loadu_si512(sums + v * kLanes), more));
-  }
-#else
-  for (int i = 0; i < n; ++i) sums[i] += from[i];
-#endif
-}
-
 ALWAYS_INLINE F clamped(F x, float low, float high) { return minimum(maximum(x, set(low)), set(high)); }
 
 }  // namespace quant2e

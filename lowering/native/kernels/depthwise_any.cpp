@@ -1,0 +1,160 @@
+// Depthwise convolutions of other sizes: interleaved columns lie in the L1 cache, and 16 channels are computed at a time.
+
+#include "depthwise.h"
+
+namespace quant2e {
+namespace {
+
+constexpr int kColumns = 128;  // interleaved at a time, of groups of four rows
+constexpr int kOutputs = 64;   // that wait for the other channels of their pixel, of all rows
+
+struct Memory {
+  alignas(64) B columns[(kColumns + 4) * 4];
+  alignas(64) int32_t sums[kOutputs * kStrip];
+};
+
+// Columns of outputs [j, j + count), and where their sums are: [row][column][V].
+struct Piece {
+  int64_t j, count;
+};
+
+int64_t columns_of(const Step& s, int64_t count) { return (count - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1; }
+
+// Interleaves the columns that a piece reads: [group of four rows][column][V].
+template <int V>
+void fill(const Depthwise& d, const Rows& r, const Piece& p, int64_t groups, B* to) {
+  const Step& s = d.step;
+  const int64_t last = d.x.h + d.x.pad - 1, top = r.i * s.stride_h - s.top, columns = columns_of(s, p.count), c = d.x.c;
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* rows[4];  // what is below the image is multiplied by 0, or for rows of outputs that are not there
+    for (int k = 0; k < 4; ++k)
+      rows[k] = d.x.bytes(std::min(top + (4 * g + k) * s.dilation_h, last), p.j * s.stride_w - s.left) + r.channel;
+    for (int64_t q = 0; q < columns; ++q, to += V) {
+      interleave<V>(to, rows, r.n);
+      for (int k = 0; k < 4; ++k) rows[k] += c;
+    }
+  }
+}
+
+// T rows of J outputs, of 16 channels: all sums stay in registers. W: columns of the kernel, S: the stride, G: groups of
+// four rows; `row`: values between the sums of two rows.
+template <int V, int G, int T, int W, int S, int J>
+ALWAYS_INLINE void square(const B* columns, int64_t group, const int8_t* packed, I init, int32_t* out, int64_t row) {
+  constexpr int kRead = (J - 1) * S + W;
+  I sums[T][J];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) sums[t][j] = init;
+#pragma GCC unroll 2
+  for (int g = 0; g < G; ++g) {
+    B bytes[kRead];
+#pragma GCC unroll 16
+    for (int q = 0; q < kRead; ++q) bytes[q] = columns[g * group + q * V];
+#pragma GCC unroll 8
+    for (int k = 0; k < W; ++k)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const B weights = load_weights(packed + 256 * ((k * G + g) * T + t));
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) sums[t][j] = dot_lanes(sums[t][j], bytes[j * S + k], weights);
+      }
+  }
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) store_int(out + t * row + j * V * kLanes, sums[t][j]);
+}
+
+// 16 channels of a piece, by squares of J columns; what is left over by squares of one.
+template <int V, int G, int T, int W, int S, int J>
+void sixteen(const Step&, const B* columns, int64_t group, const int8_t* packed, I init, int64_t count, int32_t* out) {
+  const int64_t row = count * V * kLanes;
+  int64_t j = 0;
+  for (; j + J <= count; j += J)
+    square<V, G, T, W, S, J>(columns + j * S * V, group, packed, init, out + j * V * kLanes, row);
+  for (; j < count; ++j) square<V, G, T, W, S, 1>(columns + j * S * V, group, packed, init, out + j * V * kLanes, row);
+}
+
+// As `sixteen`, for any kernel, stride and dilation.
+template <int V, int G, int T>
+void sixteen_of_any(const Step& s, const B* columns, int64_t group, const int8_t* packed, I init, int64_t count, int32_t* out) {
+  for (int64_t j = 0; j < count; ++j, columns += s.stride_w * V, out += V * kLanes) {
+    I sums[T];
+    for (int t = 0; t < T; ++t) sums[t] = init;
+    for (int64_t k = 0; k < s.kernel_w; ++k)
+      for (int g = 0; g < G; ++g) {
+        const B bytes = columns[g * group + k * s.dilation_w * V];
+        for (int t = 0; t < T; ++t)
+          sums[t] = dot_lanes(sums[t], bytes, load_weights(packed + 256 * ((k * G + g) * T + t)));
+      }
+    for (int t = 0; t < T; ++t) store_int(out + t * count * V * kLanes, sums[t]);
+  }
+}
+
+using Sixteen = void (*)(const Step&, const B*, int64_t, const int8_t*, I, int64_t, int32_t*);
+
+// Writes the outputs of a piece, all channels of a pixel together.
+template <int V, Ending kHow>
+void put(const Depthwise& d, const Rows& r, const Piece& p, const int32_t* sums) {
+  Epilogue e = d.epilogue;
+  e.scale += r.channel, e.bias += r.channel;
+  const Range range = e.range;
+  const float *scale = e.scale, *bias = e.bias;
+  const int64_t c = d.y.c;
+  for (int64_t t = 0; t < r.rows; ++t) {
+    uint8_t* y = d.y.data ? d.y.bytes(r.i + t, p.j) + r.channel : nullptr;
+    for (int64_t j = 0; j < p.count; ++j, sums += V * kLanes, y += c) {
+      if constexpr (kHow == kAny) {
+        finish<V>(sums, e, d.pixel(r.i + t, p.j + j, r.channel), r.n);
+        continue;
+      }
+      I values[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) values[v] = load_int(sums + v * kLanes);
+      finish_fast<V, kHow>(values, e, scale, bias, range, y, nullptr, r.n);
+    }
+  }
+}
+
+template <int V, int G, int T, Sixteen kCompute>
+void rows_of(const Depthwise& d, const Rows& r) {
+  const Step& s = d.step;
+  Memory memory;
+  const int64_t reach = columns_of(s, 1), most = std::min<int64_t>(kOutputs / T, (kColumns / G - reach) / s.stride_w + 1);
+  const int8_t* packed = d.packed(r.channel, G, T);
+  const Ending how = ending_of(s);
+  for (int64_t j = 0; j < d.out.w; j += most) {
+    const Piece p{j, std::min(most, d.out.w - j)};
+    fill<V>(d, r, p, G, memory.columns);
+    const int64_t group = columns_of(s, p.count) * V;
+    for (int v = 0; v * kLanes < r.n; ++v)
+      kCompute(s, memory.columns + v, group, packed + 64 * v, load_int(d.init + r.channel + v * kLanes), p.count,
+               memory.sums + v * kLanes);
+    if (how == kFolded) put<V, kFolded>(d, r, p, memory.sums);
+    else if (how == kOnlyHardswish) put<V, kOnlyHardswish>(d, r, p, memory.sums);
+    else put<V, kAny>(d, r, p, memory.sums);
+  }
+}
+
+template <int V, int G, int T>
+Kernel kernel_of_any() { return {T, rows_of<V, G, T, sixteen_of_any<V, G, T>>}; }
+
+// `inner`: rows of outputs that weights are there for. `kCount`: of registers, which hold squares of sums if they are many.
+template <int V, int kCount>
+Kernel kernel_of(const Step& s) {
+  const bool tall = s.kernel_h > 4;
+  if (s.inner < 2) return tall ? kernel_of_any<V, 2, 1>() : kernel_of_any<V, 1, 1>();
+  if constexpr (kCount < 32) return tall ? kernel_of_any<V, 2, 2>() : kernel_of_any<V, 1, 2>();
+  else if (s.kernel_w == 7) return {2, rows_of<V, 2, 2, sixteen<V, 2, 2, 7, 1, 7>>};
+  else if (s.stride_w == 2) return {2, rows_of<V, 2, 2, sixteen<V, 2, 2, 5, 2, 4>>};
+  else return {2, rows_of<V, 2, 2, sixteen<V, 2, 2, 5, 1, 7>>};
+}
+
+}  // namespace
+
+Kernel any_size(const Step& s, int n) {
+  return n <= 16 ? kernel_of<1, kRegisters>(s) : n <= 32 ? kernel_of<2, kRegisters>(s) : kernel_of<4, kRegisters>(s);
+}
+
+}  // namespace quant2e
