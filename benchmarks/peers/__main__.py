@@ -30,8 +30,9 @@ from rich.console import Console
 
 from benchmarks.demo.progress import Phases
 from benchmarks.demo.record import record
+from benchmarks.peak import peak_int8
 from benchmarks.peers import openvino_peer
-from benchmarks.peers.models import MODELS
+from benchmarks.peers.models import MODELS, macs_of
 from benchmarks.peers.process import Worker, WorkerError, build
 from benchmarks.peers.table import HEADS, Row, lines, means, plot, sqnr_db
 from benchmarks.peers.worker import Job
@@ -154,10 +155,11 @@ def setting(job: Job, names: Sequence[str], rounds: int, exported: float | Worke
                 failed[name] = str(error)
                 phases.console.print(f"          failed: {error}", highlight=False, markup=False, soft_wrap=True)
         with phases.phase(f"{title}: {rounds} rounds") as advance:
-            for number in range(rounds):
-                # the order turns, so that no engine always runs behind the same one
-                measure_round(candidates if number % 2 == 0 else candidates[::-1], failed)
-                advance(number + 1, rounds)
+            peak = peak_int8()
+        for number in range(rounds):
+            # the order turns, so that no engine always runs behind the same one
+            measure_round(candidates if number % 2 == 0 else candidates[::-1], failed)
+            advance(number + 1, rounds)
         rows = {}
         for candidate in candidates:
             name = candidate.row.engine
@@ -166,6 +168,8 @@ def setting(job: Job, names: Sequence[str], rounds: int, exported: float | Worke
                     rows[name] = finish(candidate, job.place)
             except WorkerError as error:
                 failed[name] = str(error)
+    limit = macs_of(job.place) / (max(peak, peak_int8()) * job.threads) * 1e3
+    rows = {name: replace(row, limit=limit) for name, row in rows.items()}
     missing = {
         name: Row(model=job.model, batch=job.batch, threads=job.threads, engine=name, failed=reason)
         for name, reason in failed.items()

@@ -10,17 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import quant2e
 from benchmarks.demo import topics
 from benchmarks.peers.worker import ONNX, TRANSFORMERS, Job, arrays, calibration
 from benchmarks.shapes import SHAPES
-from quant2e.files import atomic_file
+from quant2e.files import atomic_file, write_text
+from quant2e.report.macs import count_macs
 
 MINILM = "MiniLM"
 MODELS = ("ResNet-18", "MobileNetV2", "MobileNetV3", "BERT-base", MINILM)
 """By name: random weights, but for MiniLM."""
 
 CALIBRATION_BATCHES = 8
-_STATE = "state.pt"
+_STATE, _MACS = "state.pt", "macs.txt"
 Inputs = tuple[Tensor, ...]
 
 
@@ -89,8 +91,13 @@ def batches_of(name: str, batch: int) -> list[Inputs]:
     return made
 
 
+def macs_of(folder: Path) -> int:
+    """Multiply-accumulates of one call, of a model whose data is written."""
+    return int((folder / _MACS).read_text())
+
+
 def write(job: Job) -> None:
-    """Write the data, the float model where it depends on data, and its output."""
+    """Write the data, the float model where it depends on data, its output, and how much there is to compute."""
     for place, tensors in enumerate(batches_of(job.model, job.batch)):
         name = "inputs.npz" if place == 0 else f"calibration_{place}.npz"
         with atomic_file(job.place / name) as part:
@@ -102,6 +109,8 @@ def write(job: Job) -> None:
                 torch.save(model.state_dict(), part)
         with atomic_file(job.place / "reference.npy") as part:
             np.save(part, model(*inputs_of(job.place)).numpy())
+        graph = quant2e.capture(model, inputs_of(job.place))
+        write_text(job.place / _MACS, str(sum(count_macs(node) for node in graph.graph.nodes)))
 
 
 def export(job: Job) -> float:

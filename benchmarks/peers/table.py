@@ -17,7 +17,7 @@ EAGER = "float eager"
 OURS = ("ours → native", "ours → Inductor", "ours → ExecuTorch", "ours → OpenVINO")
 HEADS = (
     "model", "batch", "threads", "engine", "ms", "faster than eager", *(f"{ours} is faster" for ours in OURS),
-    "SQNR dB", "file MB", "lower s", "peak MB",
+    "of the limit", "SQNR dB", "file MB", "lower s", "peak MB",
 )  # fmt: skip
 
 
@@ -27,7 +27,8 @@ class Row:
 
     ``times``: milliseconds, the median of each round, neighbours of the same rounds of the other engines. ``sqnr_db``:
     of the first output against the float model's. ``size``: bytes of the program's files, 0 where there are none.
-    ``seconds``: from the float model to a program. ``peak``: bytes of the process that ran it.
+    ``seconds``: from the float model to a program. ``peak``: bytes of the process that ran it. ``limit``: milliseconds
+    that all multiply-accumulates take in int8 at the peak rate of the processor's instructions, on these threads.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Row:
     size: int = 0
     seconds: float = 0.0
     peak: int = 0
+    limit: float = 0.0
     version: str = ""
 
     @property
@@ -103,6 +105,7 @@ def lines(rows: Sequence[Row]) -> Iterator[tuple[str, ...]]:
             *head,
             f"{row.ms:.2f}",
             *(_number(value, ".2f", " ×") for value in ratios),
+            _number(row.limit / row.ms if row.limit else None, ".0%"),
             "bit-equal" if row.sqnr_db == math.inf else _number(row.sqnr_db, ".1f"),
             f"{row.size / 1e6:.1f}" if row.size else "–",
             f"{row.seconds:.1f}",

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.guard import is_weight_only, quantized_operands
-from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice, Product, fastest
+from lowering.inductor.kernels.engines import ENGINES, WEIGHT_ONLY, Engine, KernelChoice, Product, fastest
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
@@ -124,6 +124,11 @@ def choose_native(
 
 def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> KernelChoice:
     named = wanted if isinstance(wanted, str) else wanted.get(name, _MEASURED)
+    if named == _MEASURED and product.varies:
+        # reads the integers whatever the number: a float copy would be measured for the example alone
+        reads = next((engine for engine in engines if engine.name == WEIGHT_ONLY and engine.computes(product)), None)
+        if reads is not None:
+            return KernelChoice(engine=reads.name, product=product, seconds={})
     if named == _MEASURED:
         return fastest(product, engines)
     (engine,) = (engine for engine in engines if engine.name == named)

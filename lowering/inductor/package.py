@@ -25,7 +25,7 @@ from lowering.bounds import corners
 from lowering.export import Lowerable
 from lowering.inductor.compile import FakeInputs, explained_run, package_flat
 from lowering.inductor.kernel_selection import Engines
-from lowering.inductor.kernels.engines import ENGINES, FEW_ROWS
+from lowering.inductor.kernels.engines import ENGINES, WEIGHT_ONLY
 from lowering.inductor.package_file import finished, load_package
 from lowering.inductor.package_record import record_of_package
 from lowering.inductor.pipeline import Rewritten
@@ -109,8 +109,8 @@ def package_inductor(
     ``path``: of the file, ending in ``.pt2``; it appears whole, after it was checked, or not at all. ``verify``: load
     the file, run it on the example inputs and on ``verify_inputs``, and with dynamic sizes on their smallest and
     largest values too, and compare it with the Q/DQ graph. The other arguments are those of `to_inductor`, and so are
-    the graph and its kernels, but for kernels of our own (``few_rows``), which the process that loads the file does not
-    have.
+    the graph and its kernels, but for kernels of our own (``weight_only``), which the process that loads the file does
+    not have: there a product gets a float copy of its weight, and the report's notes say how much these take.
 
     Raises `LoweringError` when the graph cannot be compiled, takes or returns what a package cannot, or computes
     something else once it is compiled.
@@ -126,7 +126,7 @@ def write_package(
     """`package_inductor`, of a graph that is at hand."""
     _check_suffix(path)
     _check_tensors(source.signature)
-    known_to_torch = [engine for engine in ENGINES if engine.name != FEW_ROWS]
+    known_to_torch = [engine for engine in ENGINES if engine.name != WEIGHT_ONLY]
     rewritten = Rewritten(source.graph, engines, known_to_torch, whole=True)
     inputs = FakeInputs(source.signature.inputs, source.signature.symbols, whole=True)
     kernels: list[Kernel] = []

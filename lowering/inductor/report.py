@@ -11,7 +11,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from lowering.control_flow import INSIDE, notes_on_branches, ops_inside
-from lowering.inductor.kernels.engines import FEW_ROWS, KernelChoice
+from lowering.inductor.kernels.engines import WEIGHT_ONLY, KernelChoice
+from lowering.inductor.kernels.weight_only import FLOAT_ROWS, INT8_ROWS
 from lowering.inductor.rewrites.graph import TAG
 from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ
 from lowering.inductor.rewrites.weights import CONVOLUTION, LINEAR, activation_of, weight_of
@@ -283,14 +284,16 @@ def build_report(
         if not any(_dequantized(operand) for operand in operand_nodes):
             continue
         kernel = fused.get(node.name)
-        by_rows = node.name in choices and choices[node.name].engine == FEW_ROWS
+        by_rows = node.name in choices and choices[node.name].engine == WEIGHT_ONLY
         read, in_float = _weight_bytes(node, choices[node.name] if by_rows else None)
+        if by_rows and choices[node.name].product.int8_rows:
+            kernel = Kernel(f"quant2e.{INT8_ROWS}", node.name)
         reason = "" if kernel else _reason(gm, node, refused, by_rows)
         ops.append(
             LoweredOp(
                 name=node.name,
                 target=str(node.target),
-                kernel=kernel.name if kernel else "quant2e.few_rows_linear" if by_rows else "float",
+                kernel=kernel.name if kernel else f"quant2e.{FLOAT_ROWS}" if by_rows else "float",
                 reason=reason,
                 place=where(node),
                 post_op=kernel.post_op if kernel else "",
@@ -320,8 +323,8 @@ def _weight_bytes(node: Node, by_rows: KernelChoice | None) -> tuple[int, int]:
     count = int(value.numel())
     if by_rows is None:
         return 4 * count, 4 * count
-    product = by_rows.product  # a scale and a zero point, float32 each, for each group
-    return count // (2 if product.packed else 1) + 8 * (count // (product.group or count)), 4 * count
+    product = by_rows.product
+    return count * product.bits // 8 + product.group_bytes * (count // (product.group or count)), 4 * count
 
 
 def _inside(gm: GraphModule) -> Iterator[LoweredOp]:

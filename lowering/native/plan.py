@@ -149,6 +149,9 @@ class Step:
     step_w: int = 0
     third_scale: float = 0.0
     third_zero: int = 0
+    x_first: int = 0
+    other_first: int = 0
+    third_first: int = 0
     softmax_scale: float = 0.0
     softmax_zero: int = 0
     softmax_low: int = 0

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from lowering.native.plan import Activation, Kind, Step
-from lowering.native.units import Emitter, Unit, activation_of, ending_of, finish, is_identity
+from lowering.native.units import Emitter, Unit, activation_of, describe, ending_of, finish, is_identity
 from lowering.native.values import image_of, integers_of, is_inner, is_quantize, same_size, shape_of, stored
 from quant2e.graph.dataflow import operand, operands
 
@@ -23,15 +23,6 @@ _BINARY: dict[object, int] = {
     aten.sub_.Tensor: _SUBTRACT,
 }
 _FLAT = frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.default})
-
-
-def _describe(step: Step, emitter: Emitter, place: str, node: Node) -> None:
-    """Let ``step`` read ``node`` as its ``x`` or its ``other``: floats, or integers with their scale."""
-    setattr(step, place, emitter.read(node))
-    integers = integers_of(node) if is_quantize(node) else None
-    if integers is not None:
-        setattr(step, f"{place}_scale", integers.scale)
-        setattr(step, f"{place}_zero", integers.zero)
 
 
 def quantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
@@ -62,7 +53,7 @@ def dequantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | Non
 
     def emit(emitter: Emitter) -> None:
         step = Step(kind=Kind.DEQUANTIZE)
-        _describe(step, emitter, "x", source)
+        describe(step, emitter, "x", source)
         step.z = emitter.declare(node)
         emitter.steps.append(step)
 
@@ -86,8 +77,8 @@ def binary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | N
 
     def emit(emitter: Emitter) -> None:
         step = Step(kind=Kind.BINARY, mode=_BINARY[node.target])
-        _describe(step, emitter, "x", one)
-        _describe(step, emitter, "other", two)
+        describe(step, emitter, "x", one)
+        describe(step, emitter, "other", two)
         finish(emitter, step, ending)
 
     dequantizes = tuple(value for value in operators if stored(value) is not None)
@@ -124,7 +115,7 @@ def unary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | No
 
     def emit(emitter: Emitter) -> None:
         step = Step(kind=Kind.UNARY)
-        _describe(step, emitter, "x", source)
+        describe(step, emitter, "x", source)
         finish(emitter, step, ending)
         step.activation, step.a, step.b = activation.kind, activation.a, activation.b
         if integers is not None and rounded is not None and ending.floats is None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.native.attention import attention_unit
+from lowering.native.normalize import normalize_unit
 from lowering.native.plan import Kind, Plan, plan_of
 from lowering.native.pointwise import (
     binary_unit,
@@ -35,6 +37,8 @@ Match = Callable[[GraphModule, Node, set[Node]], Unit | str | None]
 
 MATCHES: tuple[Match, ...] = (
     product_unit,
+    attention_unit,
+    normalize_unit,
     pool_unit,
     flat_unit,
     join_unit,
@@ -46,7 +50,18 @@ MATCHES: tuple[Match, ...] = (
 ROWS_AT_ONCE = 64
 """Of a region in which a sample is one row: so many are computed together, and read each weight once."""
 
-_ROW_KINDS = frozenset({Kind.QUANTIZE, Kind.DEQUANTIZE, Kind.CONVOLUTION, Kind.BINARY, Kind.UNARY, Kind.CONCAT})
+_ROW_KINDS = frozenset(
+    {
+        Kind.QUANTIZE,
+        Kind.DEQUANTIZE,
+        Kind.CONVOLUTION,
+        Kind.BINARY,
+        Kind.UNARY,
+        Kind.CONCAT,
+        Kind.LAYER_NORM,
+        Kind.SOFTMAX,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,16 +254,10 @@ def write(gm: GraphModule, units: Sequence[Unit]) -> Written | str:
     if not inputs or not outputs:
         return "nothing enters or leaves it"
     emitter = Emitter(gm, rows=_by_rows(units))
-    for place, node in enumerate(inputs):
-        emitter.declare(node, argument=place)
-    for unit in units:
-        unit.emit(emitter)
+    _emit(emitter, units, inputs)
     if emitter.rows and any(step.kind not in _ROW_KINDS for step in emitter.steps):
         emitter = Emitter(gm)
-        for place, node in enumerate(inputs):
-            emitter.declare(node, argument=place)
-        for unit in units:
-            unit.emit(emitter)
+        _emit(emitter, units, inputs)
     for place, node in enumerate(outputs):
         emitter.hand_over(node, len(inputs) + place)
     shapes = [tuple(shape_of(node) or ())[1:] for node in outputs]
@@ -256,6 +265,17 @@ def write(gm: GraphModule, units: Sequence[Unit]) -> Written | str:
         emitter.values, emitter.steps, emitter.constants, len(inputs), shapes, ROWS_AT_ONCE if emitter.rows else 0
     )
     return Written(units=tuple(units), inputs=inputs, outputs=outputs, plan=plan, steps=len(emitter.steps))
+
+
+def _emit(emitter: Emitter, units: Sequence[Unit], inputs: Sequence[Node]) -> None:
+    """Write the steps of ``units``; an input with one sample serves all those of the others."""
+    samples = shape_of(units[0].writes[0])
+    assert samples is not None, "units write images"
+    for place, node in enumerate(inputs):
+        first = node.meta["val"].shape[0]
+        emitter.declare(node, argument=place, shared=not same_size(first, samples[0]))
+    for unit in units:
+        unit.emit(emitter)
 
 
 def _by_rows(units: Sequence[Unit]) -> bool:
@@ -286,7 +306,8 @@ def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., 
 
 def _laid_out(gm: GraphModule, region: Written, node: Node, given: Node) -> Node:
     """``given``, which is ``node`` by now, in the layout that steps read, where more than a quantize op reads it."""
-    if all(is_quantize(unit.nodes[0]) for unit in region.units if node in unit.reads):
+    readers = [unit for unit in region.units if node in unit.reads]
+    if all(is_quantize(unit.nodes[0]) for unit in readers) or all(node in unit.masks for unit in readers):
         return given
     images = len(node.meta["val"].shape) == 4
     layout = torch.channels_last if images else torch.contiguous_format

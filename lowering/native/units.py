@@ -54,9 +54,9 @@ class Emitter:
         return self.places[node]
 
     def border(self, node: Node, pixels: int) -> int:
-        """As `read`, of integers that need so many pixels of zeros around them."""
+        """As `read`, of integers that need so many pixels of zeros around them, and `SLACK` behind the last."""
         value = self.values[self.places[node]]
-        if pixels and value.argument is not None:  # of the caller, who has none
+        if value.argument is not None:  # of the caller, who has neither
             given = self.places[node]
             self.steps.append(Step(kind=Kind.CONCAT, x=given, y=self.declare(node)))
             value = self.values[self.places[node]]
@@ -74,7 +74,8 @@ class Emitter:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
     """``nodes``: ops that it stands for. ``reads``, ``writes``: nodes whose results go in and come out; integers are
-    known by their quantize op. ``emit``: adds its steps. ``products``: whether it multiplies by a weight.
+    known by their quantize op. ``emit``: adds its steps. ``products``: whether it multiplies by a weight. ``masks``:
+    those of ``reads`` that may lie in memory as they do.
     """
 
     nodes: tuple[Node, ...]
@@ -82,6 +83,7 @@ class Unit:
     writes: tuple[Node, ...]
     emit: Callable[[Emitter], None]
     products: bool = False
+    masks: tuple[Node, ...] = ()
 
 
 ACTIVATIONS: dict[Any, Activation] = {
@@ -171,10 +173,10 @@ class Ending:
         return () if self.added is None else (self.added,)
 
 
-def ending_of(root: Node, taken: set[Node], *, adds: bool = True) -> Ending:
+def ending_of(root: Node, taken: set[Node], *, adds: bool = True, activates: bool = True) -> Ending:
     """Follow the result of ``root`` through an addition, an activation and a quantize op, as far as a step can.
 
-    ``taken``: ops of other units. ``adds``: whether the step can add a tensor.
+    ``taken``: ops of other units. ``adds``: whether the step can add a tensor, ``activates``: whether it can activate.
     """
     last, nodes, added = root, [], None
     activation = Activated()
@@ -189,7 +191,7 @@ def ending_of(root: Node, taken: set[Node], *, adds: bool = True) -> Ending:
         ):
             added = other
             nodes += [other] if stored(other) is not None else []
-        elif activation.kind is Activation.NONE and (found := activation_of(user)) is not None:
+        elif activates and activation.kind is Activation.NONE and (found := activation_of(user)) is not None:
             activation = found
         else:
             break
@@ -215,6 +217,15 @@ def _addend(node: Node, value: Node) -> Node | None:
     wanted = node.meta["val"].shape
     same = all(same_shape(wanted, read.meta["val"].shape) for read in (value, other))
     return other if same else None
+
+
+def describe(step: Step, emitter: Emitter, place: str, node: Node) -> None:
+    """Let ``step`` read ``node`` as its ``x``, ``other`` or ``third``: floats, or integers with their scale."""
+    setattr(step, place, emitter.read(node))
+    integers = integers_of(node) if is_quantize(node) else None
+    if integers is not None:
+        setattr(step, f"{place}_scale", integers.scale)
+        setattr(step, f"{place}_zero", integers.zero)
 
 
 def finish(emitter: Emitter, step: Step, ending: Ending, *, fast: bool = False) -> None:

@@ -7,6 +7,7 @@ consumer: where nobody wants integers, the kernel answers in float.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from quant2e.annotation.config import QuantizationConfig
+from quant2e.annotation.granularity import PerToken
 from quant2e.annotation.pattern import short_name
 from quant2e.annotation.specs import ANNOTATION, PER_CHANNEL_SCHEMES, EdgeOrNode, QuantizationSpec, group_size_of
 from quant2e.cpu import InstructionSet
@@ -21,13 +23,21 @@ from quant2e.errors import AnnotationError
 from quant2e.graph.dataflow import operand
 from quant2e.observers.measuring import PlaceholderObserver
 from quant2e.passes import run
-from quantizers.kit.observers import activation_observer, weight_observer
+from quantizers.kit.observers import activation_observer, weight_observer, with_scale_for_each
 from quantizers.kit.rule import Rule
 from quantizers.rewrites.activations import ActivationsAsFused
 from quantizers.settings.configurable import ConfigurableQuantizer
 from quantizers.x86.paired_ranges import link
 from quantizers.x86.range_policy import RangePolicy, check_policy, note, ranged
-from quantizers.x86.rules import ACTIVATIONS, FUSED, capabilities, dynamic_rules, static_rules, weight_only_rules
+from quantizers.x86.rules import (
+    ACTIVATIONS,
+    FUSED,
+    capabilities,
+    dynamic_rules,
+    grouped_rules,
+    static_rules,
+    weight_only_rules,
+)
 
 
 def get_default_x86_inductor_quantization_config(
@@ -78,9 +88,10 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     Static: convolutions in one to three dimensions, transposed ones too, and linear, with fused activations and
     additions; cat, pooling and reshapes between them; matmul where it is asked for by name. Dynamic: convolutions and
-    linear. Weight-only: linear, with int8 weights (``"w8"``), 4 bits in groups (``"w4-g32"``) or float16 ones. Groups
-    of 4 bits have zero points, and scales that are rounded to bfloat16; ``"w4-g32-sym"`` has no zero points, and
-    ``recipe("w4-g32", scale_dtype=torch.float32)`` scales as they are found.
+    linear, and linear with 4-bit weights in groups by int8 rows that have a scale each (``"w4a8-dynamic-g32"``: faster
+    than float rows, and less accurate). Weight-only: linear, with int8 weights (``"w8"``), 4 bits in groups
+    (``"w4-g32"``) or float16 ones. Groups of 4 bits have zero points, and scales that are rounded to bfloat16;
+    ``"w4-g32-sym"`` has no zero points, and ``recipe("w4-g32", scale_dtype=torch.float32)`` scales as they are found.
 
     ``isa``: the machine to quantize for, by name (``"avx512_vnni"``) or described; this one by default.
     ``range_policy``: what keeps int8 kernels exact there, see `quantizers.x86.range_policy.RangePolicy`.
@@ -89,7 +100,7 @@ class X86InductorQuantizer(ConfigurableQuantizer):
     has_linear: ClassVar[bool] = True
     takes_groups: ClassVar[bool] = True
     affine_groups: ClassVar[bool] = True
-    recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic", "w8", "w4-g32")
+    recipes: ClassVar[Sequence[str]] = ("w8a8", "w8a8-dynamic", "w8", "w4-g32", "w4a8-dynamic-g32")
     float_ops: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             [
@@ -156,10 +167,19 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         if activation is None:
             return config
         if size is not None:
-            raise AnnotationError(
-                f"weights in groups of {size}, and a quantized activation: int8 kernels know one weight scale per "
-                "output channel. Groups are for weight-only linear layers, 'w4-g32'"
-            )
+            if not activation.is_dynamic or (weight.quant_min, weight.quant_max) != (-8, 7):
+                raise AnnotationError(
+                    f"weights in groups of {size}, and a quantized activation: int8 kernels know one weight scale per "
+                    "output channel. Groups are for weight-only linear layers, 'w4-g32', and in 4 bits for rows that "
+                    "are quantized at run time, 'w4a8-dynamic-g32'"
+                )
+            if (activation.quant_min, activation.quant_max) not in ((0, 255), (-128, 127), (None, None)):
+                raise AnnotationError(
+                    f"activations in [{activation.quant_min}, {activation.quant_max}]: rows that are quantized at run "
+                    "time, by 4-bit weights in groups, use all of their 8 bits"
+                )
+            whole = replace(activation, dtype=torch.int8, quant_min=None, quant_max=None)
+            return replace(config, input_activation=with_scale_for_each(whole, PerToken()))
         if activation.dtype is not torch.uint8:
             hint = "; Int16Quantizer quantizes activations to 16 bits" if activation.dtype is torch.int16 else ""
             raise AnnotationError(
@@ -171,6 +191,8 @@ class X86InductorQuantizer(ConfigurableQuantizer):
         """The rules of the backend for one configuration."""
         if config.input_activation is None:
             return weight_only_rules(config)
+        if group_size_of(config.weight) is not None:
+            return grouped_rules(config)
         exact = ranged(config, self._range_policy, self._isa)
         return dynamic_rules(exact) if config.input_activation.is_dynamic else static_rules(exact)
 
@@ -195,7 +217,8 @@ class X86InductorQuantizer(ConfigurableQuantizer):
 
     def notes_on_configs(self) -> Sequence[str]:
         """Which ranges are used, and why."""
-        return [note(c, self._range_policy, self._isa) for c in self.configs() if c.input_activation is not None]
+        exact = [c for c in self.configs() if c.input_activation is None or group_size_of(c.weight) is not None]
+        return [note(c, self._range_policy, self._isa) for c in self.configs() if c not in exact]
 
     @classmethod
     def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:

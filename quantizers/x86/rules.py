@@ -143,6 +143,13 @@ def weight_only_rules(config: Any) -> tuple[Rule, ...]:
     return (Rule(f.linear, {"w": config.weight}, when=whole, name=f"linear, {kind}"),)
 
 
+def grouped_rules(config: Any) -> tuple[Rule, ...]:
+    """Linear with 4-bit weights in groups, by rows that are quantized at run time, each by itself."""
+    whole = partial(_whole_groups, group_size_of(config.weight))
+    product = {"x": config.input_activation, "w": config.weight}
+    return (Rule(f.linear, product, when=whole, name="dynamic linear, weight in groups"),)
+
+
 def _whole_groups(group_size: int | None, match: Match) -> bool | str:
     weight, _ = match.edges["w"]
     columns = weight.meta["val"].shape[-1]

@@ -112,7 +112,7 @@ def row(engine, *times, model="M", batch=1, **more):
 
 ROWS = [
     row("float eager", 8.0, 8.0, 16.0, sqnr_db=math.inf),
-    row("ours → Inductor", 4.0, 2.0, 4.0, sqnr_db=20.0, size=2_500_000, seconds=3.0, peak=10_000_000),
+    row("ours → Inductor", 4.0, 2.0, 4.0, sqnr_db=20.0, size=2_500_000, seconds=3.0, peak=10_000_000, limit=1.0),
     row("float eager", 9.0, model="N"),
     row("ours → Inductor", 1.0, model="N"),
     Row(model="N", batch=1, threads=1, engine="OpenVINO float", failed="no | pipe"),
@@ -139,15 +139,17 @@ def test_lines_have_every_number_and_every_failure():
         "ours → Inductor",
         "4.00",
         "4.00 ×",
+        "–",
         "1.00 ×",
         "–",
         "–",
+        "25%",
         "20.0",
         "2.5",
         "3.0",
         "10",
     )
-    assert made[0][9] == "bit-equal"
+    assert made[0][11] == "bit-equal"
     assert made[4][4] == r"failed: no \| pipe"
 
 
@@ -180,6 +182,7 @@ def test_engines_name_functions_that_exist():
 
 def test_a_setting_has_a_row_for_each_engine_also_for_those_that_fail(job, tmp_path, monkeypatch):
     np.save(tmp_path / "reference.npy", np.array(2.0))
+    (tmp_path / "macs.txt").write_text("1000000")
     works = peers.Engine(load=job.load, build=job.build)
     monkeypatch.setattr(peers, "ENGINES", {"works": works, "breaks": peers.Engine(load="made_up_engine:breaks"),
                                            "not exported": replace(works, exported=True)})  # fmt: skip
@@ -192,3 +195,4 @@ def test_a_setting_has_a_row_for_each_engine_also_for_those_that_fail(job, tmp_p
         ("not exported", "the float model is not exported as ONNX: no ONNX", 0),
     ]
     assert (rows[0].sqnr_db, rows[0].size, rows[0].seconds) == (math.inf, 7, 2.5)
+    assert 0 < rows[0].limit < 1e-2  # milliseconds of a million products

@@ -327,5 +327,26 @@ MUTANTS: tuple[Mutant, ...] = (
         "self.max_steps <= 10 * bound.steps or self.sqnr_db",
         ("tests/lowering/test_verify.py",),
     ),
+    Mutant(
+        "sums of two products that are taken to fit in 16 bits",
+        "lowering/native/arithmetic.py",
+        "    if _fit(weight, x.high, 2):",
+        "    if x.high:",
+        ("tests/lowering/native/test_sums.py",),
+    ),
+    Mutant(
+        "AVX2 sums that saturate where they are exact for any bytes",
+        "lowering/native/kernels/dot.h",
+        "  if constexpr (kHow == kExact) {",
+        "  if constexpr (kHow == 99) {",
+        ("tests/lowering/native/test_sums.py",),
+    ),
+    Mutant(
+        "sums of activations minus 128 that begin as those of activations",
+        "lowering/native/kernels/dot.h",
+        "constexpr bool kShifts = true;",
+        "constexpr bool kShifts = false;",
+        ("tests/lowering/native/test_sums.py",),
+    ),
 )
 """All of them; `tests/test_mutants.py` holds that each still finds its place."""

@@ -41,7 +41,7 @@ def main() -> None:
 
     assert all((folder / "py.typed").is_file() for folder in folders)
     sources = sorted(path.name for folder in folders for path in folder.rglob("*.cpp"))
-    assert sources == ["few_rows.cpp", "native.cpp", "native_kernel.cpp", "native_op.cpp"], sources
+    assert sources == ["lanes.cpp", "native.cpp", "native_kernel.cpp", "native_op.cpp", "weight_only.cpp"], sources
     assert all((folders[0] / "page" / name).is_file() for name in ("page.html", "page.css", "page.js"))
     tell(f"py.typed in all three packages, the page's template, and {', '.join(sources)}")
 

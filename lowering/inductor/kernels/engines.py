@@ -16,12 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowering.inductor.kernels import few_rows
+from lowering.inductor.kernels import weight_only
 from lowering.inductor.kernels.transposed import TransposedConvolution
 
 Run = Callable[[], object]
 
-FEW_ROWS = "few_rows"
+WEIGHT_ONLY = "weight_only"
 
 SECONDS = 0.03
 """How long one engine is timed for one shape, at least; the fastest call counts."""
@@ -41,7 +41,9 @@ class Product:
     ``dilation``: one number per spatial dimension, empty for a linear layer. ``bias``: whether it has one.
     ``output_padding``: of a transposed convolution, whose weight has its input channels first; None of a plain one.
     ``integers``: whether the result is wanted as integers. ``float_rows``: the activation is float, and only the weight
-    is quantized; then ``group``: inputs that share a scale, and ``packed``: whether two values fit in a byte.
+    is quantized; then ``group``: inputs that share a scale, ``group_bytes``: of that scale and its zero point,
+    ``bits``: of a weight, ``int8_rows``: whether the rows are dequantized from int8 with a scale each, and ``varies``:
+    whether the number of rows does, ``x`` being an example.
     """
 
     x: tuple[int, ...]
@@ -55,7 +57,10 @@ class Product:
     integers: bool = False
     float_rows: bool = False
     group: int = 0
-    packed: bool = False
+    group_bytes: int = 4
+    bits: int = 8
+    int8_rows: bool = False
+    varies: bool = False
 
     @property
     def is_linear(self) -> bool:
@@ -65,7 +70,9 @@ class Product:
     def __str__(self) -> str:
         if self.is_linear:
             rows = torch.Size(self.x[:-1]).numel()
-            kind = ("4-bit " if self.packed else "8-bit ") + "weight-only linear" if self.float_rows else "linear"
+            kind = "linear"
+            if self.float_rows:
+                kind = f"{self.bits}-bit {'int8-row' if self.int8_rows else 'weight-only'} linear"
             return f"{kind} {rows}x{self.weight[1]}x{self.weight[0]}"
         kind = "depthwise conv" if self.groups == self.weight[0] > 1 else "conv"
         kind = kind if self.output_padding is None else "transposed conv"
@@ -173,30 +180,35 @@ class Float:
 
 
 @dataclass(frozen=True, slots=True)
-class FewRows:
-    """Our kernel for float rows and integer weights."""
+class WeightOnly:
+    """Our kernels for integer weights with groups, by float rows, or by int8 rows with a scale each."""
 
-    name: str = FEW_ROWS
+    name: str = WEIGHT_ONLY
 
     def computes(self, product: Product) -> bool:
         """Whether only the weight is quantized, and there is a C++ compiler."""
-        return product.float_rows and few_rows.load_kernel() is not None
+        return product.float_rows and weight_only.load_kernel() is not None
 
     def prepare(self, product: Product) -> Run | None:
-        """A call of `kernels.few_rows`."""
-        op = few_rows.load_kernel()
+        """A call of `kernels.weight_only`."""
+        op = weight_only.load_kernel(weight_only.INT8_ROWS if product.int8_rows else weight_only.FLOAT_ROWS)
         if op is None or not product.float_rows:
             return None
         integers, weight, _, _, bias = _operands(product)
         outputs, inputs = product.weight
-        scale = torch.full((outputs, inputs // product.group), 0.01)
-        stored = few_rows.packed(weight.clamp(-8, 7)) if product.packed else weight
-        x, point = integers.float(), torch.zeros_like(scale)
-        added = torch.zeros(outputs) if bias is None else bias
-        return lambda: op(x, stored, scale, point, added, product.packed)
+        scale = torch.full((outputs, inputs // product.group), 0.01 if product.group_bytes >= 4 else 1 / 64)
+        point = torch.full_like(scale, product.group_bytes % 2)
+        packed = weight_only.pack(weight.clamp(-8, 7) if product.bits == 4 else weight, scale, point, bits=product.bits)
+        added = torch.empty(0) if bias is None else bias
+        operands = (packed.weight, packed.scale, packed.zero_point, added)
+        if product.int8_rows:
+            rows, each = integers.to(torch.int8), torch.ones(product.x[0], 1)
+            return lambda: op(rows, each, each, *operands, packed.totals, outputs)
+        x = integers.float()
+        return lambda: op(x, *operands, outputs)
 
 
-ENGINES: tuple[Engine, ...] = (OneDnn(), FewRows(), Float())
+ENGINES: tuple[Engine, ...] = (OneDnn(), WeightOnly(), Float())
 """In order of preference: a later one has to be clearly faster."""
 
 
@@ -212,7 +224,7 @@ class KernelChoice:
     def reason(self) -> str:
         """The times that decided, in words."""
         if not self.seconds:
-            return "chosen by the caller"
+            return "the number of rows varies" if self.product.varies else "chosen by the caller"
         times = ", ".join(f"{name} {value * 1e6:.0f}" for name, value in self.seconds.items())
         return f"microseconds for {self.product} on one thread: {times}"
 

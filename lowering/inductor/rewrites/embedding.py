@@ -3,7 +3,8 @@
     embedding(dq(table), i)          =>        dq(table[i])
     embedding_bag(dq(table), i, …)   =>        embedding_bag(dq(table[i]), 0 1 2 …, …)
 
-Each rewrite does the arithmetic of the dequantize op on the rows, in its order, so the result is bit-equal.
+Each rewrite does the arithmetic of the dequantize op on the rows, in its order, so the result is bit-equal. A table of
+4 bits lies in memory two values to a byte, and only the rows that are read are unpacked.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def gathered_rows(gm: GraphModule) -> int:
 def _rows(gm: GraphModule, node: Node, table: Node, index: Node) -> Node | None:
     """The rows of a dequantized table, dequantized after they were picked; None for a table that is not dequantized."""
     if table.target is qd.dequantize_per_tensor.default:
-        rows = call(gm, node, aten.embedding.default, table.args[0], index)
+        rows = _gathered(gm, node, table.args[0], index)
         return call(gm, node, table.target, rows, *table.args[1:], **table.kwargs)
     args = operands(table)
     if table.target is qd.dequantize_per_channel.default and args["axis"] == 0:
@@ -64,9 +65,33 @@ def _rows(gm: GraphModule, node: Node, table: Node, index: Node) -> Node | None:
     return None
 
 
+def _gathered(gm: GraphModule, node: Node, table: Any, index: Node) -> Node:
+    """Rows of an integer table. Of 4-bit values: byte ``i`` of a row holds value ``i`` in its low half and value
+    ``i + columns / 2`` in its high half, each plus 8.
+    """
+    integers = tensor_at(gm, table)
+    if integers is None or not _is_of_four_bits(integers):
+        return call(gm, node, aten.embedding.default, table, index)
+    low, high = (integers + 8).to(torch.uint8).chunk(2, dim=1)
+    packed = call(gm, node, aten.embedding.default, emit_constant(gm, node, "_packed", low | (high << 4)), index)
+    halves = (
+        call(gm, node, aten.bitwise_and.Scalar, packed, 15),
+        call(gm, node, aten.bitwise_right_shift.Tensor_Scalar, packed, 4),
+    )
+    signed = [call(gm, node, aten.sub.Tensor, call(gm, node, aten.to.dtype, half, torch.int8), 8) for half in halves]
+    return call(gm, node, aten.cat.default, signed, -1)
+
+
+def _is_of_four_bits(table: Tensor) -> bool:
+    if table.dtype is not torch.int8 or table.dim() != 2 or table.shape[1] % 2 or not table.numel():
+        return False
+    low, high = table.aminmax()
+    return int(low) >= -8 and int(high) <= 7
+
+
 def _rows_of_channels(gm: GraphModule, node: Node, table: dict[str, Any], index: Node) -> Node:
     """(rows - zero_point[i]) * scale[i]."""
-    rows = call(gm, node, aten.embedding.default, table["input"], index)
+    rows = _gathered(gm, node, table["input"], index)
     scales = call(gm, node, aten.unsqueeze.default, call(gm, node, aten.index.Tensor, table["scales"], [index]), -1)
     if table["zero_points"] is not None:
         points = call(gm, node, aten.index.Tensor, table["zero_points"], [index])
@@ -81,7 +106,7 @@ def _rows_of_groups(gm: GraphModule, node: Node, table: dict[str, Any], index: N
     if integers is None or integers.shape[1] % size:
         return None
     groups = integers.shape[1] // size
-    rows = call(gm, node, aten.embedding.default, table["input"], index)
+    rows = _gathered(gm, node, table["input"], index)
     found = call(gm, node, aten.unflatten.int, rows, -1, [groups, size])
     for name, op in (("zero_points", aten.sub.Tensor), ("scales", aten.mul.Tensor)):
         if table[name] is None:

@@ -107,14 +107,14 @@ def _weights_of_many(gm: GraphModule, contents: _Contents) -> list[str]:
 
 def _weight(gm: GraphModule, node: Node) -> Node | None:
     """The tensor that a product reads as its weight, dequantized or not; None for other ops."""
-    weight = weight_of(node) if node.target in LINEAR else node.args[1] if _is_by_rows(node) else None
+    weight = weight_of(node) if node.target in LINEAR else node.args[1] if _is_weight_only(node) else None
     if isinstance(weight, Node) and weight.target in DEQUANTIZE:
         weight = weight.args[0]
     return weight if isinstance(weight, Node) and tensor_at(gm, weight) is not None else None
 
 
-def _is_by_rows(node: Node) -> bool:
-    return str(node.target) == "quant2e.few_rows_linear.default"
+def _is_weight_only(node: Node) -> bool:
+    return str(node.target) == "quant2e.weight_only_linear.default"
 
 
 def _steps(gm: GraphModule, weight: str, contents: _Contents) -> list[StepRegion]:

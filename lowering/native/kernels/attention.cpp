@@ -18,29 +18,25 @@ constexpr int64_t kRows = 12;  // blocks are multiples of it
 
 thread_local Memory memory;
 
-// [rows, heads * size] of the arena, or [heads, rows, size] that the caller gave, with any strides.
+// Heads side by side in the rows of a tensor: `count` of them, each `first.size` wide.
 struct Heads {
   Rows first;
-  int64_t count, apart;  // in values
+  int64_t count;
 
   Rows of(int64_t h) const {
     Rows rows = first;
-    rows.data += h * apart * (first.bytes ? 1 : 4);
+    rows.data += h * first.size * (first.bytes ? 1 : 4);
     return rows;
   }
 };
 
-Heads heads_of(const Run& run, int64_t tensor, int64_t count, float scale, int64_t zero) {
+// `begin`: channel at which they begin.
+Heads heads_of(const Run& run, int64_t tensor, int64_t begin, int64_t count, int64_t size, float scale, int64_t zero) {
   const View x = run.view(tensor);
-  const bool bytes = x.size == 1;
-  const int64_t place = run.tensors[tensor].place, size = x.c / count;
-  if (place >= 0) return {{x.at(0, 0), bytes, x.c, x.w, size, scale, zero}, count, size};
-  const Given& given = run.given[-1 - place];
-  if (given.row) return {{x.data, bytes, given.row, x.w, x.c, scale, zero}, x.h, given.channel};
-  return {{x.data, bytes, given.column, x.w, size, scale, zero}, count, size};
+  return {{x.at(0, 0) + begin * x.size, x.size == 1, x.c, x.w, size, scale, zero}, count};
 }
 
-// What is added to scores: an argument [heads or 1, rows or 1, keys].
+// What is added to scores: an image with a channel per head, or one, and rows of keys, or one.
 struct Mask {
   const float* data;
   int64_t head, row, column;
@@ -57,9 +53,11 @@ struct Mask {
 
 Mask mask_of(const Run& run, int64_t tensor) {
   if (tensor < 0) return {nullptr, 0, 0, 0};
-  const Given& given = run.given[-1 - run.tensors[tensor].place];
   const View x = run.view(tensor);
-  return {(const float*)x.data, x.h > 1 ? given.channel : 0, x.w > 1 ? given.row : 0, given.column};
+  const int64_t place = run.tensors[tensor].place;
+  Given given{x.data, 0, 1, x.row(), x.c};
+  if (place < 0) given = run.given[-1 - place];
+  return {(const float*)x.at(0, 0), x.c > 1 ? given.channel : 0, x.h > 1 ? given.row : 0, given.column};
 }
 
 // Probabilities are rounded where `scale` is not 0.
@@ -238,13 +236,13 @@ int64_t rows_of_block(const Run& run, const Attention& a) {
 
 }  // namespace
 
-// x, other, third, fourth: q, k, v, mask. `groups`: heads of q; `inputs`: of k and v, where fewer serve several of q.
-// `extra_number`: the scale of scores. `mode` 1: causal.
+// x, other, third, fourth: q, k, v, mask. `groups`: heads of q; `inputs`: of k and v, where fewer serve several of q;
+// `outputs`, `inner`: width of a head of q and k, and of v. `extra_number`: the scale of scores. `mode` 1: causal.
 void attention(const Run& run, const Step& s) {
   const View none{};
-  Attention a{heads_of(run, s.x, s.groups, s.x_scale(), s.x_zero),
-              heads_of(run, s.other, s.inputs, s.other_scale(), s.other_zero),
-              heads_of(run, s.third, s.inputs, s.third_scale(), s.third_zero),
+  Attention a{heads_of(run, s.x, s.x_first, s.groups, s.outputs, s.x_scale(), s.x_zero),
+              heads_of(run, s.other, s.other_first, s.inputs, s.outputs, s.other_scale(), s.other_zero),
+              heads_of(run, s.third, s.third_first, s.inputs, s.inner, s.third_scale(), s.third_zero),
               mask_of(run, s.fourth),
               s.y >= 0 ? run.view(s.y) : none,
               s.z >= 0 ? run.view(s.z) : none,

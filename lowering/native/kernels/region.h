@@ -38,6 +38,7 @@ struct Step {
   int64_t groups, inputs, outputs, taps, inner;  // of one group: input and output channels; taps and bytes of each
   int64_t mode, extra, extra_bits, step_h, step_w;
   int64_t third_scale_bits, third_zero;
+  int64_t x_first, other_first, third_first;  // channel of a tensor at which its heads begin
   int64_t softmax_scale_bits, softmax_zero, softmax_low, softmax_high;  // of probabilities; a scale of 0: left as floats
 
   static float number(int64_t bits) {

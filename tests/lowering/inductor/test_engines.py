@@ -110,7 +110,8 @@ PRODUCTS = [
         integers=True,
     ),
     Product(x=(3, 64), weight=(8, 64), float_rows=True, group=64),
-    Product(x=(1, 64), weight=(8, 64), float_rows=True, group=32, packed=True, bias=False),
+    Product(x=(1, 64), weight=(8, 64), float_rows=True, group=32, bits=4, bias=False),
+    Product(x=(9, 64), weight=(8, 64), float_rows=True, group=16, group_bytes=3, bits=4),
 ]
 
 
@@ -228,7 +229,7 @@ def test_a_weight_that_is_computed_from_an_input_stays():
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ("fbgemm", "no engine 'fbgemm': give 'measured', or one of onednn, few_rows, float"),
+        ("fbgemm", "no engine 'fbgemm': give 'measured', or one of onednn, weight_only, float"),
         ({"lin": "float"}, "names the op 'lin'.*it has linear"),
     ],
 )

@@ -113,9 +113,9 @@ def test_ops_of_torch_itself_are_taken_however_they_are_spelled(tmp_path, target
     _check_files([path])
 
 
-@pytest.mark.parametrize("target", ["torch.ops.quant2e.few_rows.default", "quant2e::few_rows"])
+@pytest.mark.parametrize("target", ["torch.ops.quant2e.weight_only.default", "quant2e::weight_only"])
 def test_ops_that_torch_does_not_have_are_refused(tmp_path, target):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"nodes": [{"node": {"target": target}}]}))
-    with pytest.raises(LoweringError, match="few_rows.*, which a process that imports only torch does not have"):
+    with pytest.raises(LoweringError, match="weight_only.*, which a process that imports only torch does not have"):
         _check_files([path])

@@ -111,7 +111,7 @@ def test_without_a_compiler_or_switched_off_there_is_plain_torch(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "load", ["quant2e.observers.native.ops.load_ops", "lowering.inductor.kernels.few_rows.load_kernel"]
+    "load", ["quant2e.observers.native.ops.load_ops", "lowering.inductor.kernels.weight_only.load_kernel"]
 )
 def test_a_compiler_that_fails_is_a_warning_with_its_own_words(tmp_path, load):
     broken = tmp_path / "c++"

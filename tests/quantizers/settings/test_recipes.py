@@ -6,6 +6,7 @@ from torch import nn
 
 from quant2e import AnnotationError, FusedMovingAvgObsFakeQuantize, PerAxis, PerGroup, PerTensor, quantize
 from quant2e.accuracy.recipe.schemes import Numbers, Scheme
+from quant2e.annotation.granularity import PerToken
 from quant2e.observers.measuring import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 from quantizers import (
     ConfigurableQuantizer,
@@ -143,6 +144,19 @@ def test_groups_of_few_bits_on_x86(given, scheme, scale_dtype):
     assert spec.observer_or_fake_quant_ctr.p.keywords.get("scale_dtype") == scale_dtype
 
 
+@pytest.mark.parametrize("given", ["w4a8-dynamic-g32", "w4a8-dynamic-g32-qat"])
+def test_int8_rows_by_groups_of_4_bits_on_x86(given):
+    """Each row has a scale of its own, as XNNPACK's have; the weight is that of 'w4-g32'."""
+    config = of(X86InductorQuantizer(), given)
+    rows = config.input_activation
+    assert (rows.dtype, rows.quant_min, rows.quant_max, rows.is_dynamic) == (torch.int8, -128, 127, True)
+    assert rows.observer_or_fake_quant_ctr.p.keywords["granularity"] == PerToken()
+    assert config.output_activation is None
+    if "qat" not in given:
+        assert config.weight == of(X86InductorQuantizer(), "w4-g32").weight
+    assert of(X86InductorQuantizer(), config) == config
+
+
 def test_other_backends_keep_their_groups():
     """XNNPACK computes symmetric ones only."""
     assert of(XNNPACKQuantizer(), "w4a8-dynamic-g32").weight.qscheme == torch.per_channel_symmetric
@@ -204,6 +218,8 @@ def test_the_observer_and_the_smallest_scale_of_the_backend_stay():
             "w4a8-g32",
             r"groups of 32.*Groups are for weight-only .*It runs 'w8a8', 'w8a8-dynamic', 'w8'",
         ),
+        (X86InductorQuantizer, "w8a8-dynamic-g32", "in 4 bits for rows that are quantized at run time, 'w4a8-dynamic"),
+        (X86InductorQuantizer, "w4a4-dynamic-g32", r"activations in \[0, 15\]: rows .* use all of their 8 bits"),
         (X86InductorQuantizer, "a16w8", r"torch.int16; this backend computes on torch.uint8.*It runs 'w8a8'"),
         (X86InductorQuantizer, "w8a8-tensor", "must be torch.int8 per channel"),
         (X86InductorQuantizer, recipe("w8a8", activation={"symmetric": True, "range": (0, 127)}), "zero point at 128"),

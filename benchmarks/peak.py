@@ -1,0 +1,31 @@
+"""The peak rate of int8 products on one core of this machine, measured: what no program can exceed."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from lowering.native.op import FLAGS, FOLDER, instruction_set
+from quant2e.observers.native.build import built_together
+
+SOURCE = Path(__file__).with_name("peak.cpp")
+SECONDS = 0.3
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    name = instruction_set()
+    path = built_together(f"peak-{name}", [SOURCE], sorted(FOLDER.glob("*.h")), FLAGS[name])
+    if path is None:
+        raise RuntimeError("the peak rate is measured in C++, and there is no compiler")
+    library = ctypes.CDLL(str(path))
+    library.quant2e_peak_int8.argtypes = [ctypes.c_double]
+    library.quant2e_peak_int8.restype = ctypes.c_double
+    return library
+
+
+def peak_int8(seconds: float = SECONDS) -> float:
+    """Multiply-accumulates of bytes in a second on one core, in registers: the best of about ``seconds``."""
+    rate: float = _library().quant2e_peak_int8(seconds)
+    return rate

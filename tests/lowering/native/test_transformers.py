@@ -1,0 +1,124 @@
+"""Transformers in regions: attention as models write it, norms, and whole layers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lowering
+import quant2e
+from lowering.native.op import load_op
+from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
+
+pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
+
+WIDTH, HEADS, SIZE, ROWS = 96, 4, 24, 19
+
+
+class Layer(nn.Module):
+    """An encoder layer. ``way``: how it writes attention; ``shares``: heads of k and v; ``first``: norms come first."""
+
+    def __init__(self, way: str, *, shares: int = HEADS, first: bool = False, masked: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.shares, self.first, self.masked = way, shares, first, masked
+        self.q, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, shares * SIZE), nn.Linear(WIDTH, shares * SIZE)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.one, self.two = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH, bias=False)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], ROWS, -1, SIZE).transpose(1, 2)
+
+    def attention(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        if self.shares != HEADS:
+            k, v = (
+                y[:, :, None].expand(-1, -1, HEADS // self.shares, -1, -1).reshape(x.shape[0], HEADS, ROWS, SIZE)
+                for y in (k, v)
+            )
+        if self.way == "fused":
+            y = F.scaled_dot_product_attention(q, k, v, mask if self.masked else None)
+        elif self.way == "causal":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif self.way == "scaled q":
+            y = F.softmax(torch.matmul(q * SIZE**-0.5, k.transpose(2, 3)), dim=-1) @ v
+        else:
+            scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(SIZE)
+            y = torch.matmul(F.dropout(F.softmax(scores + mask, dim=-1), 0.1, self.training), v)
+        return self.o(y.transpose(1, 2).contiguous().view(x.shape[0], ROWS, WIDTH))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.first:
+            x = x + self.attention(self.one(x), mask)
+            return x + self.down(F.gelu(self.up(self.two(x))))
+        x = self.one(self.attention(x, mask) + x)
+        y: Tensor = self.two(self.down(F.gelu(self.up(x))) + x)
+        return y
+
+
+def inputs(samples: int = 2) -> tuple[Tensor, Tensor]:
+    mask = torch.zeros(samples, 1, 1, ROWS)
+    mask[:, :, :, ROWS - 3 :] = torch.finfo(torch.float32).min
+    return torch.randn(samples, ROWS, WIDTH), mask
+
+
+def quantized(model: nn.Module, **more: object) -> quant2e.QuantizedModel:
+    torch.manual_seed(1)
+    batches = [inputs() for _ in range(3)]
+    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    return quant2e.quantize(model.eval(), inputs(), quantizer, calibration_data=batches, progress=False, **more)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Layer("eager"),
+        Layer("fused"),
+        Layer("fused", masked=False),
+        Layer("causal"),
+        Layer("scaled q"),
+        Layer("eager", shares=2),
+        Layer("fused", shares=1),
+        Layer("eager", first=True),
+    ],
+    ids=lambda layer: f"{layer.way} {layer.shares} {layer.first} {layer.masked}",
+)
+def test_a_layer_is_one_region_within_a_step_of_its_graph(layer):
+    program = lowering.to_native(quantized(layer), verify_inputs=[inputs() for _ in range(2)])
+    assert [region.steps for region in program.report.regions] == [9 if layer.first else 10]
+    assert program.report.leftovers == ()
+    assert program.verification is not None
+    assert program.verification.sqnr_db > 55
+    assert program.verification.max_steps < 1.01
+
+
+def test_any_batch_and_number_of_threads_give_the_same_bits(torch_threads):
+    program = lowering.to_native(quantized(Layer("eager"), dynamic_batch=True))
+    x, mask = inputs(5)
+    found = []
+    for threads in (1, 2):
+        torch_threads(threads)
+        found += [program(x, mask), torch.cat([program(x[i : i + 1], mask[i : i + 1]) for i in range(5)])]
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_one_mask_serves_all_samples():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Layer("eager")
+            self.register_buffer("mask", torch.full((1, 1, ROWS, ROWS), -1e9).triu(1))
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            y: Tensor = self.layer(x, self.mask)
+            return y
+
+    program = lowering.to_native(quantized(Shared(), dynamic_batch=True), verify_inputs=[inputs(3)])
+    assert len(program.report.regions) == 1
+    assert program.verification is not None
+    assert program.verification.sqnr_db > 55
