@@ -21,12 +21,13 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 PYTEST_ARGS ?=
 COVERAGE := 85
 
-.PHONY: help install demo lint format test test-all test-newest wheel fuzz mutants peers zoo site clean
+.PHONY: help install demo lint format test test-all test-newest sanitize wheel fuzz mutants peers zoo site clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
 	@echo "make test-all  make test, and the tests marked slow, with coverage: long, and they rarely break. Run it before you land"
 	@echo "make test-newest  the tests of make test on the newest torch and ExecuTorch, in an environment of its own"
+	@echo "make sanitize  the tests of the native kernels, built with AddressSanitizer and UBSan (some minutes; needs g++ or clang++ with both)"
 	@echo "make wheel   builds the wheel, installs it with torch alone into a clean environment, and uses it there"
 	@echo "make fuzz    programs that nobody wrote, for HOURS=1 or MINUTES=10, with SEED=1; the counts go to FUZZ_OUT=fuzz_counts.md"
 	@echo "make mutants plants bugs in a copy of the tree, one at a time, and says which test found each (half an hour)"
@@ -96,6 +97,16 @@ test-newest: $(NEWEST_VENV)/.installed
 	@$(NEWEST_VENV)/bin/python -m pytest -q tests/test_versions.py
 	@echo "==> pytest on $(WORKERS) workers"
 	@OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(NEWEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+# What the kernels read and write beyond their memory, and what C++ leaves undefined, ends the run. Leaks are Python's.
+CXX ?= g++
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
+SANITIZED ?= tests/lowering/native
+sanitize: $(INSTALLED)
+	@echo "==> native kernels under AddressSanitizer and UBSan"
+	@OMP_NUM_THREADS=1 QUANT2E_CACHE_DIR=build/sanitize QUANT2E_NATIVE_FLAGS="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	$(BIN)/python -m pytest -q -p no:cacheprovider -s $(PYTEST_ARGS) $(SANITIZED)
 
 # build/wheel holds two environments: one that builds, and one in which nothing but torch and the wheel is installed.
 wheel:

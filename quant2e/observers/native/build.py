@@ -67,8 +67,10 @@ def built(source: Path, *included: Path, flags: tuple[str, ...] = ()) -> Path | 
 def built_together(name: str, sources: Sequence[Path], included: Sequence[Path], flags: tuple[str, ...]) -> Path | None:
     """One library, called ``name``, of several ``sources``, which are compiled side by side; otherwise as `built`.
 
-    ``flags`` say all that it needs of the processor: it runs on every machine that has that.
+    ``flags`` say all that it needs of the processor: it runs on every machine that has that. ``$QUANT2E_NATIVE_FLAGS``
+    adds some, such as those of sanitizers.
     """
+    flags = (*flags, *os.environ.get("QUANT2E_NATIVE_FLAGS", "").split())
     program = None if os.environ.get("QUANT2E_NATIVE") == "0" else compiler()
     if program is None:
         return None
@@ -87,7 +89,7 @@ def built_together(name: str, sources: Sequence[Path], included: Sequence[Path],
             if complaint:
                 raise RuntimeError(f"{program} cannot compile {source.name}: {complaint}")
         part = Path(work) / path.name
-        complaint = _complaint(program, ("-shared", *map(str, objects), "-o", str(part), *_LIBRARIES))
+        complaint = _complaint(program, (*flags, "-shared", *map(str, objects), "-o", str(part), *_LIBRARIES))
         if complaint:
             raise RuntimeError(f"{program} cannot link {path.name}: {complaint}")
         part.replace(path)
