@@ -6,6 +6,8 @@
 // strides, borders and dilations are a matter of addresses.
 
 #include "dot.h"
+#include <unistd.h>
+
 #include "epilogue.h"
 
 namespace quant2e {
@@ -13,7 +15,16 @@ namespace {
 
 constexpr int kMostPixels = 14;
 constexpr int kMostTaps = 1024;
-constexpr int64_t kPanelBytes = 96 * 1024;  // of inputs that stay in the L2 cache beside the weights
+
+// Of inputs that stay in the L2 cache beside the weights of a strip: half of it.
+int64_t panel_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t found = sysconf(_SC_LEVEL2_CACHE_SIZE) / 2;
+#else
+  static const int64_t found = 0;
+#endif
+  return std::max<int64_t>(found, 128 * 1024);
+}
 
 struct Layer {
   const int8_t* weights;  // packed, of the first output of this block
@@ -23,6 +34,8 @@ struct Layer {
   const int64_t* offsets;  // of each tap, in bytes from a pixel's first
   Epilogue epilogue;
   bool fast;
+  const char* next;   // weights that are needed after these, and how far apart a block asks for them: 64 bytes or none
+  int64_t next_step;
 };
 
 // Outputs that are computed together, in lanes: as many as are packed together, or one lane of them.
@@ -41,7 +54,8 @@ __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x
   const int8_t* w = layer.weights;
   const uint8_t* p[R];
   for (int r = 0; r < R; ++r) p[r] = x[r];
-  const int64_t step = kWhole ? 64 * V : layer.step;
+  const int64_t step = kWhole ? 64 * V : layer.step, next_step = layer.next_step;
+  const char* next = layer.next;
   for (int64_t t = 0; t < layer.taps; ++t) {
     const int64_t begin = layer.offsets[t], end = begin + layer.inner;
     int64_t k = begin;
@@ -55,7 +69,8 @@ __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x
           for (int v = 0; v < V; ++v)
             sums[r][v] = dot_two(sums[r][v], load_weights(w + 64 * v), load_weights(w + step + 64 * v), four[0], four[1]);
         }
-    for (; k < end; k += 4, w += step) {
+    for (; k < end; k += 4, w += step, next += next_step) {
+      __builtin_prefetch(next, 0, 2);
       B weights[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) weights[v] = load_weights(w + 64 * v);
@@ -200,9 +215,12 @@ class Walk {
   }
 };
 
+// The first blocks ask for the weights that come next, a line of the cache for each four inputs: these may lie in memory,
+// and are there when their turn comes.
 template <int V, int kHow>
-void pixels_by_outputs(const Layer& layer, Walk walk, int64_t count, int n) {
+void pixels_by_outputs(Layer layer, Walk walk, int64_t count, int n) {
   const Shape* shape = shapes<V, kHow>();
+  int64_t ahead = layer.next_step ? V : 0;
   const uint8_t* x[kMostPixels];
   Pixel pixels[kMostPixels];
   while (count > 0) {
@@ -211,6 +229,8 @@ void pixels_by_outputs(const Layer& layer, Walk walk, int64_t count, int n) {
     for (int r = 0; r < take; ++r) walk.next(x[r], pixels[r]);
     shape->run(layer, x, pixels, n);
     count -= take;
+    layer.next += layer.inner * layer.taps * 16;
+    if (ahead && --ahead == 0) layer.next_step = 0;
   }
 }
 
@@ -219,7 +239,8 @@ void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t
             int64_t to_block) {
   const int64_t outputs = step.outputs, padded = (outputs + 15) / 16 * 16;
   const int64_t bytes = layer.inner * layer.taps;
-  const int64_t panel = std::max<int64_t>(24, kPanelBytes / std::max<int64_t>(1, layer.inner) / 12 * 12);
+  const int64_t panels = pixels * layer.inner / panel_bytes() + 1;
+  const int64_t panel = (pixels / panels + 12) / 12 * 12;  // of about the same length
   const Epilogue whole = layer.epilogue;
   const int8_t* weights = layer.weights;
   const int32_t* init = layer.init;
@@ -239,6 +260,8 @@ void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t
         places.channel_out = channel + at_output;
         const Walk walk(places, pixel + at);
         const int some = (int)std::min<int64_t>(v * kLanes, outputs - at_output);
+        layer.next = (const char*)weights + (n + strip * kLanes) * bytes;
+        layer.next_step = count > 1 && part == 0 && n + strip * kLanes < padded ? 64 : 0;
         if (v == 4) pixels_by_outputs<4, kHow>(layer, walk, count, some);
         else if (v == 2) pixels_by_outputs<2, kHow>(layer, walk, count, some);
         else pixels_by_outputs<1, kHow>(layer, walk, count, some);
@@ -290,7 +313,7 @@ void convolution(const Run& run, const Step& step) {
   const int64_t pixels = h * w, padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
   const Blocks compute = blocks_for(step.arithmetic);
   for (int64_t g = 0; g < step.groups; ++g) {
-    Layer layer{nullptr, nullptr, step.inner, step.taps, 0, offsets, epilogue_of(run, step), step.fast != 0};
+    Layer layer{nullptr, nullptr, step.inner, step.taps, 0, offsets, epilogue_of(run, step), step.fast != 0, nullptr, 0};
     layer.weights = run.constant<int8_t>(step.weight) + g * padded * step.inner * step.taps;
     layer.init = run.constant<int32_t>(step.init) + (g + (kShifts && step.arithmetic == kSigned ? step.groups : 0)) * padded;
     layer.epilogue.scale += g * padded, layer.epilogue.bias += g * padded;
