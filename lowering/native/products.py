@@ -16,7 +16,7 @@ from lowering.native.arithmetic import arithmetic_of, sums_fit
 from lowering.native.pack import LANES, STRIP, depthwise_rows, pack_convolution, pack_depthwise, per_output
 from lowering.native.plan import Constants, Kind, Step
 from lowering.native.units import CLAMPS, Emitter, Ending, Unit, ending_of, finish
-from lowering.native.values import Integers, Weight, image_of, integers_of, stored, weight_at
+from lowering.native.values import Integers, Weight, image_of, integers_of, is_quantize, stored, weight_at
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
 
@@ -174,14 +174,20 @@ class _Product:
         finish(emitter, step, self.ending, fast=fast)
 
     def _numbers(self, x: Integers) -> tuple[Tensor, Tensor, bool]:
-        """Scale and bias of each output; divided by the scale of the result where nothing else is asked for."""
+        """Scale and bias of each output; whether they are divided by the scale of the result.
+
+        They are where a clamp ends it. Bytes that are added are then, too, and their zero point is in the bias.
+        """
         scale = self.weight.scale.double() * x.scale
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().double()
         end = self.ending
         y = None if end.integers is None else integers_of(end.integers)
-        if y is None or end.floats is not None or end.added is not None or end.activation.kind not in CLAMPS:
+        added = None if end.added is None or not is_quantize(end.added) else integers_of(end.added)
+        alone = end.added is None or (added is not None and not _is_depthwise(self.weight.integers, self.window, self.groups))
+        if y is None or end.floats is not None or not alone or end.activation.kind not in CLAMPS:
             return scale, bias, False
         most = self.weight.integers.flatten(1).to(torch.int32).abs().sum(1, dtype=torch.int64) * 255 * scale / y.scale
-        if bool((most + (bias / y.scale).abs() >= _SMALL).any()):
+        more = bias / y.scale if added is None else bias / y.scale - added.zero * added.scale / y.scale
+        if bool((most + more.abs() >= _SMALL).any()) or (added is not None and 255 * added.scale / y.scale >= _SMALL):
             return scale, bias, False
-        return scale / y.scale, bias / y.scale, True
+        return scale / y.scale, more, True

@@ -241,6 +241,7 @@ def finish(emitter: Emitter, step: Step, ending: Ending, *, fast: bool = False) 
         assert integers is not None, "it quantizes"
         step.y, step.inverse, step.zero = emitter.declare(ending.integers), integers.inverse, integers.zero
         step.low, step.high = bounds(integers, ending.activation) if fast else (integers.low, integers.high)
+        step.other_scale /= integers.scale if fast else 1.0
     if ending.floats is not None:
         step.z = emitter.declare(ending.floats)
     step.fast = int(fast)

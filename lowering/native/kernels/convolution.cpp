@@ -2,8 +2,7 @@
 //
 // A block is up to 6 pixels by 64 outputs (or more pixels by fewer outputs; without AVX-512 by 16 of the 64 that are
 // packed together). Its sums stay in registers while the bytes of its inputs go by, four at a time: see README.md for how
-// weights are packed. Each pixel has a pointer, so that
-// strides, borders and dilations are a matter of addresses.
+// weights are packed. Each pixel has a pointer, so that strides, borders and dilations are a matter of addresses.
 
 #include "dot.h"
 #include <unistd.h>
@@ -33,7 +32,7 @@ struct Layer {
   int64_t step;  // bytes of four inputs' weights: of all the outputs that are packed together
   const int64_t* offsets;  // of each tap, in bytes from a pixel's first
   Epilogue epilogue;
-  bool fast;
+  Ending ending;
   const char* next;   // weights that are needed after these, and how far apart a block asks for them: 64 bytes or none
   int64_t next_step;
 };
@@ -44,6 +43,31 @@ constexpr bool kWhole = true;
 #else
 constexpr bool kWhole = false;
 #endif
+
+// What is written of a block. What few layers ask for is done to sums in memory, so that it takes no registers here.
+template <int R, int V, Ending kEnding>
+ALWAYS_INLINE void finish_block(const I (&sums)[R][V], const Epilogue& e, const Pixel* pixels, int n) {
+  if constexpr (kEnding == kFloats || kEnding == kFloatsAdded) {
+    const float *scale = e.scale, *bias = e.bias;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      finish_floats<V, kEnding>(sums[r], scale, bias, pixels[r].z, (const float*)pixels[r].added, n);
+  } else if constexpr (kEnding != kAny) {
+    const Range range = e.range;
+    const float *scale = e.scale, *bias = e.bias;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+      finish_fast<V, kEnding>(sums[r], e, scale, bias, range, pixels[r].y, (const uint8_t*)pixels[r].added, n);
+  } else {
+    alignas(64) int32_t memory[R][V * kLanes];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store_int(memory[r] + v * kLanes, sums[r][v]);
+#pragma GCC unroll 1
+    for (int r = 0; r < R; ++r) finish<V>(memory[r], e, pixels[r], n);
+  }
+}
 
 // R pixels by V * 16 outputs.
 template <int R, int V, int kHow>
@@ -83,22 +107,14 @@ __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x
       }
     }
   }
-  const Epilogue& e = layer.epilogue;
-  if (layer.fast) {
-    const Range range = e.range;
-    const float *scale = e.scale, *bias = e.bias;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) finish_fast<V, kFolded>(sums[r], e, scale, bias, range, pixels[r].y, nullptr, n);
-    return;
-  }
-  int32_t memory[R][V * kLanes];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store_int(memory[r] + v * kLanes, sums[r][v]);
-#pragma GCC unroll 1
-  for (int r = 0; r < R; ++r) {
-    finish<V>(memory[r], e, pixels[r], n);
+  switch (layer.ending) {
+    case kFolded: return finish_block<R, V, kFolded>(sums, layer.epilogue, pixels, n);
+    case kFoldedAdded: return finish_block<R, V, kFoldedAdded>(sums, layer.epilogue, pixels, n);
+    case kOnlyHardswish: return finish_block<R, V, kOnlyHardswish>(sums, layer.epilogue, pixels, n);
+    case kOnlyGelu: return finish_block<R, V, kOnlyGelu>(sums, layer.epilogue, pixels, n);
+    case kFloats: return finish_block<R, V, kFloats>(sums, layer.epilogue, pixels, n);
+    case kFloatsAdded: return finish_block<R, V, kFloatsAdded>(sums, layer.epilogue, pixels, n);
+    default: return finish_block<R, V, kAny>(sums, layer.epilogue, pixels, n);
   }
 }
 
@@ -134,11 +150,13 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
   for (int half = 0; half < 2; ++half)
     for (int v = 0; v < V; ++v) store_int(memory[half] + v * kLanes, sums[half][v]);
   for (int i = 0; i < V * kLanes; ++i) memory[0][i] += memory[1][i];
-  const Epilogue& e = layer.epilogue;
-  if (!layer.fast) return finish<V>(memory[0], e, pixels[0], n);
-  I again[V];
-  for (int v = 0; v < V; ++v) again[v] = load_int(memory[0] + v * kLanes);
-  finish_fast<V, kFolded>(again, e, e.scale, e.bias, e.range, pixels[0].y, nullptr, n);
+  I again[1][V];
+  for (int v = 0; v < V; ++v) again[0][v] = load_int(memory[0] + v * kLanes);
+  switch (layer.ending) {
+    case kFolded: return finish_block<1, V, kFolded>(again, layer.epilogue, pixels, n);
+    case kFoldedAdded: return finish_block<1, V, kFoldedAdded>(again, layer.epilogue, pixels, n);
+    default: return finish<V>(memory[0], layer.epilogue, pixels[0], n);
+  }
 }
 
 using Block = void (*)(const Layer&, const uint8_t* const*, const Pixel*, int);
@@ -157,12 +175,13 @@ const Shape* shapes() {
                                   {3, block<3, 4, kHow>}, {2, block<2, 4, kHow>}, {1, row<4, kHow>}};
     return found;
   } else if constexpr (V == 2) {
-    static const Shape found[] = {{12, block<12, 2, kHow>}, {8, block<8, 2, kHow>}, {6, block<6, 2, kHow>},
-                                  {4, block<4, 2, kHow>}, {2, block<2, 2, kHow>}, {1, row<2, kHow>}};
+    static const Shape found[] = {{12, block<12, 2, kHow>}, {8, block<8, 2, kHow>}, {7, block<7, 2, kHow>},
+                                  {6, block<6, 2, kHow>}, {4, block<4, 2, kHow>}, {2, block<2, 2, kHow>},
+                                  {1, row<2, kHow>}};
     return found;
   } else {
-    static const Shape found[] = {{14, block<14, 1, kHow>}, {8, block<8, 1, kHow>}, {4, block<4, 1, kHow>},
-                                  {2, block<2, 1, kHow>}, {1, row<1, kHow>}};
+    static const Shape found[] = {{14, block<14, 1, kHow>}, {8, block<8, 1, kHow>}, {7, block<7, 1, kHow>},
+                                  {4, block<4, 1, kHow>}, {2, block<2, 1, kHow>}, {1, row<1, kHow>}};
     return found;
   }
 #else
@@ -220,12 +239,14 @@ class Walk {
 template <int V, int kHow>
 void pixels_by_outputs(Layer layer, Walk walk, int64_t count, int n) {
   const Shape* shape = shapes<V, kHow>();
+  const int64_t most = shape->pixels;
   int64_t ahead = layer.next_step ? V : 0;
   const uint8_t* x[kMostPixels];
   Pixel pixels[kMostPixels];
   while (count > 0) {
-    while (shape->pixels > count) ++shape;
-    int take = shape->pixels;
+    const int64_t wanted = count > most && count < 2 * most ? (count + 1) / 2 : count;  // two halves of the last pixels
+    while (shape->pixels > wanted) ++shape;
+    const int take = shape->pixels;
     for (int r = 0; r < take; ++r) walk.next(x[r], pixels[r]);
     shape->run(layer, x, pixels, n);
     count -= take;
@@ -313,7 +334,7 @@ void convolution(const Run& run, const Step& step) {
   const int64_t pixels = h * w, padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
   const Blocks compute = blocks_for(step.arithmetic);
   for (int64_t g = 0; g < step.groups; ++g) {
-    Layer layer{nullptr, nullptr, step.inner, step.taps, 0, offsets, epilogue_of(run, step), step.fast != 0, nullptr, 0};
+    Layer layer{nullptr, nullptr, step.inner, step.taps, 0, offsets, epilogue_of(run, step), linear_ending_of(run, step), nullptr, 0};
     layer.weights = run.constant<int8_t>(step.weight) + g * padded * step.inner * step.taps;
     layer.init = run.constant<int32_t>(step.init) + (g + (kShifts && step.arithmetic == kSigned ? step.groups : 0)) * padded;
     layer.epilogue.scale += g * padded, layer.epilogue.bias += g * padded;

@@ -64,11 +64,19 @@ __attribute__((noinline)) void finish(const int32_t* sums, const Epilogue& e, co
 }
 
 // What is done to sums that stay in registers: endings that layers often have.
-enum Ending { kAny, kFolded, kFoldedAdded, kOnlyHardswish };
+enum Ending { kAny, kFolded, kFoldedAdded, kOnlyHardswish, kOnlyGelu, kFloats, kFloatsAdded };
 
 ALWAYS_INLINE Ending ending_of(const Step& s) {
   if (s.fast) return s.other >= 0 ? kFoldedAdded : kFolded;
   return s.activation == kHardswish && s.y >= 0 && s.z < 0 && s.other < 0 ? kOnlyHardswish : kAny;
+}
+
+// The same, and endings of linear layers in transformers.
+ALWAYS_INLINE Ending linear_ending_of(const Run& run, const Step& s) {
+  if (s.activation == kGelu && s.y >= 0 && s.z < 0 && s.other < 0) return kOnlyGelu;
+  if (s.y >= 0 || s.activation != kNone) return ending_of(s);
+  if (s.other < 0) return kFloats;
+  return run.tensors[s.other].type == kFloat ? kFloatsAdded : kAny;
 }
 
 // kFolded: no more than a clamp is asked for, and scale, bias and that of what is added are divided by the scale of y.
@@ -81,9 +89,22 @@ ALWAYS_INLINE void finish_fast(const I* sums, const Epilogue& e, const float* sc
     F x = fma(to_float(sums[v]), load(scale + v * kLanes), load(bias + v * kLanes));
     if (kHow == kFoldedAdded) x = fma(load_bytes(added + v * kLanes, kLanes), set(e.added_scale), x);
     if (kHow == kOnlyHardswish) x = minimum(activated(x, kHardswish, 0, 0) * set(e.inverse), set(1e9f));
+    if (kHow == kOnlyGelu) x = minimum(gelu(x) * set(e.inverse), set(1e9f));
     integers[v] = rounded(x);
   }
   store_bytes<V>(y, integers, range, n);
+}
+
+// kFloats: scaled sums as they are, perhaps added to floats.
+template <int V, Ending kHow>
+ALWAYS_INLINE void finish_floats(const I* sums, const float* scale, const float* bias, float* z, const float* added, int n) {
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const int some = std::min(n - v * kLanes, kLanes);
+    if (some <= 0) return;
+    const F x = fma(to_float(sums[v]), load(scale + v * kLanes), load(bias + v * kLanes));
+    store(z + v * kLanes, kHow == kFloatsAdded ? x + load(added + v * kLanes, some) : x, some);
+  }
 }
 
 }  // namespace quant2e
