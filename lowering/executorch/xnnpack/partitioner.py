@@ -6,6 +6,7 @@ share a chain or a mask in pieces, and takes time that grows with the square of 
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.utils import _pytree as pytree
 
 from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS, fixed
+from lowering.executorch.xnnpack.lookup_tables import beside_tables, beside_tables_in, parted
 from lowering.executorch.xnnpack.stages import stages
 from lowering.export import drop_from_node
 from quant2e.errors import LoweringError, where
 from quant2e.graph.dataflow import operand
 from quant2e.graph.fake_values import shape_of
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
+
+BESIDE_TABLE = (
+    "in a delegate XNNPACK would join it with the lookup table in front of it, and free the table while in use"
+)
 
 
 def xnnpack_partitioner() -> Any:
@@ -37,7 +43,7 @@ def xnnpack_partitioner() -> Any:
         drop_from_node(exported.graph)
         matched = partitioner.get_matched_nodes_from_configs(exported)
         groups = [_with_results(group) for group in matched if all(map(_fits, group))]
-        found = stages(exported.graph, groups)
+        found = _safe_stages(exported, groups)
         if found is None:
             joined: list[Partition] = by_pairs(exported)
             return joined
@@ -45,6 +51,31 @@ def xnnpack_partitioner() -> Any:
 
     partitioner.generate_partitions = by_stages
     return partitioner
+
+
+def _safe_stages(exported: ExportedProgram, groups: list[list[Node]]) -> list[list[Node]] | None:
+    """Stages without the ops that XNNPACK would join with a table that it frees; None as `stages`."""
+    from executorch.exir.backend.utils import WhyNoPartition
+
+    why = WhyNoPartition(logger=logging.getLogger("executorch.backends.xnnpack"))
+    while True:
+        found = stages(exported.graph, groups)
+        unsafe = frozenset(node for nodes in found or () for node in beside_tables(nodes, exported))
+        if not unsafe:
+            return found
+        for node in unsafe:
+            why(node, BESIDE_TABLE)
+        groups = list(parted(groups, unsafe))
+
+
+def refuse_freed_tables(module: GraphModule) -> None:
+    """Refuse delegates in which XNNPACK frees a table that it uses, where a partitioner of its own made them."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        lowered = getattr(module, str(node.target))
+        if getattr(lowered, "backend_id", None) != "XnnpackBackend":
+            continue
+        for unsafe in beside_tables_in(lowered.original_module):
+            raise LoweringError(f"{where(unsafe)}: {BESIDE_TABLE}. Leave partitioners out: then a kernel runs this op")
 
 
 def _configs() -> list[type[Any]]:
