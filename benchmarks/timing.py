@@ -27,6 +27,11 @@ class Machine:
     system: str
     versions: Mapping[str, str]
 
+    @property
+    def instructions(self) -> str:
+        """The instruction set, in a few words."""
+        return f"{self.isa}, {'VNNI' if self.vnni else 'no VNNI'}"
+
     def __str__(self) -> str:
         vnni = "VNNI" if self.vnni else "no VNNI"
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())

@@ -119,3 +119,9 @@ def drop_from_node(graph: Graph) -> None:
     """
     for node in graph.nodes:
         node.meta.pop(FROM_NODE, None)
+
+
+def op_name(node: Node) -> str:
+    """``aten.mul.Tensor`` for an op of any dialect."""
+    name = getattr(node.target, "__name__", str(node.target))
+    return name.removeprefix("aten.") if name.startswith("aten.aten.") else name

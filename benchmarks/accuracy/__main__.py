@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from benchmarks.accuracy.targets import targets
 from benchmarks.accuracy.task import MissingModelError, Task
 from benchmarks.accuracy.tuning import HARD, Tuned, tuned
 from benchmarks.demo.progress import Phases
-from benchmarks.timing import machine
+from benchmarks.timing import Machine, machine
 from quant2e.files import write_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
@@ -60,9 +60,13 @@ class Results:
         self.rows = {row.key: row for row in map(Row.from_plain, data.get("rows", ()))}
         self.tuned = [Tuned(**{**one, "blocks": tuple(one["blocks"])}) for one in data.get("tune", ())]
         self.trained = [Trained(**{**one, "top1": tuple(one["top1"])}) for one in data.get("training", ())]
+        self.machines = {one.instructions: one for one in (Machine(**each) for each in data.get("machines", ()))}
 
     def add(self, found: Row | Tuned | Trained) -> None:
-        """Put it in the place of an earlier one, and write the files."""
+        """Put it in the place of an earlier one, with the machine it was measured on, and write the files."""
+        where = machine()
+        self.machines[where.instructions] = where
+        found = replace(found, instructions=where.instructions)
         if isinstance(found, Row):
             self.rows[found.key] = found
         elif isinstance(found, Tuned):
@@ -82,14 +86,17 @@ class Results:
 
     def write(self) -> None:
         """The table for people, with the targets first, and the one for programs."""
-        rows, where, command = self.ordered(), machine(), "python -m benchmarks.accuracy"  # of all parts
+        rows, command = self.ordered(), "python -m benchmarks.accuracy"  # of all parts
+        measured: list[Row | Tuned | Trained] = [*rows, *self.tuned, *self.trained]
+        used = {one.instructions for one in measured}
+        machines = [where for name, where in sorted(self.machines.items()) if name in used]
         notes = [f"- {name}: {note}" for name, note in _NOTES.items()]
         versions = sorted({row.versions for row in rows if row.versions})
         table.write(
             self.path,
             TITLE,
             command,
-            where,
+            machines,
             {
                 "Targets": table.target_lines(list(targets(rows, self.tuned))),
                 "Rows": [*table.row_lines(rows), "", *notes, f"- versions: {'; '.join(versions)}"],
@@ -100,7 +107,7 @@ class Results:
         plain = {
             "title": TITLE,
             "command": command,
-            "machine": asdict(where),
+            "machines": [asdict(where) for where in machines],
             "rows": [row.plain() for row in rows],
             "tune": [one.plain() for one in self.tuned],
             "training": [one.plain() for one in self.trained],
@@ -114,7 +121,8 @@ _NOTES = {
     "as peers": "ours with full ranges, for machines with VNNI (graphs are evaluated in float, where nothing "
     "overflows), and with float embedding tables",
     "SQNR": "of the last calibration batch; it moves by some decibels from batch to batch where a model is small",
-    "CPU s": "CPU time of one thread, which other work on the machine hardly moves",
+    "CPU s": "CPU time of one thread, which other work on the machine hardly moves; only those of one machine compare",
+    "machine": 'its instruction set; of the schemes, only x86 w8a8 is set to it (and not for peers, nor "as peers")',
     "digits, depthwise, vit": "trained here, evaluated on 597 images of scikit-learn's digits",
     "hard": "the same function bit for bit; ranges of channels over three decades (vit: four outlier channels a norm)",
     "characters": "a decoder trained here on topics of help(), evaluated on 32,768 characters of other topics",

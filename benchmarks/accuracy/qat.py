@@ -41,7 +41,7 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], int, float]] = {
 class Trained:
     """Top-1 on the held-out images, one for each seed, and the median CPU seconds of a step (None: no training).
 
-    ``failed``: why there is nothing.
+    ``failed``: why there is nothing. ``instructions``: as `Row.instructions`.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Trained:
     top1: tuple[float, ...] = ()
     step_seconds: float | None = None
     failed: str = ""
+    instructions: str = ""
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""

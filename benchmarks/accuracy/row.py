@@ -26,7 +26,7 @@ class Row:
     last batch, which is held out of nothing: a measure of noise, not of accuracy. ``seconds``: of CPU time from the
     float model to the Q/DQ graph, which other work on the machine hardly moves; None: not measured. ``samples``: how
     many the metric is a share of; 0: it is no share. ``notes``: the steps that were taken. ``failed``: why there are no
-    numbers.
+    numbers. ``instructions``: the instruction set of the machine, as `Machine.instructions` says it.
     """
 
     model: str
@@ -40,6 +40,7 @@ class Row:
     notes: tuple[str, ...] = ()
     failed: str = ""
     versions: str = ""
+    instructions: str = ""
 
     @property
     def key(self) -> tuple[str, str, str]:

@@ -30,21 +30,22 @@ def target_lines(targets: Sequence[Target]) -> list[str]:
 
 def row_lines(rows: Sequence[Row]) -> list[str]:
     """The rows, one a line."""
-    heads = ("model", "scheme", "by", "accuracy", "int8 share of MACs", "SQNR dB", "CPU s", "what was done")
+    heads = ("model", "scheme", "by", "accuracy", "int8 share of MACs", "SQNR dB", "CPU s", "machine", "what was done")
     return _lines(heads, [_cells(row) for row in rows])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     head = (row.model, row.scheme, row.method)
     if row.failed:
-        return (*head, "–", "–", "–", "–", f"failed: {row.failed}")
+        return (*head, "–", "–", "–", "–", row.instructions, f"failed: {row.failed}")
     measures = ", ".join(
         f"{name.replace('−bits', 'bits')} {_number(name, value)}" for name, value in row.measures.items()
     )
     if row.sqnr_db is None:
-        return (*head, measures, "–", "–", "–", "")
+        return (*head, measures, "–", "–", "–", row.instructions, "")
     noise = "no error" if row.sqnr_db == math.inf else f"{row.sqnr_db:.1f}"
-    return (*head, measures, f"{row.int8_share:.1%}", noise, _seconds(row.seconds), "; ".join(_once(row.notes)))
+    numbers = (measures, f"{row.int8_share:.1%}", noise, _seconds(row.seconds))
+    return (*head, *numbers, row.instructions, "; ".join(_once(row.notes)))
 
 
 def _once(notes: Sequence[str]) -> list[str]:
@@ -85,6 +86,7 @@ def tuned_lines(tuned: Sequence[Tuned]) -> list[str]:
         "int8 share",
         "trials",
         "CPU s",
+        "machine",
         "exhaustive",
         "blocks",
     )
@@ -92,7 +94,7 @@ def tuned_lines(tuned: Sequence[Tuned]) -> list[str]:
         (
             one.model, one.scheme, "met" if one.met else "not met", f"{one.metric:.2%}", f"{one.float_metric:.2%}",
             f"{one.test:.2%}", f"{one.int8_share:.1%}", str(one.trials), _seconds(one.seconds),
-            f"{one.exhaustive_share:.1%} after {one.mixes} mixes", ", ".join(one.blocks),
+            one.instructions, f"{one.exhaustive_share:.1%} after {one.mixes} mixes", ", ".join(one.blocks),
         )
         for one in tuned
     ]  # fmt: skip
@@ -101,22 +103,24 @@ def tuned_lines(tuned: Sequence[Tuned]) -> list[str]:
 
 def trained_lines(trained: Sequence[Trained]) -> list[str]:
     """Accuracies over seeds, one method a line."""
-    heads = ("model", "bits of weights", "method", "seeds", "top-1, mean", "lowest", "highest", "CPU ms a step")
+    accuracies = ("top-1, mean", "lowest", "highest")
+    heads = ("model", "bits of weights", "method", "seeds", *accuracies, "CPU ms a step", "machine")
     return _lines(heads, [_trained_cells(one) for one in trained])
 
 
 def _trained_cells(one: Trained) -> tuple[str, ...]:
     head = (one.model, str(one.bits), one.method)
     if one.failed:
-        return (*head, "–", f"failed: {one.failed}", "–", "–", "–")
+        return (*head, "–", f"failed: {one.failed}", "–", "–", "–", one.instructions)
     mean = sum(one.top1) / len(one.top1)
     step = "–" if one.step_seconds is None else f"{1e3 * one.step_seconds:.0f}"
-    return (*head, str(len(one.top1)), f"{mean:.2%}", f"{min(one.top1):.2%}", f"{max(one.top1):.2%}", step)
+    accuracies = (f"{mean:.2%}", f"{min(one.top1):.2%}", f"{max(one.top1):.2%}")
+    return (*head, str(len(one.top1)), *accuracies, step, one.instructions)
 
 
-def write(path: Path, title: str, command: str, where: Machine, parts: Mapping[str, list[str]]) -> None:
-    """``path`` with the ending ``.md``: each part under its heading."""
-    lines = [f"# {title}", "", f"`{command}`", "", f"{where}", ""]
+def write(path: Path, title: str, command: str, machines: Sequence[Machine], parts: Mapping[str, list[str]]) -> None:
+    """``path`` with the ending ``.md``: each part under its heading. ``machines``: on which rows were measured."""
+    lines = [f"# {title}", "", f"`{command}`", "", *(f"- {where.instructions}: {where}" for where in machines), ""]
     for heading, part in parts.items():
         lines += [f"## {heading}", "", *part, ""]
     path.parent.mkdir(parents=True, exist_ok=True)

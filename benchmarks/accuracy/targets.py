@@ -118,7 +118,7 @@ def _peers(rows: Rows) -> Iterator[Target]:
             continue
         found = _at(ours)
         if ours is not safe and safe is not None and not safe.failed:
-            found += f", and with tables and ranges for this machine {_at(safe)}"
+            found += f", and with tables and ranges for the machine of its row {_at(safe)}"
         found += f"; {method} {_at(peer)}"
         if ours.metric < peer.metric:
             found += f": {_behind(ours, peer, exact)}"

@@ -28,7 +28,7 @@ class Tuned:
     """What `tune` found in ``trials`` trials, without algorithms, and the best of ``mixes`` mixes of blocks.
 
     ``metric`` and ``float_metric``: on the data that `tune` chooses by; ``test``: on that of the table. ``seconds``: of
-    CPU time.
+    CPU time. ``instructions``: as `Row.instructions`.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Tuned:
     exhaustive_share: float
     mixes: int
     blocks: tuple[str, ...]
+    instructions: str = ""
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""

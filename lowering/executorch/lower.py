@@ -24,7 +24,12 @@ from lowering.executorch.report import ExecuTorchReport, Rejections, report_on
 from lowering.executorch.runtime import check_program, require_executorch, unavailable_backends
 from lowering.executorch.xnnpack.legalize import DECLARED, EXACT, SPELLED, legalize
 from lowering.executorch.xnnpack.limits import beside_float16, check_limits
-from lowering.executorch.xnnpack.partitioner import is_xnnpack, refuse_growing_means, xnnpack_partitioner
+from lowering.executorch.xnnpack.partitioner import (
+    is_xnnpack,
+    refuse_freed_tables,
+    refuse_growing_means,
+    xnnpack_partitioner,
+)
 from lowering.export import (
     Lowerable,
     drop_from_node,
@@ -265,6 +270,8 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
             edge = to_edge_transform_and_lower(
                 programs, partitioner=list(partitioners), constant_methods=published or None
             )
+        for name in prepared:
+            refuse_freed_tables(edge.exported_program(name).graph_module)
         reports = {
             name: report_on(edge.exported_program(name).graph_module, rejections.reasons, one.rewrites)
             for name, one in prepared.items()
@@ -274,6 +281,8 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
         edge._named_data_store.add_named_data(WORD, BLANK.encode())
         with kept_ranges(map(edge.exported_program, prepared)):
             made = edge.to_executorch()
+    except LoweringError:
+        raise
     except Exception as error:
         raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
     check_program(made.executorch_program)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from lowering.control_flow import ops_inside
+from lowering.export import op_name
 from lowering.program import LoweringReport, Table
 from lowering.verify import Verification
 from quant2e.errors import where
@@ -121,12 +122,6 @@ class Rejections(logging.Handler):
             logger.removeHandler(self)
             logger.setLevel(level)
             logger.propagate = propagate
-
-
-def op_name(node: Node) -> str:
-    """``aten.mul.Tensor`` for an op of any dialect."""
-    name = getattr(node.target, "__name__", str(node.target))
-    return name.removeprefix("aten.") if name.startswith("aten.aten.") else name
 
 
 def report_on(module: GraphModule, reasons: Mapping[str, str], rewrites: Mapping[str, int]) -> ExecuTorchReport:

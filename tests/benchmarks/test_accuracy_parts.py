@@ -99,7 +99,8 @@ def test_peers_are_held_against_ours_with_the_same_ranges_and_where_ours_is_behi
     assert {what.split()[-1] if REDUCED not in what else REDUCED: target.met for what, target in found.items()} == {
         TORCHAO: True, REDUCED: False, NNCF: False,
     }  # fmt: skip
-    assert "and with tables and ranges for this machine 97.00%" in found[f"vit, {X86}, beside {TORCHAO}"].found
+    beside = found[f"vit, {X86}, beside {TORCHAO}"].found
+    assert "and with tables and ranges for the machine of its row 97.00%" in beside
     assert (
         "behind by 1 of 500, with all of float's 98.00%: what a model has above float is chance"
         in found[f"vit, {XNNPACK}, beside {NNCF}"].found

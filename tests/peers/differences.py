@@ -22,7 +22,7 @@ class Difference:
     what: str
     why: str
     tests: tuple[str, ...]
-    says: str = ""
+    says: str
 
     def covers(self, outcome: Outcome) -> bool:
         """Whether it explains a failure."""

@@ -142,7 +142,7 @@ def test_a_failure_needs_a_reason_that_its_message_shows():
 def test_the_list_of_differences_is_readable():
     differences = read()
     assert len({d.what for d in differences}) == len(differences)
-    assert all(d.what and d.why and d.tests for d in differences)
+    assert all(d.what and d.why and d.tests and d.says for d in differences)
 
 
 def test_a_folder_that_is_no_checkout_is_named(tmp_path, monkeypatch, capsys):

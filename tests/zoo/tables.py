@@ -195,8 +195,6 @@ TABLES = (
     plain("nerf", "field", Radiance, inputs={"places": unit("batch", 3)}, sizes={"batch": Extent(32, 20, 64)}),
     plain("tabular-transformer", "table", Tabular, inputs={"columns": normal("batch", 6)}, sizes=of_batch(),
           floor_db=10.0),  # one row of two or three is all that is compared, and one value beyond the ranges shows
-    plain("n-beats", "time series", Forecast, inputs={"past": normal("batch", 16)}, sizes=of_batch(),
-          skips={"ExecuTorch": "a program with a varying batch that adds a slice of integers to floats runs, and ends "
-                               "the process where it is freed (ExecuTorch 1.4.1)"}),
+    plain("n-beats", "time series", Forecast, inputs={"past": normal("batch", 16)}, sizes=of_batch()),
 )  # fmt: skip
 """Recommenders, sets, graphs and tables."""

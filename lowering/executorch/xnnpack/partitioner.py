@@ -6,6 +6,7 @@ share a chain or a mask in pieces, and takes time that grows with the square of 
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.utils import _pytree as pytree
 
 from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS, fixed
+from lowering.executorch.xnnpack.lookup_tables import beside_tables, beside_tables_in, parted
 from lowering.executorch.xnnpack.stages import stages
 from lowering.export import drop_from_node
 from quant2e.errors import LoweringError, where
 from quant2e.graph.dataflow import operand
-from quant2e.graph.fake_values import shape_of
+from quant2e.graph.fake_values import node_tensor, shape_of
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
+
+BESIDE_TABLE = (
+    "in a delegate XNNPACK would join it with the lookup table in front of it, and free the table while in use"
+)
+
+GROWING_FLOAT16 = "XNNPACK's mean of float16 writes behind its memory when a call is larger than the first"
 
 
 def xnnpack_partitioner() -> Any:
@@ -37,7 +45,7 @@ def xnnpack_partitioner() -> Any:
         drop_from_node(exported.graph)
         matched = partitioner.get_matched_nodes_from_configs(exported)
         groups = [_with_results(group) for group in matched if all(map(_fits, group))]
-        found = stages(exported.graph, groups)
+        found = _safe_stages(exported, groups)
         if found is None:
             joined: list[Partition] = by_pairs(exported)
             return joined
@@ -45,6 +53,29 @@ def xnnpack_partitioner() -> Any:
 
     partitioner.generate_partitions = by_stages
     return partitioner
+
+
+def _safe_stages(exported: ExportedProgram, groups: list[list[Node]]) -> list[list[Node]] | None:
+    """Stages without the ops that XNNPACK would join with a table that it frees; None as `stages`."""
+    why = _reporter()
+    while True:
+        found = stages(exported.graph, groups)
+        unsafe = frozenset(node for nodes in found or () for node in beside_tables(nodes, exported))
+        if not unsafe:
+            return found
+        for node in unsafe:
+            why(node, BESIDE_TABLE)
+        groups = list(parted(groups, unsafe))
+
+
+def refuse_freed_tables(module: GraphModule) -> None:
+    """Refuse delegates in which XNNPACK frees a table that it uses, where a partitioner of its own made them."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        lowered = getattr(module, str(node.target))
+        if getattr(lowered, "backend_id", None) != "XnnpackBackend":
+            continue
+        for unsafe in beside_tables_in(lowered.original_module):
+            raise LoweringError(f"{where(unsafe)}: {BESIDE_TABLE}. Leave partitioners out: then a kernel runs this op")
 
 
 def _configs() -> list[type[Any]]:
@@ -81,10 +112,19 @@ def _quantized_where_fixed(config: Any) -> Any:
 
     XNNPACK's quantized mean has an accumulator for each element of its result, and room for those of the first call:
     ``reshape_reduce_operator`` asks for more memory where the result grows beyond the bounds, and not where the
-    accumulators do. A larger call writes behind them. The mean of floats has none.
+    accumulators do. A larger call writes behind them. The mean of float32 has none, and that of float16, which has some
+    too, is left to a kernel.
     """
+    why = _reporter()
 
     class QuantizedWhereFixed(config):  # type: ignore[misc]
+        def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+            if _is_float16(node) and not fixed(*shape_of(node)):
+                why(node, GROWING_FLOAT16)
+                return False
+            taken: bool = super().check_constraints(node, ep)
+            return taken
+
         def get_node_and_deps(self, node: Node, ep: ExportedProgram) -> list[Node]:
             if not fixed(*shape_of(node)):
                 return [node]
@@ -95,24 +135,41 @@ def _quantized_where_fixed(config: Any) -> Any:
 
 
 def refuse_growing_means(graph: Graph, partitioners: Sequence[Any]) -> None:
-    """Refuse quantized means that outgrow their accumulators, where a partitioner of XNNPACK's own would take them."""
+    """Refuse means that outgrow their accumulators, where a partitioner of XNNPACK's own would take them."""
     from executorch.backends.xnnpack.partition.config.generic_node_configs import MeanDimConfig
     from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 
     configs: list[Any] = [getattr(each, "target_partitioner_configs", {}).get("mean.dim") for each in partitioners]
-    if not any(
-        type(config) is MeanDimConfig and ConfigPrecisionType.STATIC_QUANT in config.enabled_precision_types
-        for config in configs
-    ):
-        return
+    precisions = {
+        each for config in configs if type(config) is MeanDimConfig for each in config.enabled_precision_types
+    }
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim):
+        if fixed(*shape_of(node)):
+            continue
         quantized = operand(node, 0).target in DEQUANTIZE and [user.target in QUANTIZE for user in node.users] == [True]
-        if quantized and not fixed(*shape_of(node)):
-            raise LoweringError(
-                f"{where(node)} averages quantized values, and its result has a size that varies: XNNPACK's own "
-                "partitioner makes a program of it that writes behind its memory when a call is larger than the first. "
-                "Leave partitioners out: then the mean is one of floats"
-            )
+        if quantized and ConfigPrecisionType.STATIC_QUANT in precisions:
+            what, instead = "quantized values", "the mean is one of floats"
+        elif _is_float16(node) and ConfigPrecisionType.FP32 in precisions:
+            what, instead = "float16", "a kernel runs the mean"
+        else:
+            continue
+        raise LoweringError(
+            f"{where(node)} averages {what}, and its result has a size that varies: XNNPACK's own partitioner makes a "
+            "program of it that writes behind its memory when a call is larger than the first. Leave partitioners out: "
+            f"then {instead}"
+        )
+
+
+def _is_float16(node: Node) -> bool:
+    value = node_tensor(node)
+    return value is not None and value.dtype is torch.float16
+
+
+def _reporter() -> Any:
+    """Says why a node is in no delegate, as the partitioner's own rules do."""
+    from executorch.exir.backend.utils import WhyNoPartition
+
+    return WhyNoPartition(logger=logging.getLogger("executorch.backends.xnnpack"))
 
 
 def _fits(node: Node) -> bool:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lowering import to_executorch, verify
-from lowering.executorch.report import op_name
 from lowering.executorch.xnnpack.limits import check_limits
+from lowering.export import op_name
 from quant2e.errors import LoweringError
 from quant2e.graph.qdq_ops import qd
 from quant2e.passes.runner import checking

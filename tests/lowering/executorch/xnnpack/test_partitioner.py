@@ -7,7 +7,7 @@ from torch import nn
 from torch.export import Dim
 
 from lowering import to_executorch
-from lowering.executorch.xnnpack.partitioner import xnnpack_partitioner
+from lowering.executorch.xnnpack.partitioner import GROWING_FLOAT16, xnnpack_partitioner
 from quant2e import quantize, to_integer
 from quant2e.errors import LoweringError
 from quant2e.graph.qdq_ops import qd
@@ -156,3 +156,18 @@ def test_the_own_partitioner_of_xnnpack_gets_no_mean_that_outgrows_its_memory():
     with pytest.raises(LoweringError, match=r"'mean'.*averages quantized values.*Leave partitioners out"):
         to_executorch(varying, partitioners=own)
     assert to_executorch(averaged((4, 3, 8, 8), None), partitioners=own).report.verification.max_steps <= 1
+
+
+def test_a_mean_of_float16_whose_size_varies_is_left_to_a_kernel():
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    model = Fn(lambda x: x.mean([2, 3]) * 2)
+    x, varying = torch.randn(2, 16, 4, 4).half(), ({0: Dim("batch", max=512)},)
+    program = to_executorch(model, (x,), dynamic_shapes=varying, verify=False)
+    assert [left.op for left in program.report.leftovers if left.reason == GROWING_FLOAT16] == ["aten.mean.dim"]
+    for batch in (1, 2, 512, 3, 512):
+        x = torch.randn(batch, 16, 4, 4).half()
+        torch.testing.assert_close(program(x), model(x), rtol=1e-2, atol=1e-3)
+    assert "aten.mean.dim" in to_executorch(model, (x,)).report.partitions[0].ops
+    with pytest.raises(LoweringError, match=r"averages float16.*Leave partitioners out: then a kernel runs the mean"):
+        to_executorch(model, (x,), dynamic_shapes=varying, partitioners=[XnnpackPartitioner()])
