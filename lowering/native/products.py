@@ -183,7 +183,9 @@ class _Product:
         end = self.ending
         y = None if end.integers is None else integers_of(end.integers)
         added = None if end.added is None or not is_quantize(end.added) else integers_of(end.added)
-        alone = end.added is None or (added is not None and not _is_depthwise(self.weight.integers, self.window, self.groups))
+        alone = end.added is None or (
+            added is not None and not _is_depthwise(self.weight.integers, self.window, self.groups)
+        )
         if y is None or end.floats is not None or not alone or end.activation.kind not in CLAMPS:
             return scale, bias, False
         most = self.weight.integers.flatten(1).to(torch.int32).abs().sum(1, dtype=torch.int64) * 255 * scale / y.scale
