@@ -232,7 +232,7 @@ def finish(emitter: Emitter, step: Step, ending: Ending, *, fast: bool = False) 
     """Fill in what a step does with its result, and add it. ``fast``: scales are divided by that of y already."""
     step.activation, step.a, step.b = ending.activation.kind, ending.activation.a, ending.activation.b
     if ending.added is not None:
-        step.other = emitter.read(ending.added)
+        step.other = emitter.border(ending.added, 0) if is_quantize(ending.added) else emitter.read(ending.added)
         added = integers_of(ending.added)
         if is_quantize(ending.added) and added is not None:
             step.other_scale, step.other_zero = added.scale, added.zero

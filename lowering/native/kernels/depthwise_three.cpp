@@ -41,17 +41,15 @@ ALWAYS_INLINE void sums_of(I* sums, const B* one, const B* two, const B* three, 
 
 // `count` pixels from (i, j) on, whose sums lie one behind the other.
 template <int V, int P, Ending kHow>
-ALWAYS_INLINE void put(const Depthwise& d, const Rows& r, const Lines& lines, const I* sums, const Range& range, int64_t t,
-                       int64_t j) {
+ALWAYS_INLINE void put(const Depthwise& d, const Rows& r, const Lines& lines, const Epilogue& e, const I* sums,
+                       const Range& range, int64_t t, int64_t j) {
   const int count = (int)std::min<int64_t>(P, d.out.w - j);
   if constexpr (kHow == kAny) {
-    Epilogue e = d.epilogue;
-    e.scale = lines.scale, e.bias = lines.bias;
     alignas(64) int32_t memory[V * P * kLanes];
     for (int v = 0; v < V * P; ++v) store_int(memory + v * kLanes, sums[v]);
     for (int p = 0; p < count; ++p) finish<V>(memory + p * V * kLanes, e, d.pixel(r.i + t, j + p, r.channel), r.n);
   } else {
-    finish_fast<V * P, kHow>(sums, d.epilogue, lines.scale, lines.bias, range, lines.y[t] + j * d.y.c, nullptr, count * r.n);
+    finish_fast<V * P, kHow>(sums, e, lines.scale, lines.bias, range, lines.y[t] + j * d.y.c, nullptr, count * r.n);
   }
 }
 
@@ -63,7 +61,9 @@ ALWAYS_INLINE void move(const uint8_t* (&rows)[4], int64_t by) {
 template <int V, int P, Ending kHow>
 void one_by_one(const Depthwise& d, const Rows& r) {
   Lines lines = lines_of(d, r, 2);
-  const Range range = d.epilogue.range;
+  Epilogue e = d.epilogue;
+  e.scale = lines.scale, e.bias = lines.bias;
+  const Range range = e.range;
   const int64_t c = d.x.c;
   const uint8_t* rows[4] = {lines.from[0], lines.from[1], lines.from[2], lines.from[3]};
   B columns[2 + P][V];
@@ -83,7 +83,7 @@ void one_by_one(const Depthwise& d, const Rows& r) {
       I sums[P * V];
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) sums_of<V, 2>(sums + p * V, columns[p], columns[p + 1], columns[p + 2], lines, t);
-      put<V, P, kHow>(d, r, lines, sums, range, t, j);
+      put<V, P, kHow>(d, r, lines, e, sums, range, t, j);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) columns[0][v] = columns[P][v], columns[1][v] = columns[P + 1][v];
@@ -94,7 +94,9 @@ void one_by_one(const Depthwise& d, const Rows& r) {
 template <int V, Ending kHow>
 void two_by_two(const Depthwise& d, const Rows& r) {
   const Lines lines = lines_of(d, r, 1);
-  const Range range = d.epilogue.range;
+  Epilogue e = d.epilogue;
+  e.scale = lines.scale, e.bias = lines.bias;
+  const Range range = e.range;
   const int64_t c = d.x.c;
   const uint8_t* rows[4] = {lines.from[0], lines.from[1], lines.from[2], lines.from[3]};
   B columns[3][V];
@@ -104,7 +106,7 @@ void two_by_two(const Depthwise& d, const Rows& r) {
     interleave<V>(columns[2], rows, r.n), move(rows, c);
     I sums[V];
     sums_of<V, 1>(sums, columns[0], columns[1], columns[2], lines, 0);
-    put<V, 1, kHow>(d, r, lines, sums, range, 0, j);
+    put<V, 1, kHow>(d, r, lines, e, sums, range, 0, j);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) columns[0][v] = columns[2][v];
   }
