@@ -29,6 +29,22 @@ ALWAYS_INLINE void interleave(B* to, const uint8_t* const (&rows)[4], int n) {
   const __m512i high = _mm512_unpackhi_epi8(r[0], r[1]), high2 = _mm512_unpackhi_epi8(r[2], r[3]);
   to[V > 2 ? 2 : 0] = _mm512_unpacklo_epi16(high, high2);
   to[V > 2 ? 3 : 0] = _mm512_unpackhi_epi16(high, high2);
+#elif defined(__AVX2__)
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    const int left = n - v * kLanes;
+    __m128i r[4];
+    for (int i = 0; i < 4; ++i) {
+      uint8_t some[kLanes] = {};
+      const uint8_t* from = rows[i] + v * kLanes;
+      if (V > 2 && left < kLanes) std::memcpy(some, from, std::max(left, 0)), from = some;
+      r[i] = _mm_loadu_si128((const __m128i*)from);
+    }
+    const __m128i low = _mm_unpacklo_epi8(r[0], r[1]), low2 = _mm_unpacklo_epi8(r[2], r[3]);
+    const __m128i high = _mm_unpackhi_epi8(r[0], r[1]), high2 = _mm_unpackhi_epi8(r[2], r[3]);
+    to[v] = {_mm256_set_m128i(_mm_unpackhi_epi16(low, low2), _mm_unpacklo_epi16(low, low2)),
+             _mm256_set_m128i(_mm_unpackhi_epi16(high, high2), _mm_unpacklo_epi16(high, high2))};
+  }
 #else
   for (int v = 0; v < V; ++v) {
     int8_t mixed[4 * kLanes];

@@ -252,7 +252,8 @@ ALWAYS_INLINE F load(const float* from, int n) {
 }
 ALWAYS_INLINE F load_bytes(const uint8_t* from, int n) {
   uint8_t whole_lanes[kLanes] = {};
-  std::memcpy(whole_lanes, from, n);
+  if (n == kLanes) std::memcpy(whole_lanes, from, kLanes);
+  else std::memcpy(whole_lanes, from, n);
 #if defined(__AVX2__)
   return floats_of(_mm_loadu_si128((const __m128i*)whole_lanes));
 #else
@@ -286,11 +287,11 @@ ALWAYS_INLINE void transpose(F (&x)[kLanes]) {
 }
 template <int V>
 ALWAYS_INLINE void store_bytes(uint8_t* to, const I* x, const Range& range, int n) {
-  for (int v = 0; v < V && n > 0; ++v, n -= kLanes) {
-    uint8_t bytes[kLanes];
-    bytes_of(bytes, x[v], range);
-    std::memcpy(to + v * kLanes, bytes, std::min(n, kLanes));
-  }
+  alignas(16) uint8_t bytes[V * kLanes];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) bytes_of(bytes + v * kLanes, x[v], range);
+  if (n >= V * kLanes) std::memcpy(to, bytes, V * kLanes);
+  else if (n > 0) std::memcpy(to, bytes, n);
 }
 
 #endif
