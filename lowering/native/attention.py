@@ -203,11 +203,10 @@ def _fits(mask: Node, scores: Node, q: _Operand, k: _Operand) -> bool:
 
 def _alone(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     """Those of ``nodes`` that only others of them read, and the last: what else reads one needs it outside as well."""
-    inside = set(nodes)
-    for node in reversed(nodes[:-1]):
-        if any(user not in inside for user in node.users):
-            inside.discard(node)
-    return tuple(node for node in nodes if node in inside)
+    kept = nodes
+    while (less := tuple(node for node in kept if node is nodes[-1] or all(user in kept for user in node.users))) != kept:
+        kept = less
+    return kept
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from lowering.native.op import load_op
 from lowering.native.regions import Written, call_regions, find_units, grouped, write
+from lowering.native.rows import straighten_rows
 from quant2e.graph.mutation import written_attributes
 
 WRITES = "the graph writes to its buffers: what reads them keeps its place, op by op"
@@ -36,6 +37,7 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
         return NO_CUT
     if written_attributes(gm):
         return Cut(regions=(), refused={node.name: WRITES for node in gm.graph.nodes})
+    straighten_rows(gm)
     found = find_units(gm, besides)
     refused, regions = dict(found.refused), []
     for units in grouped(gm, found):
