@@ -95,7 +95,7 @@ def _rows(node: Node) -> _Rows | None:
 
 
 def _turned(moved: Tensor, base: Tensor) -> bool | None:
-    """Whether ``moved`` has the rows of ``base`` with the first two axes exchanged, or as they are; None for neither."""
+    """Whether ``moved`` has the rows of ``base`` with its first two axes exchanged, or as they are; else None."""
     width = base.shape[-1]
     if moved.numel() != base.numel() or moved.dim() < 2 or moved.shape[-1] != width:
         return None
