@@ -12,9 +12,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.native.layouts import Heads, heads_at, rows_made_of
+from lowering.native.masks import mask_of
 from lowering.native.plan import Kind, Step
 from lowering.native.units import Emitter, Ending, Unit, describe, ending_of, finish, is_identity
-from lowering.native.values import Integers, integers_of, is_quantize, shape_of, stored
+from lowering.native.values import Integers, integers_of, is_quantize, same_size, stored
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten
@@ -56,8 +57,6 @@ def _fused(node: Node, taken: set[Node]) -> Unit | str | None:
     mask, scale = given["attn_mask"], given["scale"]
     if given["dropout_p"] or (scale is not None and not isinstance(scale, int | float)):
         return "an attention with dropout, or with a scale that is computed"
-    if mask is not None and mask.meta["val"].dtype is not torch.float32:
-        return "an attention with a mask of booleans"
     scores = _Scores(
         scale=1 / math.sqrt(given["query"].meta["val"].shape[-1]) if scale is None else float(scale),
         mask=mask,
@@ -191,23 +190,24 @@ def _over_last(node: Node) -> bool:
 
 
 def _fits(mask: Node, scores: Node, q: _Operand, k: _Operand) -> bool:
-    """Whether a mask has an axis for samples, heads, rows and keys, each of which but the last may have length 1."""
-    shape = shape_of(mask)
-    if shape is None or len(shape) != 4 or mask.meta["val"].dtype is not torch.float32:
+    """Whether a mask belongs to scores ``[n, heads, rows, keys]``: each of its sizes but the last may be 1."""
+    sizes = mask_of(mask)
+    if sizes is None or (mask.meta["val"].dtype is torch.bool and scores.target in _PRODUCTS):
         return False
     rows, keys = (part.heads.source.meta["val"].shape[1] for part in (q, k))
-    return (
-        scores.meta["val"].dim() == 4 and shape[1] in (1, q.heads.count) and shape[2] in (1, rows) and shape[3] == keys
-    )
+    whole = scores.meta["val"].dim() == 4 and sizes.heads in (1, q.heads.count) and sizes.rows in (1, rows)
+    samples = same_size(sizes.samples, 1) or same_size(sizes.samples, q.heads.source.meta["val"].shape[0])
+    return whole and samples and sizes.keys == keys
 
 
 def _alone(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     """Those of ``nodes`` that only others of them read, and the last: what else reads one needs it outside as well."""
-    inside = set(nodes)
-    for node in reversed(nodes[:-1]):
-        if any(user not in inside for user in node.users):
-            inside.discard(node)
-    return tuple(node for node in nodes if node in inside)
+    kept = nodes
+    while (
+        less := tuple(node for node in kept if node is nodes[-1] or all(user in kept for user in node.users))
+    ) != kept:
+        kept = less
+    return kept
 
 
 @dataclass(frozen=True, slots=True)

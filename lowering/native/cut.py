@@ -9,6 +9,8 @@ from torch.fx import GraphModule
 
 from lowering.native.op import load_op
 from lowering.native.regions import Written, call_regions, find_units, grouped, write
+from lowering.native.rows import straighten_rows
+from lowering.native.spelled_out import read_spelled_out
 from quant2e.graph.mutation import written_attributes
 
 WRITES = "the graph writes to its buffers: what reads them keeps its place, op by op"
@@ -36,6 +38,8 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
         return NO_CUT
     if written_attributes(gm):
         return Cut(regions=(), refused={node.name: WRITES for node in gm.graph.nodes})
+    read_spelled_out(gm)
+    straighten_rows(gm)
     found = find_units(gm, besides)
     refused, regions = dict(found.refused), []
     for units in grouped(gm, found):

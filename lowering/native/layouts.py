@@ -8,6 +8,7 @@ What ops do to places is found by letting them move the places themselves.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,32 +19,12 @@ from torch.fx import Node
 
 from lowering.native.units import is_identity
 from lowering.native.values import shape_of
+from quant2e.graph.data_movement import Effect, When, movement
 
 aten = torch.ops.aten
 
-_RESHAPES = frozenset(
-    {
-        aten.view.default,
-        aten.reshape.default,
-        aten._unsafe_view.default,
-        aten.flatten.using_ints,
-        aten.unflatten.int,
-        aten.unsqueeze.default,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-    }
-)
 _MOVES = frozenset(
-    {
-        aten.transpose.int,
-        aten.permute.default,
-        aten.t.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.split.Tensor,
-        aten.chunk.default,
-    }
+    {Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.SLICE, Effect.SELECT, Effect.REPEAT, Effect.SPLIT}
 )
 _SAMPLES = 2
 """Of a batch whose size varies, where its places are followed: more than one, so that samples are told apart."""
@@ -69,8 +50,10 @@ def moves(node: Node) -> bool:
     """Whether an op's result has values of its operand, in another place or shape."""
     if node.op != "call_function":
         return False
-    piece = getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
-    return piece or node.target in _RESHAPES | _MOVES or node.target is aten.expand.default or is_identity(node)
+    if node.target is operator.getitem:
+        return isinstance(node.args[1], int)
+    row = movement(node.target)
+    return is_identity(node) or (row is not None and row.when is When.ALWAYS and row.effect in _MOVES and row.integers)
 
 
 def moved_from(node: Node) -> tuple[Node, tuple[Node, ...]]:
@@ -93,7 +76,7 @@ def heads_at(node: Node, *, transposed: bool = False) -> Heads | None:
         shape = shape_of(start)
         if shape is None or len(shape) != 3:
             continue
-        places = _follow(_places(shape), passed[:end])
+        places = follow(places_of(shape), passed[:end])
         if places is None or places.dim() not in (3, 4):
             continue
         found = _heads(start, places.transpose(-1, -2) if transposed else places)
@@ -104,7 +87,7 @@ def heads_at(node: Node, *, transposed: bool = False) -> Heads | None:
 
 def _heads(source: Node, places: Tensor) -> Heads | None:
     """Read off what each value of ``[n, heads, rows, size]`` was in ``[n, rows, channels]``."""
-    n, rows, channels = _numbers(source.meta["val"].shape)
+    n, rows, channels = numbers(source.meta["val"].shape)
     size = places.shape[-1]
     if places.shape[-2] != rows or places.numel() % (n * rows * size):
         return None
@@ -132,25 +115,26 @@ def rows_made_of(node: Node) -> tuple[Node, ...] | None:
         shape = shape_of(last)
         if shape is None or len(shape) != 3:
             continue
-        n, rows, channels = _numbers(shape)
-        sizes = _numbers(node.meta["val"].shape)
+        n, rows, channels = numbers(shape)
+        sizes = numbers(node.meta["val"].shape)
         heads = math.prod(sizes[:-2]) // n
         if sizes[-2] != rows or heads * sizes[-1] != channels:
             continue
-        places = _places(sizes)
+        places = places_of(sizes)
         wanted = places.reshape(n, heads, rows, -1).transpose(1, 2).reshape(n, rows, channels)
-        found = _follow(places, tuple(reversed(passed)))
+        found = follow(places, tuple(reversed(passed)))
         if found is not None and torch.equal(found, wanted):
             return tuple(passed)
     return None
 
 
-def _places(shape: Sequence[Any]) -> Tensor:
-    sizes = _numbers(shape)
+def places_of(shape: Sequence[Any]) -> Tensor:
+    """A number for each value of a tensor, in order."""
+    sizes = numbers(shape)
     return torch.arange(math.prod(sizes)).view(sizes)
 
 
-def _numbers(shape: Sequence[Any]) -> tuple[int, ...]:
+def numbers(shape: Sequence[Any]) -> tuple[int, ...]:
     """Sizes, with `_SAMPLES` for what varies."""
     return tuple(size if isinstance(size, int) else _number(size) for size in shape)
 
@@ -160,19 +144,19 @@ def _number(size: Any) -> int:
     return int(expression.subs(dict.fromkeys(expression.free_symbols, _SAMPLES)))
 
 
-def _follow(places: Tensor, passed: Sequence[Node]) -> Tensor | None:
-    """``places`` moved by ops, the last of which comes first."""
+def follow(places: Tensor, passed: Sequence[Node]) -> Tensor | None:
+    """``places`` moved by ops, the last of which comes first; None where sizes that vary decide how."""
     value: Any = places
     for node in reversed(passed):
-        if is_identity(node):
+        row = movement(node.target)
+        if is_identity(node) or (row is not None and row.effect is Effect.SAME):
             continue
-        given = [arg for arg in node.args[1:] if isinstance(arg, Node)]
-        if node.target in _RESHAPES:
-            value = value.reshape(_numbers(node.meta["val"].shape))
+        if row is not None and row.effect is Effect.RESHAPE:
+            value = value.reshape(numbers(node.meta["val"].shape))
         elif node.target is aten.expand.default:
-            value = value.expand(_numbers(node.meta["val"].shape))
-        elif given or node.kwargs or not callable(node.target):
+            value = value.expand(numbers(node.meta["val"].shape))
+        elif len(node.all_input_nodes) != 1 or not callable(node.target):
             return None
         else:
-            value = node.target(value, *node.args[1:])
+            value = node.target(value, *node.args[1:], **node.kwargs)
     return value if isinstance(value, Tensor) else None

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.native.attention import attention_unit
+from lowering.native.masks import float_mask, mask_of
 from lowering.native.normalize import normalize_unit
 from lowering.native.plan import Kind, Plan, plan_of
 from lowering.native.pointwise import (
@@ -271,9 +272,15 @@ def _emit(emitter: Emitter, units: Sequence[Unit], inputs: Sequence[Node]) -> No
     """Write the steps of ``units``; an input with one sample serves all those of the others."""
     samples = shape_of(units[0].writes[0])
     assert samples is not None, "units write images"
+    masks = {node for unit in units for node in unit.masks}
     for place, node in enumerate(inputs):
-        first = node.meta["val"].shape[0]
-        emitter.declare(node, argument=place, shared=not same_size(first, samples[0]))
+        mask = mask_of(node) if node in masks else None
+        first = node.meta["val"].shape[0] if mask is None else mask.samples
+        shared = not same_size(first, samples[0])
+        if mask is None:
+            emitter.declare(node, argument=place, shared=shared)
+        else:
+            emitter.enter(node, mask.value(place, shared=shared))
     for unit in units:
         unit.emit(emitter)
 
@@ -307,7 +314,9 @@ def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., 
 def _laid_out(gm: GraphModule, region: Written, node: Node, given: Node) -> Node:
     """``given``, which is ``node`` by now, in the layout that steps read, where more than a quantize op reads it."""
     readers = [unit for unit in region.units if node in unit.reads]
-    if all(is_quantize(unit.nodes[0]) for unit in readers) or all(node in unit.masks for unit in readers):
+    if any(node in unit.masks for unit in readers):
+        return float_mask(gm.graph, node, given)
+    if all(is_quantize(unit.nodes[0]) for unit in readers):
         return given
     images = len(node.meta["val"].shape) == 4
     layout = torch.channels_last if images else torch.contiguous_format

@@ -49,6 +49,11 @@ class Emitter:
         self.places[node] = len(self.values) - 1
         return self.places[node]
 
+    def enter(self, node: Node, value: Value) -> None:
+        """Let ``value`` be what holds the result of ``node``."""
+        self.values.append(value)
+        self.places[node] = len(self.values) - 1
+
     def read(self, node: Node) -> int:
         """The number of the value that ``node`` made."""
         return self.places[node]

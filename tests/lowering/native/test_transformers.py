@@ -61,6 +61,42 @@ class Layer(nn.Module):
         return y
 
 
+class Torchs(nn.Module):
+    """torch's own attention, which puts rows first and cuts q, k and v out of one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Flat(nn.Module):
+    """As GPT-2: products on rows of all samples, a mask of booleans, and gelu spelled out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.all, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down, self.norm = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH), nn.LayerNorm(WIDTH)
+        self.register_buffer("mask", torch.ones(ROWS, ROWS, dtype=torch.bool).tril())
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        n = x.shape[0]
+        q, k, v = self.all(self.norm(x).view(-1, WIDTH)).view(n, ROWS, 3 * WIDTH).split(WIDTH, 2)
+        q, k, v = (y.view(n, ROWS, -1, SIZE).transpose(1, 2) for y in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, self.mask).transpose(1, 2).reshape(n, ROWS, WIDTH)
+        x = self.o(y.view(-1, WIDTH)).view(n, ROWS, WIDTH) + x
+        z = self.up(x.view(-1, WIDTH)).view(n, ROWS, 64)
+        z = 0.5 * z * (1.0 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
+        return x + self.down(z.view(-1, 64)).view(n, ROWS, WIDTH)
+
+
 def inputs(samples: int = 2) -> tuple[Tensor, Tensor]:
     mask = torch.zeros(samples, 1, 1, ROWS)
     mask[:, :, :, ROWS - 3 :] = torch.finfo(torch.float32).min
@@ -95,6 +131,16 @@ def test_a_layer_is_one_region_within_a_step_of_its_graph(layer):
     assert program.verification is not None
     assert program.verification.sqnr_db > 55
     assert program.verification.max_steps < 1.01
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("model", [Torchs(), Flat()], ids=["MultiheadAttention", "GPT-2"])
+def test_rows_are_straightened(model, dynamic):
+    program = lowering.to_native(quantized(model, dynamic_batch=dynamic), verify_inputs=[inputs(3)] if dynamic else ())
+    assert [region.steps for region in program.report.regions] == [6]
+    assert program.report.leftovers == ()
+    assert program.verification is not None
+    assert program.verification.sqnr_db > 55
 
 
 def test_any_batch_and_number_of_threads_give_the_same_bits(torch_threads):
