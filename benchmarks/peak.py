@@ -6,7 +6,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from lowering.native.op import FLAGS, FOLDER, instruction_set
+from lowering.native.kernels.op import FLAGS, FOLDER, instruction_set
 from quant2e.observers.native.build import built_together
 
 SOURCE = Path(__file__).with_name("peak.cpp")

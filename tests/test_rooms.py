@@ -97,6 +97,8 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "rewrites",
         "inductor/kernels",
         "inductor/rewrites",
+        "native/kernels",
+        "native/units",
         "native",
         "inductor",
         "native/program",

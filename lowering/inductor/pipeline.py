@@ -21,7 +21,7 @@ from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_use
 from lowering.inductor.rewrites.repeated_steps import RepeatedSteps
 from lowering.native.cut import NO_CUT, Cut, cut_regions
 from lowering.native.engine import NATIVE
-from lowering.native.units import activation_of
+from lowering.native.units.unit import activation_of
 from lowering.signature import Signature
 from quant2e.passes import Promise, run
 from quant2e.passes.dead_code import remove_dead_code

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from lowering.native.op import load_op
+from lowering.native.kernels.op import load_op
 from lowering.native.regions import Written, call_regions, find_units, grouped, write
-from lowering.native.rows import straighten_rows
-from lowering.native.spelled_out import read_spelled_out
+from lowering.native.units.rows import straighten_rows
+from lowering.native.units.spelled_out import read_spelled_out
 from quant2e.graph.mutation import written_attributes
 
 WRITES = "the graph writes to its buffers: what reads them keeps its place, op by op"

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from lowering.inductor.kernels.engines import Product, Run
-from lowering.native.op import load_op
-from lowering.native.pack import per_output
-from lowering.native.plan import Constants, Kind, Step, Value, plan_of
-from lowering.native.products import POINT, Window, packed_step
-from lowering.native.values import Integers
+from lowering.native.kernels.op import load_op
+from lowering.native.kernels.pack import per_output
+from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
+from lowering.native.units.products import POINT, Window, packed_step
+from lowering.native.units.values import Integers
 
 NATIVE = "native"
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.attention import attention_unit
-from lowering.native.masks import float_mask, mask_of
-from lowering.native.normalize import normalize_unit
-from lowering.native.plan import Kind, Plan, plan_of
-from lowering.native.pointwise import (
+from lowering.native.kernels.plan import Kind, Plan, plan_of
+from lowering.native.units.attention import attention_unit
+from lowering.native.units.masks import float_mask, mask_of
+from lowering.native.units.normalize import normalize_unit
+from lowering.native.units.pointwise import (
     binary_unit,
     dequantize_unit,
     flat_unit,
@@ -25,10 +25,10 @@ from lowering.native.pointwise import (
     quantize_unit,
     unary_unit,
 )
-from lowering.native.pools import pool_unit
-from lowering.native.products import product_unit
-from lowering.native.units import Emitter, Unit
-from lowering.native.values import image_of, is_quantize, same_size, shape_of, stored
+from lowering.native.units.pools import pool_unit
+from lowering.native.units.products import product_unit
+from lowering.native.units.unit import Emitter, Unit
+from lowering.native.units.values import image_of, is_quantize, same_size, shape_of, stored
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.passes.dead_code import remove_dead_code
 

@@ -329,7 +329,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "sums of two products that are taken to fit in 16 bits",
-        "lowering/native/arithmetic.py",
+        "lowering/native/units/arithmetic.py",
         "    if _fit(weight, x.high, 2):",
         "    if x.high:",
         ("tests/lowering/native/test_sums.py",),

@@ -20,7 +20,7 @@ from lowering.inductor.kernels.engines import ENGINES, KernelChoice
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.native.cut import cut_regions
-from lowering.native.op import instruction_set, load_op
+from lowering.native.kernels.op import instruction_set, load_op
 from lowering.native.program.report import NativeReport, native_ops, native_regions
 from lowering.program import LoweredProgram
 from lowering.state import State, state_of

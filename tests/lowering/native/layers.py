@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from lowering.native.op import load_op
-from lowering.native.pack import pack_convolution, per_output
-from lowering.native.plan import Arithmetic, Constants, Kind, Plan, Step, Value, plan_of
-from lowering.native.products import Window, packed_step
-from lowering.native.values import Integers
+from lowering.native.kernels.op import load_op
+from lowering.native.kernels.pack import pack_convolution, per_output
+from lowering.native.kernels.plan import Arithmetic, Constants, Kind, Plan, Step, Value, plan_of
+from lowering.native.units.products import Window, packed_step
+from lowering.native.units.values import Integers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

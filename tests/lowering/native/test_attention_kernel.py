@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowering.native.op import load_op
-from lowering.native.plan import Constants, Kind, Plan, Step, Value, plan_of
+from lowering.native.kernels.op import load_op
+from lowering.native.kernels.plan import Constants, Kind, Plan, Step, Value, plan_of
 
 pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
 

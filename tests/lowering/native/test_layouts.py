@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.layouts import heads_at, rows_made_of
-from lowering.native.rows import straighten_rows
+from lowering.native.units.layouts import heads_at, rows_made_of
+from lowering.native.units.rows import straighten_rows
 from quant2e import capture
 
 N, ROWS, HEADS, SIZE = 2, 5, 3, 4

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lowering.native.op import load_op
-from lowering.native.plan import NOTHING, Constants, Kind, Step, Value, plan_of
+from lowering.native.kernels.op import load_op
+from lowering.native.kernels.plan import NOTHING, Constants, Kind, Step, Value, plan_of
 
 pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
 

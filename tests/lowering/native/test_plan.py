@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowering.native.op import FOLDER
-from lowering.native.plan import ALIGNMENT, Activation, Arithmetic, Constants, Kind, Step, Value, plan_of
+from lowering.native.kernels.op import FOLDER
+from lowering.native.kernels.plan import ALIGNMENT, Activation, Arithmetic, Constants, Kind, Step, Value, plan_of
 
 HEADER = 8
 FIELDS_OF_VALUES = 8

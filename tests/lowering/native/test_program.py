@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowering
 import quant2e
-from lowering.native.op import load_op
+from lowering.native.kernels.op import load_op
 from quant2e.errors import LoweringError
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 from tests.lowering.graphs import Cnn

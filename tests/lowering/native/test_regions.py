@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import quant2e
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.native.cut import WRITES, cut_regions
-from lowering.native.op import load_op
+from lowering.native.kernels.op import load_op
 from lowering.native.regions import find_units, grouped
 from quantizers import (
     X86InductorQuantizer,

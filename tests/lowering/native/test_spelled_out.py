@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowering.native.spelled_out import read_spelled_out
+from lowering.native.units.spelled_out import read_spelled_out
 from quant2e import capture
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lowering
 import quant2e
-from lowering.native.op import load_op
+from lowering.native.kernels.op import load_op
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 
 pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lowering.native.plan import Arithmetic
+from lowering.native.kernels.plan import Arithmetic
 
 LANES = 16
 STRIP = 64

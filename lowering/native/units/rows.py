@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.layouts import follow, moved_from, places_of
-from lowering.native.units import ACTIVATIONS, is_identity
-from lowering.native.values import shape_of
+from lowering.native.units.layouts import follow, moved_from, places_of
+from lowering.native.units.unit import ACTIVATIONS, is_identity
+from lowering.native.units.values import shape_of
 from quant2e.graph.edit import emit_behind
 from quant2e.graph.fake_values import value_of_call
 from quant2e.graph.qdq_ops import qd

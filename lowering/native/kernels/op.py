@@ -21,7 +21,7 @@ from quant2e.isolation import ALONE
 from quant2e.observers.native.build import built_together, warn_unbuilt
 from quant2e.observers.native.ops import OP
 
-FOLDER = Path(__file__).with_name("kernels")
+FOLDER = Path(__file__).parent
 
 FLAGS = {
     "avx512_vnni": (

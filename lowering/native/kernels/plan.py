@@ -59,7 +59,7 @@ class Activation(IntEnum):
 
 
 class Arithmetic(IntEnum):
-    """How sums of products are exact: see `lowering.native.arithmetic`."""
+    """How sums of products are exact: see `lowering.native.units.arithmetic`."""
 
     EXACT = 0
     BOUNDED = 1

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.plan import Kind, Step
-from lowering.native.units import Emitter, Ending, Unit, ending_of, finish
-from lowering.native.values import image_of, integers_of, is_quantize, stored
+from lowering.native.kernels.plan import Kind, Step
+from lowering.native.units.unit import Emitter, Ending, Unit, ending_of, finish
+from lowering.native.units.values import image_of, integers_of, is_quantize, stored
 from quant2e.graph.dataflow import operands
 
 aten = torch.ops.aten

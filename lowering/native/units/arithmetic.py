@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowering.native.plan import Arithmetic
-from lowering.native.values import Integers
+from lowering.native.kernels.plan import Arithmetic
+from lowering.native.units.values import Integers
 from quant2e.cpu import LANE
 
 _SUM = torch.iinfo(torch.int32)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from lowering.native.plan import Value
+from lowering.native.kernels.plan import Value
 
 aten = torch.ops.aten
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.layouts import Heads, heads_at, rows_made_of
-from lowering.native.masks import mask_of
-from lowering.native.plan import Kind, Step
-from lowering.native.units import Emitter, Ending, Unit, describe, ending_of, finish, is_identity
-from lowering.native.values import Integers, integers_of, is_quantize, same_size, stored
+from lowering.native.kernels.plan import Kind, Step
+from lowering.native.units.layouts import Heads, heads_at, rows_made_of
+from lowering.native.units.masks import mask_of
+from lowering.native.units.unit import Emitter, Ending, Unit, describe, ending_of, finish, is_identity
+from lowering.native.units.values import Integers, integers_of, is_quantize, same_size, stored
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lowering.native.units import is_identity
-from lowering.native.values import shape_of
+from lowering.native.units.unit import is_identity
+from lowering.native.units.values import shape_of
 from quant2e.graph.data_movement import Effect, When, movement
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.plan import NOTHING, Kind, Step
-from lowering.native.units import Emitter, Unit, describe, ending_of, finish
-from lowering.native.values import image_of, shape_of, stored
+from lowering.native.kernels.plan import NOTHING, Kind, Step
+from lowering.native.units.unit import Emitter, Unit, describe, ending_of, finish
+from lowering.native.units.values import image_of, shape_of, stored
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.plan import Activation, Constants, Kind, Step, Value
-from lowering.native.values import Integers, image_of, integers_of, is_inner, is_quantize, same_shape, stored
+from lowering.native.kernels.plan import Activation, Constants, Kind, Step, Value
+from lowering.native.units.values import Integers, image_of, integers_of, is_inner, is_quantize, same_shape, stored
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.plan import Activation, Kind, Step
-from lowering.native.units import Emitter, Unit, activation_of, describe, ending_of, finish, is_identity
-from lowering.native.values import image_of, integers_of, is_inner, is_quantize, same_size, shape_of, stored
+from lowering.native.kernels.plan import Activation, Kind, Step
+from lowering.native.units.unit import Emitter, Unit, activation_of, describe, ending_of, finish, is_identity
+from lowering.native.units.values import image_of, integers_of, is_inner, is_quantize, same_size, shape_of, stored
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten
