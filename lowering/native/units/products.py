@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.units.arithmetic import arithmetic_of, sums_fit
 from lowering.native.kernels.pack import LANES, STRIP, depthwise_rows, pack_convolution, pack_depthwise, per_output
 from lowering.native.kernels.plan import Constants, Kind, Step
+from lowering.native.units.arithmetic import arithmetic_of, sums_fit
 from lowering.native.units.unit import CLAMPS, Emitter, Ending, Unit, ending_of, finish
 from lowering.native.units.values import Integers, Weight, image_of, integers_of, is_quantize, stored, weight_at
 from quant2e.graph.attributes import tensor_at

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowering.native.units.arithmetic import arithmetic_of, sums_fit
 from lowering.native.kernels.op import able
 from lowering.native.kernels.plan import Arithmetic
+from lowering.native.units.arithmetic import arithmetic_of, sums_fit
 from quant2e.observers.native.build import compiler
 from tests.lowering.native.layers import Layer, found
 
