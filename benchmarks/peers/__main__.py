@@ -226,7 +226,8 @@ def write(path: Path, rows: Sequence[Row], where: Machine) -> None:
     more = [f"Engines: {versions}. Milliseconds are medians of interleaved rounds, ratios medians over rounds.", ""]
     more += [f"- {mean}" for mean in means(rows)]
     data = [row.plain() for row in rows]
-    record(path, TITLE, where, HEADS, list(lines(rows)), data=data, more="\n".join(more))
+    title = f"{TITLE}, on {where.isa}{' with VNNI' if where.vnni else ' without VNNI'}"
+    record(path, title, where, HEADS, list(lines(rows)), data=data, more="\n".join(more))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
