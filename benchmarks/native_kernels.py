@@ -23,11 +23,11 @@ from rich.console import Console
 from benchmarks.demo.record import record
 from benchmarks.peak import peak_int8, spilled_int8
 from benchmarks.timing import machine
-from lowering.native.op import instruction_set, load_op
-from lowering.native.pack import per_output
-from lowering.native.plan import Constants, Kind, Step, Value, plan_of
-from lowering.native.products import Window, packed_step
-from lowering.native.values import Integers
+from lowering.native.kernels.op import instruction_set, load_op
+from lowering.native.kernels.pack import per_output
+from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
+from lowering.native.units.products import Window, packed_step
+from lowering.native.units.values import Integers
 
 COLUMNS = ("layer", "us", "GOPS", "of peak", "wanted", "call us", "oneDNN us", "oneDNN / ours")
 _X = Integers(scale=0.02, zero=3, low=0, high=255)
