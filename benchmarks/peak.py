@@ -20,12 +20,18 @@ def _library() -> ctypes.CDLL:
     if path is None:
         raise RuntimeError("the peak rate is measured in C++, and there is no compiler")
     library = ctypes.CDLL(str(path))
-    library.quant2e_peak_int8.argtypes = [ctypes.c_double]
-    library.quant2e_peak_int8.restype = ctypes.c_double
+    for rate in (library.quant2e_peak_int8, library.quant2e_spilled_int8):
+        rate.argtypes, rate.restype = [ctypes.c_double], ctypes.c_double
     return library
 
 
 def peak_int8(seconds: float = SECONDS) -> float:
     """Multiply-accumulates of bytes in a second on one core, in registers: the best of about ``seconds``."""
     rate: float = _library().quant2e_peak_int8(seconds)
+    return rate
+
+
+def spilled_int8(seconds: float = SECONDS) -> float:
+    """As `peak_int8`, of an inner loop whose sums are in memory: where a compiler finds no registers for them."""
+    rate: float = _library().quant2e_spilled_int8(seconds)
     return rate

@@ -1,4 +1,4 @@
-// Sixteen lanes, whatever the machine. Intrinsics are here and in dot.h, nowhere else.
+// Sixteen lanes, whatever the machine. Intrinsics are here, in dot.h and in bytes.h, nowhere else.
 //
 // F: 16 floats. I: 16 int32. B: 16 groups of 4 bytes, as weights are packed. AVX-512 has them in one register, AVX2 in
 // two, plain C++ in arrays. `n` is the number of lanes that memory holds: the others are neither read nor written.
