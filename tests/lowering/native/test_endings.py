@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lowering.native.cut
 from lowering.native import to_native
-from lowering.native.op import able, load_op
+from lowering.native.kernels.op import able, load_op
 from quant2e.graph.qdq_ops import qd
 from tests.lowering.graphs import on_grid
 

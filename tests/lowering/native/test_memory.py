@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowering.native.op import able, load_op  # noqa: F401  # read by the process of a test
+from lowering.native.kernels.op import able, load_op  # noqa: F401  # read by the process of a test
 from quant2e.observers.native.build import compiler
 from tests.lowering.native.layers import planned
 from tests.lowering.native.test_sums import generated
