@@ -31,7 +31,8 @@ def record(
     ``data``: the rows for programs, where those for people are not enough. ``more``: what people read above the table.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    module = Path(sys.argv[0]).stem
+    script = Path(sys.argv[0])
+    module = script.parent.name if script.stem == "__main__" else script.stem
     command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     lines = [f"# {title}", "", f"`{command}`", "", f"{where}", ""]
     lines += [more, ""] if more else []
