@@ -9,6 +9,8 @@ and freeing the program frees it again, which ends the process.
   delegate. A sum of a table's result and that argument looks like a function of one tensor. The values do not fit, so
   that the attempt fails, or they do (256 in a row, or one), and the process ends while the program is loaded.
 - No more than `LONGEST` ops are joined. In a longer chain the table is asked for the rest.
+
+XNNPACK has neither fault since August 2026 at the latest.
 """
 
 from __future__ import annotations

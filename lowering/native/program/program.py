@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from lowering.export import Lowerable
 from lowering.inductor.compile import explained_run
 from lowering.inductor.kernel_selection import choose
-from lowering.inductor.kernels.engines import ENGINES, KernelChoice
+from lowering.inductor.kernels.engines import ENGINES, WEIGHT_ONLY, KernelChoice
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.native.cut import cut_regions
@@ -30,7 +30,7 @@ from quant2e.isolation import tracing
 from quant2e.quantized_model import QuantizedModel, save
 from quant2e.stages import quiet_where_told, stage
 
-_EAGER = frozenset({"few_rows", "float"})
+_EAGER = frozenset({WEIGHT_ONLY, "float"})
 
 
 class NativeProgram(LoweredProgram[NativeReport]):

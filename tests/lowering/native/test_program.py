@@ -55,6 +55,15 @@ def test_the_whole_network_is_one_region_and_computes_what_its_graph_says():
     assert program(x).shape == (2, 7)
 
 
+@pytest.mark.parametrize("recipe", ["w8", "w4-g32"])
+def test_where_only_weights_are_quantized_they_are_read_as_they_are_stored(recipe):
+    x, quantizer = torch.randn(2, 64), X86InductorQuantizer().set_global(recipe)
+    model = quant2e.quantize(nn.Linear(64, 32).eval(), (x,), quantizer, dynamic_batch=True, progress=False)
+    program = lowering.to_native(model)
+    assert [choice.engine for choice in program.report.engines.values()] == ["weight_only"]
+    assert torch.allclose(program(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_any_batch_and_any_number_of_threads_give_the_same_bits():
     model, _ = quantized(dynamic=True)
     program = lowering.to_native(model)
