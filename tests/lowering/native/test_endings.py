@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowering.native.cut
-from lowering.native import to_native
+from lowering import to_native
 from lowering.native.kernels.op import able, load_op
 from quant2e.graph.qdq_ops import qd
 from tests.lowering.graphs import on_grid
