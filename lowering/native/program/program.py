@@ -18,6 +18,7 @@ from lowering.inductor.compile import explained_run
 from lowering.inductor.kernel_selection import choose
 from lowering.inductor.kernels.engines import ENGINES, WEIGHT_ONLY, KernelChoice
 from lowering.inductor.rewrites.graph import private_copy
+from lowering.inductor.rewrites.weights import float_weight, weight_of
 from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.native.cut import cut_regions
 from lowering.native.kernels.op import instruction_set, load_op
@@ -25,8 +26,11 @@ from lowering.native.program.report import NativeReport, native_ops, native_regi
 from lowering.program import LoweredProgram
 from lowering.state import State, state_of
 from quant2e.errors import LoweringError
+from quant2e.graph.constants import Constants
 from quant2e.graph.mutation import written_attributes
+from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.isolation import tracing
+from quant2e.passes.dead_code import remove_dead_code
 from quant2e.quantized_model import QuantizedModel, save
 from quant2e.stages import quiet_where_told, stage
 
@@ -63,6 +67,12 @@ class NativeProgram(LoweredProgram[NativeReport]):
         """Weights of what is in no region: as integers where a kernel reads them so, else as floats, made now."""
         engines = tuple(engine for engine in ENGINES if engine.name in _EAGER)
         choices, _ = choose(self._graph, {}, "measured", engines)
+        constants = Constants(self._graph.graph)
+        for node in list(self._graph.graph.nodes):
+            weight = weight_of(node)  # of a product that no engine knows, it would be dequantized at every call
+            if weight in constants and weight is not None and weight.target in DEQUANTIZE:
+                float_weight(self._graph, node)
+        remove_dead_code(self._graph)
         return choices
 
     @property

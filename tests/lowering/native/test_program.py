@@ -14,7 +14,12 @@ import lowering
 import quant2e
 from lowering.native.kernels.op import load_op
 from quant2e.errors import LoweringError
-from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
+from quantizers import (
+    X86InductorQuantizer,
+    XNNPACKQuantizer,
+    get_default_x86_inductor_quantization_config,
+    get_symmetric_quantization_config,
+)
 from tests.lowering.graphs import Cnn
 
 pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
@@ -131,6 +136,17 @@ def test_without_a_compiler_every_op_runs_by_itself_and_the_report_says_so():
     assert "0 of " in headline
     assert "no C++ compiler" in notes
     assert close == "True", done.stderr
+
+
+def test_a_weight_is_not_dequantized_at_each_call_where_scales_are_found_at_run_time():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8)).eval(), torch.randn(3, 16)
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_dynamic=True))
+    model = quant2e.quantize(net, (x,), quantizer, progress=False)
+    program = lowering.to_native(model)
+    left = [str(node.target) for node in program.graph.graph.nodes if "dequantize_per_channel" in str(node.target)]
+    assert left == []
+    assert torch.allclose(program(x), model(x), atol=1e-5)
 
 
 def test_inductor_calls_the_same_region():
