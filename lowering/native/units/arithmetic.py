@@ -51,5 +51,8 @@ def sums_fit(weight: Tensor, x: Integers) -> bool:
     Sums on the way to it may leave 32 bits: they come back, as integers do that wrap around.
     """
     farthest = max(x.high - x.zero, x.zero - x.low)
+    lowest, highest = (int(value) for value in torch.aminmax(weight))
+    if max(-lowest, highest) * farthest * (weight.numel() // weight.shape[0]) <= _SUM.max:
+        return True
     total = weight.reshape(weight.shape[0], -1).to(torch.int32).abs().sum(1, dtype=torch.int64)
     return bool((total * farthest <= _SUM.max).all())

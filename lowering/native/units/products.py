@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowering.native.kernels.op import instruction_set
 from lowering.native.kernels.pack import LANES, STRIP, depthwise_rows, pack_convolution, pack_depthwise, per_output
-from lowering.native.kernels.plan import Constants, Kind, Step
+from lowering.native.kernels.plan import Arithmetic, Constants, Kind, Step
 from lowering.native.units.arithmetic import arithmetic_of, sums_fit
 from lowering.native.units.unit import CLAMPS, Emitter, Ending, Unit, ending_of, finish
 from lowering.native.units.values import Integers, Weight, image_of, integers_of, is_quantize, stored, weight_at
@@ -144,7 +145,7 @@ def packed_step(constants: Constants, weight: Tensor, x: Integers, window: Windo
         packed = pack_depthwise(weight, x.zero, rows=rows, stride=window.stride[0])
     else:
         rows = groups == 1 and window.dilation[1] == 1
-        step.arithmetic = arithmetic_of(weight, x)
+        step.arithmetic = arithmetic_of(weight, x) if instruction_set() == "avx2" else Arithmetic.EXACT
         packed = pack_convolution(weight, x.zero, groups, rows=rows, arithmetic=step.arithmetic)
     step.taps, step.inner = packed.taps, packed.inner
     step.weight, step.init = constants.add(packed.weight), constants.add(packed.init)
