@@ -21,7 +21,8 @@ def test_it_can_be_planted(mutant, tmp_path):
     assert plant(tmp_path, mutant) == source
     planted = (tmp_path / mutant.file).read_text(encoding="utf-8")
     assert planted != source
-    compile(planted, mutant.file, "exec")
+    if mutant.file.endswith(".py"):
+        compile(planted, mutant.file, "exec")
 
 
 def test_there_are_enough():
