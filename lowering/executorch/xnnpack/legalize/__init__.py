@@ -31,7 +31,12 @@ from lowering.executorch.xnnpack.legalize.pooling import (
 )
 from lowering.executorch.xnnpack.legalize.projection import split_projections
 from lowering.executorch.xnnpack.legalize.reductions import decompose_normalizations, decompose_reductions
-from lowering.executorch.xnnpack.legalize.reshape import full_rank_operands, one_view, quantized_numbers
+from lowering.executorch.xnnpack.legalize.reshape import (
+    full_rank_constants,
+    full_rank_operands,
+    one_view,
+    quantized_numbers,
+)
 from lowering.executorch.xnnpack.legalize.slicing import few_slices, plain_spellings, windows_as_places
 from lowering.executorch.xnnpack.legalize.split_and_join import (
     distinct_operands,
@@ -79,6 +84,7 @@ EXACT: tuple[Pass, ...] = (
     few_slices,
     tensor_operands,
     full_rank_operands,
+    full_rank_constants,
     lone_operands,
     one_view,
     quantize_moves,

@@ -93,6 +93,26 @@ def full_rank_operands(module: GraphModule) -> int:
     return count
 
 
+def full_rank_constants(module: GraphModule) -> int:
+    """Give quantized constants all dimensions of what they are added to or multiplied with; returns how many.
+
+    Where the op is left to a kernel, that of ExecuTorch 1.4 takes the shape of an operand with fewer dimensions for the
+    result's when the other has as many values ("Attempted to change the tensor rank").
+    """
+    count = 0
+    for node in list(module.graph.nodes):
+        rank = len(shape_of(node)) if node.target in BROADCASTING else 0
+        for dq in node.all_input_nodes if rank else ():
+            constant = tensor_at(module, operand(dq, 0)) if dq.target is qd.dequantize_per_tensor.default else None
+            if constant is None or constant.dim() >= rank or len(dq.users) != 1:
+                continue
+            sizes = [1] * (rank - constant.dim()) + list(constant.shape)
+            dq.update_arg(0, emit_constant(module, dq, f"{dq.name}_full", constant.detach().reshape(sizes)))
+            dq.meta["val"] = dq.meta["val"].reshape(sizes)
+            count += 1
+    return count
+
+
 def quantized_numbers(module: GraphModule) -> int:
     """Quantize tensors without dimensions as tensors of one; returns how many."""
     count = 0
