@@ -80,6 +80,16 @@ def export(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProgram:
         raise untraceable(error) from error
 
 
+def refuse_written_inputs(exported: ExportedProgram, target: str) -> None:
+    """Raise `LoweringError` for a program that writes to its inputs: ``target`` would return them as more outputs."""
+    written = sorted(set(exported.graph_signature.user_inputs_to_mutate.values()))
+    if written:
+        raise LoweringError(
+            f"the model writes to its input '{written[0]}', and a program of {target} cannot: let forward copy it "
+            f"first, {written[0]} = {written[0]}.clone()"
+        )
+
+
 def untraceable(error: Exception) -> LoweringError:
     """The error for a graph that torch.export does not trace."""
     return LoweringError(f"torch.export cannot trace the graph with these example inputs and dynamic shapes: {error}")

@@ -38,6 +38,7 @@ from lowering.export import (
     graph_of,
     needed_example_of,
     refuse_dtypes,
+    refuse_written_inputs,
     untraceable,
 )
 from lowering.io_parameters import constants, quantized_io_in
@@ -246,9 +247,11 @@ def _functional(module: Any, example: Call, dynamic_shapes: Any) -> ExportedProg
     exported = export(module, example, dynamic_shapes)
     try:
         with torch.no_grad():
-            return exported.run_decompositions({}) if _writes(exported) else exported
+            exported = exported.run_decompositions({}) if _writes(exported) else exported
     except Exception as error:
         raise untraceable(error) from error
+    refuse_written_inputs(exported, "ExecuTorch")
+    return exported
 
 
 def _writes(exported: ExportedProgram) -> bool:
