@@ -67,26 +67,24 @@ def inductor(job: Job) -> Loaded:
 
 
 def ours_inductor(job: Job) -> Loaded:
-    """Quantized by us, lowered by us; not verified, so that times to lower compare."""
-    _threads(job)
-    model, inputs = model_of(job), inputs_of(job.place)
-    start = time.perf_counter()
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
-    prepared = quant2e.prepare_pt2e(quant2e.capture(model, inputs), quantizer)
-    quant2e.calibrate(prepared, calibration_of(job.place))
-    program = lowering.to_inductor(quant2e.convert_pt2e(prepared), inputs, verify=False)
-    return _ready(program, inputs, f"quant2e {version('quant2e')}", start)
+    """Quantized by us, lowered by us with Inductor."""
+    return _ours(job, lowering.to_inductor)
 
 
 def ours_native(job: Job) -> Loaded:
-    """Quantized by us, lowered at once to our own kernels; not verified, so that times to lower compare."""
+    """Quantized by us, lowered at once to our own kernels."""
+    return _ours(job, lowering.to_native)
+
+
+def _ours(job: Job, lower: Callable[..., Callable[..., Any]]) -> Loaded:
+    """Not verified, so that times to lower compare."""
     _threads(job)
     model, inputs = model_of(job), inputs_of(job.place)
     start = time.perf_counter()
     quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
     prepared = quant2e.prepare_pt2e(quant2e.capture(model, inputs), quantizer)
     quant2e.calibrate(prepared, calibration_of(job.place))
-    program = lowering.to_native(quant2e.convert_pt2e(prepared), inputs, verify=False)
+    program = lower(quant2e.convert_pt2e(prepared), inputs, verify=False)
     return _ready(program, inputs, f"quant2e {version('quant2e')}", start)
 
 

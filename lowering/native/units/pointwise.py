@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -112,6 +115,7 @@ def unary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | No
     if ending.activation.kind is not Activation.NONE:
         return "two activations in turn"
     integers, rounded = integers_of(source) if is_quantize(source) else None, ending.integers
+    op: Any = node.target
 
     def emit(emitter: Emitter) -> None:
         step = Step(kind=Kind.UNARY)
@@ -119,22 +123,21 @@ def unary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | No
         finish(emitter, step, ending)
         step.activation, step.a, step.b = activation.kind, activation.a, activation.b
         if integers is not None and rounded is not None and ending.floats is None:
-            step.weight = emitter.constants.add(_table(source, node, rounded))
+            step.weight = emitter.constants.add(
+                _table(source, rounded, lambda floats: op(floats, *node.args[1:], **node.kwargs))
+            )
 
     dequantizes = (node.args[0],) if source is not node.args[0] else ()
     return Unit(nodes=(*dequantizes, node, *ending.nodes), reads=(source,), writes=ending.writes, emit=emit)
 
 
-def _table(source: Node, node: Node, rounded: Node) -> Tensor:
-    """What each byte becomes: uint8 ``[256]``, computed by torch."""
+def _table(source: Node, rounded: Node, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """What each byte becomes of which torch computes ``function``: uint8 ``[256]``."""
     x, y = integers_of(source), integers_of(rounded)
     assert x is not None, "it was looked at before"
     assert y is not None, "it was looked at before"
-    assert callable(node.target), "an activation is an op"
     floats = (torch.arange(256) - x.zero).to(torch.float32) * x.scale
-    made = node.target(floats, *node.args[1:], **node.kwargs)
-    integers = torch.round(made * y.inverse) + y.zero
-    return integers.clamp(y.low, y.high).to(torch.uint8)
+    return (torch.round(function(floats) * y.inverse) + y.zero).clamp(y.low, y.high).to(torch.uint8)
 
 
 def flat_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
@@ -195,18 +198,9 @@ def join_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
         for source in found:
             step = Step(kind=Kind.CONCAT, x=emitter.read(source), y=y, extra=at)
             if integers_of(source) != integers_of(rounded):
-                step.weight = emitter.constants.add(_moved(source, rounded))
+                step.weight = emitter.constants.add(_table(source, rounded, lambda floats: floats))
             emitter.steps.append(step)
             at += emitter.values[step.x].c
 
     nodes = (*(value for value in tensors if isinstance(value, Node)), node, *ending.nodes)
     return Unit(nodes=nodes, reads=tuple(dict.fromkeys(found)), writes=(rounded,), emit=emit)
-
-
-def _moved(source: Node, rounded: Node) -> Tensor:
-    """What each byte becomes with another scale: uint8 ``[256]``."""
-    x, y = integers_of(source), integers_of(rounded)
-    assert x is not None, "it was looked at before"
-    assert y is not None, "it was looked at before"
-    floats = (torch.arange(256) - x.zero).to(torch.float32) * x.scale
-    return (torch.round(floats * y.inverse) + y.zero).clamp(y.low, y.high).to(torch.uint8)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.fx import GraphModule, Node
 
 from lowering.native.kernels.plan import Kind, Step
 from lowering.native.units.unit import Emitter, Ending, Unit, ending_of, finish
-from lowering.native.units.values import image_of, integers_of, is_quantize, stored
+from lowering.native.units.values import image_of, integers_of, is_quantize, pair, stored
 from quant2e.graph.dataflow import operands
 
 aten = torch.ops.aten
@@ -56,16 +54,11 @@ def _same_scale(source: Node, ending: Ending) -> bool:
     return integers_of(wanted) == integers_of(source)
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    return (int(values[0]), int(values[-1]))
-
-
 def _largest(node: Node) -> Step:
     given = operands(node)
-    kernel = _pair(given["kernel_size"])
-    stride = _pair(given["stride"]) if given["stride"] else kernel
-    padding, dilation = _pair(given["padding"]), _pair(given["dilation"])
+    kernel = pair(given["kernel_size"])
+    stride = pair(given["stride"]) if given["stride"] else kernel
+    padding, dilation = pair(given["padding"]), pair(given["dilation"])
     return Step(
         kind=Kind.POOL, kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
         top=padding[0], left=padding[1], dilation_h=dilation[0], dilation_w=dilation[1],
@@ -75,9 +68,9 @@ def _largest(node: Node) -> Step:
 def _average(node: Node, x: tuple[int, int, int], y: tuple[int, int, int]) -> Step | str:
     given = operands(node)
     if node.target is aten.avg_pool2d.default:
-        kernel = _pair(given["kernel_size"])
-        stride = _pair(given["stride"]) if given["stride"] else kernel
-        padding = _pair(given["padding"])
+        kernel = pair(given["kernel_size"])
+        stride = pair(given["stride"]) if given["stride"] else kernel
+        padding = pair(given["padding"])
         if given["ceil_mode"]:
             return "an average with ceil_mode"
         mode = _BY_ALL if given["count_include_pad"] or given["divisor_override"] else _BY_INSIDE

@@ -17,7 +17,7 @@ from lowering.native.kernels.pack import LANES, STRIP, depthwise_rows, pack_conv
 from lowering.native.kernels.plan import Arithmetic, Constants, Kind, Step
 from lowering.native.units.arithmetic import arithmetic_of, sums_fit
 from lowering.native.units.unit import CLAMPS, Emitter, Ending, Unit, ending_of, finish
-from lowering.native.units.values import Integers, Weight, image_of, integers_of, is_quantize, stored, weight_at
+from lowering.native.units.values import Integers, Weight, image_of, integers_of, is_quantize, pair, stored, weight_at
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
 
@@ -89,7 +89,7 @@ def product_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | 
 
 
 def _window(given: dict[str, Any], x: tuple[int, int, int], y: tuple[int, int, int], weight: Weight) -> Window | None:
-    kernel, stride, dilation = tuple(weight.integers.shape[2:]), _pair(given["stride"]), _pair(given["dilation"])
+    kernel, stride, dilation = tuple(weight.integers.shape[2:]), pair(given["stride"]), pair(given["dilation"])
     padding = given["padding"]
     if padding == "valid":
         padding = [0, 0]
@@ -97,14 +97,9 @@ def _window(given: dict[str, Any], x: tuple[int, int, int], y: tuple[int, int, i
         padding = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
     if isinstance(padding, str) or len(kernel) != 2:
         return None
-    before = _pair(padding)
+    before = pair(padding)
     after = tuple((y[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] - before[i] - (x[i] - 1) for i in range(2))
     return Window(kernel=kernel, stride=stride, before=before, dilation=dilation, after=(after[0], after[1]))
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    values = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
-    return (values[0], values[-1])
 
 
 def _is_depthwise(weight: Tensor, window: Window, groups: int) -> bool:

@@ -114,6 +114,12 @@ def shape_of(node: object) -> tuple[Any, ...] | None:
     return sizes if all(isinstance(size, int) and size for size in sizes[1:]) else None
 
 
+def pair(value: Any) -> tuple[int, int]:
+    """A size of height and width, which ops may be given as one number for both."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return int(values[0]), int(values[-1])
+
+
 def same_size(one: Any, two: Any) -> bool:
     """Whether two sizes are the same number, or the same symbol; no condition is put on a symbol."""
     if isinstance(one, int) and isinstance(two, int):
