@@ -41,4 +41,23 @@ CASES: tuple[Case, ...] = (
         return v0
         """,
     ),
+    Case(
+        "errors of products of few weights are one sample, which the mean of the model of noise does not cover",
+        "rounding_noise",
+        "x86-weights",
+        673,
+        """
+        x0: float32[5, 7, 1] normal
+        x1: float32[5, 7] positive
+        batch varies
+        v0 = linear.default(x0, weight[8, 1], None)
+        v1 = linear.default(x1, weight[4, 7], bias[4])
+        v2 = einsum.default('abc,cd->abd', [v0, weight[8, 4]])
+        v3 = linear.default(v2, weight[4, 4], None)
+        v4 = linear.default(v3, weight[8, 4], bias[8])
+        v5 = relu_.default(v4)
+        v6 = linear.default(x1, weight[4, 7], bias[4])
+        return v1, v5, v6, v4
+        """,
+    ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,20 +14,27 @@ from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 
 DRAWS = 4
 
+MANY = 64
+"""Draws where the mean of a few does not cover the error."""
+
 SAFETY = 2.0
 """The errors' amplitude may be this many times the model's."""
+
+MARGIN = 1.25
+"""And this many times the largest of many draws."""
 
 
 class Rounding(Interpreter):
     """Runs a Q/DQ graph in which nothing is rounded: every number between its bounds keeps its fraction.
 
-    With a generator, each is moved by as much as rounding may move it: uniformly by up to half a step. So are the
-    weights, whose integers stand for any float that rounds to them.
+    With a ``draw``, each is moved by as much as rounding may move it: uniformly by up to half a step. So are the
+    weights, whose integers stand for any float that rounds to them: one draw moves them once, for every call.
     """
 
-    def __init__(self, gm: GraphModule, generator: torch.Generator | None) -> None:
+    def __init__(self, gm: GraphModule, draw: int | None) -> None:
         super().__init__(gm)
-        self._generator = generator
+        self._generator = None if draw is None else torch.Generator().manual_seed(draw)
+        self._of_weights = None if draw is None else torch.Generator().manual_seed(-1 - draw)
         self._constants: dict[str, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -40,9 +48,8 @@ class Rounding(Interpreter):
             exact = super().run_node(n)
             source = n.args[0].name if isinstance(n.args[0], Node) else n.name
             if source not in self._constants:
-                self._constants[source] = (
-                    exact if self._generator is None else self._moved(exact, _step(n.target, args, kwargs, args[0]))
-                )
+                step = _step(n.target, args, kwargs, args[0])
+                self._constants[source] = _moved(exact, step, self._of_weights)
             return self._constants[source].view(exact.shape)
         return super().run_node(n)
 
@@ -52,10 +59,11 @@ class Rounding(Interpreter):
         undone = _UNDO[target]
         low, high = (undone(torch.full_like(integers, int(args[i])), *args[1:]) for i in _bounds_of(args))
         x = torch.minimum(torch.maximum(x, low), high)
-        return x if self._generator is None else self._moved(x, _step(undone, (integers, *args[1:]), {}, integers))
+        return _moved(x, _step(undone, (integers, *args[1:]), {}, integers), self._generator)
 
-    def _moved(self, x: Tensor, step: Tensor) -> Tensor:
-        return x + step * (torch.rand(x.shape, generator=self._generator) - 0.5)
+
+def _moved(x: Tensor, step: Tensor, generator: torch.Generator | None) -> Tensor:
+    return x if generator is None else x + step * (torch.rand(x.shape, generator=generator) - 0.5)
 
 
 _UNDO = {
@@ -85,18 +93,31 @@ def understood(gm: GraphModule) -> bool:
     )
 
 
-def predicted(gm: GraphModule, inputs: tuple[Tensor, ...], seed: int = 0) -> list[float]:
-    """The power of the noise of each float output, summed over its elements; the mean of a few draws."""
-    smooth = _floats(gm, inputs, None)
-    total = [0.0] * len(smooth)
-    for draw in range(DRAWS):
-        noisy = _floats(gm, inputs, torch.Generator().manual_seed(seed + draw))
-        for place, (a, b) in enumerate(zip(smooth, noisy, strict=True)):
-            total[place] += float((a - b).double().square().sum()) / DRAWS
-    return total
+class Noise:
+    """What rounding does to the float outputs of these calls: powers summed over elements and calls, one for each."""
 
+    def __init__(self, gm: GraphModule, calls: Sequence[tuple[Tensor, ...]]) -> None:
+        self._gm, self._calls = gm, calls
+        self._smooth = [self._floats(call, None) for call in calls]
 
-def _floats(gm: GraphModule, inputs: tuple[Tensor, ...], generator: torch.Generator | None) -> list[Tensor]:
-    with torch.no_grad():
-        found = Rounding(gm, generator).run(*(x.clone() for x in inputs), enable_io_processing=False)
-    return [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]
+    def predicted(self) -> list[float]:
+        """The mean of a few draws."""
+        return [sum(powers) / DRAWS for powers in zip(*(self._powers(draw) for draw in range(DRAWS)), strict=True)]
+
+    def largest(self) -> list[float]:
+        """The largest of many draws: where few numbers are rounded, one of them may be far from the mean."""
+        return [max(powers) for powers in zip(*(self._powers(draw) for draw in range(MANY)), strict=True)]
+
+    def _powers(self, draw: int) -> list[float]:
+        total = [0.0] * len(self._smooth[0])
+        rounding = Rounding(self._gm, draw)
+        for call, smooth in zip(self._calls, self._smooth, strict=True):
+            for place, (a, b) in enumerate(zip(smooth, self._floats(call, rounding), strict=True)):
+                total[place] += float((a - b).double().square().sum())
+        return total
+
+    def _floats(self, call: tuple[Tensor, ...], rounding: Rounding | None) -> list[Tensor]:
+        with torch.no_grad():
+            runner = rounding or Rounding(self._gm, None)
+            found = runner.run(*(x.clone() for x in call), enable_io_processing=False)
+        return [x for x in pytree.tree_leaves(found) if isinstance(x, Tensor) and x.is_floating_point()]

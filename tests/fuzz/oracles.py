@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,26 +76,34 @@ def floor(run: Run) -> Iterator[str]:
 
 
 def rounding_noise(run: Run) -> Iterator[str]:
-    """Errors are at most twice what uniform rounding noise makes."""
+    """Errors are at most twice what uniform rounding noise makes, or little more than the largest of many draws."""
     if not run.program.plain or run.program.has_state or not noise.understood(run.converted):
         return
     if any(len(run.batches) * x.numel() < FEW for x in run.batches[0]):
         return
-    actual: dict[int, float] = {}
-    model: dict[int, float] = {}
-    signal: dict[int, float] = {}
-    numbers: dict[int, int] = {}
-    for batch, wanted, found in zip(run.batches, run.wanted, run.found, strict=True):
+    actual: dict[int, float] = defaultdict(float)
+    signal: dict[int, float] = defaultdict(float)
+    numbers: dict[int, int] = defaultdict(int)
+    for wanted, found in zip(run.wanted, run.found, strict=True):
         pairs = [(a, b) for a, b in zip(wanted, found, strict=True) if a.is_floating_point()]
-        for place, ((a, b), power) in enumerate(zip(pairs, noise.predicted(run.converted, batch), strict=True)):
-            actual[place] = actual.get(place, 0.0) + float((a - b).double().square().sum())
-            signal[place] = signal.get(place, 0.0) + float(a.double().square().sum())
-            numbers[place] = numbers.get(place, 0) + a.numel()
-            model[place] = model.get(place, 0.0) + power
-    for place, power in actual.items():
-        allowed = noise.SAFETY**2 * model[place] + 1e-6 * signal[place]
-        if numbers[place] >= FEW and power > allowed and model[place] < 0.05 * signal[place]:
-            yield f"output {place}: {math.sqrt(power / max(model[place], 1e-30)):.1f} times what rounding predicts"
+        for place, (a, b) in enumerate(pairs):
+            actual[place] += float((a - b).double().square().sum())
+            signal[place] += float(a.double().square().sum())
+            numbers[place] += a.numel()
+    model = noise.Noise(run.converted, run.batches)
+    predicted = model.predicted()
+    beyond = [
+        place
+        for place, power in actual.items()
+        if numbers[place] >= FEW
+        and predicted[place] < 0.05 * signal[place]
+        and power > noise.SAFETY**2 * predicted[place] + 1e-6 * signal[place]
+    ]
+    largest = model.largest() if beyond else []
+    for place in beyond:
+        if actual[place] > noise.MARGIN**2 * largest[place]:
+            times = math.sqrt(actual[place] / max(predicted[place], 1e-30))
+            yield f"output {place}: {times:.1f} times what rounding predicts, and more than the largest of many draws"
 
 
 def integers(run: Run) -> Iterator[str]:
