@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from lowering.signature import Signature
+from lowering.verify import MadeUpCall
 from quant2e.errors import CaptureError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.inputs import inputs_of
@@ -47,8 +48,14 @@ def calls_at_bounds(
     A graph that was captured with fixed sizes can be lowered for sizes that vary; it can be compared at its own only.
     """
     values = signature.flatten(*example)
-    found = (signature.resized(values, sizes) for sizes in filter(wanted, corners(signature, values)))
-    return [call for call in map(signature.structured, found) if _takes(reference, call)]
+    found = (
+        MadeUpCall.of(
+            signature.structured(signature.resized(values, sizes)),
+            ", ".join(f"{name} = {size}" for name, size in zip(signature.symbols, sizes, strict=True)),
+        )
+        for sizes in filter(wanted, corners(signature, values))
+    )
+    return [call for call in found if _takes(reference, call)]
 
 
 def _takes(reference: Any, call: Call) -> bool:

@@ -35,6 +35,28 @@ _MOVES = movements() - _CUTS - movements(Effect.JOIN)
 _CASTS = (torch.ops.aten.to, torch.ops.aten._to_copy)
 
 
+class MadeUpCall(Call):
+    """A call that no user gave: their example with ``sizes`` that the graph's bounds allow, as text."""
+
+    sizes: str
+
+    @classmethod
+    def of(cls, call: Call, sizes: str) -> MadeUpCall:
+        """``call``, marked."""
+        made = cls(*call)
+        made.sizes = sizes
+        return made
+
+
+class NotTakenError(Exception):
+    """The graph itself fails on a call that was made up: its bounds allow more than its data does."""
+
+    def __init__(self, call: MadeUpCall, error: Exception) -> None:
+        reason = str(error).split("\n")[0]
+        super().__init__(f"{call.sizes}, where the graph itself fails: {reason}")
+        self.call = call
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bound:
     """What a lowered program must reach: at most ``steps`` anywhere, or at least ``sqnr_db`` over all the data.
@@ -83,6 +105,7 @@ class Verification:
     ``batches``: how many inputs were compared. ``outputs``: the same for each output, every one of which has to be
     within the bound: an output of many large numbers does not hide one of small ones. ``own_noise_db``: SQNR of the
     graph against itself with the last bits of its floats moved, where that was needed to judge: `lowering.own_noise`.
+    ``left_out``: sizes that may vary so far, by the bounds of the graph, at which it fails itself, and how.
     """
 
     max_steps: float
@@ -95,6 +118,7 @@ class Verification:
     own_noise_db: float | None = None
     outputs: tuple[OutputDifference, ...] = ()
     choices: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -111,10 +135,11 @@ class Verification:
             else ""
         )
         choices = f", given what {', '.join(self.choices)} chose among values as good" if self.choices else ""
+        left_out = f"; not compared at {'; '.join(self.left_out)}" if self.left_out else ""
         return (
             f"{verdict}: {self.max_steps:.3g} step(s) at most ({self.step_rule}), max abs difference "
             f"{self.max_abs_diff:.3g}, SQNR {self.sqnr_db:.1f} dB over {self.batches} batch(es){integers}{choices}; "
-            f"required: {self.bound}{noise}"
+            f"required: {self.bound}{noise}{left_out}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -284,7 +309,12 @@ def _runs(lowered: Callable[..., Any], graph: Apart, batches: Iterable[Call]) ->
     for call in batches:
         first = first or call
         count += 1
-        expected = _leaves(graph, call)
+        try:
+            expected = _leaves(graph, call)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if isinstance(call, MadeUpCall):
+                raise NotTakenError(call, error) from error
+            raise
         yield _leaves(program, call), expected
     while first is not None and graph.stateful and count < CALLS:
         try:

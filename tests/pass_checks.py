@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.utils import _pytree as pytree
 
 from quant2e.convert.legality import LEGAL
+from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.effects import writes
 from quant2e.passes import Promise
 
@@ -52,10 +53,10 @@ def rules_broken(gm: GraphModule) -> Counter[str]:
 
 
 def results(gm: GraphModule) -> list[object] | None:
-    """What the graph computes on made-up inputs; None for one that observes, or cannot be run on them."""
-    nodes = list(gm.graph.nodes)
-    if any(node.op == "call_module" for node in nodes):
+    """What the graph computes on made-up inputs; None where it or a body observes, or it cannot be run on them."""
+    if any(node.op == "call_module" for _, part in graphs_of(gm) for node in part.graph.nodes):
         return None
+    nodes = list(gm.graph.nodes)
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)

@@ -5,6 +5,7 @@ Q/DQ graph ─▶ refused, where ONNX cannot hold it ─▶ form of the runtime 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,7 @@ def onnx_graph(
     assert isinstance(module, GraphModule)
     graph = reference if isinstance(reference, GraphModule) else copy_graph(module)
     _check_stateless(module, asker)
+    _check_bags(module, asker)
     refuse_integers_inside(reference if isinstance(reference, GraphModule) else module, asker.call)
     refuse_dtypes(module, (torch.float16, torch.bfloat16), asker.runtime)
     if opset < OPSET:
@@ -121,6 +123,21 @@ def _check_stateless(graph: GraphModule, asker: Asker) -> None:
         f"{', '.join(sorted(written_attributes(graph)))}, as in {where(writer)}: let the model take its state as an "
         f"input and return the new one, or lower it with {asker.alternatives}, whose programs keep it"
     )
+
+
+_BAGS = (torch.ops.aten.embedding_bag.default, torch.ops.aten.embedding_bag.padding_idx)
+
+
+def _check_bags(graph: GraphModule, asker: Asker) -> None:
+    """Raise `LoweringError` where something reads more of a bag than its sums: torch.onnx writes zeros for the rest."""
+    for node in graph.graph.nodes:
+        if node.target in _BAGS and not all(
+            user.target is operator.getitem and (user.args[1] == 0 or not user.users) for user in node.users
+        ):
+            raise LoweringError(
+                f"{asker.file} holds the first result of {where(node)} only, the values of the bags, and the graph "
+                f"reads others of its four: leave those out, or lower with {asker.alternatives}"
+            )
 
 
 _CASTS = movements(when=When.SAME_DTYPE)

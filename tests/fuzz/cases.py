@@ -60,4 +60,42 @@ CASES: tuple[Case, ...] = (
         return v1, v5, v6, v4
         """,
     ),
+    Case(
+        "observers in the body of a scan learned while a pass was watched",
+        "training",
+        "x86",
+        38,
+        """
+        x0: float32[5, 1] normal
+        x1: float32[3, 1, 7] negative
+        v0 = recurrence(x0, weight[1, 1], weight[1, 1])
+        v1 = einsum.default('abc,cd->abd', [x1, weight[7, 4]])
+        return v0, v1
+        """,
+    ),
+    Case(
+        "a convolution took the stride of a dimension of size one for channels that come last",
+        "layout",
+        "x86",
+        1218,
+        """
+        x0: float32[2, 7, 1] normal
+        v0 = transpose.int(x0, -1, -2)
+        v1 = conv_transpose1d.default(v0, weight[1, 2, 2], bias[2], [2], [1], [0], 1, [1])
+        return v1
+        """,
+    ),
+    Case(
+        "a size at the end of its range that the graph itself cannot compute ended a lowering",
+        "onnx",
+        "composed",
+        475,
+        """
+        x0: int64[5] below 16
+        batch varies
+        v0 = arange.start_step(0, 6, 3, dtype=torch.int64)
+        v1 = embedding_bag.default(weight_negative[16, 8], x0, v0, False, 1)
+        return v1
+        """,
+    ),
 )

@@ -283,6 +283,33 @@ def _broken(module):
     module.recompile()
 
 
+class Bags(nn.Module):
+    """Bags of two that start at fixed places, as ATen's op: the values and the three by-products of training."""
+
+    def __init__(self, results):
+        super().__init__()
+        self.table, self.results = nn.Parameter(torch.randn(16, 8)), results
+
+    def forward(self, indices):
+        return torch.ops.aten.embedding_bag.default(self.table, indices, torch.tensor([0, 3]))[: self.results]
+
+
+def test_by_products_of_bags_are_refused(tmp_path):
+    shapes, indices = ({0: torch.export.Dim("n", min=1, max=8)},), torch.arange(5)
+    program = to_onnx(
+        capture(Bags(1), (indices,), dynamic_shapes=shapes), (indices,), path=tmp_path / "a.onnx", dynamic_shapes=shapes
+    )
+    assert program.report.verification.passed
+    assert program.report.verification.batches == 2  # the example, and eight indices; one has no second bag
+    (told,) = program.report.verification.left_out
+    assert told.endswith("= 1, where the graph itself fails: offsets[-1] can not be greater than input's length 1 but "
+                         "got offsets[-1] of 3")  # fmt: skip
+    assert f"; not compared at {told}" in str(program.report.verification)
+    with pytest.raises(LoweringError, match="the first result of 'embedding_bag'"):
+        to_onnx(capture(Bags(4), (indices,)), (indices,), path=tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()
+
+
 def test_other_inputs_are_refused_and_nothing_global_changes(tmp_path):
     def state():
         loggers = [logging.getLogger(n).level for n in ("", "torch.onnx", "onnxscript", "onnx_ir")]
