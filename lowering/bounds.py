@@ -13,7 +13,6 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from lowering.signature import Signature
-from lowering.verify import MadeUpCall
 from quant2e.errors import CaptureError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.inputs import inputs_of
@@ -23,6 +22,19 @@ MOST_CORNERS = 8
 
 MOST_ELEMENTS = 2**20
 """How many elements inputs at a largest size may have together, unless the example's have half as many already."""
+
+
+class MadeUpCall(Call):
+    """A call that no user gave: their example with ``sizes`` that the graph's bounds allow, as text."""
+
+    sizes: str
+
+    @classmethod
+    def of(cls, call: Call, sizes: str) -> MadeUpCall:
+        """``call``, marked."""
+        made = cls(*call)
+        made.sizes = sizes
+        return made
 
 
 def corners(signature: Signature, values: Sequence[Any]) -> tuple[tuple[int, ...], ...]:

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -133,5 +134,7 @@ def drop_from_node(graph: Graph) -> None:
 
 def op_name(node: Node) -> str:
     """``aten.mul.Tensor`` for an op of any dialect."""
+    if isinstance(node.target, OpOverload):
+        return str(node.target)
     name = getattr(node.target, "__name__", str(node.target))
     return name.removeprefix("aten.") if name.startswith("aten.aten.") else name

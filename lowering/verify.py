@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lowering.bounds import MadeUpCall
 from lowering.export import Lowerable, graph_of
 from lowering.state import Apart, from_start, initial_state_of
 from quant2e.errors import LoweringError
@@ -33,19 +34,6 @@ _CUTS = movements(Effect.SPLIT)
 _MOVES = movements() - _CUTS - movements(Effect.JOIN)
 """Ops behind which a scale is still that of the integers in front of them."""
 _CASTS = (torch.ops.aten.to, torch.ops.aten._to_copy)
-
-
-class MadeUpCall(Call):
-    """A call that no user gave: their example with ``sizes`` that the graph's bounds allow, as text."""
-
-    sizes: str
-
-    @classmethod
-    def of(cls, call: Call, sizes: str) -> MadeUpCall:
-        """``call``, marked."""
-        made = cls(*call)
-        made.sizes = sizes
-        return made
 
 
 class NotTakenError(Exception):

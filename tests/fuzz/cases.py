@@ -98,4 +98,29 @@ CASES: tuple[Case, ...] = (
         return v1
         """,
     ),
+    Case(
+        "a larger batch has numbers far beyond the six that were calibrated on",
+        "other_batches",
+        "xnnpack",
+        2353,
+        """
+        x0: float32[2, 1] normal
+        batch varies
+        v0 = mul_.Tensor(x0, x0)
+        v1 = linear.default(v0, weight[8, 1], bias[8])
+        return v1
+        """,
+    ),
+    Case(
+        "XNNPACK's softmax behind a convolution was along the channels, which come last in memory",
+        "executorch",
+        "x86-weights",
+        1852,
+        """
+        x0: float32[2, 4, 8, 8] normal
+        v0 = conv_transpose2d.input(x0, weight[4, 2, 3, 3], bias[2], [1, 1], [0, 0], [0, 0], 1, [1, 1])
+        v1 = softmax.int(v0, -1)
+        return v1
+        """,
+    ),
 )

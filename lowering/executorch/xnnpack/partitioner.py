@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.utils import _pytree as pytree
 
+from lowering.executorch.xnnpack.image_layout import of_images
 from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS, fixed
 from lowering.executorch.xnnpack.lookup_tables import beside_tables, beside_tables_in, parted
 from lowering.executorch.xnnpack.stages import stages
@@ -32,6 +33,8 @@ BESIDE_TABLE = (
 )
 
 GROWING_FLOAT16 = "XNNPACK's mean of float16 writes behind its memory when a call is larger than the first"
+
+SOFTMAX_OF_IMAGES = "XNNPACK's softmax is along the last axis in memory, which may be the channels of what it reads"
 
 
 def xnnpack_partitioner() -> Any:
@@ -85,11 +88,13 @@ def _configs() -> list[type[Any]]:
         AddConfig,
         MeanDimConfig,
         MulConfig,
+        SoftmaxConfig,
         SubConfig,
     )
 
     ours = {each: _with_clamps(each) for each in (AddConfig, MulConfig, SubConfig)}
     ours[MeanDimConfig] = _quantized_where_fixed(MeanDimConfig)
+    ours[SoftmaxConfig] = _not_of_images(SoftmaxConfig)
     return [ours.get(each, each) for each in ALL_PARTITIONER_CONFIGS]
 
 
@@ -132,6 +137,21 @@ def _quantized_where_fixed(config: Any) -> Any:
             return matched
 
     return QuantizedWhereFixed
+
+
+def _not_of_images(config: Any) -> Any:
+    """A softmax of values that may have their channels last, where XNNPACK's is along those."""
+    why = _reporter()
+
+    class NotOfImages(config):  # type: ignore[misc]
+        def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+            if of_images(node):
+                why(node, SOFTMAX_OF_IMAGES)
+                return False
+            taken: bool = super().check_constraints(node, ep)
+            return taken
+
+    return NotOfImages
 
 
 def refuse_growing_means(graph: Graph, partitioners: Sequence[Any]) -> None:

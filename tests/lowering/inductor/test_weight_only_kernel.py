@@ -38,10 +38,18 @@ def dequantized(weight, scale, point):
     return ((grouped - point[..., None].double()) * scale[..., None].double()).flatten(1)
 
 
-def agree(found, x, weight, bias, spread=0):
-    """Within float32's rounding of what was added up. ``spread``: what a row has beside ``x`` while it is added."""
+def magnitudes(weight, scale, point):
+    """What is added up for a weight: its integer and its zero point."""
+    return dequantized(weight.double().abs(), scale, -point.abs())
+
+
+def agree(found, x, weight, bias, spread=0, added=None):
+    """Within float32's rounding of what was added up. ``spread``: what a row has beside ``x`` while it is added;
+    ``added``: magnitudes of the weights while they are, where their zero points are taken away at the end.
+    """
     wanted = x.double() @ weight.T + (bias.double() if bias.numel() else 0)
-    summed = (x.double().abs() + spread) @ weight.abs().T + (bias.abs() if bias.numel() else 0)
+    added = weight.abs() if added is None else added
+    summed = (x.double().abs() + spread) @ added.T + (bias.abs() if bias.numel() else 0)
     assert found.dtype is torch.float32
     assert found.shape == wanted.shape
     assert bool(((found - wanted).abs() <= 2e-6 * summed + 1e-30).all())
@@ -85,7 +93,7 @@ def test_float_rows_give_the_formula(shape, rows, biased):
     x = torch.randn(rows, weight.shape[1], generator=generator)
     bias = torch.randn(shape["outputs"], generator=generator) if biased else NONE
     found = called(x, pack(weight, scale, point, bits=shape["bits"]), bias, shape["outputs"])
-    agree(found, x, dequantized(weight, scale, point), bias)
+    agree(found, x, dequantized(weight, scale, point), bias, added=magnitudes(weight, scale, point))
 
 
 @given(shape=SHAPES, rows=ROWS, biased=st.booleans())
@@ -96,7 +104,8 @@ def test_int8_rows_give_the_formula(shape, rows, biased):
     bias = torch.randn(shape["outputs"], generator=torch.Generator().manual_seed(1)) if biased else NONE
     found = called_on_int8(x, x_scale, x_point, pack(weight, scale, point, bits=4), bias, shape["outputs"])
     spread = 2 * x_point.abs() * x_scale  # zero points are taken away at the end
-    agree(found, (x.double() - x_point) * x_scale, dequantized(weight, scale, point), bias, spread)
+    parts_of_it = dequantized(weight, scale, point), bias, spread, magnitudes(weight, scale, point)
+    agree(found, (x.double() - x_point) * x_scale, *parts_of_it)
 
 
 @pytest.mark.parametrize("rows", [(64,), (2, 3, 64), (0, 64), (2, 0, 64), (1, 1, 1, 64)], ids=str)

@@ -6,7 +6,7 @@ prelu(x, w)    = relu(x) - w·relu(-x)
 elu(x, α)      = relu(x) + α·(exp(-relu(-x)) - 1)
 softplus(x)    = relu(x) + log(1 + exp(-|x|))
 mish(x)        = x·tanh(softplus(x))
-softmax(x, d)  = softmax over the last dimension, between two permutations
+softmax(x, d)  = softmax over the last dimension, between two permutations; of images, over the last of three
 
 And arithmetic with numbers:
 
@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.executorch.xnnpack.image_layout import of_images
 from lowering.executorch.xnnpack.legalize.requirements import X, all_of, argument_is, dimensions, float32, unary
 from quant2e.annotation.pattern import Arg, Condition, Match, Op
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit, emit_number
+from quant2e.graph.fake_values import shape_of
 from quant2e.passes.rewrite import Rewrite, RewriteTable
 
 _ATEN = torch.ops.aten
@@ -96,17 +98,32 @@ def _mish(gm: GraphModule, match: Match) -> Node:
     return emit(match.root, _ATEN.mul.Tensor, match.edges["x"][0], gate)
 
 
-def _inner_dimension(node: Node) -> bool | str:
-    dims, dim = dimensions(operand(node, 0)), operand(node, 1)
+def _another_softmax(node: Node) -> bool | str:
+    x, dim = operand(node, 0), operand(node, 1)
+    dims = dimensions(x)
     if dims == 0 or not isinstance(dim, int):
         return f"'{node.name}' is not over a dimension"
+    if of_images(x):
+        return (
+            sum(not isinstance(size, int) for size in shape_of(x)) <= 1 or f"'{node.name}' has several sizes that vary"
+        )
     return dim % dims != dims - 1 or f"'{node.name}' is over the last dimension, as XNNPACK's"
 
 
 def _softmax(_: GraphModule, match: Match) -> Node:
-    node, x, dim = match.root, match.edges["x"][0], operand(match.root, 1)
-    order = list(range(dimensions(x)))
-    order[dim], order[-1] = order[-1], order[dim]
+    node, x = match.root, match.edges["x"][0]
+    dim, shape = operand(node, 1) % dimensions(x), shape_of(x)
+    if not of_images(x):
+        order = list(range(len(shape)))
+        order[dim], order[-1] = order[-1], order[dim]
+        return _between_permutations(node, x, order)
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    before, behind = (-1 if -1 in part else math.prod(part) for part in (sizes[:dim], sizes[dim + 1 :]))
+    rows = emit(node, _ATEN.reshape.default, x, [before, sizes[dim], behind])
+    return emit(node, _ATEN.reshape.default, _between_permutations(node, rows, [0, 2, 1]), sizes)
+
+
+def _between_permutations(node: Node, x: Node, order: list[int]) -> Node:
     inner = emit(node, _ATEN.softmax.int, emit(node, _ATEN.permute.default, x, order), -1)
     return emit(node, _ATEN.permute.default, inner, order)
 
@@ -134,7 +151,7 @@ decompose_activations = RewriteTable(
         Rewrite("mish", unary(_ATEN.mish.default, when=float32), _mish),
         Rewrite(
             "softmax",
-            unary(_ATEN.softmax.int, when=all_of(float32, _inner_dimension, argument_is("dtype", None))),
+            unary(_ATEN.softmax.int, when=all_of(float32, _another_softmax, argument_is("dtype", None))),
             _softmax,
         ),
     ),
