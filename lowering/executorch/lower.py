@@ -5,6 +5,7 @@ Q/DQ graphs ─▶ legal form ─▶ limits checked ─▶ ExecuTorch's partitio
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -258,6 +259,17 @@ def _writes(exported: ExportedProgram) -> bool:
     return any(is_in_place(node) for node in exported.graph.nodes)
 
 
+def _advice(error: Exception) -> str:
+    """What to do about inputs or results that are nested in a type that torch does not write."""
+    unnamed = re.search(r"No registered serialization name for (<class '[^']+'>)", str(error))
+    if unnamed is None:
+        return ""
+    return (
+        f"the model takes or returns {unnamed[1]}, which has no name in files: return a tuple in its place, such as "
+        "tuple(x.max(-1)), or a dict"
+    )
+
+
 def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tuple[ExecuTorchProgram, list[str]]:
     """The program, and the backends it needs that do not work in this process."""
     from executorch.exir import to_edge_transform_and_lower
@@ -287,7 +299,7 @@ def _lower(prepared: Mapping[str, _Prepared], partitioners: Sequence[Any]) -> tu
     except LoweringError:
         raise
     except Exception as error:
-        raise LoweringError(f"ExecuTorch cannot lower this graph: {error}") from error
+        raise LoweringError(_advice(error) or f"ExecuTorch cannot lower this graph: {error}") from error
     check_program(made.executorch_program)
     buffer = sealed(bytes(made.buffer))
     loaded = LoadedFile(buffer)

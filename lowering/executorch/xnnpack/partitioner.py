@@ -36,6 +36,8 @@ GROWING_FLOAT16 = "XNNPACK's mean of float16 writes behind its memory when a cal
 
 SOFTMAX_OF_IMAGES = "XNNPACK's softmax is along the last axis in memory, which may be the channels of what it reads"
 
+OTHER_MAXIMUM = "XNNPACK's maximum is along height or width, axes 2 and 3 of four, and keeps the axis"
+
 
 def xnnpack_partitioner() -> Any:
     """A partitioner for ``to_edge_transform_and_lower`` that leaves as few delegates as the ops between them allow."""
@@ -91,10 +93,12 @@ def _configs() -> list[type[Any]]:
         SoftmaxConfig,
         SubConfig,
     )
+    from executorch.backends.xnnpack.partition.config.node_configs import MaxDimConfig
 
     ours = {each: _with_clamps(each) for each in (AddConfig, MulConfig, SubConfig)}
     ours[MeanDimConfig] = _quantized_where_fixed(MeanDimConfig)
     ours[SoftmaxConfig] = _not_of_images(SoftmaxConfig)
+    ours[MaxDimConfig] = _as_it_is_written(MaxDimConfig)
     return [ours.get(each, each) for each in ALL_PARTITIONER_CONFIGS]
 
 
@@ -152,6 +156,21 @@ def _not_of_images(config: Any) -> Any:
             return taken
 
     return NotOfImages
+
+
+def _as_it_is_written(config: Any) -> Any:
+    """A maximum along height or width that keeps the axis; of others ExecuTorch finds out when it is too late."""
+    why = _reporter()
+
+    class AsItIsWritten(config):  # type: ignore[misc]
+        def check_constraints(self, node: Node, ep: ExportedProgram) -> bool:
+            if len(node.args) != 3 or node.args[1] not in (2, 3) or node.args[2] is not True:
+                why(node, OTHER_MAXIMUM)
+                return False
+            taken: bool = super().check_constraints(node, ep)
+            return taken
+
+    return AsItIsWritten
 
 
 def refuse_growing_means(graph: Graph, partitioners: Sequence[Any]) -> None:

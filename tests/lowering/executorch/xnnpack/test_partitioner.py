@@ -7,12 +7,13 @@ from torch import nn
 from torch.export import Dim
 
 from lowering import to_executorch
-from lowering.executorch.xnnpack.partitioner import GROWING_FLOAT16, xnnpack_partitioner
-from quant2e import quantize, to_integer
+from lowering.executorch.xnnpack.partitioner import GROWING_FLOAT16, OTHER_MAXIMUM, xnnpack_partitioner
+from quant2e import capture, quantize, to_integer
 from quant2e.errors import LoweringError
 from quant2e.graph.qdq_ops import qd
 from quantizers import XNNPACKQuantizer
 from quantizers.xnnpack import get_symmetric_quantization_config
+from tests.quantizers.models import Of
 
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 
@@ -171,3 +172,19 @@ def test_a_mean_of_float16_whose_size_varies_is_left_to_a_kernel():
     assert "aten.mean.dim" in to_executorch(model, (x,)).report.partitions[0].ops
     with pytest.raises(LoweringError, match=r"averages float16.*Leave partitioners out: then a kernel runs the mean"):
         to_executorch(model, (x,), dynamic_shapes=varying, partitioners=[XnnpackPartitioner()])
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("dim", [1, 2, 3, -1])
+def test_maxima_that_xnnpack_has_are_its_and_others_are_left_to_kernels(dim, keeps):
+    x = torch.randn(2, 3, 4, 5)
+    program = to_executorch(capture(Of(lambda _, x: (x * 2).max(dim, keeps)[0] + 1), (x,)), (x,))
+    assert program.report.verification.max_steps == 0
+    told = [(one.op, one.reason) for one in program.report.leftovers]
+    assert told == ([] if dim in (2, 3) and keeps else [("aten.max.dim", OTHER_MAXIMUM)])
+
+
+def test_results_without_a_name_in_files_are_refused_with_what_to_do():
+    x = torch.randn(3, 4)
+    with pytest.raises(LoweringError, match="return_types.max'>, which has no name in files: return a tuple"):
+        to_executorch(capture(Of(lambda _, x: x.max(-1)), (x,)), (x,))
