@@ -105,8 +105,8 @@ def _convention(gm: GraphModule) -> Json:
         nested = {"in_spec": pytree.treespec_dumps(in_spec), "out_spec": pytree.treespec_dumps(out_spec)}
     except NotImplementedError as error:
         raise Quant2eError(
-            f"the inputs or outputs are nested in a type without a name in files, {error}: return a tuple in its place, "
-            "or register it with torch.utils._pytree, with a serialized_type_name"
+            f"the inputs or outputs are nested in a type without a name in files, {error}: return a tuple in its "
+            "place, or register it with torch.utils._pytree, with a serialized_type_name"
         ) from error
     return {**nested, "forward_arg_names": list(convention.names)}
 
