@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
+from lowering.executorch.xnnpack.image_layout import dequantized_by_reader
 from lowering.executorch.xnnpack.legalize.attention import plain_attention
 from lowering.executorch.xnnpack.legalize.attention_scores import scores_in_three_dimensions
 from lowering.executorch.xnnpack.legalize.constants import fold_constants
@@ -91,6 +92,7 @@ EXACT: tuple[Pass, ...] = (
     one_grid,
     closed_pads,
     distinct_operands,
+    dequantized_by_reader,
 )
 """Rewrites that keep every result, bit for bit up to the order of float additions."""
 

@@ -61,6 +61,26 @@ def test_of_an_input_with_its_channels_last():
     assert program.report.verification.sqnr_db > 100
 
 
+class Attends(nn.Module):
+    """Attention of the results of a convolution, for all three of its inputs, or with ``other`` keys."""
+
+    def __init__(self, *, other):
+        super().__init__()
+        self.layer, self.other = nn.Conv2d(4, 4, 3), other
+
+    def forward(self, x):
+        x = self.layer(x)
+        return nn.functional.scaled_dot_product_attention(x, x + 1 if self.other else x, x)
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_each_reader_of_quantized_images_has_its_own_dequantize(other):
+    result = quantize(Attends(other=other), (IMAGES,), XNNPACKQuantizer().set_global("w8a8"), [(IMAGES,)])
+    program = to_executorch(result, (IMAGES,))
+    assert program.report.verification.sqnr_db > 100
+    assert program.report.rewrites["dequantized_by_reader"] == 1
+
+
 @pytest.mark.parametrize(
     ("function", "found"),
     [
