@@ -6,7 +6,8 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from lowering.native.kernels.op import FLAGS, FOLDER, instruction_set
+from lowering.native.kernels.op import instruction_set
+from lowering.native.kernels.shipped import COMMON, FLAGS, KERNELS
 from quant2e.observers.native.build import built_together
 
 SOURCE = Path(__file__).with_name("peak.cpp")
@@ -16,7 +17,7 @@ SECONDS = 0.3
 @cache
 def _library() -> ctypes.CDLL:
     name = instruction_set()
-    path = built_together(f"peak-{name}", [SOURCE], sorted(FOLDER.glob("*.h")), FLAGS[name])
+    path = built_together(f"peak-{name}", [SOURCE], sorted(KERNELS.glob("*.h")), (*COMMON, *FLAGS[name]))
     if path is None:
         raise RuntimeError("the peak rate is measured in C++, and there is no compiler")
     library = ctypes.CDLL(str(path))

@@ -24,6 +24,8 @@ import lowering
 import quant2e
 import quantizers
 from lowering.executorch.runtime import require_executorch
+from lowering.native.kernels.op import instruction_set
+from lowering.native.kernels.shipped import able, shipped
 from quant2e.documents.yaml_text import yaml_text
 from quant2e.observers.native.build import built
 
@@ -41,9 +43,11 @@ def main() -> None:
 
     assert all((folder / "py.typed").is_file() for folder in folders)
     sources = sorted(path.name for folder in folders for path in folder.rglob("*.cpp"))
-    assert sources == ["lanes.cpp", "native.cpp", "native_kernel.cpp", "native_op.cpp", "weight_only.cpp"], sources
+    assert {"lanes.cpp", "native.cpp", "native_kernel.cpp", "native_op.cpp", "region.cpp", "weight_only.cpp"} <= {
+        *sources
+    }
     assert all((folders[0] / "page" / name).is_file() for name in ("page.html", "page.css", "page.js"))
-    tell(f"py.typed in all three packages, the page's template, and {', '.join(sources)}")
+    tell(f"py.typed in all three packages, the page's template, and {len(sources)} sources of kernels")
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
@@ -57,6 +61,11 @@ def main() -> None:
     seen = command("inspect", "model.pt2", "--json")
     assert json.loads(seen), seen
     tell("quant2e inspect --json reads the file; quant2e --version: " + command("--version").strip())
+
+    program = lowering.to_native(result, progress=False)
+    brought = shipped(instruction_set()) if instruction_set() else None
+    assert brought is not None or not able(), "the wheel brings no library of int8 regions"
+    tell(f"{brought.name if brought else 'no library came with the wheel'}: {program.report}")
 
     if shutil.which("g++") or shutil.which("clang++"):
         assert built(folders[0] / "observers" / "native" / "native.cpp") is not None

@@ -16,22 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowering.native.kernels.shipped import COMMON, FLAGS, KERNELS, included, shipped, sources
 from quant2e.errors import LoweringError
 from quant2e.isolation import ALONE
 from quant2e.observers.native.build import built_together, warn_unbuilt
-from quant2e.observers.native.ops import OP
-
-FOLDER = Path(__file__).parent
-
-FLAGS = {
-    "avx512_vnni": (
-        "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni",
-    ),
-    "avx2_vnni": ("-mavx2", "-mfma", "-mavxvnni"),
-    "avx2": ("-mavx2", "-mfma"),
-    "plain": ("-O2",),
-}  # fmt: skip
-"""By instruction set, the best first: what the compiler is told. Plain C++ gains nothing from -O3 but time to build."""
 
 _NEEDED = {
     "avx512_vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni"),
@@ -113,7 +101,7 @@ def _tried(name: str) -> tuple[Path | None, Exception | None]:
 
 
 def _warn(error: Exception, instead: str) -> None:
-    warn_unbuilt(FOLDER / "region.cpp", error, instead)
+    warn_unbuilt(KERNELS / "region.cpp", error, instead)
 
 
 @cache
@@ -127,10 +115,19 @@ def _registered(library: Path, name: str) -> Region:
 
 
 def built(name: str) -> Path | None:
-    """The library for an instruction set, made now if it is not there yet; None without a compiler."""
-    sources = sorted(FOLDER.glob("*.cpp"))
-    headers = [*sorted(FOLDER.glob("*.h")), OP]
-    return built_together(f"native-{name}", sources, headers, FLAGS[name])
+    """The library for an instruction set: one that was installed with the sources, or made now if it is not there yet.
+
+    None without both, or without a compiler where an installed one does not load.
+    """
+    wanted = os.environ.get("QUANT2E_NATIVE") != "0" and not os.environ.get("QUANT2E_NATIVE_FLAGS")
+    if wanted and (path := shipped(name)) is not None:
+        try:
+            ctypes.CDLL(str(path))
+        except OSError as error:  # it was made with a newer C library, say
+            warn_unbuilt(path, error, "It is compiled here, where there is a compiler")
+        else:
+            return path
+    return built_together(f"native-{name}", sources(), included(), (*COMMON, *FLAGS[name]))
 
 
 def _shapes(inputs: Sequence[Tensor], _plan: Tensor, _constants: Tensor, outputs: Sequence[int]) -> list[Tensor]:

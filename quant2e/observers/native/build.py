@@ -24,9 +24,6 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-ma
 _WISHES = (("-march=native",), ())
 """Flags to try in turn: not every compiler has them."""
 
-_TOGETHER = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-w")
-"""Hidden: libraries for several instruction sets may be loaded side by side."""
-
 _BUILD_SECONDS = 120
 
 _TORCH = Path(torch.__file__).parent / "lib"
@@ -67,8 +64,8 @@ def built(source: Path, *included: Path, flags: tuple[str, ...] = ()) -> Path | 
 def built_together(name: str, sources: Sequence[Path], included: Sequence[Path], flags: tuple[str, ...]) -> Path | None:
     """One library, called ``name``, of several ``sources``, which are compiled side by side; otherwise as `built`.
 
-    ``flags`` say all that it needs of the processor: it runs on every machine that has that. ``$QUANT2E_NATIVE_FLAGS``
-    adds some, such as those of sanitizers.
+    ``flags``: all that the compiler is told. What they say of the processor is what the library needs.
+    ``$QUANT2E_NATIVE_FLAGS`` adds some, such as those of sanitizers.
     """
     flags = (*flags, *os.environ.get("QUANT2E_NATIVE_FLAGS", "").split())
     program = None if os.environ.get("QUANT2E_NATIVE") == "0" else compiler()
@@ -81,7 +78,7 @@ def built_together(name: str, sources: Sequence[Path], included: Sequence[Path],
     with tempfile.TemporaryDirectory(dir=folder) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(work) / f"{source.stem}.o" for source in sources]
         each = [
-            (*_TOGETHER, *flags, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)
+            (*flags, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)
         ]
         for source, complaint in zip(
             sources, pool.map(lambda command: _complaint(program, command), each), strict=True
@@ -135,7 +132,7 @@ def _fingerprint(compiler: str, sources: tuple[Path, ...], flags: tuple[str, ...
     """Of all that the compiled code depends on: sources, flags, torch, compiler, processor."""
     parts = [
         *(source.read_bytes() for source in sources),
-        repr((_FLAGS, _TOGETHER, _WISHES, flags, TORCH_VERSION)).encode(),
+        repr((_FLAGS, _WISHES, flags, TORCH_VERSION)).encode(),
     ]
     parts += [compiler.encode(), _processor().encode()]
     parts.append(str(Path(compiler).resolve().stat().st_mtime_ns).encode())

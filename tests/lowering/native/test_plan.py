@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowering.native.kernels.op import FOLDER
 from lowering.native.kernels.plan import ALIGNMENT, Activation, Arithmetic, Constants, Kind, Step, Value, plan_of
+from lowering.native.kernels.shipped import KERNELS
 
 HEADER = 8
 FIELDS_OF_VALUES = 8
@@ -20,7 +20,7 @@ FIELDS_OF_VALUES = 8
 
 def struct(name: str, file: str = "region.h") -> list[str]:
     """The int64 fields of a C++ struct, in order."""
-    source = (FOLDER / file).read_text()
+    source = (KERNELS / file).read_text()
     body = re.search(rf"struct {name} \{{(.*?)\n(?:\}}|\s*static|\s*$)", source, re.S | re.M)
     assert body is not None
     lines = re.findall(r"^\s*int64_t ([a-z_0-9, ]+);", body[1], re.M)
@@ -28,7 +28,7 @@ def struct(name: str, file: str = "region.h") -> list[str]:
 
 
 def enumerators(name: str, file: str) -> list[str]:
-    source = re.sub(r"//.*", "", (FOLDER / file).read_text())
+    source = re.sub(r"//.*", "", (KERNELS / file).read_text())
     body = re.search(rf"enum {name} : int64_t \{{(.*?)\}}", source, re.S)
     assert body is not None
     return [re.sub(r"\s*=.*", "", entry).strip() for entry in body[1].split(",") if entry.strip()]
@@ -102,5 +102,5 @@ def test_constants_lie_aligned_behind_each_other():
 
 
 def test_the_folder_of_kernels_is_shipped():
-    names = {path.suffix for path in Path(FOLDER).iterdir()}
+    names = {path.suffix for path in Path(KERNELS).iterdir()}
     assert {".cpp", ".h"} <= names
