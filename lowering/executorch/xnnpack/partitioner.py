@@ -18,8 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.infra.partitioner import Partition
 from torch.utils import _pytree as pytree
 
-from lowering.executorch.xnnpack.image_layout import of_images
-from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS, fixed
+from lowering.executorch.xnnpack.legalize.requirements import MOST_DIMENSIONS, fixed, of_images
 from lowering.executorch.xnnpack.lookup_tables import beside_tables, beside_tables_in, parted
 from lowering.executorch.xnnpack.stages import stages
 from lowering.export import drop_from_node

@@ -1,8 +1,8 @@
-"""Libraries of int8 regions that a wheel brings: compiled when it is made, for Linux on x86-64, and found by what they
-are made of.
+"""Libraries of int8 regions that a wheel for Linux on x86-64 brings, compiled when it is made.
 
-Only the standard library is imported: ``setup.py`` runs this file where torch need not be installed. The libraries call
-torch's stable C interface, whose symbols are those of the torch that is loaded.
+They are found by a hash of their sources. Only the standard library is imported: ``setup.py`` runs this file where
+torch need not be installed. The libraries call torch's stable C interface, whose symbols are those of the torch that is
+loaded.
 """
 
 from __future__ import annotations

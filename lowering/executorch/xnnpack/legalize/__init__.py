@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 from torch.fx import GraphModule
 
-from lowering.executorch.xnnpack.image_layout import dequantized_by_reader
 from lowering.executorch.xnnpack.legalize.attention import plain_attention
 from lowering.executorch.xnnpack.legalize.attention_scores import scores_in_three_dimensions
 from lowering.executorch.xnnpack.legalize.constants import fold_constants
-from lowering.executorch.xnnpack.legalize.data_movement import one_grid, quantize_moves
+from lowering.executorch.xnnpack.legalize.data_movement import dequantized_by_reader, one_grid, quantize_moves
 from lowering.executorch.xnnpack.legalize.dynamic_quantization import (
     per_image,
     per_row,

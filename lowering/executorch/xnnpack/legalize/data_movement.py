@@ -6,6 +6,9 @@
 with one scale throughout: moving values and picking the largest commute with a monotone grid, and quantizing a
 value that is already on the grid gives the same integer back. XNNPACK computes on integers only where it sees a
 dequantize on every input and a quantize on the output.
+
+And each reader of quantized images dequantizes by itself: where one wants their channels back in front, in ExecuTorch
+1.4, the others of the same dequantize get them so as well.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from lowering.executorch.xnnpack.legalize.requirements import of_images
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.edit import emit
 from quant2e.graph.qdq_ops import qd
@@ -147,3 +151,18 @@ def one_grid(module: GraphModule) -> int:
 def _grid(node: Node) -> tuple[object, ...]:
     """Scale, zero point, bounds and dtype of a per-tensor quantize or dequantize."""
     return tuple(node.args[1:])
+
+
+def dequantized_by_reader(module: GraphModule) -> int:
+    """Give each reader of a dequantize of images its own, in place; returns how many dequantize ops had several."""
+    count = 0
+    for node in module.graph.find_nodes(op="call_function", target=qd.dequantize_per_tensor.default):
+        _, *others = node.users or (None,)
+        if not others or not of_images(node):
+            continue
+        for reader in others:
+            with module.graph.inserting_before(reader):
+                own = module.graph.node_copy(node, lambda each: each)
+            reader.replace_input_with(node, own)
+        count += 1
+    return count

@@ -25,8 +25,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.executorch.xnnpack.image_layout import of_images
-from lowering.executorch.xnnpack.legalize.requirements import X, all_of, argument_is, dimensions, float32, unary
+from lowering.executorch.xnnpack.legalize.requirements import (
+    X,
+    all_of,
+    argument_is,
+    dimensions,
+    float32,
+    of_images,
+    unary,
+)
 from quant2e.annotation.pattern import Arg, Condition, Match, Op
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import emit, emit_number

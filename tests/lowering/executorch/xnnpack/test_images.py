@@ -11,7 +11,7 @@ from quantizers import XNNPACKQuantizer
 pytest.importorskip("executorch")
 
 from lowering import to_executorch
-from lowering.executorch.xnnpack.image_layout import of_images
+from lowering.executorch.xnnpack.legalize.requirements import of_images
 from tests.quantizers.models import Of
 
 IMAGES = torch.randn(2, 4, 7, 9, generator=torch.Generator().manual_seed(0))
