@@ -136,6 +136,29 @@ def quiet_where_told(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def quiet_where_false(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function with a keyword ``progress=`` that counts no steps: it shows no stages where that is False.
+
+    Calls raise `Quant2eError` for what is neither None, True nor False.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        told: Any = kwargs.get("progress")
+        if told is not None and not isinstance(told, bool):
+            what = "a function" if callable(told) else f"a {type(told).__name__}"
+            raise Quant2eError(
+                f"{function.__name__}: progress is {what}: None or True shows stages on a terminal, False shows "
+                "nothing; there are no steps that a function could be told of"
+            )
+        if told is not False:
+            return function(*args, **kwargs)
+        with quiet_progress():
+            return function(*args, **kwargs)
+
+    return call
+
+
 def shown() -> bool:
     """Whether stages are shown: on a terminal, unless asked not to."""
     return not _quiet.get() and os.environ.get(VARIABLE, "") != "0" and sys.stderr.isatty()

@@ -68,6 +68,10 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         raise LoweringError(
             f"the process that ran {named} ended without an answer (exit code {process.exitcode})"
         ) from None
+    except BaseException:  # Ctrl-C, say: nobody waits for the answer any more
+        process.kill()
+        process.join()
+        raise
     process.join()
     if not good:
         raise value

@@ -159,7 +159,19 @@ def test_who_hears_of_progress(terminal):
             call(5)
 
 
-@pytest.mark.parametrize("name", ["to_executorch", "to_inductor", "package_inductor", "to_onnx"])
+LOWERINGS = ["to_executorch", "to_inductor", "package_inductor", "to_onnx", "to_openvino", "to_native"]
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+@pytest.mark.parametrize("told", [0, 1, "no", [], print, lambda done, total: None], ids=repr)
+def test_a_lowering_takes_no_other_progress_than_true_and_false(terminal, name, told):
+    import lowering
+
+    with pytest.raises(Quant2eError, match=f"{name}: progress is a (int|str|list|function): None or True shows"):
+        getattr(lowering, name)(None, progress=told)
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
 def test_every_lowering_is_quiet_when_told(terminal, name):
     import lowering
 

@@ -15,7 +15,8 @@ from quant2e.quantized_model import QuantizedModel
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
 
-_SHOWN = 12
+INTERRUPTED = "interrupted"
+"""`TuningResult.stopped` after Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quant2e.accuracy.tuning.budgets import Budget
-from quant2e.accuracy.tuning.result import TuningResult
+from quant2e.accuracy.tuning.result import INTERRUPTED, TuningResult
 from quant2e.accuracy.tuning.space.candidates import Candidates
 from quant2e.accuracy.tuning.space.evaluation import Evaluate, latency_of, metric_of
 from quant2e.accuracy.tuning.space.goal import Goal
@@ -55,7 +55,7 @@ class Search:
         except KeyboardInterrupt:
             if not self.store.finished():
                 raise
-            return "interrupted"
+            return INTERRUPTED
 
     def finished(self) -> Mapping[Mix, TuningTrial]:
         """Finished trials, those of earlier and other processes too, by this goal and this budget."""
