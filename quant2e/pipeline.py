@@ -207,6 +207,8 @@ def _tuned(evaluate: Evaluate | None, max_drop: float | None, **arguments: Any) 
         raise KeyboardInterrupt
     if not result.met:
         raise AccuracyError(f"no mix of precisions keeps the goal; quant2e.tune returns the best of them.\n{result}")
+    if not result.choices:
+        raise AccuracyError(f"the goal is kept only with every op left float; quant2e.tune returns that.\n{result}")
     return result.model
 
 

@@ -122,8 +122,9 @@ def tune_file(
     text = [repr(found), *files.lines, *page_written(html, found.model.report, found)]
     interrupted = found.stopped == INTERRUPTED
     failure = "" if found.met else f"no mix that was tried keeps the goal ({found.goal})"
+    if found.met and not found.choices:
+        failure = f"the goal is kept only with every op left float ({found.goal})"
     if interrupted:
-        failure = f"stopped by Ctrl-C after {len(found.trials)} trial(s), of which this is the best"
-        failure += "" if found.met else f"; none of them keeps the goal ({found.goal})"
+        failure = f"stopped by Ctrl-C; this is the best of {len(found.trials)} trial(s)" + (failure and f": {failure}")
     data = {**found.as_dict(), **files.files}
     return VerbResult(text="\n".join(text), data=data, failure=failure, interrupted=interrupted)

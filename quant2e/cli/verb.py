@@ -13,9 +13,9 @@ from typing import IO, Any
 
 import click
 
+from quant2e.cli.in_options import in_options
 from quant2e.cli.inputs.arguments import OutputFiles, refuse_overwriting
-from quant2e.cli.interrupts import EXIT_CODE, interrupts_that_last
-from quant2e.stages import quiet_progress
+from quant2e.stages import interrupts_that_last, quiet_progress
 
 _COMMON = (
     click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, and nothing else there."),
@@ -51,9 +51,9 @@ class Failure(click.ClickException):
 
 
 class Stopped(Failure):
-    """The same of what Ctrl-C ended."""
+    """The same of what Ctrl-C ended, with the exit code that shells give it."""
 
-    exit_code = EXIT_CODE
+    exit_code = 130
 
 
 class Verb(click.Command):
@@ -81,7 +81,7 @@ class Verb(click.Command):
         except Exception as error:
             if traceback:
                 raise
-            raise Failure(f"{_sentence(error)}{files.written()}", name) from error
+            raise Failure(f"{in_options(_sentence(error), self.params)}{files.written()}", name) from error
         assert isinstance(outcome, VerbResult)
         click.echo(json.dumps(outcome.data, indent=2, allow_nan=False) if as_json else outcome.text)
         if outcome.failure:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from quant2e import __version__
-from quant2e.cli.interrupts import EXIT_CODE
+from quant2e.cli.verb import Stopped
 
 VERBS: Mapping[str, str] = {
     "quantize": "quant2e.cli.quantize:quantize_file",
@@ -65,5 +65,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("quant2e: stopped by Ctrl-C", err=True)
-        return EXIT_CODE
+        return Stopped.exit_code
     return code if isinstance(code, int) else 0
