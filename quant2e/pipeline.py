@@ -22,6 +22,7 @@ from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_error import outputs_of
 from quant2e.accuracy.output_loss import converted_sqnr, in_floats
 from quant2e.accuracy.recipe.recipe import Recipe, recipe_of
+from quant2e.accuracy.tuning.result import INTERRUPTED
 from quant2e.accuracy.tuning.space.evaluation import Evaluate
 from quant2e.accuracy.tuning.tune import tune
 from quant2e.annotation.quantizer import Quantizer
@@ -194,12 +195,20 @@ def _check_algorithms(encodings: Encodings, kept: tuple[str, ...]) -> None:
 
 
 def _tuned(evaluate: Evaluate | None, max_drop: float | None, **arguments: Any) -> QuantizedModel:
-    """The model that `quant2e.tune` finds. Raises `AccuracyError` where it does not keep the goal."""
+    """The model that `quant2e.tune` finds.
+
+    Raises `AccuracyError` where it does not keep the goal, and KeyboardInterrupt after Ctrl-C: who called `quantize`
+    was told of no search that can end early.
+    """
     if evaluate is None:
         raise Quant2eError("max_drop= goes with evaluate=, a function of a model that returns its metric")
     result = tune(evaluate=evaluate, max_drop=0.01 if max_drop is None else max_drop, **arguments)
+    if result.stopped == INTERRUPTED:
+        raise KeyboardInterrupt
     if not result.met:
         raise AccuracyError(f"no mix of precisions keeps the goal; quant2e.tune returns the best of them.\n{result}")
+    if not result.choices:
+        raise AccuracyError(f"the goal is kept only with every op left float; quant2e.tune returns that.\n{result}")
     return result.model
 
 

@@ -1,19 +1,22 @@
-"""Stages: what takes long says what it is doing, on a terminal by itself and elsewhere to loggers.
+"""Stages: what takes long says what it is doing, on a terminal by itself and elsewhere to loggers, and can be stopped.
 
     with stage("lower to ExecuTorch"):        a spinner with the name and the time, on a terminal
         with stage("compare") as shown:       the innermost one that is open, behind the outer ones
             shown(3, 8)                       3 of 8 are done
 
 Shown on stderr where that is a terminal and rich is installed; never with ``QUANT2E_PROGRESS=0``, nor within
-`quiet_progress`. Each stage is a line of the logger ``quant2e.stages``, at INFO, when it ends.
+`quiet_progress`. Each stage is a line of the logger ``quant2e.stages``, at INFO, when it ends. Ctrl-C ends a stage
+wherever it comes, also where Python would lose it.
 """
 
 from __future__ import annotations
 
+import _thread
 import functools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +36,10 @@ VARIABLE = "QUANT2E_PROGRESS"
 
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 _display: ContextVar[_Display | None] = ContextVar("display", default=None)
+
+
+_AGAIN = 0.02
+"""Seconds until a lost interrupt comes again: at once would be in the hook, where it is lost as well."""
 
 
 class OpenStage:
@@ -84,7 +91,8 @@ def stage(name: str) -> Iterator[OpenStage]:
         if display is not None:
             display.stages.append(own)
             display.draw()
-        yield own
+        with interrupts_that_last():
+            yield own
         ended = "done"
     finally:
         _display.reset(token)
@@ -95,6 +103,46 @@ def stage(name: str) -> Iterator[OpenStage]:
         if opened is not None:
             opened.stop()
         LOG.info("%s: %s in %.1f s", own, ended, time.monotonic() - start)
+
+
+class _Repeated:
+    """A hook for what cannot be raised: an interrupt comes again, whatever else goes to the hook that was there."""
+
+    def __init__(self, usual: Callable[[Any], object]) -> None:
+        self.usual = usual
+        self.lost: list[threading.Timer] = []
+
+    def __call__(self, unraisable: Any) -> None:
+        if unraisable.exc_type is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            self.usual(unraisable)
+            return
+        again = threading.Timer(_AGAIN, _thread.interrupt_main)
+        again.daemon = True
+        self.lost.append(again)
+        again.start()
+
+
+@contextmanager
+def interrupts_that_last() -> Iterator[None]:
+    """Ctrl-C ends the block, also where Python would lose it.
+
+    Weak references and ``__del__`` call back in the midst of everything that a compiler does; what is raised there is
+    printed and forgotten, and the program goes on. An interrupt that was raised there is raised again.
+    """
+    if isinstance(sys.unraisablehook, _Repeated):  # a block around this one sees to it
+        yield
+        return
+    usual = sys.unraisablehook
+    sys.unraisablehook = hook = _Repeated(usual)
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        waiting = [again for again in hook.lost if again.is_alive()]
+        for again in waiting:
+            again.cancel()
+    if waiting:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -129,6 +177,29 @@ def quiet_where_told(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         told: Any = kwargs.get("progress")
         if heard(told) is None and told is not False:
+            return function(*args, **kwargs)
+        with quiet_progress():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def quiet_where_false(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function with a keyword ``progress=`` that counts no steps: it shows no stages where that is False.
+
+    Calls raise `Quant2eError` for what is neither None, True nor False.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        told: Any = kwargs.get("progress")
+        if told is not None and not isinstance(told, bool):
+            what = "a function" if callable(told) else f"a {type(told).__name__}"
+            raise Quant2eError(
+                f"{function.__name__}: progress is {what}: None or True shows stages on a terminal, False shows "
+                "nothing; there are no steps that a function could be told of"
+            )
+        if told is not False:
             return function(*args, **kwargs)
         with quiet_progress():
             return function(*args, **kwargs)

@@ -109,6 +109,7 @@ STATE: dict[str, Callable[[], Any]] = {
     "recursion limit": sys.getrecursionlimit,
     "signal handlers": lambda: {number: repr(signal.getsignal(number)) for number in signal.valid_signals()},
     "excepthook": lambda: repr(sys.excepthook),
+    "unraisablehook": lambda: repr(sys.unraisablehook),
     "streams": lambda: [repr(sys.stdout), repr(sys.stderr), repr(sys.stdin)],
     "working directory": os.getcwd,
     "locale": lambda: locale.setlocale(locale.LC_ALL),

@@ -1,4 +1,4 @@
-"""Time programs side by side on this machine.
+"""Time programs side by side on this machine, on the same inputs where all take them.
 
 Every program is called in turn, so that a machine that slows down slows all of them; times are medians, ratios are
 medians of the ratios within each round. Load time and memory are measured in a process for each program, times in a
@@ -7,15 +7,19 @@ process for each number of threads.
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowering.bench.inputs import chosen, own_inputs
 from lowering.bench.worker import Footprint, in_child, measure_footprint, measure_times
 from quant2e.page.section import PageSection
 from quant2e.report.plain_data import plain_data
+from quant2e.stages import stage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +72,23 @@ def bench(
     Raises `LoweringError` for a program that does not load or run, `FileFormatError` for a file of another kind, one
     that has changed since it was written, and one that crashes its runtime.
     """
-    sizes = [path.stat().st_size for path in programs]
-    footprints = [in_child(measure_footprint, path, inputs, method, threads[0]) for path in programs]
-    times = {
-        count: in_child(measure_times, tuple(programs), inputs, method, count, rounds)
-        for count in dict.fromkeys(threads)
-    }
+    sizes, counts = [path.stat().st_size for path in programs], list(dict.fromkeys(threads))
+    alone = inputs is not None or len(programs) == 1
+    steps = itertools.count(1)
+    with stage("time programs") as shown, tempfile.TemporaryDirectory() as folder:
+
+        def done(function: Callable[..., Any], *args: Any) -> Any:
+            shown(next(steps), len(programs) * (1 if alone else 2) + len(counts))
+            return in_child(function, *args)
+
+        files: list[Path | None] = [inputs] * len(programs)
+        if not alone:
+            own = [done(own_inputs, path, method, Path(folder, f"{i}.pt")) for i, path in enumerate(programs)]
+            files = [*chosen(own)]
+        footprints = [
+            done(measure_footprint, path, file, method, threads[0]) for path, file in zip(programs, files, strict=True)
+        ]
+        times = {count: done(measure_times, tuple(programs), tuple(files), method, count, rounds) for count in counts}
     return [
         Row(
             path=path,
@@ -81,7 +96,7 @@ def bench(
             footprint=footprints[place],
             medians={count: statistics.median(found[place]) * 1e3 for count, found in times.items()},
             ratios={
-                count: statistics.median(first / own for first, own in zip(found[0], found[place], strict=True))
+                count: statistics.median(first / other for first, other in zip(found[0], found[place], strict=True))
                 for count, found in times.items()
             },
         )
@@ -100,10 +115,22 @@ def table(rows: Sequence[Row]) -> str:
         line += [text for count in counts for text in (f"{row.medians[count]:.3f}", f"{row.ratios[count]:.2f}")]
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    told = [
         "  ".join(
             cell.ljust(width) if place == 0 else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
-    )
+    ]
+    return "\n".join([*told, *_inputs(rows)])
+
+
+def _inputs(rows: Sequence[Row]) -> list[str]:
+    """What the programs were run on; where that differs, that their times do not compare."""
+    found = dict.fromkeys(row.footprint.inputs for row in rows)
+    if len(found) == 1:
+        return [f"run on {inputs}" for inputs in found if inputs]
+    return [
+        "no inputs of one program are taken by all, so that each ran on its own, and times do not compare (--inputs):",
+        *(f"  {row.path.name} on {row.footprint.inputs}" for row in rows),
+    ]

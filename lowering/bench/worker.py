@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowering.files.program_file import OpenProgram, opened, read_arrays, read_program
+from lowering.bench.inputs import described, read_inputs
+from lowering.files.program_file import OpenProgram, opened, read_program
 from quant2e.errors import FileFormatError, LoweringError, Quant2eError
 from quant2e.isolation import unheard
 
@@ -35,12 +36,13 @@ class Footprint:
     """``load_ms``: from the bytes of a file (a ``.pt2``: from the file) to a program that can be called.
 
     ``peak_mb``: by how much reading, loading and running it raised the process's peak of resident memory, in 10⁶ bytes.
-    ``unchanged``: the file carries a checksum, and matches it.
+    ``unchanged``: the file carries a checksum, and matches it. ``inputs``: what it was run on, dtypes and sizes.
     """
 
     load_ms: float
     peak_mb: float
     unchanged: bool = False
+    inputs: str = ""
 
 
 def in_child(function: Callable[..., Any], *args: Any) -> Any:
@@ -68,6 +70,10 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
         raise LoweringError(
             f"the process that ran {named} ended without an answer (exit code {process.exitcode})"
         ) from None
+    except BaseException:  # Ctrl-C, say: nobody waits for the answer any more
+        process.kill()
+        process.join()
+        raise
     process.join()
     if not good:
         raise value
@@ -93,16 +99,21 @@ def measure_footprint(path: Path, inputs: Path | None, method: str | None, threa
     tensors = _tensors(program, inputs)
     for _ in range(WARM_UP):
         program.run(tensors)
-    return Footprint(load_ms=load_ms, peak_mb=(_peak() - before) / 1e6, unchanged=program.unchanged)
+    return Footprint(
+        load_ms=load_ms, peak_mb=(_peak() - before) / 1e6, unchanged=program.unchanged, inputs=described(tensors)
+    )
 
 
 def measure_times(
-    paths: Sequence[Path], inputs: Path | None, method: str | None, threads: int, rounds: int | None
+    paths: Sequence[Path], inputs: Sequence[Path | None], method: str | None, threads: int, rounds: int | None
 ) -> list[list[float]]:
-    """Seconds of each call, a list per program of one length; neighbours in time at the same place."""
+    """Seconds of each call, a list per program of one length; neighbours in time at the same place.
+
+    ``inputs``: a file for each program; None: its own.
+    """
     _use(threads, paths)
     programs = [opened(read_program(path, native=True), method) for path in paths]
-    calls = [(program, _tensors(program, inputs)) for program in programs]
+    calls = [(program, _tensors(program, file)) for program, file in zip(programs, inputs, strict=True)]
     for program, tensors in calls * WARM_UP:
         program.run(tensors)
     times: list[list[float]] = [[] for _ in calls]
@@ -133,7 +144,7 @@ def _use(threads: int, paths: Sequence[Path]) -> None:
 
 
 def _tensors(program: OpenProgram, inputs: Path | None) -> tuple[Tensor, ...]:
-    return read_arrays(inputs) if inputs is not None else program.tensors()
+    return read_inputs(inputs) if inputs is not None else program.tensors()
 
 
 def _peak() -> int:

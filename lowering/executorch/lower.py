@@ -60,7 +60,7 @@ from quant2e.graph.effects import is_in_place
 from quant2e.isolation import quietly, tracing
 from quant2e.passes import Pass
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
-from quant2e.stages import quiet_where_told, stage
+from quant2e.stages import quiet_where_false, stage
 
 FORWARD = "forward"
 """Name of the method of a program made of one model."""
@@ -93,7 +93,7 @@ class _Prepared:
     state: State
 
 
-@quiet_where_told
+@quiet_where_false
 @stage("lower to ExecuTorch")
 @tracing()
 def to_executorch(

@@ -37,7 +37,7 @@ from lowering.state import State
 from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.isolation import tracing
-from quant2e.stages import quiet_where_told, stage
+from quant2e.stages import quiet_where_false, stage
 
 
 class InductorPackage(LoweredProgram[InductorReport]):
@@ -86,7 +86,7 @@ class InductorPackage(LoweredProgram[InductorReport]):
             shutil.copyfile(self.path, part)
 
 
-@quiet_where_told
+@quiet_where_false
 @stage("package with Inductor")
 @tracing()
 def package_inductor(

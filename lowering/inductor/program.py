@@ -29,7 +29,7 @@ from quant2e.errors import LoweringError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.mutation import written_attributes
 from quant2e.isolation import tracing
-from quant2e.stages import quiet_where_told, stage
+from quant2e.stages import quiet_where_false, stage
 
 LOG = logging.getLogger(f"quant2e.{__name__}")
 
@@ -143,7 +143,7 @@ class InductorProgram(LoweredProgram[InductorReport]):
         return compile_flat(self._rewritten.flat(self._signature), inputs.values, inspect)
 
 
-@quiet_where_told
+@quiet_where_false
 @stage("compile with Inductor")
 @tracing()
 def to_inductor(

@@ -28,7 +28,7 @@ from quant2e.errors import LoweringError
 from quant2e.files import atomic_file
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.isolation import quietly, tracing
-from quant2e.stages import quiet_where_told, stage
+from quant2e.stages import quiet_where_false, stage
 
 OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
 """What to do with a wrong file, where no op is to blame that could be left in float."""
@@ -36,7 +36,7 @@ OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
 _ASKER = Asker(call="to_onnx", file="an ONNX file", runtime="onnxruntime")
 
 
-@quiet_where_told
+@quiet_where_false
 @stage("lower to ONNX")
 @tracing()
 def to_onnx(

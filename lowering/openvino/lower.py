@@ -37,7 +37,7 @@ from quant2e.checksum import BLANK, sealed
 from quant2e.errors import FileFormatError, LoweringError
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.isolation import quietly, tracing
-from quant2e.stages import quiet_where_told, stage
+from quant2e.stages import quiet_where_false, stage
 from quant2e.versions import TORCH_VERSION
 
 OTHERWISE = "Lower the model with to_inductor or to_executorch instead"
@@ -49,7 +49,7 @@ _OWN = re.compile(r"[A-Z][A-Za-z]*_\d+")
 _ASKER = Asker(call="to_openvino", file="an OpenVINO model of ours", runtime="OpenVINO")
 
 
-@quiet_where_told
+@quiet_where_false
 @stage("lower to OpenVINO")
 @tracing()
 def to_openvino(

@@ -65,7 +65,7 @@ def compare(
     check_count(num_batches)
     graph, report, program = _read(quantized)
     feed = Feed(data, graph, transform=transform)
-    calls = _checked(islice(feed, num_batches))
+    calls = _checked(islice(feed, num_batches), graph)
     first = next(calls, None)
     if first is None:
         raise CalibrationError("compare needs at least one batch of data")
@@ -106,9 +106,9 @@ def _notes(graph: GraphModule | None, run: ShadowRun | None) -> Iterator[str]:
         yield "a loop or a branch is compared as one op, not what is inside"
 
 
-def _checked(calls: Iterable[Call]) -> Iterator[Call]:
+def _checked(calls: Iterable[Call], graph: GraphModule | None) -> Iterator[Call]:
     for index, call in enumerate(calls):
-        yield check_batch(call, f"batch {index}")
+        yield check_batch(call, f"batch {index}", graph)
 
 
 def _example(quantized: Any, first: Call) -> Call:

@@ -197,7 +197,7 @@ def sensitivity(
     if quantizer is None:
         prepared = _prepared(model, example_inputs)
         feed = Feed(data, prepared, transform=transform)
-        calls = [check_batch(call, f"batch {i}") for i, call in enumerate(islice(feed, num_batches))]
+        calls = [check_batch(call, f"batch {i}", prepared) for i, call in enumerate(islice(feed, num_batches))]
         notes = feed.notes
     else:
         captured = capture(model, example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes)

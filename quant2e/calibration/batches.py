@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from quant2e.errors import CalibrationError
 from quant2e.graph.captured.calls import Call, call_of
+from quant2e.graph.captured.inputs import inputs_of
 from quant2e.ranges.minmax import on_host
 
 FEW_SAMPLES = 32
 """Fewer samples than this seldom show the range; about 100 are usually enough."""
+
+
+class SomeBatches(Iterable[Any]):
+    """Some of the batches that a user gave: errors name each by its place among all, by which the user finds it."""
+
+    @abstractmethod
+    def place(self, index: int) -> int:
+        """Where that one of these batches stands among all."""
 
 
 def check_iterable(data: Any, name: str) -> None:
@@ -49,26 +60,31 @@ def check_kind(batch: Any, name: str) -> Call:
     return call_of(batch)
 
 
-def check_batch(batch: Any, name: str) -> Call:
+def check_batch(batch: Any, name: str, graph: GraphModule | None = None) -> Call:
     """``batch`` as a call. Raises `CalibrationError`, which begins with ``name``, for something that is no input of a
     model, and for NaN or +inf in one: neither has a range, nor an error that could be measured.
 
-    -inf is an ordinary value of a mask. Tensors behind a device's queue are not read: their observers count.
+    ``graph``: what will be called, whose arguments have names. -inf is an ordinary value of a mask. Tensors behind a
+    device's queue are not read: their observers count.
     """
     call = check_kind(batch, name)
-    for place, leaf in _named_leaves(call):
+    for path, leaf in pytree.tree_leaves_with_path((list(call.args), dict(call.kwargs))):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() and on_host(leaf):
             low, high = (float(extreme) for extreme in torch.aminmax(leaf.detach()))
             if math.isnan(low) or high == math.inf:
                 found = "NaN" if math.isnan(low) else "+inf"
+                place = _input_name(path, graph)
                 raise CalibrationError(f"{name} holds {found} in {place}: clean the data, or leave this batch out")
     return call
 
 
-def _named_leaves(call: Call) -> Iterator[tuple[str, Any]]:
-    for part in (list(call.args), dict(call.kwargs)):
-        for key, leaf in pytree.tree_leaves_with_path(part):
-            yield f"its input {pytree.keystr(key)}", leaf
+def _input_name(path: Sequence[Any], graph: GraphModule | None) -> str:
+    """What is at ``path`` in the inputs of a call, positional and by name: ``its input 'states[0]'``."""
+    which, rest = path[1], pytree.keystr(tuple(path[2:]))
+    if isinstance(which, pytree.MappingKey):
+        return f"its input '{which.key}{rest}'"
+    names = () if graph is None else inputs_of(graph).names
+    return f"its input '{names[which.idx]}{rest}'" if which.idx < len(names) else f"its input {which.idx}{rest}"
 
 
 def sample_count(leaves: Iterable[Any]) -> int:

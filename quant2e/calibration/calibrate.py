@@ -14,7 +14,14 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from quant2e.calibration import distributed
-from quant2e.calibration.batches import check_batch, check_count, check_iterable, describe, sample_count
+from quant2e.calibration.batches import (
+    SomeBatches,
+    check_batch,
+    check_count,
+    check_iterable,
+    describe,
+    sample_count,
+)
 from quant2e.calibration.compiled import compiled_graph
 from quant2e.calibration.early_stopping import EarlyStopping
 from quant2e.calibration.feed import Feed, Transform
@@ -81,7 +88,8 @@ def calibrate(
         raise CalibrationError(f"checkpoint is a {type(checkpoint).__name__}: the path of a statistics file")
     told = heard(progress)
     stopping = EarlyStopping(seconds, range_tolerance)
-    run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), told, compiled)
+    place = data.place if isinstance(data, SomeBatches) else int
+    run = _Run(prepared, stopping, None if checkpoint is None else Path(checkpoint), told, compiled, place)
     feed = Feed(data, prepared, "calibration", transform)
     known = batch_count(data)
     total = known if num_batches is None else num_batches if known is None else min(known, num_batches)
@@ -141,13 +149,14 @@ CHECKPOINT_EVERY = 100
 
 @dataclass(slots=True)
 class _Run:
-    """One pass over data in one process."""
+    """One pass over data in one process. ``place``: where each batch stands in what the user gave."""
 
     prepared: GraphModule
     stopping: EarlyStopping
     checkpoint: Path | None
     progress: Progress | None
     compiled: bool
+    place: Callable[[int], int]
 
     def feed(self, data: Iterable[Any], total: int | None) -> int:
         """Run every batch that no checkpoint has seen; returns how many were seen, those before included."""
@@ -161,7 +170,7 @@ class _Run:
         randomness = IsolatedRandomness()
         with _restored(self.prepared), stage("calibrate") as shown:
             for batch in batches:
-                call = _run_batch(self.prepared, model, batch, done, randomness)
+                call = _run_batch(self.prepared, model, batch, self.place(done), randomness)
                 samples = None if samples is None else samples + sample_count(pytree.tree_leaves(tuple(call)))
                 done += 1
                 shown(done, total)
@@ -197,7 +206,7 @@ class _Run:
 def _run_batch(
     prepared: GraphModule, model: Callable[..., Any], batch: Any, index: int, randomness: IsolatedRandomness
 ) -> Call:
-    call = check_batch(batch, f"calibration batch {index}")
+    call = check_batch(batch, f"calibration batch {index}", prepared)
     try:
         check_dtypes(prepared, call)
         args, kwargs = call.copied()  # a model may write into its inputs

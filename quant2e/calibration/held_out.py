@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch.fx import GraphModule
 
-from quant2e.calibration.batches import check_batch, check_iterable
+from quant2e.calibration.batches import SomeBatches, check_batch, check_iterable
 from quant2e.calibration.calibrate import Progress, add_notes, batch_count, calibrate
 from quant2e.calibration.feed import Feed, Transform
 from quant2e.calibration.range_selection import RangeChoice, select_ranges
@@ -17,7 +18,7 @@ _EVERY = 8
 _AT_MOST = 8
 
 
-class HoldOut:
+class HoldOut(SomeBatches):
     """Hands on most of an iterable and keeps a few batches back: the second one, then every eighth, at most eight.
 
     When there is only one batch it is handed on and kept.
@@ -35,6 +36,14 @@ class HoldOut:
             raise TypeError("the data does not say how many batches it holds")
         return total - len([i for i in range(total) if self._keeps(i)])
 
+    def place(self, index: int) -> int:
+        """Where that batch that is handed on stands in the data."""
+        return next(itertools.islice((place for place in itertools.count() if not self._keeps(place)), index, None))
+
+    def place_kept(self, index: int) -> int:
+        """Where that batch that is kept back stands in the data."""
+        return 1 + index * _EVERY if self.separate else 0
+
     @staticmethod
     def _keeps(index: int) -> bool:
         return index % _EVERY == 1 and index // _EVERY < _AT_MOST
@@ -50,6 +59,17 @@ class HoldOut:
             if index == 0:
                 self.kept.append(batch)
             yield batch
+
+
+class _Kept(SomeBatches):
+    def __init__(self, calls: Sequence[Call], place: Callable[[int], int]) -> None:
+        self._calls, self._place = calls, place
+
+    def __iter__(self) -> Iterator[Call]:
+        return iter(self._calls)
+
+    def place(self, index: int) -> int:
+        return self._place(index)
 
 
 SELECT_RANGES_ON = 2
@@ -76,9 +96,11 @@ def calibrate_but_some(
     feed = data if isinstance(data, Feed) else Feed(data, prepared, "calibration", transform)
     stream = HoldOut(feed)
     calibrate(prepared, stream, progress=progress)
-    held_out = [check_batch(batch, f"held-out batch {i}") for i, batch in enumerate(stream.kept)]
+    held_out = [
+        check_batch(batch, f"calibration batch {stream.place_kept(i)}", prepared) for i, batch in enumerate(stream.kept)
+    ]
     add_notes(prepared, feed.notes)
-    choices = select_ranges(prepared, held_out[:SELECT_RANGES_ON])
+    choices = select_ranges(prepared, _Kept(held_out[:SELECT_RANGES_ON], stream.place_kept))
     kind = "held-out batch" if stream.separate else "calibration batch"
     source = f"{len(held_out)} {kind}{'es' if len(held_out) > 1 else ''}"
     return HeldOutData(held_out, source, choices, feed.notes)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
-from quant2e.calibration.batches import check_batch, check_iterable
+from quant2e.calibration.batches import SomeBatches, check_batch, check_iterable
 from quant2e.calibration.feed import Feed
 from quant2e.calibration.statistics import undecided
 from quant2e.errors import CalibrationError, where
@@ -116,8 +116,9 @@ def select_ranges(prepared: GraphModule, batches: Iterable[Any]) -> tuple[RangeC
     randomness = IsolatedRandomness()
     done = 0
     for batch in Feed(batches, prepared, "held-out"):
-        call = check_batch(batch, f"held-out batch {done}")
-        runner.batch = done
+        place = f"calibration batch {batches.place(done)}" if isinstance(batches, SomeBatches) else ""
+        runner.batch = place or f"held-out batch {done}"
+        call = check_batch(batch, runner.batch, prepared)
         with torch.no_grad(), randomness:
             runner.run(*flat_inputs(graph, call.copied()), enable_io_processing=False)
         done += 1
@@ -172,7 +173,7 @@ class _Comparison(GraphInterpreter):
         super().__init__(graph)
         self._observers, self._path, self._outer = observers, path, outer
         self._repeats = False
-        self.batch: int = 0 if outer is None else outer.batch
+        self.batch: str = "" if outer is None else outer.batch
 
     def inside(self, path: str, body: GraphModule) -> Interpreter:
         """The comparison in a body."""
@@ -210,7 +211,7 @@ class _Comparison(GraphInterpreter):
     def _check(self, call: Node, value: Tensor) -> None:
         if bool((torch.isnan(value) | torch.isposinf(value)).any()):
             raise CalibrationError(
-                f"held-out batch {self.batch} brings NaN or +inf to the output of {where(observed(call))}: "
+                f"{self.batch} brings NaN or +inf to the output of {where(observed(call))}: "
                 "no range can be compared on it; look at that batch and at the model"
             )
 

@@ -50,7 +50,8 @@ class RepeatedData:
         self._all = first if len(first) <= KEPT_BATCHES else data
         self._some = first[:LEARN_ON]
         self.complete = len(first) <= LEARN_ON
-        self.calls = [check_kind(batch, f"calibration batch {i}") for i, batch in enumerate(HoldOut(self._some))]
+        stream = HoldOut(self._some)
+        self.calls = [check_kind(batch, f"calibration batch {stream.place(i)}") for i, batch in enumerate(stream)]
 
     @property
     def separate(self) -> bool:

@@ -20,16 +20,17 @@ inputs:
   quant2e bench model_int8.pte model_int8.pt2 --inputs x.npz
 
 A .pte runs in the ExecuTorch runtime, an .onnx in onnxruntime, an .xml in OpenVINO, a .pt2 in eager torch, and a
-package of AOTInductor, which is native code, as it is: time those that you trust as you trust a program. Programs are
-called in turn, so that a machine that slows down slows all of them; times are medians, and ratios are to the first
-program: above 1 is faster.
+package of AOTInductor, which is native code, as it is: time those that you trust as you trust a program. Without
+--inputs all run on the same: what a .pt2 was exported with, or noise of sizes that all take. Programs are called in
+turn, so that a machine that slows down slows all of them; times are medians, and ratios are to the first program: above
+1 is faster.
 Each program runs in a process of its own, which a file that crashes its runtime ends.
 """
 
 
 @verb("bench", example=_EXAMPLE)
 @click.argument("programs", nargs=-1, required=True, type=PROGRAM, metavar="PROGRAM...")
-@click.option("--inputs", type=Existing(".npz"), help="Arrays to run on (default: the file's own, or noise).")
+@click.option("--inputs", type=Existing(".npz"), help="Arrays to run on (default: a file's own, or noise).")
 @click.option(
     "--threads", type=NumberList(whole=True), default="1", show_default=True, metavar="N,…", help="Numbers of threads."
 )

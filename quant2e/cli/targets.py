@@ -109,12 +109,7 @@ class Written:
 
 
 def written(model: Any, output: Path | None, target: str, program: Path | None) -> Written:
-    """Write a quantized model to ``output``, and its program, verified, to ``program``; either where it is given.
-
-    An error of the lowering says that the quantized model, which took longer, is there.
-    """
-    from quant2e.errors import LoweringError
-
+    """Write a quantized model to ``output``, and its program, verified, to ``program``; either where it is given."""
     found = Written(lines=[], files={})
     if output is not None:
         model.save(output)
@@ -122,12 +117,7 @@ def written(model: Any, output: Path | None, target: str, program: Path | None) 
         found.files["output"] = str(output)
     if program is None:
         return found
-    try:
-        made = lowered(target, model, program, verify=True, data=())
-    except LoweringError as error:
-        if output is None:
-            raise
-        raise LoweringError(f"{error}. The quantized model is written: {output}") from error
+    made = lowered(target, model, program, verify=True, data=())
     lines, files = [*found.lines, repr(made), *wrote(program)], {**found.files, "program": str(program)}
     return Written(lines=lines, files=files, program_report=made.report)
 

@@ -34,8 +34,9 @@ my_metrics.py:
       return accuracy(model, images, labels)
 
 --evaluate is code of yours, which is imported from here and run. Ops are left float, group by group, until the metric
-is kept. Where no mix keeps it, the best one is written all the same, and the exit code is 1. With --storage a run that
-was stopped goes on where it was, and several processes share the work.
+is kept. Where no mix keeps it, the best one is written all the same, and the exit code is 1. So it is after Ctrl-C once
+a trial is finished, with exit code 130; a second Ctrl-C writes nothing. With --storage a run that was stopped goes on
+where it was, and several processes share the work.
 """
 
 _STRATEGIES = ("sensitivity", "bisect", "mse", "bayesian", "random", "exhaustive")
@@ -92,6 +93,7 @@ def tune_file(
     if program is not None:
         check_program_path(program, target)
     import quant2e
+    from quant2e.accuracy.tuning.result import INTERRUPTED
     from quant2e.cli.inputs.models import read_float_model
     from quant2e.cli.inputs.taken import Taken
     from quant2e.cli.inputs.user_code import user_function
@@ -118,5 +120,11 @@ def tune_file(
     )
     files = written(found.model, output, target, program)
     text = [repr(found), *files.lines, *page_written(html, found.model.report, found)]
+    interrupted = found.stopped == INTERRUPTED
     failure = "" if found.met else f"no mix that was tried keeps the goal ({found.goal})"
-    return VerbResult(text="\n".join(text), data={**found.as_dict(), **files.files}, failure=failure)
+    if found.met and not found.choices:
+        failure = f"the goal is kept only with every op left float ({found.goal})"
+    if interrupted:
+        failure = f"stopped by Ctrl-C; this is the best of {len(found.trials)} trial(s)" + (failure and f": {failure}")
+    data = {**found.as_dict(), **files.files}
+    return VerbResult(text="\n".join(text), data=data, failure=failure, interrupted=interrupted)

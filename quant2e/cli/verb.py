@@ -13,8 +13,9 @@ from typing import IO, Any
 
 import click
 
-from quant2e.cli.inputs.arguments import refuse_overwriting
-from quant2e.stages import quiet_progress
+from quant2e.cli.in_options import in_options
+from quant2e.cli.inputs.arguments import OutputFiles, refuse_overwriting
+from quant2e.stages import interrupts_that_last, quiet_progress
 
 _COMMON = (
     click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object on stdout, and nothing else there."),
@@ -28,23 +29,31 @@ _COMMON = (
 class VerbResult:
     """What a verb has to tell. ``text``: for people; ``data``: the same as plain data, for ``--json``.
 
-    ``failure``: why the exit code is 1, though all was done that was asked; empty when all is well.
+    ``failure``: why the exit code is not 0, though there is something to tell; empty when all is well. ``interrupted``:
+    it is that of Ctrl-C then, which ended the work early.
     """
 
     text: str
     data: Mapping[str, Any]
     failure: str = ""
+    interrupted: bool = False
 
 
 class Failure(click.ClickException):
     """A sentence for people, and exit code 1."""
 
-    def __init__(self, message: str, verb: str = "") -> None:
+    def __init__(self, message: str, verb: str) -> None:
         super().__init__(message)
         self.verb = verb
 
     def show(self, file: IO[Any] | None = None) -> None:
-        click.echo(f"quant2e {self.verb}: {self.message}".replace("quant2e :", "quant2e:"), file=file, err=file is None)
+        click.echo(f"quant2e {self.verb}: {self.message}", file=file, err=file is None)
+
+
+class Stopped(Failure):
+    """The same of what Ctrl-C ended, with the exit code that shells give it."""
+
+    exit_code = 130
 
 
 class Verb(click.Command):
@@ -60,22 +69,23 @@ class Verb(click.Command):
 
     def invoke(self, ctx: click.Context) -> int:
         as_json, quiet, verbose, traceback = (ctx.params.pop(name) for name in _NAMES)
+        refuse_overwriting(self.params, ctx.params)
+        files, name = OutputFiles(self.params, ctx.params), self.name or ""
         try:
-            refuse_overwriting(self.params, ctx.params)
-            with _process(as_json=as_json, quiet=quiet, verbose=verbose):
+            with interrupts_that_last(), _process(as_json=as_json, quiet=quiet, verbose=verbose):
                 outcome = super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit) as error:
-            if isinstance(error, Failure):
-                error.verb = self.name or ""
+        except (click.ClickException, click.exceptions.Exit):
             raise
+        except KeyboardInterrupt as error:
+            raise Stopped(f"stopped by Ctrl-C{files.written()}", name) from error
         except Exception as error:
             if traceback:
                 raise
-            raise Failure(_sentence(error), self.name or "") from error
+            raise Failure(f"{in_options(_sentence(error), self.params)}{files.written()}", name) from error
         assert isinstance(outcome, VerbResult)
         click.echo(json.dumps(outcome.data, indent=2, allow_nan=False) if as_json else outcome.text)
         if outcome.failure:
-            raise Failure(outcome.failure, self.name or "")
+            raise (Stopped if outcome.interrupted else Failure)(outcome.failure, name)
         return 0
 
 

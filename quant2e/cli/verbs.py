@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from quant2e import __version__
+from quant2e.cli.verb import Stopped
 
 VERBS: Mapping[str, str] = {
     "quantize": "quant2e.cli.quantize:quantize_file",
@@ -27,7 +28,7 @@ example:
   quant2e inspect model_int8.pt2
 
 QUANT2E VERB --help has an example for each verb. Exit codes: 0 all is well; 1 it could not be done, or what came out is
-not good enough, and one sentence on stderr says why; 2 the arguments are wrong.
+not good enough, and one sentence on stderr says why; 2 the arguments are wrong; 130 it was stopped by Ctrl-C.
 """
 
 
@@ -64,5 +65,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("quant2e: stopped by Ctrl-C", err=True)
-        return 130
+        return Stopped.exit_code
     return code if isinstance(code, int) else 0

@@ -3,6 +3,10 @@
 import io
 import logging
 import re
+import signal
+import sys
+import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +31,8 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch):
     pytest.importorskip("rich")
     made = Terminal()
-    monkeypatch.setattr("quant2e.stages.sys", SimpleNamespace(stderr=made))
+    own = SimpleNamespace(stderr=made, unraisablehook=sys.unraisablehook)
+    monkeypatch.setattr("quant2e.stages.sys", own)
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     return made
@@ -159,7 +164,19 @@ def test_who_hears_of_progress(terminal):
             call(5)
 
 
-@pytest.mark.parametrize("name", ["to_executorch", "to_inductor", "package_inductor", "to_onnx"])
+LOWERINGS = ["to_executorch", "to_inductor", "package_inductor", "to_onnx", "to_openvino", "to_native"]
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
+@pytest.mark.parametrize("told", [0, 1, "no", [], print, lambda done, total: None], ids=repr)
+def test_a_lowering_takes_no_other_progress_than_true_and_false(terminal, name, told):
+    import lowering
+
+    with pytest.raises(Quant2eError, match=f"{name}: progress is a (int|str|list|function): None or True shows"):
+        getattr(lowering, name)(None, progress=told)
+
+
+@pytest.mark.parametrize("name", LOWERINGS)
 def test_every_lowering_is_quiet_when_told(terminal, name):
     import lowering
 
@@ -171,3 +188,43 @@ def test_every_lowering_is_quiet_when_told(terminal, name):
     with pytest.raises(quant2e.Quant2eError):
         lower(None, **arguments)
     assert terminal.getvalue() != ""
+
+
+class Interrupts:
+    """Interrupts the process when it is collected, where Python can raise nothing."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_interrupt_that_python_loses_ends_a_stage_all_the_same(nested):
+    usual, end = sys.unraisablehook, time.monotonic() + 30
+
+    def work(until):
+        with stage("work"), stage("more") if nested else nullcontext():
+            gone = Interrupts()
+            del gone
+            while time.monotonic() < until:
+                pass
+
+    with pytest.raises(KeyboardInterrupt):
+        work(end)
+    assert time.monotonic() < end
+    with pytest.raises(KeyboardInterrupt):  # it would have ended before the interrupt comes again
+        work(0)
+    assert sys.unraisablehook is usual
+
+
+def test_what_else_cannot_be_raised_is_told_as_ever(monkeypatch):
+    class Fails:
+        def __del__(self):
+            raise ValueError("of the user's")
+
+    told = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: told.append(str(unraisable.exc_value)))
+    with stage("work"):
+        gone = Fails()
+        del gone
+    assert told == ["of the user's"]

@@ -32,7 +32,7 @@ from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.isolation import tracing
 from quant2e.passes.dead_code import remove_dead_code
 from quant2e.quantized_model import QuantizedModel, save
-from quant2e.stages import quiet_where_told, stage
+from quant2e.stages import quiet_where_false, stage
 
 _EAGER = frozenset({WEIGHT_ONLY, "float"})
 
@@ -137,7 +137,7 @@ def _notes(name: str, choices: Mapping[str, KernelChoice]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-@quiet_where_told
+@quiet_where_false
 @stage("lower to native kernels")
 @tracing()
 def to_native(

@@ -60,7 +60,7 @@ def awq(captured: GraphModule, quantizer: Quantizer, data: Iterable[Any], *, ste
     the model does not take.
     """
     model, settings = as_graph_module(captured), Awq(steps=steps)
-    _awq(model, quantizer, calls_of(data, "awq"), settings)
+    _awq(model, quantizer, calls_of(data, "awq", model), settings)
     return model
 
 

@@ -100,8 +100,8 @@ def correct_bias(
     algorithm = CorrectBias(method, samples)
     if data is None and method == "sequential":
         raise Quant2eError('correct_bias measures on data: give some, or method="analytic", which can do without')
-    calls = [] if data is None else read_samples(data, samples, algorithm.name)
     gm = copy_graph(prepared)
+    calls = [] if data is None else read_samples(data, samples, algorithm.name, gm)
     changes = tuple(_corrected(gm, calls, method))
     gm.recompile()
     note_step(gm, algorithm.name, changes)

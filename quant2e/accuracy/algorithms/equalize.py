@@ -78,7 +78,7 @@ def equalize(captured: GraphModule, data: Iterable[Any] = ()) -> GraphModule:
     """
     model = as_graph_module(captured)
     check_iterable(data, "data")
-    calls = [check_batch(batch, f"batch {index}") for index, batch in enumerate(data)]
+    calls = [check_batch(batch, f"batch {index}", model) for index, batch in enumerate(data)]
     scaling = channel_scaling(model)
     move(model, scaling, equalizing_factors(model, scaling, calls))
     return model

@@ -78,12 +78,12 @@ def reestimate_batch_norm(prepared: GraphModule, data: Iterable[Any], *, samples
     `CalibrationError` for one that is not calibrated, or data without a batch.
     """
     algorithm = ReestimateBatchNorm(samples)
-    calls = read_samples(data, samples, algorithm.name)
-    if FUSED in prepared.meta:
-        gm = copy.deepcopy(prepared)
+    trained = FUSED in prepared.meta
+    gm = copy.deepcopy(prepared) if trained else copy_graph(prepared)
+    calls = read_samples(data, samples, algorithm.name, gm)
+    if trained:
         changes = reestimate_trained_norms(gm, calls)
     else:
-        gm = copy_graph(prepared)
         changes = _reestimated(gm, calls)
         gm.recompile()
     note_step(gm, algorithm.name, changes)

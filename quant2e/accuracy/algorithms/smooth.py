@@ -77,14 +77,14 @@ def smooth(
     for data that the model does not take.
     """
     model, settings = as_graph_module(captured), Smooth(alpha=alpha, insert=insert)
-    _smooth(model, quantizer, calls_of(data, "smooth"), settings)
+    _smooth(model, quantizer, calls_of(data, "smooth", model), settings)
     return model
 
 
-def calls_of(data: Iterable[Any], name: str) -> list[Call]:
-    """Batches as calls. Raises `CalibrationError` for none, and for what is no data."""
+def calls_of(data: Iterable[Any], name: str, graph: GraphModule) -> list[Call]:
+    """Batches as calls of ``graph``. Raises `CalibrationError` for none, and for what is no data."""
     check_iterable(data, "data")
-    calls = [check_batch(batch, f"batch {index}") for index, batch in enumerate(data)]
+    calls = [check_batch(batch, f"batch {index}", graph) for index, batch in enumerate(data)]
     if not calls:
         raise CalibrationError(f"{name} needs a batch of data to see the channels of activations")
     return calls

@@ -62,8 +62,8 @@ def smooth_sums(captured: GraphModule, quantizer: Quantizer, data: Iterable[Any]
     batches of what the model takes; a few will do. Raises `CaptureError` for what is no captured graph, and
     `CalibrationError` for data that the model does not take.
     """
-    model, calls = as_graph_module(captured), calls_of(data, "smooth_sums")
-    _smooth(model, quantizer, calls)
+    model = as_graph_module(captured)
+    _smooth(model, quantizer, calls_of(data, "smooth_sums", model))
     return model
 
 

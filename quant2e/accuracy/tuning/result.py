@@ -15,7 +15,8 @@ from quant2e.quantized_model import QuantizedModel
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
 
-_SHOWN = 12
+INTERRUPTED = "interrupted"
+"""`TuningResult.stopped` after Ctrl-C."""
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -108,6 +109,7 @@ class TuningResult(ShownOnAPage):
             f"TuningResult: the goal is {word}; metric {self.metric:.6g}, {self.goal}",
             f"{best.int8_share:.1%} of MACs on int8, {best.size_bytes:,} bytes{latency}; {left}",
             f"{count} trial{'s' if count != 1 else ''} by strategy '{self.strategy}', {self.stopped}",
+            *(f"note: {note}" for note in self.notes),
         ]
 
     def __repr__(self) -> str:
@@ -117,7 +119,7 @@ class TuningResult(ShownOnAPage):
         lines = [*self._head(), "", *text_table(self.trials, self.best)]
         if len(self.pareto) > 1:
             lines += ["", "not beaten by any other trial:", *text_table(self.pareto, self.best)]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         rows = [cells(trial, self.best) for trial in self.trials]
@@ -144,7 +146,7 @@ class TuningResult(ShownOnAPage):
         )
         section = PageSection(
             title="Tuning",
-            lines=(*self._head(), *(f"note: {note}" for note in self.notes)),
+            lines=tuple(self._head()),
             headers=HEADERS,
             rows=tuple(cells(trial, self.best) for trial in self.trials),
             filters=("goal",),

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from quant2e.accuracy.tuning.budgets import Budget
-from quant2e.accuracy.tuning.result import TuningResult
+from quant2e.accuracy.tuning.result import INTERRUPTED, TuningResult
 from quant2e.accuracy.tuning.space.candidates import Candidates
-from quant2e.accuracy.tuning.space.evaluation import Evaluate, latency_of, metric_of
+from quant2e.accuracy.tuning.space.evaluation import Evaluate, latency_of, metric_of, no_metric, told
 from quant2e.accuracy.tuning.space.goal import Goal
 from quant2e.accuracy.tuning.space.space import FLOAT_PICK, Mix
 from quant2e.accuracy.tuning.space.trial import TuningTrial
@@ -55,7 +55,7 @@ class Search:
         except KeyboardInterrupt:
             if not self.store.finished():
                 raise
-            return "interrupted"
+            return INTERRUPTED
 
     def finished(self) -> Mapping[Mix, TuningTrial]:
         """Finished trials, those of earlier and other processes too, by this goal and this budget."""
@@ -100,9 +100,10 @@ class Search:
             latency = None if self.latency is None else latency_of(self.latency, model)
         except Exception as failure:  # noqa: BLE001 - a model that collapsed may make a metric fail; it is told
             self.failure = failure
-            error = f"{type(failure).__name__}: {failure}"
-        if metric is not None and math.isnan(metric):
-            metric, error = None, "evaluate returned NaN"
+            error = told(failure)
+        why = "" if metric is None else no_metric(metric, higher_is_better=self.goal.higher_is_better)
+        if why:
+            metric, error = None, why
         return TuningTrial(
             number=number,
             mix=mix,
@@ -120,15 +121,17 @@ class Search:
         )
 
     def result(self, strategy: str, stopped: str) -> TuningResult:
-        """The best of the finished trials, with its model. Raises `Quant2eError` when none has a metric."""
+        """The best of the finished trials, with its model. Raises `Quant2eError` when none has a metric but those in
+        which everything is float: that keeps any goal, and says nothing.
+        """
         trials = tuple(sorted(self.finished().values(), key=lambda trial: trial.number))
-        evaluated = [trial for trial in trials if not trial.failed]
-        if not evaluated:
-            last = f": {trials[-1].error}" if trials else ""
+        quantized = [trial for trial in trials if set(trial.mix.picks) != {FLOAT_PICK}]
+        if all(trial.failed for trial in quantized or trials):
+            last = f": {quantized[-1].error}" if quantized else ""
             raise Quant2eError(
-                f"evaluate failed on each of {len(trials)} quantized models, though not on the float one{last}"
+                f"evaluate failed on each of {len(quantized)} quantized models, though not on the float one{last}"
             ) from self.failure
-        best = best_of(evaluated, self.goal)
+        best = best_of([trial for trial in trials if not trial.failed], self.goal)
         model = self.candidates.measured(self.candidates.model(best.mix), best.mix)
         groups = self.candidates.space.families[best.mix.family].groups
         return TuningResult(

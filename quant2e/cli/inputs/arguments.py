@@ -190,6 +190,28 @@ def refuse_overwriting(params: Iterable[click.Parameter], values: Mapping[str, A
                 raise click.UsageError(f"{label} and {other} are both {taken}: give what is written another name")
 
 
+class OutputFiles:
+    """The files that a command is to write, as they are before it runs. Arguments: as of `refuse_overwriting`."""
+
+    def __init__(self, params: Iterable[click.Parameter], values: Mapping[str, Any]) -> None:
+        named = {param.name for param in params if isinstance(param.type, OutputFile)}
+        paths = [value for name, value in values.items() if name in named and isinstance(value, Path)]
+        self._before = {path: _stamp(path) for path in paths}
+
+    def written(self) -> str:
+        """The end of a sentence that says why the command did not end well: which files are new all the same."""
+        new = [str(path) for path, before in self._before.items() if _stamp(path) not in (before, None)]
+        return f"; written before that, whole: {', '.join(new)}" if new else ""
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _same_file(one: Path, other: Path) -> bool:
     if one.exists() and other.exists():
         return one.samefile(other)

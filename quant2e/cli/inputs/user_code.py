@@ -6,6 +6,7 @@ This is the one place of the command line that runs code, and it runs what the u
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,9 @@ def user_function(place: str) -> Callable[..., Any]:
 
 
 def _named(place: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose errors say that they are of the user's code."""
+    """The function, whose errors say that they are of the user's code, and which leaves the current folder as it is:
+    paths of the command line are relative to it.
+    """
 
     def call(*args: Any) -> Any:
         try:
@@ -59,4 +62,6 @@ def _current_folder_first() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(folder)
+        if folder in sys.path:  # the user's code may have its own ideas about it
+            sys.path.remove(folder)
+        os.chdir(folder)

@@ -13,8 +13,10 @@ from torch import nn
 
 import lowering.bench.command
 from lowering.bench.command import Row, bench, table
+from lowering.bench.inputs import OwnInputs, chosen
 from lowering.bench.worker import Footprint, in_child, measure_times
 from lowering.files.program_file import open_program, read_arrays
+from lowering.signature import TensorInput
 from quant2e.cli import main
 from quant2e.errors import FileFormatError, LoweringError
 
@@ -43,7 +45,7 @@ def test_a_program_file_runs_on_its_own_inputs(pt2):
 
 
 def test_rounds_are_interleaved_and_as_many_as_asked(pt2, here):
-    one, other = measure_times([pt2, pt2], None, None, 1, 7)
+    one, other = measure_times([pt2, pt2], [None, None], None, 1, 7)
     assert len(one) == len(other) == 7
     assert min(one + other) > 0
     rows = bench([pt2, pt2], threads=[2, 1, 2], rounds=5)
@@ -150,6 +152,46 @@ def test_help_shows_an_example(capsys):
     assert "quant2e bench model_float.pte model_int8.pte --threads 1,2" in capsys.readouterr().out
 
 
+class Double(nn.Module):
+    def forward(self, x):
+        return x + x
+
+
+def export_of(path, batch, **dims):
+    shapes = ({0: torch.export.Dim("n", **dims)},) if dims else None
+    torch.export.save(torch.export.export(Double(), (torch.full((batch, 3), 0.5),), dynamic_shapes=shapes), path)
+    return path
+
+
+def test_programs_are_timed_on_the_same_inputs(tmp_path, here):
+    """Ratios of times on other inputs compare nothing. The first of two models takes 4 samples, and the other any."""
+    fixed, varying = export_of(tmp_path / "fixed.pt2", 4), export_of(tmp_path / "varying.pt2", 2, min=1, max=32)
+    for programs in ([fixed, varying], [varying, fixed]):
+        rows = bench(programs, rounds=1)
+        assert [row.footprint.inputs for row in rows] == ["float32[4, 3]"] * 2
+        assert table(rows).splitlines()[-1] == "run on float32[4, 3]"
+    other = export_of(tmp_path / "other.pt2", 5)
+    rows = bench([fixed, other], rounds=1)
+    assert table(rows).splitlines()[-3:] == [
+        "no inputs of one program are taken by all, so that each ran on its own, and times do not compare (--inputs):",
+        "  fixed.pt2 on float32[4, 3]",
+        "  other.pt2 on float32[5, 3]",
+    ]
+
+
+def test_those_that_a_model_was_exported_with_come_before_noise_and_little_noise_before_much(tmp_path):
+    def own(name, size, low=1, high=32):
+        takes = (TensorInput(name="x", dtype=torch.float32, sizes=((low, high), (3, 3))),)
+        found = {"takes": takes, "dtypes": (torch.float32,), "shapes": ((size, 3),)}
+        return OwnInputs(file=Path(f"{name}.pt"), program=Path(name), **found)
+
+    pte, onnx, pt2, narrow = own("a.pte", 32), own("b.onnx", 1), own("c.pt2", 2), own("d.onnx", 8, 8, 8)
+    assert chosen([pte, onnx, pt2]) == [Path("c.pt2.pt")] * 3
+    assert chosen([pte, onnx]) == [Path("b.onnx.pt")] * 2
+    assert chosen([pte, onnx, pt2, narrow]) == [Path("d.onnx.pt")] * 4
+    assert chosen([narrow, own("e.onnx", 4, 4, 4)]) == [Path("d.onnx.pt"), Path("e.onnx.pt")]
+
+
 def die(*_):
     os._exit(3)
 
@@ -177,11 +219,12 @@ def test_programs_for_the_runtime_and_for_torch_side_by_side(tmp_path, pt2, caps
     path = tmp_path / "model.pte"
     lowering.to_executorch(module, (torch.randn(2, 3),), verify=False).save(path)
     assert main(["bench", str(path), str(pt2), "--rounds", "3", "--threads", "1"]) == 0
-    head, first, second = [line for line in capsys.readouterr().out.splitlines() if line]
+    head, first, second, on = [line for line in capsys.readouterr().out.splitlines() if line]
     assert head.split() == ["program", "size", "MB", "load", "ms", "peak", "MB", "ms", "1", "thr", "ratio", "1", "thr"]
     assert first.split()[0] == "model.pte"
     assert float(first.split()[-1]) == 1.0
     assert second.split()[0] == "double.pt2"
+    assert on == "run on float32[2, 3]"
     assert main(["bench", str(path), "--method", "encode"]) == 1
     assert "no method 'encode'; its methods are forward: choose one with --method" in capsys.readouterr().err
     path.write_bytes(path.read_bytes()[:200])

@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import quant2e
+from quant2e.calibration.batches import check_batch
 from quant2e.calibration.feed import Feed
 from quant2e.errors import CalibrationError, CaptureError
+from quant2e.graph.captured.calls import Call
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 
 
@@ -189,3 +191,34 @@ def test_a_dynamic_batch_from_the_first_call_on(tmp_path):
 def test_a_dynamic_batch_that_cannot_be(call, message):
     with pytest.raises(CaptureError, match=message):
         call(Encoder().eval())
+
+
+class Nested(nn.Module):
+    def forward(self, x, states, *, scale):
+        return x * scale["k"] + states[0][1]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda bad, good: Call((bad, [(good, good)]), {"scale": {"k": good}}), "its input 'x':"),
+        (lambda bad, good: Call((good, [(good, bad)]), {"scale": {"k": good}}), r"its input 'states\[0\]\[1\]':"),
+        (lambda bad, good: Call((good, [(good, good)]), {"scale": {"k": bad}}), r"its input 'scale\['k'\]':"),
+        (lambda bad, good: Call((good, good, good, bad), {}), "its input 3:"),  # the graph takes none there
+    ],
+)
+def test_nan_is_said_to_be_in_the_argument_that_holds_it(call, said):
+    good = torch.ones(2, 3)
+    graph = quant2e.capture(Nested(), (good, [(good, good)]), {"scale": {"k": good}})
+    assert check_batch(call(good, good), "batch 3", graph) == call(good, good)
+    with pytest.raises(CalibrationError, match=f"^batch 3 holds NaN in {said} clean the data"):
+        check_batch(call(good * float("nan"), good), "batch 3", graph)
+    with pytest.raises(CalibrationError, match="^batch 3 holds NaN in its input "):
+        check_batch(call(good * float("nan"), good), "batch 3")
+
+
+def test_a_batch_that_the_model_fails_on_is_named_as_the_user_counts_it():
+    data = [images(2) for _ in range(12)]
+    data[11] = images(2)[:, :2]
+    with pytest.raises(CalibrationError, match="the model failed on calibration batch 11 "):
+        quant2e.quantize(classifier(), (data[0],), quantizer(), data)

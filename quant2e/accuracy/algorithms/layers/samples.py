@@ -27,10 +27,13 @@ def first_samples(calls: Iterable[Call], samples: int) -> list[Call]:
     return taken
 
 
-def read_samples(data: Iterable[Any], samples: int, algorithm: str) -> list[Call]:
-    """As `first_samples`, of data that a user gave. Raises `CalibrationError` for none, and for what is no batch."""
+def read_samples(data: Iterable[Any], samples: int, algorithm: str, graph: GraphModule) -> list[Call]:
+    """As `first_samples`, of data that a user gave for ``graph``.
+
+    Raises `CalibrationError` for none, and for what is no batch.
+    """
     check_iterable(data, "data")
-    calls = first_samples((check_batch(batch, f"batch {i}") for i, batch in enumerate(data)), samples)
+    calls = first_samples((check_batch(batch, f"batch {i}", graph) for i, batch in enumerate(data)), samples)
     if not calls:
         raise CalibrationError(f"{algorithm}: the data held no batch (an exhausted generator?); give it anew")
     return calls

@@ -20,7 +20,7 @@ def on_copy(
 ) -> GraphModule:
     """A copy of ``prepared`` after ``edit``, of the algorithm ``name``; what was done is in the notes of its report."""
     check_iterable(data, "data")
-    calls = [check_batch(batch, f"batch {i}") for i, batch in enumerate(data)]
+    calls = [check_batch(batch, f"batch {i}", prepared) for i, batch in enumerate(data)]
     check_calibrated(prepared, name)
     gm = copy_graph(prepared)
     lines = edit(gm, calls)

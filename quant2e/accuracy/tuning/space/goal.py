@@ -29,8 +29,8 @@ class Goal:
         check_drop(self.max_drop)
         if self.relative and self.float_metric == 0.0:
             raise Quant2eError(
-                "the float model's metric is 0, of which no part can be kept: pass relative=False, with max_drop in "
-                "units of the metric"
+                "the float model's metric is 0, of which no part can be kept: pass relative=False, and max_drop= "
+                "in units of the metric"
             )
 
     @property

@@ -38,7 +38,7 @@ class TuningTrial:
 
     @property
     def failed(self) -> bool:
-        """Whether there is no metric: the function raised, or returned NaN."""
+        """Whether there is no metric: the function raised, or returned what is none."""
         return self.metric is None or math.isnan(self.metric)
 
     def as_dict(self) -> dict[str, Any]:

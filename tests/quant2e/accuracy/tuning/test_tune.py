@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -208,7 +211,20 @@ def test_an_interruption_returns_the_best_so_far():
         quant2e.tune(model, data[:1], xnnpack(), data, interrupted, max_drop=0.1)
 
 
-@pytest.mark.parametrize("wrap", [torch.tensor, np.float32, lambda x: np.array([x]), lambda x: torch.tensor([x])])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.tensor,
+        np.float32,
+        np.float64,
+        lambda x: np.array([x]),
+        np.array,
+        lambda x: torch.tensor([[x]], requires_grad=True),
+        lambda x: torch.tensor(x).bfloat16(),
+        Fraction,
+        Decimal,
+    ],
+)
 def test_numbers_of_all_kinds(wrap):
     model, data = small()
     evaluate = Closeness(model)
@@ -221,10 +237,20 @@ def test_numbers_of_all_kinds(wrap):
     [
         (lambda m: 1 / 0, "fails on the float model.*ZeroDivisionError"),
         (lambda m: math.nan, "returns nan for the float model"),
-        (lambda m: None, "returned a NoneType: return one number"),
+        (lambda m: -math.inf, "returns -inf for the float model"),
+        (lambda m: None, "returned nothing: return one number"),
         (lambda m: torch.zeros(2), r"tensor of shape \[2\]"),
-        (lambda m: "0.9", "returned a str"),
-        (lambda m: 0.0, "is 0, of which no part can be kept"),
+        (lambda m: torch.zeros(0), r"tensor of shape \[0\]"),
+        (lambda m: torch.zeros((), device="meta"), "cannot be called on meta tensors"),
+        (lambda m: np.zeros((2, 1)), "returned a ndarray: return one number"),
+        (lambda m: "0.9", "returned a text, '0.9': return one number"),
+        (lambda m: np.str_("0.9"), "returned a text, '0.9'"),
+        (lambda m: 1j, "returned a complex"),
+        (lambda m: {"top1": 0.9, "top5": 1.0}, "returned a dict of 'top1', 'top5': return one number"),
+        (lambda m: (0.9, 0.1), "returned a tuple"),
+        (lambda m: 10**400, "OverflowError"),
+        (lambda: 1.0, "takes 0 positional arguments but 1 was given"),
+        (lambda m: 0.0, "is 0, of which no part can be kept: pass relative=False, and max_drop= in units"),
         ("accuracy", "evaluate is a str: a function"),
     ],
 )
@@ -232,6 +258,48 @@ def test_a_float_model_without_a_metric(evaluate, said):
     model, data = small()
     with pytest.raises(Quant2eError, match=said):
         quant2e.tune(model, data[:1], xnnpack(), data, evaluate)
+
+
+def is_quantized(model):
+    return any("quantize" in str(node.target) for node in model.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("found", "higher_is_better", "said"),
+    [
+        (math.nan, True, "evaluate returned NaN"),
+        (math.inf, True, "evaluate returned inf, which is better than any number"),
+        (-math.inf, False, "evaluate returned -inf, which is better than any number"),
+        ("0.9", True, "evaluate returned a text, '0.9'"),
+        (None, True, "evaluate returned nothing"),
+    ],
+)
+def test_that_the_float_model_alone_has_a_metric_is_an_error(found, higher_is_better, said):
+    """A search that ends with everything float, because nothing else could be measured, has found nothing."""
+    model, data = small()
+    with pytest.raises(Quant2eError, match=rf"evaluate failed on each of \d+ quantized models, .*: {said}"):
+        quant2e.tune(
+            model,
+            data[:1],
+            xnnpack(),
+            data,
+            lambda m: found if is_quantized(m) else 0.5,
+            higher_is_better=higher_is_better,
+        )
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_infinity_is_what_a_collapsed_model_may_have(higher_is_better):
+    model, data = small()
+    bad = -math.inf if higher_is_better else math.inf
+    arguments = (model, data[:1], xnnpack(), data, lambda m: bad if is_quantized(m) else 0.5)
+    result = quant2e.tune(*arguments, higher_is_better=higher_is_better)
+    assert (result.met, result.choices, result.metric) == (True, {}, 0.5)
+    assert {trial.metric for trial in result.trials} == {bad, 0.5}
+    assert json.loads(json.dumps(result.as_dict(), allow_nan=False))["trials"][0]["metric"] == str(bad)
+    if higher_is_better:
+        with pytest.raises(AccuracyError, match="the goal is kept only with every op left float"):
+            quant2e.quantize(*arguments[:-1], evaluate=arguments[-1])
 
 
 @pytest.mark.parametrize("failure", [ValueError("input contains NaN"), math.nan])
