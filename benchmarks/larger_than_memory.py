@@ -35,6 +35,7 @@ from benchmarks.demo.record import record
 from benchmarks.timing import machine
 from lowering.language_models import CachedDecoder
 from quant2e.annotation.quantizer import Quantizer
+from quant2e.weights.short_form import shortened
 from quantizers import ComposableQuantizer, EmbeddingQuantizer, X86InductorQuantizer
 
 GIB = 2**30
@@ -115,8 +116,10 @@ def status(name: str) -> int:
 
 
 def held(module: nn.Module) -> int:
-    """Bytes of the tensors of a graph."""
-    return sum(tensor.nbytes for tensor in {id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+    """Bytes of memory of the tensors of a graph, short forms as short as they are."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
+    places = ((shortened(tensor), tensor) for tensor in tensors)
+    return sum(tensor.nbytes if place is None else place.stored.nbytes for place, tensor in places)
 
 
 def checksum(logits: Tensor) -> str:

@@ -1,6 +1,6 @@
 """Export for a lowering: the graph and example it is given, and the graph exported again.
 
-model ─▶ `graph_of`, `example_of`, `dynamic_shapes_of` ─▶ `export` ─▶ an ExportedProgram
+model ─▶ `plain_graph_of`, `example_of`, `dynamic_shapes_of` ─▶ `export` ─▶ an ExportedProgram
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from quant2e.errors import LoweringError, where
 from quant2e.graph.captured.calls import Call, call_of
 from quant2e.graph.captured.dynamic_shapes import read_dynamic_shapes
+from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.control_flow import graphs_of
 from quant2e.graph.dataflow import operand
 from quant2e.graph.edit import FROM_NODE
@@ -23,6 +24,7 @@ from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 from quant2e.isolation import tracing
 from quant2e.quantized_model import QuantizedModel
+from quant2e.stored_tensor import read_stored, stored_in
 
 Lowerable = QuantizedModel | torch.nn.Module
 """What can be lowered: what `quant2e.quantize` returned, a captured or converted GraphModule, or a module to export."""
@@ -39,6 +41,18 @@ def graph_of(model: Any) -> Any:
         f"cannot lower or compare a {type(model).__name__}: pass what quantize or convert_pt2e returned, "
         f"a captured GraphModule or an nn.Module"
     )
+
+
+def plain_graph_of(model: Any) -> Any:
+    """As `graph_of`, for what compilers look at: where tensors lie in files or in short forms, a copy that holds their
+    values.
+    """
+    graph = graph_of(model)
+    if not isinstance(graph, GraphModule) or not stored_in(graph):
+        return graph
+    copied = copy_graph(graph)
+    read_stored(copied)
+    return copied
 
 
 def example_of(model: Any, given: Any) -> Call | None:

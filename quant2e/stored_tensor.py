@@ -1,4 +1,4 @@
-"""StoredTensor: a weight that lies in a file, and is read whenever an op needs its values.
+"""StoredTensor: a weight that lies in a file, or in fewer bytes, and is read whenever an op needs its values.
 
     op(w)        =>        op(read(w))        and the values are dropped behind the op
 
@@ -106,17 +106,22 @@ def in_memory(value: Any) -> Any:
     return value.read() if isinstance(value, StoredTensor) else value
 
 
-def read_stored(module: nn.Module) -> int:
+def stored_in(module: nn.Module) -> bool:
+    """Whether a parameter or buffer of ``module`` is a stored weight."""
+    return any(isinstance(tensor, StoredTensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def read_stored(module: nn.Module, *, besides: tuple[type[Any], ...] = ()) -> int:
     """Read every stored weight that ``module`` holds, in place, one after the other; returns how many bytes they take.
 
-    Tied weights stay tied.
+    ``besides``: kinds of places whose weights stay there. Tied weights stay tied.
     """
     known: dict[int, Tensor] = {}
     for owner in module.modules():
         tables: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers, vars(owner))
         for table in tables:
             for name, value in list(table.items()):
-                if not isinstance(value, StoredTensor):
+                if not isinstance(value, StoredTensor) or isinstance(value.place, besides):
                     continue
                 if id(value) not in known:
                     plain = value.read()

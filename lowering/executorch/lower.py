@@ -36,8 +36,8 @@ from lowering.export import (
     drop_from_node,
     dynamic_shapes_of,
     export,
-    graph_of,
     needed_example_of,
+    plain_graph_of,
     refuse_dtypes,
     refuse_written_inputs,
     untraceable,
@@ -180,7 +180,7 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def _prepare(model: Any, example_inputs: Any, dynamic_shapes: Any, *, xnnpack: bool) -> _Prepared:
-    reference = graph_of(model)
+    reference = plain_graph_of(model)
     example = needed_example_of(model, example_inputs, "to_executorch")
     shapes = dynamic_shapes_of(model, dynamic_shapes)
     exported = _functional(reference, example, shapes)

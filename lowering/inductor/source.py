@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from lowering.bounds import calls_at_bounds
 from lowering.check import checked
 from lowering.choices import Lower
-from lowering.export import Lowerable, example_of, graph_of, refuse_dtypes
+from lowering.export import Lowerable, example_of, plain_graph_of, refuse_dtypes
 from lowering.inductor.report import InductorReport
 from lowering.signature import Signature
 from lowering.state import Apart, State, from_start, own_graph, state_of
@@ -79,7 +79,7 @@ def chosen_in(part: GraphModule, report: InductorReport) -> dict[str, str]:
 
 def source_of(model: Lowerable, example_inputs: Any, dynamic_shapes: Any, asker: str) -> InductorSource:
     """What a user gave, as a graph to compile; captured again where ``dynamic_shapes`` ask for it."""
-    graph = graph_of(model)
+    graph = plain_graph_of(model)
     if not isinstance(graph, GraphModule):
         raise LoweringError(
             f"{asker} takes a captured graph, not a {type(graph).__name__}: pass what quantize, convert_pt2e or "

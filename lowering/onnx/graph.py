@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from lowering.control_flow import refuse_integers_inside
-from lowering.export import Lowerable, dynamic_shapes_of, export, graph_of, needed_example_of, refuse_dtypes
+from lowering.export import Lowerable, dynamic_shapes_of, export, needed_example_of, plain_graph_of, refuse_dtypes
 from lowering.onnx.integer_types import sizes, use_integers
 from lowering.onnx.qdq_form import Convention, in_form
 from lowering.onnx.translation import OPSET, in_opset, translations
@@ -80,7 +80,7 @@ def onnx_graph(
     ``require``: raises where a package is missing. ``computes``: the runtime is run here, so its kernels have to take
     the dtypes of the graph. Raises `LoweringError` for a graph that cannot be exported, or that ONNX cannot hold.
     """
-    reference = graph_of(model)
+    reference = plain_graph_of(model)
     inputs = needed_example_of(model, example_inputs, asker.call)
     shapes = dynamic_shapes_of(model, dynamic_shapes)
     require()

@@ -47,7 +47,8 @@ from quant2e.report.record import RECORD_KEY, GraphRecord
 from quant2e.report.report import FLOAT, tensor_bytes, with_body
 from quant2e.report.weight_reads import weight_reads
 from quant2e.stages import stage
-from quant2e.stored_tensor import read_stored
+from quant2e.stored_tensor import read_stored, stored_in
+from quant2e.weights.short_form import Shortened
 
 
 def convert_pt2e(
@@ -125,7 +126,7 @@ def converted_graph(
     own_written_tensors(gm)
     floats = never_ran(prepared) or left_float(prepared)
     with searched_together(searchable(prepared.modules())):
-        encodings = encode_all(gm, calls, floats.observers)
+        encodings = encode_all(gm, calls, floats.observers, short=stored_in(gm))
     constants = Constants(gm.graph)
     moved = map(str, moved_biases(gm, calls, encodings, constants))
     losses = (*losses_of(gm, calls, encodings, constants), *moved)
@@ -139,7 +140,7 @@ def converted_graph(
     run(gm, (split_dequantize, *fold, remove_dead_code, prune_unused_attributes), compiled=False)
     if trained:
         own_tensors(gm, trainable=False)  # training may go on, in tensors that are the prepared model's
-    read_stored(gm)  # what stays float
+    read_stored(gm, besides=(Shortened,))  # what stays float
     gm.recompile()
     for module in gm.modules():
         module.training = False  # as the graph is, whatever rebuilt it set

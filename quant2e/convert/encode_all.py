@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -19,14 +20,18 @@ from quant2e.observers.encodings import (
     encode,
 )
 from quant2e.observers.given import has_given
+from quant2e.weights.short_form import in_short_form
 
 _NAMED = 5
 """Tensors that an error names."""
 
 
-def encode_all(gm: GraphModule, calls: list[Node], floats: Collection[str]) -> dict[str, Encoding | None]:
+def encode_all(
+    gm: GraphModule, calls: list[Node], floats: Collection[str], *, short: bool = False
+) -> dict[str, Encoding | None]:
     """The encoding of each observer, by name; None for tensors that stay float, those of ``floats`` among them.
 
+    ``short``: scales and zero points are kept in their short forms, where they have one.
     Raises `CalibrationError` that names the first tensors without one, in the order in which data reaches them.
     """
     encodings: dict[str, Encoding | None] = dict.fromkeys(floats)
@@ -37,11 +42,19 @@ def encode_all(gm: GraphModule, calls: list[Node], floats: Collection[str]) -> d
             continue
         encodings[name] = None
         try:
-            encodings[name] = encode(gm.get_submodule(name))
+            found = encode(gm.get_submodule(name))
+            encodings[name] = _in_short_form(found) if short else found
         except CalibrationError as error:
             failures[call] = str(error)
     _raise_for(gm, failures)
     return encodings
+
+
+def _in_short_form(encoding: Encoding | None) -> Encoding | None:
+    if not isinstance(encoding, PerChannelEncoding | PerGroupEncoding):
+        return encoding
+    scale, zero_point = (in_short_form(value, repeats=True) for value in (encoding.scale, encoding.zero_point))
+    return replace(encoding, scale=scale, zero_point=zero_point)
 
 
 def _raise_for(gm: GraphModule, failures: Mapping[Node, str]) -> None:

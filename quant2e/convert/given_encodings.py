@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from quant2e.annotation.plan import DerivedFrom, Edge, Group
 from quant2e.annotation.specs import INTEGER_BOUNDS
 from quant2e.documents.nearest import nearest
+from quant2e.documents.tensor_numbers import tensor_of
 from quant2e.errors import AnnotationError, CalibrationError, Quant2eError
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.control_flow import BODY, graphs_of, prefixed
@@ -217,7 +218,7 @@ def _encoding(entry: GroupEncoding, place: _Place, own: Any) -> Encoding | None:
             return Float16Encoding()
         case "on_grid":
             _check_count(entry, place, 0 if len(entry.scale) > 1 else None)
-            return RoundedConstant(scale=torch.tensor(entry.scale))
+            return RoundedConstant(scale=tensor_of(entry.scale).float())
         case "dynamic":
             return _dynamic(entry, own)
     numbers: dict[str, Any] = {"dtype": _dtype(entry), "quant_min": entry.quant_min, "quant_max": entry.quant_max}
@@ -226,16 +227,16 @@ def _encoding(entry: GroupEncoding, place: _Place, own: Any) -> Encoding | None:
         if len(entry.scale) != 1 or type(entry.zero_point[0]) is not int:
             raise AnnotationError(f"'per_tensor' has one scale and one integer zero point, not {len(entry.scale)}")
         return PerTensorEncoding(scale=entry.scale[0], zero_point=entry.zero_point[0], **numbers)
-    scale = torch.tensor(entry.scale, dtype=torch.float32)
+    scale = tensor_of(entry.scale).to(torch.float32, copy=True)
     if entry.encoding == "per_channel":
         if entry.axis is None:
             raise AnnotationError("'per_channel' needs the axis of the channels")
         _check_count(entry, place, entry.axis)
-        floats = any(type(point) is float for point in entry.zero_point)
-        zero = torch.tensor(entry.zero_point, dtype=torch.float32 if floats else torch.int64)
+        zero = tensor_of(entry.zero_point)
+        zero = zero.to(torch.float32 if zero.is_floating_point() else torch.int64, copy=True)
         return PerChannelEncoding(scale=scale, zero_point=zero, axis=entry.axis, **numbers)
     rows = _check_groups(entry, place)
-    zero = torch.tensor(entry.zero_point, dtype=torch.int32).reshape(rows, -1)
+    zero = tensor_of(entry.zero_point).to(torch.int32, copy=True).reshape(rows, -1)
     return PerGroupEncoding(scale=scale.reshape(rows, -1), zero_point=zero, group_size=entry.group_size, **numbers)
 
 
@@ -249,16 +250,17 @@ def _dtype(entry: GroupEncoding) -> torch.dtype:
 def _check_numbers(entry: GroupEncoding, dtype: torch.dtype) -> None:
     """A range that the dtype holds, with the zero points in it."""
     low, high = entry.quant_min, entry.quant_max
-    if odd := [scale for scale in entry.scale if not SMALLEST_SCALE <= scale <= torch.finfo(torch.float32).max]:
-        raise AnnotationError(f"the scale {odd[0]} is no normal float32 number, which kernels compute with")
+    scale = tensor_of(entry.scale)
+    if len(odd := scale[~((scale >= SMALLEST_SCALE) & (scale <= torch.finfo(torch.float32).max))]):
+        raise AnnotationError(f"the scale {float(odd[0])} is no normal float32 number, which kernels compute with")
     if dtype not in INTEGER_BOUNDS:
         return
     held = INTEGER_BOUNDS[dtype]
     if not held[0] <= low < high <= held[1]:
         raise AnnotationError(f"the range [{low}, {high}] does not fit {entry.dtype}, which holds {list(held)}")
-    outside = [point for point in entry.zero_point if type(point) is int and not low <= point <= high]
-    if outside:
-        raise AnnotationError(f"the zero point {outside[0]} is outside of the range [{low}, {high}]")
+    zero = tensor_of(entry.zero_point)
+    if not zero.is_floating_point() and len(outside := zero[(zero < low) | (zero > high)]):
+        raise AnnotationError(f"the zero point {int(outside[0])} is outside of the range [{low}, {high}]")
 
 
 def _check_count(entry: GroupEncoding, place: _Place, axis: int | None) -> None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 
+from quant2e.documents.tensor_numbers import TensorNumbers
 from quant2e.errors import FileFormatError
 
 T = TypeVar("T")
@@ -110,8 +111,8 @@ def _reader(hint: Any) -> _Read:
         return _PLAIN[hint]
     if origin in (typing.Union, types.UnionType):
         return _union([_reader(option) for option in of])
-    if origin is tuple and of[1:] == (Ellipsis,):
-        return _sequence(of[0])
+    if (origin is tuple and of[1:] == (Ellipsis,)) or origin is Sequence:
+        return _sequence(of[0], numbers=origin is Sequence)
     if origin is not None and issubclass(origin, Mapping) and of[0] is str:
         return _mapping(_reader(of[1]))
     assert isinstance(hint, type), hint
@@ -169,11 +170,14 @@ def _union(options: list[_Read]) -> _Read:
     return read
 
 
-def _sequence(of: Any) -> _Read:
+def _sequence(of: Any, *, numbers: bool) -> _Read:
+    """What reads a list as a tuple. ``numbers``: or takes `TensorNumbers`, which no JSON holds, as they are."""
     read_one = _reader(of)
     same = of if of in (str, int, float) else None
 
     def read(value: Any) -> Any:
+        if numbers and isinstance(value, TensorNumbers):
+            return value
         if not isinstance(value, list | tuple):
             raise _Misfit(f"is {_shown(value)}, and must be a list")
         if same is not None and all(type(item) is same for item in value):  # a table has many thousand scales

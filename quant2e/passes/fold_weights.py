@@ -2,7 +2,8 @@
 
     q(w)        =>        w_quantized            where w depends on parameters only
 
-The float copy goes as soon as nothing else reads it.
+The float copy goes as soon as nothing else reads it. Of weights that lie in files the integers are kept in their short
+form, where they have one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from quant2e.graph.edit import emit_constant, replace
 from quant2e.graph.qdq_ops import QUANTIZE, qd
 from quant2e.ranges.blocks import by_blocks
 from quant2e.ranges.qparams import quantize_per_channel
+from quant2e.stored_tensor import stored_in
+from quant2e.weights.short_form import in_short_form
 
 
 def attribute_path(node: Node) -> str:
@@ -91,17 +94,21 @@ def weights_in_memory_once() -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def _weight(gm: GraphModule, node: Node) -> Tensor:
-    """As `_integers`; a tensor of `weights_in_memory_once` where there is one."""
+def _weight(gm: GraphModule, node: Node, short: bool) -> Tensor:
+    """As `_integers`, perhaps in its short form; a tensor of `weights_in_memory_once` where there is one."""
     known, parameter = _KNOWN.get(), tensor_at(gm, node.args[0])
     if known is None or parameter is None:
-        return _integers(gm, node)
+        return _kept(_integers(gm, node), short)
     others = [evaluate(gm, arg) if isinstance(arg, Node) else arg for arg in (*node.args[1:], *node.kwargs.values())]
     for target, other, given, integers in known:
         if target is node.target and other is parameter and all(map(_equal, given, others)):
             return integers
-    known.append((node.target, parameter, others, made := _integers(gm, node)))
+    known.append((node.target, parameter, others, made := _kept(_integers(gm, node), short)))
     return made
+
+
+def _kept(integers: Tensor, short: bool) -> Tensor:
+    return in_short_form(integers, repeats=False) if short else integers
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -110,12 +117,12 @@ def _equal(one: Any, other: Any) -> bool:
 
 def fold_weights(gm: GraphModule) -> int:
     """Evaluate every quantize op on a constant and keep its integers as a buffer; returns how many."""
-    constants = Constants(gm.graph)
+    constants, short = Constants(gm.graph), stored_in(gm)
     count = 0
     for node in list(gm.graph.nodes):
         if node not in constants or not is_quantize(node):
             continue
-        value = _weight(gm, node)
+        value = _weight(gm, node, short)
         integers = emit_constant(gm, node, f"{attribute_path(node)}_quantized", value)
         integers.meta = {**node.meta, "val": integers.meta["val"]}  # the same tensor, not one of its own
         replace(node, integers)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from quant2e.annotation.granularity import Granularity, PerAxis, PerTensor, PerToken
 from quant2e.annotation.plan import Group
@@ -18,6 +19,7 @@ from quant2e.annotation.specs import spec_text
 from quant2e.documents.json_text import read_json
 from quant2e.documents.review import change_of, review
 from quant2e.documents.schema import LATER, from_record, of_format
+from quant2e.documents.tensor_numbers import TensorNumbers, plain_numbers, tensor_of
 from quant2e.errors import AnnotationError, FileFormatError
 from quant2e.files import atomic_file
 from quant2e.graph.control_flow import prefixed
@@ -52,7 +54,8 @@ class GroupEncoding:
     per tensor or per channel; empty when they are found at run time, and then ``symmetric`` says whether zero is the
     integer zero, ``eps`` what the smallest scale is (0: the default) and ``granularity`` what shares one: ``""`` the
     tensor, ``"token"`` or ``"image"``. Scales are positive and finite, zero points finite, and there are as many of
-    both; a scale ``on_grid`` has no zero point. In a file all but ``points`` and ``encoding`` may be left out.
+    both; a scale ``on_grid`` has no zero point. Many numbers are `TensorNumbers`, over the tensors of the graph: as a
+    tuple of them, without its memory. In a file all but ``points`` and ``encoding`` may be left out.
     """
 
     points: tuple[str, ...]
@@ -62,8 +65,8 @@ class GroupEncoding:
     quant_min: int = field(default=0, metadata=LATER)
     quant_max: int = field(default=0, metadata=LATER)
     axis: int | None = field(default=None, metadata=LATER)
-    scale: tuple[float, ...] = field(default=(), metadata=LATER)
-    zero_point: tuple[int | float, ...] = field(default=(), metadata=LATER)
+    scale: Sequence[float] = field(default=(), metadata=LATER)
+    zero_point: Sequence[int | float] = field(default=(), metadata=LATER)
     group_size: int = field(default=0, metadata=LATER)
     symmetric: bool | None = field(default=None, metadata=LATER)
     eps: float = field(default=0.0, metadata=LATER)
@@ -74,9 +77,9 @@ class GroupEncoding:
             raise AnnotationError(f"'{self.encoding[:80]}' is none of the encodings {', '.join(ENCODINGS)}")
         if self.quant_min > self.quant_max:
             raise AnnotationError(f"the range [{self.quant_min}, {self.quant_max}] is empty")
-        if not all(0 < scale < math.inf for scale in self.scale):
+        if not _all(self.scale, lambda scale: (scale > 0) & (scale < math.inf)):
             raise AnnotationError("a scale is not a positive, finite number")
-        if not all(abs(point) < math.inf for point in self.zero_point):
+        if not _all(self.zero_point, lambda point: (abs(point) < math.inf) & (abs(point) <= sys.float_info.max)):
             raise AnnotationError("a zero point is not finite")
         if self.granularity not in GRANULARITIES:
             raise AnnotationError(f"'{self.granularity[:80]}' is none of the granularities {', '.join(GRANULARITIES)}")
@@ -101,9 +104,15 @@ class GroupEncoding:
 
 def _range(values: Sequence[float]) -> str:
     """The value, or how many there are and between which bounds."""
-    if len(set(values)) < 2:
+    low, high = (float(bound) for bound in tensor_of(values).aminmax()) if len(values) else (0.0, 0.0)
+    if low == high:
         return "".join(f"{value:.4g}" for value in values[:1])
-    return f"{min(values):.4g}..{max(values):.4g} ({len(values)})"
+    return f"{low:.4g}..{high:.4g} ({len(values)})"
+
+
+def _all(values: Sequence[float], holds: Callable[[Any], Any]) -> bool:
+    """Whether something holds of all numbers."""
+    return bool(holds(values.flat()).all()) if isinstance(values, TensorNumbers) else all(map(holds, values))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -133,7 +142,9 @@ class Encodings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; `from_dict` is its inverse."""
-        return {"format": ENCODINGS_FORMAT, **asdict(self)}
+        given = encodings_record(self)
+        groups = ({name: plain_numbers(value) for name, value in group.items()} for group in given["groups"])
+        return {**given, "groups": tuple(groups)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Encodings:
@@ -143,8 +154,8 @@ class Encodings:
 
     def to_file(self, path: str | Path) -> None:
         """Write as JSON; an existing file is replaced only once the new one is complete."""
-        with atomic_file(Path(path)) as part:
-            part.write_text(_text(self.as_dict()), encoding="utf-8")
+        with atomic_file(Path(path)) as part, part.open("w", encoding="utf-8") as file:
+            file.writelines(_lines(encodings_record(self)))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Encodings:
@@ -155,14 +166,29 @@ class Encodings:
             raise FileFormatError(f"{path} is not a record of encodings: {error}") from error
 
 
-def _text(data: Mapping[str, Any]) -> str:
+def encodings_record(encodings: Encodings) -> dict[str, Any]:
+    """As `Encodings.as_dict`, with the sequences of numbers themselves."""
+    names = [part.name for part in fields(GroupEncoding)]
+    groups = tuple({name: getattr(group, name) for name in names} for group in encodings.groups)
+    return {
+        "format": ENCODINGS_FORMAT,
+        "quantizer": encodings.quantizer,
+        "groups": groups,
+        "algorithms": encodings.algorithms,
+    }
+
+
+def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     """JSON to be edited by hand: a line for each part of a group that says something, numbers next to each other."""
-    head = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in data.items() if name != "groups"]
     usual = {part.name: part.default for part in fields(GroupEncoding)}
-    said = [{name: value for name, value in group.items() if value != usual[name]} for group in data["groups"]]
-    groups = [",\n".join(f"   {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in g.items()) for g in said]
-    listed = ",\n".join(f"  {{\n{group}\n  }}" for group in groups)
-    return "{\n" + "".join(f" {line},\n" for line in head) + f' "groups": [\n{listed}\n ]\n}}\n'
+    yield "{\n"
+    yield from (f" {json.dumps(name)}: {json.dumps(value)},\n" for name, value in data.items() if name != "groups")
+    yield ' "groups": ['
+    for index, group in enumerate(data["groups"]):
+        said = {name: value for name, value in group.items() if value != usual[name]}
+        parts = (f"   {json.dumps(k)}: {json.dumps(plain_numbers(v), allow_nan=False)}" for k, v in said.items())
+        yield f"{',' * (index > 0)}\n  {{\n" + ",\n".join(parts) + "\n  }"
+    yield "\n ]\n}\n"
 
 
 def _difference(old: Encodings, new: Encodings) -> str:
@@ -246,14 +272,16 @@ def _moved(what: str, old: Sequence[float], new: Sequence[float]) -> Iterator[st
     if len(old) == 1:
         yield f"{what} {change_of(old[0], new[0])}"
         return
-    moved = [index for index, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    most = max(moved, key=lambda index: _distance(old[index], new[index]))
-    yield f"{len(moved)} of {len(old)} {what}s, most in number {most}: {change_of(old[most], new[most])}"
+    distance = _distances(tensor_of(old).double(), tensor_of(new).double())
+    most = int(distance.argmax())
+    moved = int((distance > 0).sum())
+    yield f"{moved} of {len(old)} {what}s, most in number {most}: {change_of(old[most], new[most])}"
 
 
-def _distance(a: float, b: float) -> float:
-    """How far two numbers are apart, whichever is larger: as a factor where both are positive."""
-    return max(a / b, b / a) if a > 0 and b > 0 else abs(a - b)
+def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """How far numbers are apart, whichever is larger: as a factor where both are positive; 0 for equal ones."""
+    factor = torch.where((a > 0) & (b > 0), torch.maximum(a / b, b / a), (a - b).abs())
+    return torch.where(a == b, 0.0, factor)
 
 
 def encodings_of(record: GraphRecord, quantizer: str) -> Encodings:
@@ -292,16 +320,6 @@ def _group_encoding(group: Group, encoding: Encoding | None) -> GroupEncoding:
         encoding="per_group" if isinstance(encoding, PerGroupEncoding) else "per_channel",
         axis=None if isinstance(encoding, PerGroupEncoding) else encoding.axis,
         group_size=encoding.group_size if isinstance(encoding, PerGroupEncoding) else 0,
-        scale=scale_values(encoding.scale),
-        zero_point=zero_point_values(encoding.zero_point),
+        scale=TensorNumbers(encoding.scale),
+        zero_point=TensorNumbers(encoding.zero_point),
     )
-
-
-def scale_values(scale: Tensor) -> tuple[float, ...]:
-    """The shortest decimals that give each float32 back: half the size, where a table has a scale for each row."""
-    return tuple(float(str(value)) for value in scale.detach().flatten().float().cpu().numpy())
-
-
-def zero_point_values(zero_point: Tensor) -> tuple[int, ...]:
-    """Zero points one after the other; floats under ``per_channel_affine_float_qparams``."""
-    return tuple(zero_point.flatten().tolist())

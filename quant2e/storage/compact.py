@@ -1,65 +1,42 @@
-"""Compact constants: what only quantize and dequantize ops read, in fewer bytes of a file and with the same values.
+"""Compact constants: what only quantize and dequantize ops read, in its short form (`quant2e.weights.short_form`).
 
-    integers of 4 bits                 cat([p & 15, p >> 4], axis).to(dtype) + low          two to a byte in p
-    integers of 2 bits                 cat([p & 3, p >> 2 & 3, p >> 4 & 3, p >> 6], axis)   four to a byte
-    one integer at all places          z.repeat(sizes)                                      zero points of zero
-    integers of 8 bits                 z.to(dtype)
-    float32 that is bfloat16           s.to(float32)                                        scales rounded to it
+    dequantize(w)        =>        dequantize(cat([p & 15, p >> 4]).to(int8) + low)
 
 In a file these are ops of the graph, in place of the constants that they give, so that ``torch.export.load`` reads it
 as it reads any program. `load` puts the constants back: in memory, and for every lowering, a graph looks as it did.
-What a constant is written as follows from its values, so that nothing is lost whatever made them.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from quant2e.graph.attributes import attribute, tensor_at
 from quant2e.graph.captured.module import CapturedModule, copy_graph
 from quant2e.graph.dataflow import operand
-from quant2e.graph.fake_values import fake_mode, faked, node_tensor, value_of_call
+from quant2e.graph.fake_values import fake_mode, node_tensor, value_of_call
 from quant2e.graph.mutation import written_nodes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
+from quant2e.stored_tensor import StoredTensor, in_memory
+from quant2e.weights.short_form import INTEGERS, Kind, Shortened, Shortening, ShortForm, short_form, shortened
 
 aten = torch.ops.aten
 
-_BYTES_OF_AN_OP = 450
-"""What one more op takes in the JSON of a program, about: a constant is written shorter where that is less."""
-
 _READERS = DEQUANTIZE | QUANTIZE
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Short:
-    """A constant in a shorter form: what is stored, and the ops that give the constant back, each with the arguments
-    behind its tensor. ``bits``, ``axis``: where several integers share a byte, which are unpacked first.
-    """
-
-    stored: Tensor
-    calls: tuple[tuple[Any, tuple[Any, ...]], ...]
-    bits: int = 8
-    axis: int = 0
-
-    @property
-    def ops(self) -> int:
-        """How many ops give the constant back."""
-        per = 8 // self.bits
-        return len(self.calls) + (2 * per - 1 if per > 1 else 0)
 
 
 def with_compact_constants(gm: CapturedModule) -> CapturedModule:
-    """``gm``, or where constants of it have a shorter form a copy that reads them so; other tensors are shared."""
-    short = {path: form for path, nodes in _constants(gm).items() if (form := _shortest(gm, nodes)) is not None}
+    """``gm``, or where constants of it have a short form a copy that reads them so; other tensors are shared.
+
+    What is stored of them is made when it is read, one after the other, unless the graph holds it already.
+    """
+    short = {path: form for path, nodes in _constants(gm).items() if (form := _form_of(gm, nodes)) is not None}
     if not short:
         return gm
     copied = copy_graph(gm, compiled=False)
@@ -92,13 +69,15 @@ def _buffers(gm: GraphModule) -> Iterator[Tensor]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if type(tensor) is Tensor else 0
+    return tensor.untyped_storage().data_ptr() if type(tensor) is Tensor else id(tensor)
 
 
 def _plain(gm: GraphModule, path: str, value: Tensor) -> bool:
-    """Whether a tensor is a buffer with memory of its own, in the usual order."""
+    """Whether a tensor is a buffer with memory of its own, in the usual order, or in its short form."""
     prefix, _, name = path.rpartition(".")
     owned = name in gm.get_submodule(prefix)._buffers
+    if isinstance(value, StoredTensor):
+        return owned and isinstance(value.place, Shortened | Shortening)
     return (
         owned and type(value) is Tensor and not value.is_meta and value.dim() > 0 and value.numel() > 0
         and value.is_contiguous() and value.untyped_storage().nbytes() == value.numel() * value.itemsize
@@ -108,79 +87,23 @@ def _plain(gm: GraphModule, path: str, value: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _shortest(gm: GraphModule, nodes: list[Node]) -> _Short | None:
-    """The shorter form of a constant; None where it has none, or none that is worth its ops."""
+def _form_of(gm: GraphModule, nodes: list[Node]) -> ShortForm | None:
+    """The short form of a constant; None where it has none."""
     value = tensor_at(gm, nodes[0])
     assert value is not None
-    size = value.numel() * value.itemsize
-    if size < _BYTES_OF_AN_OP:
-        return None
-    if value.dtype is torch.float32:
-        form = _short_float(value)
-    else:
-        quantized = any(operand(user, "input") is node for node in nodes for user in node.users)
-        form = _short_integers(value, repeats=not quantized)
-    if form is None:
-        return None
-    saved = size - form.stored.numel() * form.stored.itemsize
-    return form if saved > _BYTES_OF_AN_OP * form.ops else None
+    if (place := shortened(value)) is not None:
+        return place.form
+    quantized = any(operand(user, "input") is node for node in nodes for user in node.users)
+    return short_form(value, repeats=not quantized)
 
 
-def _short_float(value: Tensor) -> _Short | None:
-    rounded = value.to(torch.bfloat16)
-    same = torch.equal(rounded.to(torch.float32), value)
-    return _Short(rounded, ((aten.to.dtype, (torch.float32,)),)) if same else None
-
-
-def _short_integers(value: Tensor, *, repeats: bool) -> _Short | None:
-    """``repeats``: whether one value may stand for all, as of zero points, of which there are as many as scales."""
-    if value.dtype not in _INTEGERS:
-        return None
-    low, high = (int(bound) for bound in value.aminmax())
-    if repeats and low == high:
-        return _Short(value.reshape(-1)[:1].clone(), ((aten.repeat.default, (list(value.shape),)),))
-    for bits in (2, 4):
-        if high - low < 1 << bits:
-            return _packed(value, bits, _origin_of(low, high, bits))
-    for narrow in (torch.int8, torch.uint8):
-        bounds = torch.iinfo(narrow)
-        if value.itemsize > 1 and bounds.min <= low and high <= bounds.max:
-            return _Short(value.to(narrow), ((aten.to.dtype, (value.dtype,)),))
-    return None
-
-
-def _origin_of(low: int, high: int, bits: int) -> int:
-    """What is subtracted before packing: nothing, or the smallest integer of so many bits, where either will do."""
-    half = 1 << (bits - 1)
-    if low >= 0 and high < 2 * half:
-        return 0
-    return -half if -half <= low and high < half else low
-
-
-def _packed(value: Tensor, bits: int, low: int) -> _Short:
-    per, sizes = 8 // bits, value.shape
-    axis = next((axis for axis, size in enumerate(sizes) if size % per == 0), 0)
-    digits = (value - low).to(torch.uint8)
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
-    if missing := -sizes[axis] % per:
-        digits = torch.cat([digits, digits.new_zeros(missing, *sizes[1:])])
-        calls.append((aten.slice.Tensor, (0, 0, sizes[0])))
-    if value.dtype is not torch.uint8:
-        calls.append((aten.to.dtype, (value.dtype,)))
-    if low:
-        calls.append((aten.add.Tensor, (low,)))
-    packed = torch.zeros_like(digits.chunk(per, axis)[0], memory_format=torch.contiguous_format)
-    for index, part in enumerate(digits.chunk(per, axis)):
-        packed |= part << (bits * index)
-    return _Short(packed, tuple(calls), bits, axis)
-
-
-def _write(gm: GraphModule, path: str, nodes: list[Node], form: _Short) -> None:
-    """Let the readers of a constant read it from its shorter form."""
+def _write(gm: GraphModule, path: str, nodes: list[Node], form: ShortForm) -> None:
+    """Let the readers of a constant read it from its short form."""
     first, *others = nodes
-    _put(gm, path, form.stored)
+    stored = _stored_of(gm, first, form)
+    _put(gm, path, stored)
     readers = [user for node in nodes for user in node.users]
-    first.meta = {"val": faked(form.stored, fake_mode(first))}
+    first.meta = {"val": _fake(first, form.stored_shape, form.stored_dtype, stored.device)}
     last = _unpack(first, form.bits, form.axis)
     for target, args in form.calls:
         last = _behind(last, target, last, *args)
@@ -189,6 +112,17 @@ def _write(gm: GraphModule, path: str, nodes: list[Node], form: _Short) -> None:
             user.replace_input_with(node, last)
     for node in others:
         gm.graph.erase_node(node)
+
+
+def _stored_of(gm: GraphModule, node: Node, form: ShortForm) -> Tensor:
+    """What is stored of a constant: on a CPU it is made when it is read."""
+    value = tensor_at(gm, node)
+    assert value is not None
+    if (place := shortened(value)) is not None:
+        return place.stored
+    if value.device.type != "cpu":
+        return form.pack(value)
+    return StoredTensor(Shortening(form, value), form.stored_dtype)
 
 
 def _unpack(packed: Node, bits: int, axis: int) -> Node:
@@ -212,6 +146,12 @@ def _behind(place: Node, target: Callable[..., Any], *args: Any) -> Node:
     return node
 
 
+def _fake(node: Node, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without data, of the fake mode of the graph of ``node``."""
+    with fake_mode(node) or contextlib.nullcontext():
+        return torch.empty(shape, dtype=dtype, device=device)
+
+
 def _put(gm: GraphModule, path: str, value: Tensor) -> None:
     """Give a buffer another value, under its name and as persistent as it is."""
     prefix, _, name = path.rpartition(".")
@@ -222,22 +162,23 @@ def _put(gm: GraphModule, path: str, value: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def restore_constants(gm: GraphModule) -> int:
+def restore_constants(gm: GraphModule, *, unpacked: bool = True) -> int:
     """Put constants in place of the ops that `with_compact_constants` wrote, in place; returns how many.
 
-    Ops in any other form stay, also where they come close: a graph says what it computes either way.
+    Ops in any other form stay, also where they come close: a graph says what it computes either way. Not ``unpacked``,
+    the constants are `StoredTensor`, in their short form.
     """
-    found: dict[Node, Node] = {}
+    found: dict[Node, tuple[Node, ShortForm]] = {}
     held, scales = _of_their_own(gm), set[str]()
     for node in gm.graph.nodes:
         for given in node.all_input_nodes if node.target in _READERS else ():
-            if given not in found and (leaf := _stored(gm, given, node, scales)) is not None:
-                found[given] = leaf
-    leaves = Counter(found.values())
+            if given not in found and (longer := _longer_form(gm, given, node, scales)) is not None:
+                found[given] = longer
+    leaves = Counter(leaf for leaf, _ in found.values())
     count = 0
-    for last, leaf in found.items():
+    for last, (leaf, form) in found.items():
         if leaf.target in held and leaves[leaf] == 1 and _only_serves(last, leaf):
-            _restore(gm, last, leaf)
+            _restore(gm, last, leaf, form, unpacked)
             count += 1
     if count:
         gm.recompile()
@@ -255,44 +196,65 @@ def _of_their_own(gm: GraphModule) -> set[str]:
     }
 
 
-def _stored(gm: GraphModule, last: Node, reader: Node, scales: set[str]) -> Node | None:
-    """The constant of which ``last``, read by ``reader``, is the longer form; None for anything else, as what a model
-    itself computes of its buffers, ``position + x`` say. ``scales``: those that zero points were repeated for.
+def _longer_form(gm: GraphModule, last: Node, reader: Node, scales: set[str]) -> tuple[Node, ShortForm] | None:
+    """The constant of which ``last``, read by ``reader``, is the longer form, and that; None for anything else, as what
+    a model itself computes of its buffers, ``position + x`` say. ``scales``: those that zero points were repeated for.
     """
     if last.target is aten.repeat.default:
-        leaf = _repeated(gm, last, reader, scales)
+        found = _repeated(gm, last, reader, scales)
     else:
-        leaf = _unpacked(gm, last) or _cast(gm, last)
-    value = None if leaf is None else tensor_at(gm, leaf)
-    if leaf is None or value is None or not _plain(gm, str(leaf.target), value):
+        found = _unpacked(gm, last) or _cast(gm, last)
+    value = None if found is None else tensor_at(gm, found[0])
+    if found is None or value is None or not _plain(gm, str(found[0].target), value):
         return None
-    return leaf
+    form = found[1]
+    return found if form.stored_shape == tuple(value.shape) and form.stored_dtype is value.dtype else None
 
 
-def _unpacked(gm: GraphModule, last: Node) -> Node | None:
-    """The bytes that ``last`` is unpacked from, by the ops of `_packed` in their order."""
+def _unpacked(gm: GraphModule, last: Node) -> tuple[Node, ShortForm] | None:
+    """The bytes that ``last`` is unpacked from, by the ops of `_write` in their order."""
     low = _last_argument(last, aten.add.Tensor)
     node = last if low is None else last.all_input_nodes[0]
     dtype = _last_argument(node, aten.to.dtype)
     node, dtype = (node, torch.uint8) if dtype is None else (node.all_input_nodes[0], dtype)
-    if dtype not in _INTEGERS or not (low is None or (type(low) is int and _fits(low, dtype))):
+    if dtype not in INTEGERS or not (low is None or (type(low) is int and _fits(low, dtype))):
         return None
+    end = None
     if node.target is aten.slice.Tensor and len(node.args) == 4 and node.args[1:3] == (0, 0):
-        node = node.all_input_nodes[0]
+        node, end = node.all_input_nodes[0], node.args[3]
     leaf = _packed_in(node) if node.target is aten.cat.default else None
-    stored = None if leaf is None else tensor_at(gm, leaf)
-    return leaf if stored is not None and stored.dtype is torch.uint8 else None
+    stored, axis = (None if leaf is None else tensor_at(gm, leaf)), operand(node, "dim")
+    if leaf is None or stored is None or type(axis) is not int or not 0 <= axis < stored.dim():
+        return None
+    sizes, per = list(stored.shape), len(node.all_input_nodes)
+    sizes[axis] *= per
+    if end is not None:
+        if axis or type(end) is not int:
+            return None
+        sizes[0] = end
+    return leaf, ShortForm(
+        kind=Kind.PACKED,
+        shape=tuple(sizes),
+        dtype=dtype,
+        stored_dtype=torch.uint8,
+        bits=8 // per,
+        axis=axis,
+        low=low or 0,
+    )
 
 
-def _cast(gm: GraphModule, last: Node) -> Node | None:
-    """The constant that ``last`` casts, as `_short_float` and `_short_integers` write it."""
+def _cast(gm: GraphModule, last: Node) -> tuple[Node, ShortForm] | None:
+    """The constant that ``last`` casts: floats from bfloat16, integers from 8 bits."""
     dtype = _last_argument(last, aten.to.dtype)
     stored = tensor_at(gm, last.args[0]) if dtype is not None else None
     if stored is None:
         return None
     floats = stored.dtype is torch.bfloat16 and dtype is torch.float32
-    integers = stored.dtype in (torch.int8, torch.uint8) and dtype in _INTEGERS
-    return last.all_input_nodes[0] if floats or integers else None
+    integers = stored.dtype in (torch.int8, torch.uint8) and dtype in INTEGERS
+    if not (floats or integers):
+        return None
+    form = ShortForm(kind=Kind.CAST, shape=tuple(stored.shape), dtype=dtype, stored_dtype=stored.dtype)
+    return last.all_input_nodes[0], form
 
 
 def _fits(value: int, dtype: torch.dtype) -> bool:
@@ -328,7 +290,7 @@ def _operand_of(node: Any, target: Callable[..., Any], number: int) -> Any:
     return node.args[0] if plain else None
 
 
-def _repeated(gm: GraphModule, node: Node, reader: Node, used: set[str]) -> Node | None:
+def _repeated(gm: GraphModule, node: Node, reader: Node, used: set[str]) -> tuple[Node, ShortForm] | None:
     """The one value of which ``node`` makes as many as ``reader`` has scales, once for a tensor of these: a file gives
     no more for a few bytes.
     """
@@ -342,7 +304,8 @@ def _repeated(gm: GraphModule, node: Node, reader: Node, used: set[str]) -> Node
     if not plain or list(count.shape) != list(sizes) or held is None or held in used:
         return None
     used.add(held)
-    return leaf
+    form = ShortForm(kind=Kind.REPEATED, shape=tuple(sizes), dtype=value.dtype, stored_dtype=value.dtype)
+    return leaf, form
 
 
 def _held(gm: GraphModule, scales: Node, count: Tensor) -> str | None:
@@ -374,16 +337,11 @@ def _between(last: Node, leaf: Node) -> list[Node]:
     return list(found)
 
 
-def _restore(gm: GraphModule, last: Node, leaf: Node) -> None:
-    inner = _between(last, leaf)
-    values: dict[Node, Tensor] = {leaf: attribute(gm, str(leaf.target))}
-    with torch.no_grad():
-        for node in inner:
-            assert callable(node.target), f"'{node.name}' is an op"
-            values[node] = node.target(*map_arg(node.args, values.__getitem__), **node.kwargs)
-    value = values[last].contiguous()
+def _restore(gm: GraphModule, last: Node, leaf: Node, form: ShortForm, unpacked: bool) -> None:
+    stored = in_memory(attribute(gm, str(leaf.target)))
+    value = form.unpack(stored) if unpacked else StoredTensor(Shortened(form, stored), form.dtype)
     _put(gm, str(leaf.target), value)
-    leaf.meta["val"] = faked(value, fake_mode(leaf))
+    leaf.meta["val"] = _fake(leaf, form.shape, form.dtype, stored.device)
     last.replace_all_uses_with(leaf)
-    for node in reversed(inner):
+    for node in reversed(_between(last, leaf)):
         gm.graph.erase_node(node)

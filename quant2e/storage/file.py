@@ -45,7 +45,8 @@ class FileContents:
 def read_file(path: Path, *, mapped: bool = False) -> FileContents:
     """Read a ``.pt2`` file. Nothing in it is run, imported or called, whatever it holds.
 
-    ``mapped``: tensors are the pages of the file, only to be looked at, and nobody may write to it meanwhile.
+    ``mapped``: tensors are the pages of the file, only to be looked at, and nobody may write to it meanwhile; those in
+    short forms are unpacked where they are read.
 
     Raises `FileFormatError` when it is damaged, of another kind, of a later version, or holds anything but a program
     of ops that compute tensors.
@@ -76,7 +77,7 @@ def _contents(archive: Archive, hashed: bool, *, copied: bool) -> FileContents:
                 "run anything when they are loaded"
             )
     program = stored_program(records[f"models/{model}.json"], weights, constants)
-    restore_constants(program.module)
+    restore_constants(program.module, unpacked=copied)
     check_parameters(program.module)
     return FileContents(
         program=program,

@@ -9,29 +9,38 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from quant2e.documents.tensor_numbers import TensorNumbers, plain_numbers, tensor_of
 from quant2e.errors import FileFormatError
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operand
-from quant2e.report.encodings import scale_values, zero_point_values
 
-_READ_BY = {"scale": (scale_values, "scales"), "zero_point": (zero_point_values, "zero_points")}
-"""Parameter → the numbers of its tensor, and the operand of the q/dq ops of channels and groups that holds it."""
+_READ_BY = {"scale": "scales", "zero_point": "zero_points"}
+"""Parameter → the operand of the q/dq ops of channels and groups that holds it."""
 
 _SPARE = 10_000
 """Numbers that a record may hold beyond those that lie in the tensors of its graph."""
 
 
 def name_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any]:
-    """``encodings``, as `Encodings.as_dict` gives it, with the names of the buffers of ``gm`` that hold their lists."""
-    held = {part: _held(gm, part) for part in _READ_BY}
-    return _mapped(encodings, lambda part, values: held[part].get(_key(values), values) if len(values) > 1 else values)
+    """``encodings``, as `encodings_record` gives it, with the names of the buffers of ``gm`` that hold their lists.
+
+    A list that no buffer holds is one of Python's numbers.
+    """
+    held = {part: _Holders(gm, operand_name) for part, operand_name in _READ_BY.items()}
+
+    def named(part: str, values: Any) -> Any:
+        return (held[part].path_of(values) if len(values) > 1 else None) or plain_numbers(values)
+
+    return _mapped(encodings, named)
 
 
 def read_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any]:
@@ -44,13 +53,13 @@ def read_buffers(encodings: Mapping[str, Any], gm: GraphModule) -> dict[str, Any
     tensors = {str(node.target): tensor for node in nodes if (tensor := tensor_at(gm, node)) is not None}
     left = _SPARE + 4 * sum(tensor.numel() for tensor in tensors.values())
 
-    def read(part: str, values: Any) -> list[Any]:
+    def read(_part: str, values: Any) -> Sequence[float]:
         nonlocal left
         if not isinstance(values, list):
             left -= _length(values, tensors)
         if left < 0:
             raise FileFormatError("its lists of numbers are longer than the tensors they belong to")
-        return _read(tensors, part, values)
+        return _read(tensors, values)
 
     return _mapped(encodings, read)
 
@@ -63,17 +72,42 @@ def _mapped(encodings: Any, change: Callable[[str, Any], Any]) -> dict[str, Any]
     return {**encodings, "groups": groups}
 
 
-def _held(gm: GraphModule, part: str) -> dict[Any, str]:
-    """Buffers that hold this parameter of a q/dq op, by their numbers."""
-    values, name = _READ_BY[part]
-    holders = {str(ref.target): ref for node in gm.graph.nodes if isinstance(ref := operand(node, name), Node)}
-    tensors = {path: tensor_at(gm, ref) for path, ref in holders.items()}
-    return {_key(values(tensor)): path for path, tensor in tensors.items() if tensor is not None}
+class _Holders:
+    """The buffers that hold one parameter of q/dq ops, found by the tensor itself or else by its numbers."""
+
+    def __init__(self, gm: GraphModule, name: str) -> None:
+        holders = {str(ref.target): ref for node in gm.graph.nodes if isinstance(ref := operand(node, name), Node)}
+        self._tensors = {path: value for path, ref in holders.items() if (value := tensor_at(gm, ref)) is not None}
+        self._paths = {id(value): path for path, value in self._tensors.items()}
+        self._by_numbers: dict[Any, str] | None = None
+
+    def path_of(self, values: Sequence[float]) -> str | None:
+        """Where a list is held; None where it is not."""
+        numbers = values if isinstance(values, TensorNumbers) else _as_tensor(values)
+        if numbers is None:
+            return None
+        if (found := self._paths.get(id(numbers.tensor))) is not None:
+            return found
+        if self._by_numbers is None:
+            self._by_numbers = {_key(TensorNumbers(value)): path for path, value in self._tensors.items()}
+        return self._by_numbers.get(_key(numbers))
 
 
-def _key(values: tuple[Any, ...]) -> Any:
-    """Zero points may be floats, which equal integers and are none."""
-    return tuple(values), {type(value) for value in values} == {float}
+def _as_tensor(values: Sequence[float]) -> TensorNumbers | None:
+    """Python's numbers as those of a tensor, where they are what such a tensor gives back; None where they are not.
+
+    Zero points may be floats, which equal integers and are none.
+    """
+    flat = tensor_of(values)
+    made = TensorNumbers(flat.float() if flat.is_floating_point() else flat)
+    return made if made == tuple(values) and type(made[0]) is type(values[0]) else None
+
+
+def _key(numbers: TensorNumbers) -> tuple[int, bool, bytes]:
+    """What two lists have in common that are equal, in few bytes."""
+    flat = numbers.flat()
+    plain = flat if flat.is_floating_point() else flat.to(torch.int64)
+    return len(numbers), flat.is_floating_point(), hashlib.sha256(plain.contiguous().numpy().data).digest()
 
 
 def _length(values: Any, tensors: Mapping[str, Tensor]) -> int:
@@ -88,10 +122,10 @@ def _length(values: Any, tensors: Mapping[str, Tensor]) -> int:
     return count
 
 
-def _read(tensors: Mapping[str, Tensor], part: str, values: Any) -> list[Any]:
+def _read(tensors: Mapping[str, Tensor], values: Any) -> Sequence[float]:
     if isinstance(values, list):
         return values
-    return list(_READ_BY[part][0](tensors[values])) if isinstance(values, str) else _unpacked(values)
+    return TensorNumbers(tensors[values]) if isinstance(values, str) else _unpacked(values)
 
 
 def _unpacked(values: Any) -> list[Any]:

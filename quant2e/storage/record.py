@@ -16,7 +16,7 @@ from quant2e.documents.json_text import read_json
 from quant2e.documents.schema import of_format
 from quant2e.errors import FileFormatError
 from quant2e.quantized_io import QuantizedIO, quantized_io_of
-from quant2e.report.encodings import Encodings
+from quant2e.report.encodings import Encodings, encodings_record
 from quant2e.report.report import Report, Verdict
 from quant2e.storage.columns import from_columns, to_columns
 from quant2e.storage.example_inputs import describe_inputs, restore_inputs
@@ -46,7 +46,7 @@ def record_text(
     record = {
         "format": RECORD_FORMAT,
         "report": report_to_columns(report.as_dict()),
-        "recipe": _groups_as_columns(_with_file_paths(name_buffers(encodings.as_dict(), module), module)),
+        "recipe": _groups_as_columns(_with_file_paths(name_buffers(encodings_record(encodings), module), module)),
         "example_inputs": describe_inputs(inputs, data=with_data),
     }
     if quantized_io := quantized_io_of(module):

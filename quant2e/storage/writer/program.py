@@ -43,7 +43,7 @@ def program_records(gm: GraphModule) -> Iterator[tuple[str, Bytes]]:
     for folder, prefix, are_weights in (("weights", "weight_", True), ("constants", "tensor_", False)):
         tensors = {item.path: item.tensor for item in lifted if item.is_weight is are_weights}
         records, table = tensor_records(tensors, prefix, values)
-        yield from ((f"data/{folder}/{name}", data) for name, data in records.items())
+        yield from ((f"data/{folder}/{name}", make()) for name, make in records.items())
         yield f"data/{folder}/model_{folder}_config.json", as_json(table)
     yield "models/model.json", as_json(_program(gm, lifted, values))
     yield "data/sample_inputs/model.pt", b""

@@ -13,6 +13,8 @@ from quant2e.graph.qdq_ops import qd
 from quant2e.pipeline import quantize
 from quant2e.quantized_model import load
 from quant2e.storage.compact import restore_constants, with_compact_constants
+from quant2e.storage.pt2 import read_pt2
+from quant2e.weights.short_form import Shortening, shortened
 from quantizers import ComposableQuantizer, EmbeddingQuantizer, X86InductorQuantizer
 
 aten = torch.ops.aten
@@ -290,6 +292,20 @@ def test_files_give_back_what_was_saved(recipe, tmp_path):
     assert sorted(targets(restored)) == sorted(targets(model.module))
     again.save(tmp_path / "again.pt2")
     assert abs((tmp_path / "again.pt2").stat().st_size - path.stat().st_size) < 1000
+
+
+def test_what_is_stored_is_made_when_it_is_read_and_checked_without_its_values(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128)).eval()
+    result = quantize(model, torch.randn(2, 128), X86InductorQuantizer().set_global("w4-g32"), min_sqnr_db=None)
+    place = with_compact_constants(result.module).get_buffer("0.weight_quantized").place
+    assert isinstance(place, Shortening)
+    assert place.value is result.module.get_buffer("0.weight_quantized")
+    result.save(tmp_path / "m.pt2")
+    read = read_pt2(tmp_path / "m.pt2", mapped=True).module
+    assert torch.equal(shortened(read.get_buffer("0.weight_quantized")).stored, place.read())
+    assert torch.equal(read(torch.ones(2, 128)), result(torch.ones(2, 128)))
+    assert graph_text(read.graph) == graph_text(load(tmp_path / "m.pt2").module.graph)
 
 
 def test_fewer_bits_make_smaller_files(tmp_path):

@@ -15,10 +15,11 @@ from torch import nn
 from quant2e import FileFormatError, capture, convert_pt2e, load, prepare_pt2e, save
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.annotation.specs import ANNOTATION, QuantizationAnnotation, QuantizationSpec
+from quant2e.documents.tensor_numbers import TensorNumbers
 from quant2e.observers.measuring import PerChannelMinMaxObserver
 from quant2e.observers.per_group import PerGroupMinMaxObserver
 from quant2e.ranges.qparams import FLOAT_QPARAMS
-from quant2e.report.encodings import Encodings, encodings_of
+from quant2e.report.encodings import Encodings, encodings_of, encodings_record
 from quant2e.report.record import record_of
 from quant2e.storage.columns import from_columns
 from quant2e.storage.parameters import name_buffers, read_buffers
@@ -78,8 +79,22 @@ def test_a_file_names_the_buffers_and_gives_their_numbers_back(converted, tmp_pa
     again = load(path)
     assert len(again.encodings.groups[0].scale) >= ROWS
     assert exact(again.encodings) == exact(encodings_of(record_of(converted), ""))
+    assert again.encodings.groups[0].scale.tensor is again.module.get_buffer(group["scale"])
     again.save(tmp_path / "again.pt2")
     assert exact(load(tmp_path / "again.pt2").encodings) == exact(again.encodings)
+
+
+def test_pythons_numbers_are_found_in_buffers_as_well(converted):
+    encodings = encodings_of(record_of(converted), "")
+    of_tensors, of_python = (name_buffers(given, converted) for given in (encodings_record(encodings), encodings.as_dict()))
+    assert of_python == of_tensors
+    assert {type(group[part]) for group in of_python["groups"] for part in ("scale", "zero_point")} == {str}
+    copied = {**encodings_record(encodings), "groups": [
+        {name: TensorNumbers(value.tensor.clone()) if isinstance(value, TensorNumbers) else value
+         for name, value in group.items()}
+        for group in encodings_record(encodings)["groups"]
+    ]}  # fmt: skip
+    assert name_buffers(copied, converted)["groups"] == list(of_tensors["groups"])
 
 
 def packed(values):

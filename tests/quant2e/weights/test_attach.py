@@ -11,6 +11,7 @@ import quant2e
 from quant2e.documents import safetensors_file
 from quant2e.errors import CaptureError, FileFormatError, Quant2eError
 from quant2e.stored_tensor import StoredTensor
+from quant2e.weights.short_form import Shortened, shortened
 from quantizers import X86InductorQuantizer, XNNPACKQuantizer
 from tests.quant2e.weights.checkpoints import write_safetensors, write_shards
 
@@ -43,6 +44,10 @@ def random(tied=True, dtype=torch.float32):
 def empty(tied=True, dtype=torch.float32):
     with quant2e.parameters_on_meta():
         return Words(tied).eval().to(dtype)
+
+
+def short_ones(result):
+    return {name for name, buffer in result.module.named_buffers() if shortened(buffer) is not None}
 
 
 def tensors(model, *without):
@@ -98,7 +103,10 @@ def test_quantized_from_files_it_is_the_same_bit_for_bit(tmp_path, dtype, tied, 
     assert (tmp_path / "there.pt2").read_bytes() == (tmp_path / "here.pt2").read_bytes()
     loaded = quant2e.load(tmp_path / "there.pt2")
     assert torch.equal(loaded(*TOKENS), here(*TOKENS))
-    assert not any(isinstance(t, StoredTensor) for t in there.module.state_dict().values())
+    held = {type(tensor.place) for tensor in there.module.state_dict().values() if isinstance(tensor, StoredTensor)}
+    assert held <= {Shortened}
+    assert ("up.weight_quantized" in short_ones(there)) == (scheme == "w4-g32")
+    assert not short_ones(loaded)
 
 
 @pytest.mark.slow
