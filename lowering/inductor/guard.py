@@ -1,11 +1,11 @@
-"""Guards against wrong int8 patterns of Inductor: each case becomes float arithmetic that they do not match.
+"""Guards against wrong int8 kernels: each case becomes float arithmetic, which no pattern matches.
 
     op(dq(x), …)        =>        op((x - zero_point) * scale, …)
 
-The patterns look at the shape of the graph and not at everything that must hold. They take a transposed convolution
-for a plain one, ignore the axis and zero points of a weight, and pool integers of one scale into
-integers of another. On CPUs without VNNI the kernels themselves may saturate. Inductor fuses the arithmetic into its
-neighbours, so an op that is guarded costs what a float op costs.
+The kernels take no weight with zero points, or with scales along its inputs, and may saturate on CPUs without VNNI.
+Inductor's patterns (torch 2.13 has some for products, and torchao adds its own) look at the shape of the graph and not
+at all that must hold: they take a transposed convolution for a plain one, and pool integers of one scale into integers
+of another. Inductor fuses the arithmetic into its neighbours, so an op that is guarded costs what a float op costs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Inductor pipeline: a captured graph in the form that its int8 patterns take, and what was decided on the way.
+"""Inductor pipeline: a captured graph as calls of int8 kernels, and what was decided on the way.
 
-copy the graph ─▶ cut out int8 regions, each one op ─▶ rewrite what the patterns miss ─▶ guard what they get wrong
-─▶ choose an engine for each product ─▶ cut out steps that repeat ─▶ call the kernels that have no pattern
+copy the graph ─▶ cut out int8 regions, each one op ─▶ rewrite into the form that kernels take ─▶ keep from them
+what they get wrong ─▶ choose an engine for each product ─▶ cut out steps that repeat ─▶ call the kernels
 """
 
 from __future__ import annotations

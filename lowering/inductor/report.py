@@ -32,7 +32,7 @@ REGION = "quant2e.int8_region"
 """What computes the ops of an int8 region, in reports."""
 
 _CALLED = {"qconv_pointwise": "qconv", "qconv2d_pointwise": "qconv", "qlinear_pointwise": "qlinear"}
-"""oneDNN's ops where they have no pattern → their names in reports."""
+"""oneDNN's ops → their names in reports."""
 _WEIGHT_ONLY = "weight-only"
 _LOOKUPS = frozenset(str(target) for target in _LOOKUP)
 _PRODUCTS = frozenset(str(target) for target in CONVOLUTION | LINEAR)

@@ -1,4 +1,4 @@
-"""Rewrite pipeline for Inductor: a Q/DQ graph in the form that its int8 patterns match, with the same eager result.
+"""Rewrite pipeline for Inductor: a Q/DQ graph in the form that int8 kernels take, with the same eager result.
 
 The rewrites run on a private copy, in the order of `REWRITES`. What Inductor would lower wrongly is kept away from its
 patterns by `lowering.inductor.guard`, which runs after them.
@@ -60,7 +60,7 @@ _QPARAM_NAMES = ("scale", "zero_point", "quant_min", "quant_max")
 
 
 def positional_arguments(gm: GraphModule) -> int:
-    """q/dq arguments given by keyword => by position, as the patterns expect them."""
+    """q/dq arguments given by keyword => by position, as the other rewrites expect them."""
     count = 0
     for node in list(gm.graph.nodes):
         if node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
@@ -314,7 +314,7 @@ def single_precision(gm: GraphModule) -> int:
 
 
 def dequantize_last(gm: GraphModule) -> int:
-    """``linear(view(dq(x)), w)`` => ``linear(dq(view(x)), w)``: the patterns want the dequantize next to the op."""
+    """``linear(view(dq(x)), w)`` => ``linear(dq(view(x)), w)``: the kernels read integers."""
     count = 0
     for node in list(gm.graph.nodes):
         if weight_of(node) is None:
@@ -346,8 +346,8 @@ def dequantize_last(gm: GraphModule) -> int:
 def one_dequantize_per_user(gm: GraphModule) -> int:
     """``dq(x, …)`` with several users => one each, told apart by a ``quant_min`` that no kernel reads.
 
-    The patterns want a dequantize of their own for each operand. Equal nodes would be merged again before they are
-    tried, and the pass that splits them does not see those that end in a view and in something else.
+    Inductor's patterns (of pools, cat and reshape) want a dequantize of their own for each operand. Equal nodes would
+    be merged again before they are tried.
     """
     copies: Counter[tuple[Any, ...]] = Counter()
     count = 0
