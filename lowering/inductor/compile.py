@@ -118,7 +118,7 @@ def _shape_env(whole: bool) -> Any:
 
 @contextmanager
 def _flags(inspect: Callable[[Graph], None]) -> Iterator[None]:
-    """What the int8 patterns need, for the duration of one compilation.
+    """What the patterns of integers need, for the duration of one compilation.
 
     ``freezing``: weights become constants of the program, which is what weight packing matches on. The graph cache
     is off because a hit would skip ``inspect``, and with it the report; compiled C++ is still cached by content.

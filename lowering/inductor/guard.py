@@ -1,11 +1,11 @@
-"""Guards against wrong int8 patterns of Inductor: each case becomes float arithmetic that they do not match.
+"""Guards against wrong int8 kernels: each case becomes float arithmetic, which no pattern matches.
 
     op(dq(x), …)        =>        op((x - zero_point) * scale, …)
 
-The patterns look at the shape of the graph and not at everything that must hold. They take a transposed convolution
-for a plain one, ignore the axis and zero points of a weight, and pool integers of one scale into
-integers of another. On CPUs without VNNI the kernels themselves may saturate. Inductor fuses the arithmetic into its
-neighbours, so an op that is guarded costs what a float op costs.
+The kernels take no weight with zero points, or with scales along its inputs, and may saturate on CPUs without VNNI.
+Inductor's patterns (torch 2.13 has some for products, and torchao adds its own) look at the shape of the graph and not
+at all that must hold: they take a transposed convolution for a plain one, and pool integers of one scale into integers
+of another. Inductor fuses the arithmetic into its neighbours, so an op that is guarded costs what a float op costs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.graph import call
-from lowering.inductor.rewrites.kernel_calls import is_called
-from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ, MOVES
-from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weight_of
+from lowering.inductor.rewrites.kernel_calls import not_called
+from lowering.inductor.rewrites.pipeline import MOVES
+from lowering.inductor.rewrites.weights import ACTIVATION_DQ, CONVOLUTION, activation_of, weight_of
 from quant2e.cpu import detect, may_overflow
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
@@ -97,8 +97,6 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
         return (
             f"int8 kernels take one weight scale per output channel, and this weight has them along axis {args['axis']}"
         )
-    if transposed and not is_called(node):
-        return "a transposed convolution is called as an int8 kernel in float32 only, right behind its dequantize op"
     if bool((points != 0).any()):
         return "int8 kernels take symmetric weights, and this one has zero points other than 0"
     if operands(activation)["dtype"] not in (torch.uint8, torch.int8):
@@ -116,7 +114,7 @@ def refusal(gm: GraphModule, node: Node) -> str | None:
             "int8 kernels may saturate on this CPU, which has no VNNI, with activations and weights this large: "
             "quantize with reduce_range=True"
         )
-    return None
+    return not_called(node)
 
 
 def _is_of_one_channel(node: Node, weight: Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""Inductor pipeline: a captured graph in the form that its int8 patterns take, and what was decided on the way.
+"""Inductor pipeline: a captured graph as calls of int8 kernels, and what was decided on the way.
 
-copy the graph ─▶ cut out int8 regions, each one op ─▶ rewrite what the patterns miss ─▶ guard what they get wrong
-─▶ choose an engine for each product ─▶ cut out steps that repeat ─▶ call the kernels that have no pattern
+copy the graph ─▶ cut out int8 regions, each one op ─▶ rewrite into the form that kernels take ─▶ keep from them
+what they get wrong ─▶ choose an engine for each product ─▶ cut out steps that repeat ─▶ call the kernels
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lowering.inductor.guard import keep_from_patterns
 from lowering.inductor.kernel_selection import Engines, choose, choose_native
 from lowering.inductor.kernels.engines import ENGINES, Engine, KernelChoice
 from lowering.inductor.report import COMPUTED, REGION, InductorReport, Kernel, build_report
-from lowering.inductor.rewrites.graph import op_of, private_copy
+from lowering.inductor.rewrites.graph import any_layout, op_of, private_copy, results_as_captured
 from lowering.inductor.rewrites.kernel_calls import kernel_calls
 from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_user
 from lowering.inductor.rewrites.repeated_steps import RepeatedSteps
@@ -25,6 +25,9 @@ from lowering.native.units.unit import activation_of
 from lowering.signature import Signature
 from quant2e.passes import Promise, run
 from quant2e.passes.dead_code import remove_dead_code
+
+AS_CALLS = (kernel_calls, any_layout, results_as_captured, remove_dead_code)
+"""Kernels write images in channels last, of which there is no view."""
 
 _TOLD_APART = Promise(waived=frozenset({"a dequantize undoes its quantize"}))
 
@@ -56,7 +59,7 @@ class Rewritten:
         run(self.graph, () if whole else (repeated,), compiled=False)
         self.steps = tuple(repeated.made)
         for graph in (self.graph, *(step.body for step in self.steps)):
-            run(graph, (kernel_calls, remove_dead_code), compiled=False)
+            run(graph, AS_CALLS, compiled=False)
             # last: the guard compares quant_min
             run(graph, (one_dequantize_per_user,), compiled=False, promise=_TOLD_APART)
 

@@ -14,8 +14,7 @@ from lowering.control_flow import INSIDE, notes_on_branches, ops_inside
 from lowering.inductor.kernels.engines import WEIGHT_ONLY, KernelChoice
 from lowering.inductor.kernels.weight_only import FLOAT_ROWS, INT8_ROWS
 from lowering.inductor.rewrites.graph import TAG
-from lowering.inductor.rewrites.pipeline import ACTIVATION_DQ
-from lowering.inductor.rewrites.weights import CONVOLUTION, LINEAR, activation_of, weight_of
+from lowering.inductor.rewrites.weights import ACTIVATION_DQ, CONVOLUTION, LINEAR, activation_of, weight_of
 from lowering.program import LoweringReport, Table
 from lowering.verify import Verification
 from quant2e.errors import where
@@ -33,7 +32,7 @@ REGION = "quant2e.int8_region"
 """What computes the ops of an int8 region, in reports."""
 
 _CALLED = {"qconv_pointwise": "qconv", "qconv2d_pointwise": "qconv", "qlinear_pointwise": "qlinear"}
-"""oneDNN's ops where they have no pattern → their names in reports."""
+"""oneDNN's ops → their names in reports."""
 _WEIGHT_ONLY = "weight-only"
 _LOOKUPS = frozenset(str(target) for target in _LOOKUP)
 _PRODUCTS = frozenset(str(target) for target in CONVOLUTION | LINEAR)
@@ -245,15 +244,8 @@ def _reason(gm: GraphModule, node: Node, refused: Mapping[str, str], by_rows: bo
     if weight.target is qd.dequantize_per_channel_group.default:
         return "groups of weights with a scale each: there is no int8 kernel for them"
     if activation.target in _FINER:
-        return f"{_FINER[activation.target]}: Inductor's patterns know one scale per tensor"
-    if node.target in CONVOLUTION and _dtype(node) is torch.bfloat16:
-        return "a convolution of this kind is called as an int8 kernel in float32 only"
-    return "no int8 pattern of Inductor matched"
-
-
-def _dtype(node: Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, torch.Tensor) else None
+        return f"{_FINER[activation.target]}: int8 kernels take one scale per tensor"
+    return "no int8 kernel was called for it"
 
 
 def build_report(

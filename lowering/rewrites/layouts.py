@@ -28,11 +28,13 @@ from quant2e.passes import Pass
 
 aten = torch.ops.aten
 
-_VIEWS: dict[Any, Any] = {
+VIEWS: dict[Any, Any] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     aten.view_as.default: aten.reshape_as.default,
 }
+"""Op that asks for strides it can view → the op that takes any."""
+
 _FORMAT = "memory_format"
 
 
@@ -40,8 +42,8 @@ def reshapes_for_views(module: GraphModule) -> int:
     """Reshape where the graph views; returns how many."""
     count = 0
     for node in list(module.graph.nodes):
-        if node.target in _VIEWS:
-            node.target = _VIEWS[node.target]
+        if node.target in VIEWS:
+            node.target = VIEWS[node.target]
             count += 1
         elif node.target is aten.unflatten.int:
             replace(node, emit(node, aten.reshape.default, operand(node, 0), _unflattened_sizes(node)))

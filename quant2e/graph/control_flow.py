@@ -45,7 +45,13 @@ def while_loop(go_on: Callable[..., Any], body: Body, carried: Sequence[Any], fi
     return carried if steps else tuple(x.clone() if isinstance(x, Tensor) else x for x in carried)
 
 
-def scan(body: Body, carried: Sequence[Any], xs: Sequence[Tensor], fixed: Sequence[Any]) -> Sequence[Any]:
+def scan(
+    body: Body,
+    carried: Sequence[Any],
+    xs: Sequence[Tensor],
+    fixed: Sequence[Any],
+    mutated_arg_indices: str = "",  # noqa: ARG001  # which operands the body writes to, says torch 2.14: it does so here
+) -> Sequence[Any]:
     """What is carried, after the last slice of ``xs`` along dimension 0, and the other results of all, stacked."""
     count, made = len(carried), []
     for slices in zip(*(x.unbind() for x in xs), strict=True):
@@ -55,7 +61,12 @@ def scan(body: Body, carried: Sequence[Any], xs: Sequence[Tensor], fixed: Sequen
     return *carried, *(_stacked(each) for each in zip(*made, strict=True))
 
 
-def map_impl(body: Body, xs: Sequence[Tensor], fixed: Sequence[Any]) -> Sequence[Any]:
+def map_impl(
+    body: Body,
+    xs: Sequence[Tensor],
+    fixed: Sequence[Any],
+    mutated_arg_indices: str = "",  # noqa: ARG001  # as for `scan`
+) -> Sequence[Any]:
     """The results for all slices of ``xs`` along dimension 0, stacked."""
     return [
         _stacked(each)

@@ -1,4 +1,4 @@
-"""Rules of Inductor on x86: what its patterns turn into oneDNN's int8 kernels, and what carries integers between.
+"""Rules of Inductor on x86: what becomes oneDNN's int8 kernels, and what carries integers between.
 
 An op's output is quantized by its consumer: where nobody wants integers, the kernel answers in float. So an activation
 that no kernel can take in costs nothing: it is computed in float behind the kernel, fused into what follows.

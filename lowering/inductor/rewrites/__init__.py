@@ -1,1 +1,1 @@
-"""Rewrites of a Q/DQ graph into what Inductor's int8 patterns match. Each keeps the eager result."""
+"""Rewrites of a Q/DQ graph into calls of int8 kernels. Each keeps the eager result."""

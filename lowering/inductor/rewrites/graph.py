@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from lowering.rewrites.layouts import VIEWS
 from quant2e.graph.attributes import attribute
 from quant2e.graph.edit import set_origin
 from quant2e.graph.mutation import clone_together, written_attributes
@@ -61,3 +63,24 @@ def private_copy(model: GraphModule) -> GraphModule:
             node.meta["custom"] = {**(node.meta.get("custom") or {}), TAG: node.name}
     modules = {str(n.target): model.get_submodule(str(n.target)) for n in graph.nodes if n.op == "call_module"}
     return GraphModule({**constants, **modules}, graph)
+
+
+def any_layout(gm: GraphModule) -> int:
+    """``view(x)`` => ``reshape(x)``: what is viewed may be what a kernel writes in channels last."""
+    found = [node for node in gm.graph.nodes if node.target in VIEWS]
+    for node in found:
+        node.target = VIEWS[node.target]
+    return len(found)
+
+
+def results_as_captured(gm: GraphModule) -> int:
+    """Results that were captured contiguous are so, whatever layout a kernel writes; returns how many are images."""
+    (output,) = gm.graph.find_nodes(op="output")
+    count = 0
+    for node in dict.fromkeys(output.all_input_nodes):
+        value = node.meta.get("val")
+        if node.op == "call_function" and isinstance(value, Tensor) and value.dim() > 3 and value.is_contiguous():
+            with gm.graph.inserting_before(output):
+                output.replace_input_with(node, call(gm, node, torch.ops.aten.contiguous.default, node))
+            count += 1
+    return count

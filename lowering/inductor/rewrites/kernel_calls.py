@@ -1,11 +1,11 @@
-"""Kernel calls: int8 products for which oneDNN has a kernel and Inductor no pattern, as calls of that kernel.
+"""Kernel calls: every int8 product as a call of oneDNN's kernel, with what the kernel computes behind it.
 
     f(op(dq(x), dq(w)))        =>        dq(kernel(x, packed w, f))
 
-Inductor's patterns know static convolutions in one and two dimensions and linear layers, with some of the activations.
-The kernels know more: scales found at run time, three dimensions, and further activations behind a linear layer; and a
-transposed convolution is a plain one (`kernels.transposed`). In three dimensions they take in no activation; relu is
-what quantizing to unsigned integers does anyway. Weights are packed here, as Inductor's freezing does it.
+Nothing is left to patterns: Inductor of torch 2.13 has some for these products, that of torch 2.14 none, and torchao
+adds its own once it is imported. The kernels take scales that are constant or found at run time, linear layers,
+convolutions in one to three dimensions, and transposed ones, which are plain ones of another form
+(`kernels.transposed`). Weights are packed here.
 """
 
 from __future__ import annotations
@@ -18,60 +18,54 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.kernels.post_ops import LINEAR_ONLY, NONE, PostOp, post_op_of
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
+from lowering.inductor.rewrites.fusion import Fused, fused_with, spatial
 from lowering.inductor.rewrites.graph import call
-from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, weight_of
+from lowering.inductor.rewrites.weights import ACTIVATION_DQ, CONVOLUTION, activation_of, dequantized, weight_of
 from quant2e.graph.attributes import tensor_at
-from quant2e.graph.dataflow import operands
+from quant2e.graph.dataflow import operand, operands, readers
 from quant2e.graph.edit import emit_constant
+from quant2e.graph.effects import is_view, writes
+from quant2e.graph.fake_values import node_tensor
 from quant2e.graph.qdq_ops import qd
 
 aten = torch.ops.aten
 
-_BY_PATTERN = frozenset({"none", "relu", "gelu"})
-"""What Inductor's patterns fuse into a linear layer; into a convolution they fuse all that its kernel takes."""
+_FLOATS = (torch.float32, torch.bfloat16)
+"""What a kernel returns, where it is not integers."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Fused:
-    """A product with what its kernel computes as well, in order: the kernel returns what the last of ``nodes`` does."""
-
-    nodes: tuple[Node, ...]
-    post_op: PostOp = NONE
-    quantize: Node | None = None
-
-    @property
-    def output(self) -> tuple[float, int, torch.dtype]:
-        """Scale, zero point and dtype of the result."""
-        if self.quantize is None:
-            return 1.0, 0, torch.float32
-        args = operands(self.quantize)
-        return args["scale"], args["zero_point"], torch.uint8
-
-
-def is_called(node: Node) -> bool:
-    """Whether a quantized product is one that its kernel is called for; of others, Inductor's patterns take care."""
-    activation, weight = activation_of(node), weight_of(node)
-    if activation is None or weight is None or weight.target is not qd.dequantize_per_channel.default:
-        return False
-    dynamic = activation.target is qd.dequantize_per_tensor.tensor
-    if not dynamic and activation.target is not qd.dequantize_per_tensor.default:
-        return False
-    if node.target is aten.linear.default:
-        return _fused(node).post_op.name not in _BY_PATTERN
-    if node.target not in CONVOLUTION or not (dynamic or is_transposed(node) or _spatial(weight) == 3):
-        return False
-    return not isinstance(operands(node).get("padding"), str)  # by name: what `padding` could not write as numbers
+def not_called(node: Node) -> str | None:
+    """Why no kernel can be called for a quantized product; None where one can."""
+    activation, weight = dequantized(activation_of(node)), dequantized(weight_of(node))
+    if node.target is not aten.linear.default and node.target not in CONVOLUTION:
+        return (
+            "int8 kernels compute linear layers and convolutions, and this product is none that can be written as one"
+        )
+    if weight is None or weight.target is not qd.dequantize_per_channel.default:
+        return "int8 kernels take a weight that is dequantized right in front of them"
+    if activation is None or activation.target not in ACTIVATION_DQ:
+        return "int8 kernels take an activation that is dequantized right in front of them"
+    if (dtype := _dtype(node)) not in _FLOATS:
+        return f"int8 kernels return float32 or bfloat16, not {dtype}"
+    if isinstance(operands(node).get("padding"), str):  # by name: what `padding` could not write as numbers
+        return "int8 kernels pad by numbers, and this image cannot be padded before"
+    return None
 
 
 def kernel_calls(gm: GraphModule) -> int:
-    """Every quantized product that `is_called` as a call of its kernel; returns how many."""
-    found = [node for node in gm.graph.nodes if is_called(node)]
+    """Every quantized product as a call of its kernel; returns how many.
+
+    Products that `not_called` has a reason for are not quantized any more by now (`lowering.inductor.guard`).
+    """
+    found = [node for node in gm.graph.nodes if _is_quantized(node) and not_called(node) is None]
+    apart = _writes_through_views(gm)
     for node in found:
-        fused = _fused(node)
+        fused = fused_with(node)
         made = (_linear if node.target is aten.linear.default else _convolution)(gm, node, fused)
         last = fused.nodes[-1]
+        if apart and node.target is not aten.linear.default:
+            made = _emitter(gm, node, fused)(aten.contiguous.default, made)
         if "val" in last.meta:
             made.meta["val"] = last.meta["val"]
         last.replace_all_uses_with(made)
@@ -80,117 +74,131 @@ def kernel_calls(gm: GraphModule) -> int:
     return len(found)
 
 
-def _shape(weight: Node) -> tuple[int, ...]:
-    """The sizes of a weight that is dequantized."""
-    known = next(node.meta["val"] for node in (weight, operands(weight)["input"]) if "val" in node.meta)
-    return tuple(known.shape)
+def _is_quantized(node: Node) -> bool:
+    return dequantized(activation_of(node)) is not None and dequantized(weight_of(node)) is not None
 
 
-def _spatial(weight: Node) -> int:
-    """Dimensions of the image that a convolution with this weight reads."""
-    return len(_shape(weight)) - 2
+def _writes_through_views(gm: GraphModule) -> bool:
+    """Whether something is written through a view: convolutions return channels last, of which a view may be a copy."""
+    return any(is_view(node) and any(map(writes, readers(node, is_view))) for node in gm.graph.nodes)
 
 
-def _fused(node: Node) -> _Fused:
-    """The activation and the quantize op behind a product that its kernel computes as well."""
-    nodes: tuple[Node, ...] = (node,)
-    post_op = NONE
-    activation = _only_reader(node)
-    found = None if activation is None else post_op_of(activation)
-    if activation is not None and found is not None and _takes(node, found):
-        nodes, post_op = (node, activation), found
-    elif activation is not None and found is not None and found.name == "relu" and _clamps_at_zero(activation):
-        nodes = (node, activation)
-    quantize = _quantize_behind(nodes[-1])
-    return _Fused(nodes if quantize is None else (*nodes, quantize), post_op, quantize)
+def _dtype(node: Node) -> torch.dtype:
+    """The dtype that a product returns, by the conversion in front of it: a rewritten product has no value."""
+    x, dtype = activation_of(node), torch.float32
+    if x is not None and x.target is aten.to.dtype:
+        dtype = operand(x, "dtype")
+    return dtype
 
 
-def _clamps_at_zero(relu: Node) -> bool:
-    """Whether quantization does what relu does: no integer stands for a negative number."""
-    quantize = _quantize_behind(relu)
-    return quantize is not None and operands(quantize)["zero_point"] == 0
+def _packed_for(x: Node) -> list[int] | None:
+    """The sizes that a weight is packed for; None where one varies, or is not known."""
+    value = node_tensor(x)
+    known = value is not None and all(type(size) is int for size in value.shape)
+    return [*value.shape] if value is not None and known else None
 
 
-def _quantize_behind(node: Node) -> Node | None:
-    """The quantize op that alone reads a result, to the unsigned integers that kernels write."""
-    user = _only_reader(node)
-    if user is None or user.target is not qd.quantize_per_tensor.default:
-        return None
-    return user if operands(user)["dtype"] is torch.uint8 else None
-
-
-def _only_reader(node: Node) -> Node | None:
-    """The one op that reads a result, as its first operand."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    return user if user is not None and user.args and user.args[0] is node else None
-
-
-def _takes(node: Node, post_op: PostOp) -> bool:
-    if node.target is aten.linear.default:
-        return True
-    weight = weight_of(node)
-    return weight is not None and _spatial(weight) < 3 and post_op.name not in LINEAR_ONLY
-
-
-def _linear(gm: GraphModule, node: Node, fused: _Fused) -> Node:
+def _linear(gm: GraphModule, node: Node, fused: Fused) -> Node:
     """A call of ``onednn.qlinear_pointwise``.
 
-    Inductor's patterns would look at what stands behind it, and fail on a kernel that has a post op: a dimension of
-    size one, which is taken away again, is what they do not look through.
+    Patterns of Inductor or torchao would look at what stands behind it, and fail on a kernel that has a post op: a
+    dimension of size one, which is taken away again, is what they do not look through.
     """
     x, scale, point = _activation(node)
     weight, scales, points = _weight(gm, node)
-    packed = emit_constant(gm, node, f"{node.name}_packed", torch.ops.onednn.qlinear_prepack(weight, None))
+    packed = torch.ops.onednn.qlinear_prepack(weight, _packed_for(x))
+    packed_node = emit_constant(gm, node, f"{node.name}_packed", packed)
     kernels = torch.ops.onednn.qlinear_pointwise
     kernel = kernels.tensor if isinstance(scale, Node) else kernels.default
     emit = _emitter(gm, node, fused)
     rows = emit(aten.unsqueeze.default, x, 0)
-    arguments = (scale, point, packed, scales, points, operands(node)["bias"], *fused.output, *fused.post_op.args)
-    made: Node = emit(aten.squeeze.dim, emit(kernel, rows, *arguments), 0)
-    return made
+    parameters = (scale, point, packed_node, scales, points, operands(node)["bias"])
+    made: Node = emit(kernel, rows, *parameters, *fused.output(_dtype(node)), *fused.post_op.args)
+    return emit(aten.squeeze.dim, made, 0)
 
 
-def _convolution(gm: GraphModule, node: Node, fused: _Fused) -> Node:
-    """A call of ``onednn.qconv_pointwise``, with its scale in a tensor: Inductor's patterns know the other overload."""
+def _convolution(gm: GraphModule, node: Node, fused: Fused) -> Node:
+    """A call of ``onednn.qconv_pointwise``, with its scale in a tensor: patterns know the other overload.
+
+    One dimension is computed in two, of which the first has size one.
+    """
     x, scale, point = _activation(node)
+    emit = _emitter(gm, node, fused)
+    plain = _plain(gm, node, emit)
+    line = spatial(node) == 1
+    packing = (scale, point) if not isinstance(scale, Node) else (1.0, 128)
+    sizes = None if line else _packed_for(x)
+    packed = torch.ops.onednn.qconv_prepack(plain.weight, plain.channel_scales, *packing, *plain.shape, sizes)
+    packed_node = emit_constant(gm, node, f"{node.name}_packed", packed)
     if not isinstance(scale, Node):
         scale = emit_constant(gm, node, f"{node.name}_scale", torch.tensor([scale], dtype=torch.float32))
         point = emit_constant(gm, node, f"{node.name}_zero_point", torch.tensor([point], dtype=torch.int32))
+    image = emit(aten.unsqueeze.default, x, 2) if line else x
+    parameters = (image, scale, point, packed_node, plain.scales, plain.points)
+    output = (*fused.output(_dtype(node)), *fused.post_op.args)
+    made: Node = emit(torch.ops.onednn.qconv_pointwise.tensor, *parameters, plain.bias, *plain.shape, *output)
+    if plain.transposed is not None:
+        made = plain.transposed.interleave(made, emit)
+    return emit(aten.squeeze.dim, made, 2) if line else made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plain:
+    """A plain convolution: its integers, the nodes of its scales and zero points and bias, its sizes.
+
+    ``transposed``: the convolution whose phases it computes; None where it is one itself.
+    """
+
+    weight: Tensor
+    channel_scales: Tensor
+    scales: Node
+    points: Node
+    bias: Node | None
+    shape: tuple[Any, ...]
+    transposed: TransposedConvolution | None = None
+
+
+def _plain(gm: GraphModule, node: Node, emit: Callable[..., Node]) -> _Plain:
+    """The convolution that a kernel computes for ``node``, in two or three dimensions."""
     weight, scales, points = _weight(gm, node)
-    args, emit = operands(node), _emitter(gm, node, fused)
-    bias, transposed = args["bias"], None
-    n = weight.dim() - 2
+    args, n = operands(node), spatial(node)
     if is_transposed(node):
-        transposed = TransposedConvolution.of(node, tuple(weight.shape))
-        x = emit(aten.unsqueeze.default, x, 2) if n == 1 else x
-        weight, values = (
-            transposed.plain_weight(weight),
-            transposed.plain_channels(_constant(gm, scales).repeat(transposed.groups)),
-        )
-        scales = emit_constant(gm, node, f"{node.name}_scales", values)
-        points = emit_constant(gm, node, f"{node.name}_zero_points", torch.zeros(values.shape, dtype=torch.int64))
-        if isinstance(bias, Node):
-            bias = emit(
-                aten.expand.default,
-                emit(aten.view.default, bias, [transposed.groups, 1, -1]),
-                [-1, transposed.phases, -1],
-            )
-            bias = emit(aten.reshape.default, bias, [-1])
-        shape: tuple[Any, ...] = transposed.plain_shape
-    else:
-        stride, dilation = (_each(args[name], n) for name in ("stride", "dilation"))
-        shape = (stride, _each(args["padding"], n), dilation, args["groups"])
-    packing = (_constant(gm, scales), 1.0, 128, *shape, None)
-    packed = emit_constant(gm, node, f"{node.name}_packed", torch.ops.onednn.qconv_prepack(weight, *packing))
-    arguments = (scale, point, packed, scales, points, bias, *shape, *fused.output, *fused.post_op.args)
-    made: Node = emit(torch.ops.onednn.qconv_pointwise.tensor, x, *arguments)
-    if transposed is not None:
-        made = transposed.interleave(made, emit)
-        made = emit(aten.squeeze.dim, made, 2) if n == 1 else made
-    return made
+        return _phases(gm, node, TransposedConvolution.of(node, tuple(weight.shape)), emit)
+    sizes = {name: _each(args[name], n) for name in ("stride", "padding", "dilation")}
+    if n == 1:
+        weight = weight.unsqueeze(2)
+        sizes = {name: [int(name != "padding"), *each] for name, each in sizes.items()}
+    return _Plain(
+        weight=weight,
+        channel_scales=_constant(gm, scales),
+        scales=scales,
+        points=points,
+        bias=args["bias"],
+        shape=(*sizes.values(), args["groups"]),
+    )
 
 
-def _emitter(gm: GraphModule, node: Node, fused: _Fused) -> Callable[..., Node]:
+def _phases(gm: GraphModule, node: Node, transposed: TransposedConvolution, emit: Callable[..., Node]) -> _Plain:
+    """The plain convolution that computes all phases of a transposed one."""
+    weight, scales, _ = _weight(gm, node)
+    values, bias = transposed.plain_channels(_constant(gm, scales).repeat(transposed.groups)), operands(node)["bias"]
+    points = torch.zeros(values.shape, dtype=torch.int64)
+    if isinstance(bias, Node):
+        bias = emit(aten.view.default, bias, [transposed.groups, 1, -1])
+        bias = emit(aten.expand.default, bias, [-1, transposed.phases, -1])
+        bias = emit(aten.reshape.default, bias, [-1])
+    return _Plain(
+        weight=transposed.plain_weight(weight),
+        channel_scales=values,
+        scales=emit_constant(gm, node, f"{node.name}_scales", values),
+        points=emit_constant(gm, node, f"{node.name}_zero_points", points),
+        bias=bias,
+        shape=transposed.plain_shape,
+        transposed=transposed,
+    )
+
+
+def _emitter(gm: GraphModule, node: Node, fused: Fused) -> Callable[..., Node]:
     """Makes calls on behalf of ``node``, where the kernel returns its result."""
 
     def emit(target: Any, *args: Any) -> Node:
@@ -202,17 +210,17 @@ def _emitter(gm: GraphModule, node: Node, fused: _Fused) -> Callable[..., Node]:
 
 def _activation(node: Node) -> tuple[Node, Any, Any]:
     """The integers that a product reads, with their scale and zero point: numbers, or nodes."""
-    dequantized = activation_of(node)
-    assert dequantized is not None, "called"
-    args = operands(dequantized)
+    source = dequantized(activation_of(node))
+    assert source is not None, "called"
+    args = operands(source)
     return args["input"], args["scale"], args["zero_point"]
 
 
 def _weight(gm: GraphModule, node: Node) -> tuple[Tensor, Node, Node]:
     """The integers of a weight, and the nodes of its scales and zero points."""
-    dequantized = weight_of(node)
-    assert dequantized is not None, "called"
-    args = operands(dequantized)
+    source = dequantized(weight_of(node))
+    assert source is not None, "called"
+    args = operands(source)
     return _constant(gm, args["input"]), args["scales"], args["zero_points"]
 
 

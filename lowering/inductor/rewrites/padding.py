@@ -16,7 +16,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.rewrites.graph import call
-from lowering.inductor.rewrites.weights import activation_of, weight_of
+from lowering.inductor.rewrites.weights import activation_of, dequantized, weight_of
 from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import qd
 
@@ -37,9 +37,10 @@ def numbered_padding(gm: GraphModule) -> int:
 
 def _renamed(gm: GraphModule, node: Node) -> bool:
     args, weight, x = operands(node), weight_of(node), activation_of(node)
-    if weight is None or weight.target is not qd.dequantize_per_channel.default or x is None:
+    source = dequantized(weight)
+    if source is None or source.target is not qd.dequantize_per_channel.default or x is None:
         return False
-    kernel = operands(weight)["input"].meta["val"].shape[2:]
+    kernel = operands(source)["input"].meta["val"].shape[2:]
     dilation = [*args["dilation"]] * (len(kernel) if len(args["dilation"]) == 1 else 1)
     total = [d * (k - 1) if args["padding"] == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
     if any(each % 2 for each in total):

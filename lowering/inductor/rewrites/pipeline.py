@@ -1,4 +1,4 @@
-"""Rewrite pipeline for Inductor: a Q/DQ graph in the form that its int8 patterns match, with the same eager result.
+"""Rewrite pipeline for Inductor: a Q/DQ graph in the form that int8 kernels take, with the same eager result.
 
 The rewrites run on a private copy, in the order of `REWRITES`. What Inductor would lower wrongly is kept away from its
 patterns by `lowering.inductor.guard`, which runs after them.
@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.rewrites.additions import idle_dropouts, plain_additions, separate_additions
 from lowering.inductor.rewrites.broadcast import shared_values_first
 from lowering.inductor.rewrites.constant_operands import constants_as_operands
 from lowering.inductor.rewrites.conv1d import convolutions_in_two_dimensions
 from lowering.inductor.rewrites.embedding import gathered_rows
+from lowering.inductor.rewrites.fusion import idle_dropouts
 from lowering.inductor.rewrites.graph import call
 from lowering.inductor.rewrites.padding import numbered_padding
 from lowering.inductor.rewrites.pools import pools_in_two_dimensions
 from lowering.inductor.rewrites.weights import (
+    ACTIVATION_DQ,
     activation_of,
     explicit_zero_points,
     float_biases,
@@ -44,7 +45,6 @@ aten = torch.ops.aten
 MOVES = movements(Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.SLICE, Effect.SELECT, integers=True)
 """What may stand behind a dequantize as well as in front of it: as many numbers are dequantized, or fewer."""
 
-ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
 _TO_STATIC = {
     qd.quantize_per_tensor.tensor: qd.quantize_per_tensor.default,
     qd.quantize_per_tensor.tensor2: qd.quantize_per_tensor.default,
@@ -60,7 +60,7 @@ _QPARAM_NAMES = ("scale", "zero_point", "quant_min", "quant_max")
 
 
 def positional_arguments(gm: GraphModule) -> int:
-    """q/dq arguments given by keyword => by position, as the patterns expect them."""
+    """q/dq arguments given by keyword => by position, as the other rewrites expect them."""
     count = 0
     for node in list(gm.graph.nodes):
         if node.target in QUANTIZE | DEQUANTIZE | CHOOSE_QPARAMS:
@@ -314,24 +314,30 @@ def single_precision(gm: GraphModule) -> int:
 
 
 def dequantize_last(gm: GraphModule) -> int:
-    """``linear(view(dq(x)), w)`` => ``linear(dq(view(x)), w)``: the patterns want the dequantize next to the op."""
+    """``linear(view(dq(x)), w)`` => ``linear(dq(view(x)), w)``: the kernels read integers."""
     count = 0
     for node in list(gm.graph.nodes):
         if weight_of(node) is None:
             continue
         first = source = activation_of(node)
         moves: list[Node] = []
-        while isinstance(source, Node) and source.target in MOVES:
+        while isinstance(source, Node) and (source.target in MOVES or source.target is aten.to.dtype):
             moves.append(source)
             source = source.args[0] if isinstance(source.args[0], Node) else None
-        if not moves or first is None or not isinstance(source, Node) or source.target not in ACTIVATION_DQ:
+        if first is None or not isinstance(source, Node) or source.target not in ACTIVATION_DQ:
+            continue
+        conversions = [move for move in moves if move.target is aten.to.dtype]
+        if moves == conversions:
             continue
         value: Any = source.args[0]
         with gm.graph.inserting_before(node):
             for move in reversed(moves):
-                value = call(gm, move, move.target, value, *move.args[1:], **move.kwargs)
+                if move not in conversions:
+                    value = call(gm, move, move.target, value, *move.args[1:], **move.kwargs)
             last = call(gm, source, source.target, value, *source.args[1:], **source.kwargs)
-        take_over(last, source)
+            take_over(last, source)
+            for move in reversed(conversions):
+                last = call(gm, move, move.target, last, *move.args[1:], **move.kwargs)
         node.replace_input_with(first, last)
         count += 1
     return count
@@ -340,8 +346,8 @@ def dequantize_last(gm: GraphModule) -> int:
 def one_dequantize_per_user(gm: GraphModule) -> int:
     """``dq(x, …)`` with several users => one each, told apart by a ``quant_min`` that no kernel reads.
 
-    The patterns want a dequantize of their own for each operand. Equal nodes would be merged again before they are
-    tried, and the pass that splits them does not see those that end in a view and in something else.
+    Inductor's patterns (of pools, cat and reshape) want a dequantize of their own for each operand. Equal nodes would
+    be merged again before they are tried.
     """
     copies: Counter[tuple[Any, ...]] = Counter()
     count = 0
@@ -383,7 +389,6 @@ REWRITES: tuple[Pass, ...] = (
     dynamic_parameters,
     token_parameters,
     narrow_ranges,
-    plain_additions,
     single_precision,
     dequantize_last,
     numbered_padding,
@@ -391,6 +396,5 @@ REWRITES: tuple[Pass, ...] = (
     convolutions_in_two_dimensions,
     pools_in_two_dimensions,
     remove_dead_code,  # a dequantize that nobody reads counts as a use
-    separate_additions,
     shared_values_first,
 )

@@ -5,6 +5,8 @@ They run on a private copy, in the order of `pipeline.REWRITES`. Each keeps the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -16,12 +18,16 @@ from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
 from quant2e.graph.edit import emit_constant, replace, take_over
-from quant2e.graph.qdq_ops import QUANTIZE, qd
+from quant2e.graph.fake_values import node_tensor
+from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE, qd
 
 aten = torch.ops.aten
 
 LINEAR = frozenset({aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default})
+ACTIVATION_DQ = frozenset({qd.dequantize_per_tensor.default, qd.dequantize_per_tensor.tensor})
 TRANSPOSES = movements(Effect.PERMUTE)
+_COPIES = movements(Effect.SAME)
+_TURNS = TRANSPOSES | _COPIES
 _PRODUCTS = LINEAR - {aten.linear.default}
 CONVOLUTION = frozenset(
     {
@@ -56,6 +62,13 @@ def activation_of(node: Node) -> Node | None:
         if name in names and isinstance(value, Node):
             return value
     return None
+
+
+def dequantized(operand: Node | None) -> Node | None:
+    """The dequantize op that an operand of a product is, or a conversion of; None where it is neither."""
+    if operand is not None and operand.target is aten.to.dtype:
+        operand = operand.args[0] if isinstance(operand.args[0], Node) else None
+    return operand if operand is not None and operand.target in DEQUANTIZE else None
 
 
 def folded_weights(gm: GraphModule) -> int:
@@ -130,25 +143,80 @@ def per_channel_weights(gm: GraphModule) -> int:
 
 
 def weights_by_output(gm: GraphModule) -> int:
-    """``matmul(x, dq(w, axis=1))`` => ``matmul(x, dq(wᵀ, axis=0)ᵀ)``: weights as ``linear`` keeps them."""
-    count = 0
-    for node in list(gm.graph.nodes):
-        weight = weight_of(node)
-        if node.target not in _PRODUCTS or weight is None or weight.target is not qd.dequantize_per_channel.default:
-            continue
-        args = operands(weight)
-        value = tensor_at(gm, args["input"])
-        if value is None or value.dim() != 2 or args["axis"] != 1:
-            continue
-        turned = emit_constant(gm, node, "_weight", value.t().contiguous())
-        with gm.graph.inserting_before(node):
-            rows = call(gm, weight, weight.target, turned, *weight.args[1:3], 0, *weight.args[4:], **weight.kwargs)
-            found = call(gm, weight, aten.permute.default, rows, [1, 0])
-        node.replace_input_with(weight, found)
-        count += 1
-        if not weight.users:
-            gm.graph.erase_node(weight)
-    return count
+    """``matmul(x, dq(w, axis=1))`` => ``linear(x, dq(wᵀ, axis=0))``, and so for ``mm`` and ``addmm``.
+
+    However a weight is turned between its dequantize op and a product, it is stored so. One with scales along its
+    inputs stays as it is.
+    """
+    nodes = list(gm.graph.nodes)
+    bare = sum(_bare(gm, node) for node in nodes if node.target in CONVOLUTION)
+    return bare + sum(_by_output(gm, node) for node in nodes if node.target in LINEAR)
+
+
+def _bare(gm: GraphModule, node: Node) -> bool:
+    """``conv(x, clone(dq(w)))`` => ``conv(x, dq(w))``."""
+    chain, source = _chain(weight_of(node))
+    copies = [move for move in chain if move.target in _COPIES]
+    kept = [move for move in chain if move.target is aten.to.dtype]
+    if source is None or not copies or len(copies) + len(kept) < len(chain):
+        return False
+    with gm.graph.inserting_before(node):
+        node.replace_input_with(chain[0], _converted(gm, source, kept))
+    return True
+
+
+def _converted(gm: GraphModule, weight: Node, conversions: list[Node]) -> Node:
+    """``weight`` with conversions, the last of which comes first."""
+    for move in reversed(conversions):
+        weight = call(gm, move, move.target, weight, *move.args[1:], **move.kwargs)
+    return weight
+
+
+def _by_output(gm: GraphModule, node: Node) -> bool:
+    chain, source = _chain(weight_of(node))
+    value = None if source is None else tensor_at(gm, source.args[0])
+    turns = [move for move in chain if move.target is not aten.to.dtype]
+    if source is None or value is None or value.dim() != 2 or (node.target is aten.linear.default and not turns):
+        return False
+    args = operands(source)
+    outputs = (sum(map(_swaps, turns)) + (node.target is not aten.linear.default)) % 2
+    if args["axis"] != outputs or not _has_bias_by_output(node, value.shape[outputs]):
+        return False
+    if outputs == 1:
+        args["input"] = emit_constant(gm, node, "_weight", value.t().contiguous())
+    bias = operands(node)["self"] if node.target is aten.addmm.default else operands(node).get("bias")
+    with gm.graph.inserting_before(node):
+        weight = call(gm, source, source.target, *(args[name] for name in ("input", "scales", "zero_points")), 0,
+            *source.args[4:], **source.kwargs)  # fmt: skip
+        weight = _converted(gm, weight, [move for move in chain if move.target is aten.to.dtype])
+        found = call(gm, node, aten.linear.default, activation_of(node), weight, bias)
+    take_over(found, node)
+    replace(node, found)
+    return True
+
+
+def _chain(weight: Node | None) -> tuple[list[Node], Node | None]:
+    """What moves or converts a weight of one scale per channel, the last first; and its dequantize op, None without."""
+    chain: list[Node] = []
+    while weight is not None and (weight.target in _TURNS or weight.target is aten.to.dtype):
+        chain.append(weight)
+        weight = weight.args[0] if isinstance(weight.args[0], Node) else None
+    return chain, weight if weight is not None and weight.target is qd.dequantize_per_channel.default else None
+
+
+def _swaps(move: Node) -> bool:
+    """Whether a move of a matrix exchanges its two axes."""
+    target: Any = move.target
+    return bool(target(torch.empty(2, 3, device="meta"), *move.args[1:], **move.kwargs).shape == (3, 2))
+
+
+def _has_bias_by_output(node: Node, outputs: int) -> bool:
+    """Whether what a product adds, if anything, is the bias of a linear layer."""
+    if node.target is not aten.addmm.default:
+        return True
+    args = operands(node)
+    value = node_tensor(args["self"])
+    return args["beta"] == 1 and args["alpha"] == 1 and value is not None and tuple(value.shape) == (outputs,)
 
 
 def float_weight(gm: GraphModule, node: Node) -> None:

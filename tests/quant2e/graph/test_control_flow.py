@@ -84,6 +84,17 @@ def test_constants_go_in_and_out_again(kind):
     assert not gm(x).requires_grad or kind is Branches  # whose first layer lies outside
 
 
+def test_bodies_that_write_to_their_slices_do_so_in_python_too():
+    """torch 2.14 hands over which operands those are; the form in Python writes to them itself."""
+    written = X.clone()
+    (made,) = map_impl(lambda x: (x.add_(1) * 2,), [written], (), mutated_arg_indices="0")
+    assert torch.equal(written, X + 1)
+    assert torch.equal(made, (X + 1) * 2)
+    written = X.clone()
+    scan(lambda c, x: (c + x.add_(1), x.clone()), [X[0]], [written], (), mutated_arg_indices="1")
+    assert torch.equal(written, X + 1)
+
+
 def test_equal_constants_of_two_branches_are_one_tensor():
     class Both(nn.Module):
         def __init__(self):

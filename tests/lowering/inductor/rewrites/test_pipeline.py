@@ -1,11 +1,11 @@
-"""Each rewrite keeps the eager result bit for bit, and leaves the form that the int8 patterns ask for."""
+"""Each rewrite keeps the eager result bit for bit, and leaves the form that the kernel calls ask for."""
 
 import pytest
 import torch
 from torch import nn
 
-from lowering.inductor.rewrites.additions import idle_dropouts, plain_additions, separate_additions
 from lowering.inductor.rewrites.embedding import gathered_rows
+from lowering.inductor.rewrites.fusion import idle_dropouts
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.padding import numbered_padding
 from lowering.inductor.rewrites.pipeline import (
@@ -30,6 +30,7 @@ from lowering.inductor.rewrites.weights import (
 )
 from quant2e.graph.qdq_ops import qd
 from quant2e.passes import run
+from quant2e.passes.dead_code import remove_dead_code
 from tests.lowering.graphs import Cnn, DynamicAttentionInput, Lookup, Weight, by_token, on_dynamic_grid, on_grid
 
 F = torch.nn.functional
@@ -189,9 +190,6 @@ TABLE = {
         w=weight(8, 32)), (X,), "aten.view.default", ""),
     "one dequantize, three users": (one_dequantize_per_user, graph(lambda m, x: m.d(x), X, d=DynamicAttentionInput()),
         (X,), "dequantize_per_tensor.tensor", ""),
-    "sum with a factor": (plain_additions, graph(lambda m, x: torch.add(x, x.sin(), alpha=2), X), (X,),
-        "aten.mul.Tensor", ""),
-    "sum with itself": (plain_additions, graph(lambda m, x: x.sin() + x.sin(), X), (X,), "aten.add.Tensor", ""),
     "same size": (numbered_padding, graph(lambda m, x: F.conv1d(narrow(x[None]), m.w(), padding="same", dilation=2), X,
         w=weight(8, 4, 3)), (X,), "aten.conv1d.default", "aten.conv1d.padding"),
     "same size, even kernel": (numbered_padding, graph(lambda m, x: F.conv2d(narrow(x.view(1, 4, 4, 4)), m.w(),
@@ -235,7 +233,7 @@ def test_signed_activations_become_unsigned_ones():
 def test_weights_of_matrix_products_are_turned_so_that_each_output_is_a_row():
     model = graph(lambda m, x: on_grid(x, (0.1, 0)) @ m.w(), X, w=weight(16, 8, axis=1))
     copy = private_copy(model)
-    weights_by_output(copy)
+    run(copy, (weights_by_output, remove_dead_code))
     copy.recompile()
     rows = next(n for n in copy.graph.nodes if n.target is qd.dequantize_per_channel.default)
     assert (getattr(copy, rows.args[0].target).shape, rows.args[3]) == ((8, 16), 0)
@@ -247,37 +245,6 @@ def test_each_user_gets_a_dequantize_that_equals_no_other():
     one_dequantize_per_user(copy)
     found = [n.args for n in copy.graph.nodes if n.target is qd.dequantize_per_tensor.tensor]
     assert len(found) == len(set(found)) == 3
-
-
-ADDITIONS = {
-    "to an input": (lambda m, x: F.linear(on_grid(x, (0.1, 0)), m.w()) + x, True),
-    "to a view of an input": (lambda m, x: x.view(2, 2, 16).view(4, 16) + F.linear(on_grid(x, (0.1, 0)), m.w()), True),
-    "to a constant": (lambda m, x: F.linear(on_grid(x, (0.1, 0)), m.w()) + m.k, True),
-    "to a buffer of its own": (lambda m, x: F.linear(on_grid(x, (0.1, 0)), m.w()) + x.sin(), False),
-    "without an int8 op": (lambda m, x: x + x.sin(), False),
-}
-
-
-@pytest.mark.parametrize("case", ADDITIONS)
-def test_additions_that_would_write_to_foreign_memory_are_kept_apart(case):
-    function, separated = ADDITIONS[case]
-    model = graph(function, X, w=weight(16, 16), k=X * 2)
-    copy = private_copy(model)
-    separate_additions(copy)
-    copy.recompile()
-    assert ("aten.sub.Tensor" in targets(copy)) is separated
-    assert torch.equal(copy(X)[0], model(X))
-
-
-def test_memory_that_a_view_shows_to_a_later_op_is_foreign():
-    def function(m, x):
-        h = x.sin()
-        seen = h.view(2, 32)
-        return h + F.linear(on_grid(h, (0.1, 0)), m.w()), seen.cos()
-
-    copy = private_copy(graph(function, X, w=weight(16, 16)))
-    separate_additions(copy)
-    assert "aten.sub.Tensor" in targets(copy)
 
 
 def test_a_private_copy_writes_to_buffers_of_its_own_under_every_name():

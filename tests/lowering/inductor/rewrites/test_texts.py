@@ -1,10 +1,9 @@
-"""Additions and convolutions for Inductor: the graph before and after, and why a rewrite does not apply elsewhere."""
+"""Dropouts and convolutions for Inductor: the graph before and after, and why a rewrite does not apply elsewhere."""
 
 import pytest
-import torch
 
-from lowering.inductor.rewrites.additions import idle_dropouts, plain_additions, separate_additions
 from lowering.inductor.rewrites.conv1d import convolutions_in_two_dimensions
+from lowering.inductor.rewrites.fusion import idle_dropouts
 from lowering.inductor.rewrites.graph import private_copy
 from quant2e.graph.printer import graph_text
 from quant2e.passes import run
@@ -14,10 +13,6 @@ from tests.lowering.inductor.rewrites.test_pipeline import F, X, graph, weight
 
 REWRITES = {
     "idle_dropout": (idle_dropouts, lambda m, x: F.dropout(x, 0.5, False).relu(), X),
-    "sum_with_itself": (plain_additions, lambda m, x: x + x, X),
-    "sum_with_a_factor": (plain_additions, lambda m, x: torch.add(x, x.sin(), alpha=2), X),
-    "sum_in_place_seen_elsewhere": (plain_additions, lambda m, x: x.sin().view(-1).add_(1.5 * x.view(-1), alpha=2), X),
-    "sum_into_an_input": (separate_additions, lambda m, x: F.linear(u8(x), m.w()) + x, X),
     "conv1d": (convolutions_in_two_dimensions, lambda m, x: F.conv1d(u8(x), m.v()), LINE),
     "conv1d_fused": (convolutions_in_two_dimensions, lambda m, x: F.conv1d(u8(x), m.v(), padding=1).relu().exp(), LINE),
 }
@@ -38,8 +33,6 @@ def test_before_and_after(name, golden):
 
 REFUSALS = [
     (idle_dropouts, lambda m, x: F.dropout(x, 0.5, True), X, "'dropout' is training"),
-    (plain_additions, lambda m, x: x + x.sin(), X, "'add' is a plain sum"),
-    (separate_additions, lambda m, x: x.sin() + x.cos(), X, "no kernel adds into an operand of 'add' that others see"),
     (convolutions_in_two_dimensions, lambda m, x: F.conv1d(x, m.v()), LINE, "the input of 'conv1d' is not dequantized"),
 ]
 
