@@ -22,7 +22,6 @@ from quant2e.accuracy.compare import compare
 from quant2e.accuracy.output_error import outputs_of
 from quant2e.accuracy.output_loss import converted_sqnr, in_floats
 from quant2e.accuracy.recipe.recipe import Recipe, recipe_of
-from quant2e.accuracy.tuning.result import INTERRUPTED
 from quant2e.accuracy.tuning.space.evaluation import Evaluate
 from quant2e.accuracy.tuning.tune import tune
 from quant2e.annotation.quantizer import Quantizer
@@ -203,7 +202,7 @@ def _tuned(evaluate: Evaluate | None, max_drop: float | None, **arguments: Any) 
     if evaluate is None:
         raise Quant2eError("max_drop= goes with evaluate=, a function of a model that returns its metric")
     result = tune(evaluate=evaluate, max_drop=0.01 if max_drop is None else max_drop, **arguments)
-    if result.stopped == INTERRUPTED:
+    if result.interrupted:
         raise KeyboardInterrupt
     if not result.met:
         raise AccuracyError(f"no mix of precisions keeps the goal; quant2e.tune returns the best of them.\n{result}")

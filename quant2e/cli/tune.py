@@ -93,7 +93,6 @@ def tune_file(
     if program is not None:
         check_program_path(program, target)
     import quant2e
-    from quant2e.accuracy.tuning.result import INTERRUPTED
     from quant2e.cli.inputs.models import read_float_model
     from quant2e.cli.inputs.taken import Taken
     from quant2e.cli.inputs.user_code import user_function
@@ -120,11 +119,10 @@ def tune_file(
     )
     files = written(found.model, output, target, program)
     text = [repr(found), *files.lines, *page_written(html, found.model.report, found)]
-    interrupted = found.stopped == INTERRUPTED
     failure = "" if found.met else f"no mix that was tried keeps the goal ({found.goal})"
     if found.met and not found.choices:
         failure = f"the goal is kept only with every op left float ({found.goal})"
-    if interrupted:
+    if found.interrupted:
         failure = f"stopped by Ctrl-C; this is the best of {len(found.trials)} trial(s)" + (failure and f": {failure}")
     data = {**found.as_dict(), **files.files}
-    return VerbResult(text="\n".join(text), data=data, failure=failure, interrupted=interrupted)
+    return VerbResult(text="\n".join(text), data=data, failure=failure, interrupted=found.interrupted)

@@ -48,6 +48,11 @@ class TuningResult(ShownOnAPage):
         return self.best.met
 
     @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended it; the model is the best until then."""
+        return self.stopped == INTERRUPTED
+
+    @property
     def metric(self) -> float:
         """The metric of the model."""
         assert self.best.metric is not None

@@ -77,9 +77,7 @@ def built_together(name: str, sources: Sequence[Path], included: Sequence[Path],
         return path
     with tempfile.TemporaryDirectory(dir=folder) as work, ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(work) / f"{source.stem}.o" for source in sources]
-        each = [
-            (*flags, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)
-        ]
+        each = [(*flags, "-c", str(source), "-o", str(to)) for source, to in zip(sources, objects, strict=True)]
         for source, complaint in zip(
             sources, pool.map(lambda command: _complaint(program, command), each), strict=True
         ):

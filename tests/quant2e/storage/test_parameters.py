@@ -86,7 +86,9 @@ def test_a_file_names_the_buffers_and_gives_their_numbers_back(converted, tmp_pa
 
 def test_pythons_numbers_are_found_in_buffers_as_well(converted):
     encodings = encodings_of(record_of(converted), "")
-    of_tensors, of_python = (name_buffers(given, converted) for given in (encodings_record(encodings), encodings.as_dict()))
+    of_tensors, of_python = (
+        name_buffers(given, converted) for given in (encodings_record(encodings), encodings.as_dict())
+    )
     assert of_python == of_tensors
     assert {type(group[part]) for group in of_python["groups"] for part in ("scale", "zero_point")} == {str}
     copied = {**encodings_record(encodings), "groups": [
