@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
+from lowering.native.calls import call_regions
 from lowering.native.kernels.op import load_op
-from lowering.native.regions import Written, call_regions, find_units, grouped, write
+from lowering.native.regions import Written, find_units, grouped, write
 from lowering.native.units.rows import straighten_rows
 from lowering.native.units.spelled_out import read_spelled_out
+from lowering.native.writes import keep_writes
 from quant2e.graph.mutation import written_attributes
 
 WRITES = "the graph writes to its buffers: what reads them keeps its place, op by op"
@@ -38,9 +40,11 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
         return NO_CUT
     if written_attributes(gm):
         return Cut(regions=(), refused={node.name: WRITES for node in gm.graph.nodes})
-    read_spelled_out(gm)
-    straighten_rows(gm)
-    found = find_units(gm, besides)
+    writes = keep_writes(gm)
+    if not writes.writers:  # what is read and computed elsewhere has no other value there
+        read_spelled_out(gm)
+        straighten_rows(gm)
+    found = find_units(gm, besides, writes)
     refused, regions = dict(found.refused), []
     for units in grouped(gm, found):
         written = write(gm, units)
@@ -48,5 +52,5 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
             regions.append(written)
         else:
             refused.update({node.name: written for unit in units for node in unit.nodes})
-    call_regions(gm, regions, op)
+    call_regions(gm, regions, op, writes)
     return Cut(regions=tuple(regions), refused={**refused, **dict.fromkeys(besides, GIVEN)})

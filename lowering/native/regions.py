@@ -1,21 +1,18 @@
 """Regions: the units of a graph, joined where they are connected, each a call of one op.
 
-graph ─▶ `find_units` ─▶ `grouped` ─▶ `Written`: the plan of each group ─▶ `call_regions`: calls in their place
+graph ─▶ `find_units` ─▶ `grouped` ─▶ `Written`: the plan of each group ─▶ `calls`: calls in their place
 """
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule, Node
 
 from lowering.native.kernels.plan import Kind, Plan, plan_of
 from lowering.native.units.attention import attention_unit
-from lowering.native.units.masks import float_mask, mask_of
+from lowering.native.units.masks import mask_of
 from lowering.native.units.normalize import normalize_unit
 from lowering.native.units.pointwise import (
     binary_unit,
@@ -29,10 +26,8 @@ from lowering.native.units.pools import pool_unit
 from lowering.native.units.products import product_unit
 from lowering.native.units.unit import Emitter, Unit
 from lowering.native.units.values import image_of, is_quantize, same_size, shape_of, stored
+from lowering.native.writes import NO_WRITES, Writes
 from quant2e.graph.qdq_ops import DEQUANTIZE
-from quant2e.passes.dead_code import remove_dead_code
-
-aten = torch.ops.aten
 
 Match = Callable[[GraphModule, Node, set[Node]], Unit | str | None]
 
@@ -67,22 +62,31 @@ _ROW_KINDS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """``units`` in an order in which each comes behind what it reads. ``refused``: why an op is in none, by name."""
+    """``units`` in an order in which each comes behind what it reads. ``refused``: why an op is in none, by name.
+
+    ``before``: as in `Writes`, of ops that are in none.
+    """
 
     units: tuple[Unit, ...]
     refused: Mapping[str, str]
+    before: Mapping[Node, Node]
 
 
-def find_units(gm: GraphModule, besides: Collection[str] = ()) -> Found:
-    """The units of a graph: every op that a step can compute, with what it takes in. ``besides``: ops to leave out."""
-    taken: set[Node] = set()
+def find_units(gm: GraphModule, besides: Collection[str] = (), writes: Writes = NO_WRITES) -> Found:
+    """The units of a graph: every op that a step can compute, with what it takes in.
+
+    ``besides``: names of ops to leave out. ``writes``: what the graph writes in place, which is no unit's.
+    """
+    taken = {*writes.writers, *(node for node in map(stored, writes.writers) if node is not None)}
     units: list[Unit] = []
-    refused: dict[str, str] = {}
+    refused = {node.name: writes.refusal([node]) or "" for node in writes.writers}
     for node in gm.graph.nodes:
         if node.op != "call_function" or node in taken or node.name in besides:
             continue
         for match in MATCHES:
             unit = match(gm, node, taken)
+            if isinstance(unit, Unit):
+                unit = writes.refusal((*unit.nodes, *unit.passed, *unit.reads, *unit.writes)) or unit
             if isinstance(unit, Unit):
                 units.append(unit)
                 taken.update(n for n in unit.nodes if n.target not in DEQUANTIZE)
@@ -91,11 +95,13 @@ def find_units(gm: GraphModule, besides: Collection[str] = ()) -> Found:
                 refused[node.name] = unit
                 break
     for node in gm.graph.nodes:
-        if stored(node) is not None and any(user not in taken for user in node.users):
+        if stored(node) is None or node in writes.writers:
+            continue
+        if any(user not in taken or user in writes.writers for user in node.users):
             unit = dequantize_unit(gm, node, taken)
             if unit is not None:
                 units.append(unit)
-    return Found(units=tuple(_in_order(units)), refused=refused)
+    return Found(units=tuple(_in_order(units)), refused=refused, before=writes.before)
 
 
 def _in_order(units: Sequence[Unit]) -> Iterator[Unit]:
@@ -118,7 +124,8 @@ def _in_order(units: Sequence[Unit]) -> Iterator[Unit]:
 class Groups:
     """Which units run together: sets of connected units between which no path leads out of the set and back."""
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: Mapping[Node, Node]) -> None:
+        self._earlier = earlier  # what an op keeps its place behind
         self.members: dict[int, list[Unit]] = {}
         self._group: dict[Node, int] = {}  # of what a unit wrote
         self._before: dict[int, set[int]] = {}  # groups that a group depends on
@@ -128,7 +135,8 @@ class Groups:
     def outside(self, node: Node) -> None:
         """A node that no unit stands for."""
         found: set[int] = set()
-        for source in node.all_input_nodes:
+        earlier = (self._earlier[node],) if node in self._earlier else ()
+        for source in (*node.all_input_nodes, *earlier):
             found |= self._of(source)
         self._behind[node] = frozenset(found)
 
@@ -197,7 +205,7 @@ class Groups:
 
 def grouped(gm: GraphModule, found: Found) -> list[list[Unit]]:
     """The units of each region, in order; those without a product run no faster here, and are left out."""
-    groups = Groups()
+    groups = Groups(found.before)
     inside = {node for unit in found.units for node in unit.nodes}
     maker: dict[Node, Unit] = {}
     for unit in found.units:
@@ -288,50 +296,3 @@ def _emit(emitter: Emitter, units: Sequence[Unit], inputs: Sequence[Node]) -> No
 def _by_rows(units: Sequence[Unit]) -> bool:
     nodes = [node for unit in units for node in (*unit.reads, *unit.writes)]
     return all(len(node.meta["val"].shape) == 2 and image_of(node) is not None for node in nodes)
-
-
-def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., object]) -> None:
-    """Put a call in the place of each region, its plan and constants as buffers of ``gm``; what is not read goes."""
-    graph = gm.graph
-    output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    made: dict[Node, Node] = {}
-    for number, region in enumerate(regions):
-        names = {"plan": region.plan.numbers, "constants": region.plan.constants}
-        for name, tensor in names.items():
-            gm.register_buffer(f"_region_{number}_{name}", tensor, persistent=False)
-        with graph.inserting_before(output):
-            inputs = [_laid_out(gm, region, node, made.get(node, node)) for node in region.inputs]
-            held = [graph.get_attr(f"_region_{number}_{name}") for name in names]
-            called = graph.call_function(op, (inputs, *held, list(region.plan.outputs)))
-            for place, node in enumerate(region.outputs):
-                made[node] = graph.call_function(operator.getitem, (called, place))
-                made[node].meta["val"] = node.meta["val"]
-                node.replace_all_uses_with(made[node])
-    _sort(gm)
-    remove_dead_code(gm)
-
-
-def _laid_out(gm: GraphModule, region: Written, node: Node, given: Node) -> Node:
-    """``given``, which is ``node`` by now, in the layout that steps read, where more than a quantize op reads it."""
-    readers = [unit for unit in region.units if node in unit.reads]
-    if any(node in unit.masks for unit in readers):
-        return float_mask(gm.graph, node, given)
-    if all(is_quantize(unit.nodes[0]) for unit in readers):
-        return given
-    images = len(node.meta["val"].shape) == 4
-    layout = torch.channels_last if images else torch.contiguous_format
-    return gm.graph.call_function(aten.contiguous.default, (given,), {"memory_format": layout})
-
-
-def _sort(gm: GraphModule) -> None:
-    """Each node behind what it reads, and otherwise as they were."""
-    done: dict[Node, None] = {}
-    for first in list(gm.graph.nodes):
-        stack = [first]
-        while stack:
-            ahead = [node for node in stack[-1].all_input_nodes if node not in done]
-            stack.extend(ahead)
-            if not ahead:
-                done.setdefault(stack.pop())
-    for before, node in itertools.pairwise(done):
-        before.append(node)

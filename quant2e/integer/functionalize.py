@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.graph.dataflow import operand
-from quant2e.graph.effects import is_in_place
+from quant2e.graph.effects import aliases, is_in_place
+from quant2e.graph.fake_values import node_tensor, value_of_call
 from quant2e.graph.mutation import seen_through, written_nodes
 
 aten = torch.ops.aten
@@ -21,7 +23,8 @@ def use_functional_ops(gm: GraphModule) -> int:
     """Replace every in-place ATen op whose write nobody sees through another name; returns how many.
 
     Readers of the written tensor that come later read the result. An op that writes to a buffer, an input or a tensor
-    that has views is left as it is.
+    that has views is left as it is, and so are one that returns nothing, and one whose functional form gives another
+    dtype (an in-place op keeps that of its operand).
     """
     place = {node: i for i, node in enumerate(gm.graph.nodes)}
     count = 0
@@ -30,14 +33,23 @@ def use_functional_ops(gm: GraphModule) -> int:
             continue
         target = _functional(node.target)
         written = operand(node, 0)
-        if target is None:
+        if target is None or not isinstance(written, Node) or written not in aliases(node):
+            continue
+        before, node.target = node.target, target
+        if not _keeps_dtype(node, written):
+            node.target = before
             continue
         for user in list(written.users):
             if user is not node and place[user] > place[node]:
                 user.replace_input_with(written, node)
-        node.target = target
         count += 1
     return count
+
+
+def _keeps_dtype(node: Node, written: Node) -> bool:
+    """Whether the result of ``node`` has the dtype of ``written``, as far as the graph knows it."""
+    wanted, found = node_tensor(written), value_of_call(node)
+    return wanted is None or not isinstance(found, Tensor) or found.dtype is wanted.dtype
 
 
 def exposed(gm: GraphModule) -> frozenset[Node]:

@@ -31,12 +31,14 @@ from lowering.inductor.rewrites.weights import (
     weight_of,
     weights_by_output,
 )
+from lowering.inductor.rewrites.written import copies_where_written
 from lowering.rewrites.layouts import contiguous_constants
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.data_movement import Effect, movements
 from quant2e.graph.dataflow import operands
 from quant2e.graph.edit import replace, take_over
 from quant2e.graph.qdq_ops import CHOOSE_PER_TENSOR, CHOOSE_QPARAMS, DEQUANTIZE, QUANTIZE, qd
+from quant2e.integer.functionalize import use_functional_ops
 from quant2e.passes import Pass
 from quant2e.passes.dead_code import remove_dead_code
 
@@ -373,6 +375,8 @@ def one_dequantize_per_user(gm: GraphModule) -> int:
 
 
 REWRITES: tuple[Pass, ...] = (
+    use_functional_ops,
+    copies_where_written,
     constants_as_operands,
     idle_dropouts,
     positional_arguments,

@@ -100,7 +100,7 @@ class NativeProgram(LoweredProgram[NativeReport]):
         values = self._signature.flatten(args, kwargs)
         self._signature.sizes(values)
         with torch.no_grad(), explained_run(values):
-            return self._signature.unflatten([_plain(value) for value in self._graph(*values)])
+            return self._signature.unflatten(list(self._graph(*values)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the quantized model, of which `to_native` makes this program on any machine in about a second.
@@ -120,11 +120,6 @@ class NativeProgram(LoweredProgram[NativeReport]):
 
     def _lower_part(self, part: GraphModule) -> NativeProgram:
         return NativeProgram(self._source.part(part), part)
-
-
-def _plain(value: Any) -> Any:
-    """Images leave a region with their channels last in memory, and the program as torch lays them out."""
-    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def _notes(name: str, choices: Mapping[str, KernelChoice]) -> tuple[str, ...]:

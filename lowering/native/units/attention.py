@@ -92,6 +92,7 @@ def _unit(node: Node, query: object, key: object, scores: _Scores, taken: set[No
         writes=ending.writes,
         emit=step.emit,
         masks=() if scores.mask is None else (scores.mask,),
+        passed=tuple(dict.fromkeys(nodes)),
     )
 
 

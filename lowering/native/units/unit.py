@@ -80,7 +80,7 @@ class Emitter:
 class Unit:
     """``nodes``: ops that it stands for. ``reads``, ``writes``: nodes whose results go in and come out; integers are
     known by their quantize op. ``emit``: adds its steps. ``products``: whether it multiplies by a weight. ``masks``:
-    those of ``reads`` that may lie in memory as they do.
+    those of ``reads`` that may lie in memory as they do. ``passed``: ops on the way that stay, as others read them too.
     """
 
     nodes: tuple[Node, ...]
@@ -89,6 +89,7 @@ class Unit:
     emit: Callable[[Emitter], None]
     products: bool = False
     masks: tuple[Node, ...] = ()
+    passed: tuple[Node, ...] = ()
 
 
 ACTIVATIONS: dict[Any, Activation] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
 from quant2e.graph.qdq_ops import qd
 
-_OFFSET = 128
+OFFSET = 128
 """Regions compute with unsigned bytes: a signed one is stored with this much more."""
 
 
@@ -48,7 +49,7 @@ def integers_of(node: object) -> Integers | None:
     given = operands(node)
     if given["dtype"] not in (torch.int8, torch.uint8) or given.get("out_dtype") not in (None, torch.float32):
         return None
-    offset = _OFFSET if given["dtype"] is torch.int8 else 0
+    offset = OFFSET if given["dtype"] is torch.int8 else 0
     low, high = int(given["quant_min"]) + offset, int(given["quant_max"]) + offset
     scale, zero = float(given["scale"]), int(given["zero_point"]) + offset
     if not 0 <= low <= zero <= high <= 255 or scale <= 0:
@@ -132,6 +133,19 @@ def same_size(one: Any, two: Any) -> bool:
 def same_shape(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
     """Whether two tensors have the same sizes."""
     return len(one) == len(two) and all(same_size(a, b) for a, b in zip(one, two, strict=True))
+
+
+def lies_in(value: Tensor, order: Sequence[int]) -> bool:
+    """Whether a tensor is dense, with its axes in this order in memory, the outermost first."""
+    wanted: Any = 1
+    for axis in reversed(order):
+        size = value.shape[axis]
+        if same_size(size, 1):
+            continue
+        if not same_size(value.stride(axis), wanted):
+            return False
+        wanted = wanted * size
+    return True
 
 
 def image_of(node: object) -> tuple[int, int, int] | None:

@@ -25,6 +25,8 @@ TABLE = {
     "through a view": (lambda x: (x * 2).view(4).relu_(), [], set()),
     "a view is read": (lambda x: (lambda y: (y.view(4), y.relu_()))(x * 2), ["relu_"], {"mul", "view"}),
     "an input": (lambda x: x.relu_() + 1, ["relu_"], {"x"}),
+    "of another dtype": (lambda x: (x * 2).add_(x.double()) + 1, ["add_"], {"mul"}),
+    "a list": (lambda x: (lambda y: (torch._foreach_mul_([y], 3.0), y)[1])(x * 2), ["_foreach_mul_"], {"mul"}),
     "an input, twice": (lambda x: x.relu_().add_(1), ["relu_", "add_"], {"x"}),
 }
 
