@@ -20,7 +20,7 @@ from quant2e.calibration.batches import FEW_SAMPLES, check_count, check_iterable
 from quant2e.calibration.feed import Feed, Transform
 from quant2e.errors import CalibrationError, where
 from quant2e.graph.captured.capture import as_graph_module
-from quant2e.graph.captured.inputs import flat_inputs
+from quant2e.graph.captured.inputs import flat_inputs, input_path
 from quant2e.graph.mutation import own_written_tensors
 from quant2e.isolation import IsolatedRandomness
 from quant2e.ranges.minmax import SENTINEL
@@ -253,7 +253,7 @@ def _bounds(node: Node) -> tuple[float | None, float | None] | None:
 
 
 def _place(node: Node) -> str:
-    return f"the input '{node.name}'" if node.op == "placeholder" else where(node)
+    return f"the input '{input_path(node)}'" if node.op == "placeholder" else where(node)
 
 
 def _anomalies(node: Node, seen: _Seen, batches: int) -> list[DataFinding]:

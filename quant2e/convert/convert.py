@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from quant2e.calibration.batches import FEW_SAMPLES
@@ -24,6 +24,7 @@ from quant2e.convert.moved_biases import moved_biases
 from quant2e.convert.worst_tensors import worst_tensors
 from quant2e.errors import Quant2eError, QuantizationWarning
 from quant2e.graph.attributes import replace_tensor, tensor_at
+from quant2e.graph.captured.inputs import Inputs, input_path
 from quant2e.graph.captured.module import copy_graph
 from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.edit import emit_constant
@@ -108,6 +109,24 @@ def _few_samples(prepared: GraphModule) -> list[str]:
     return [f"{told}; about 100 samples are usually enough"]
 
 
+def _same_throughout(gm: GraphModule, calls: list[Node]) -> list[str]:
+    """A note for each input of which calibration saw one value only: images that were not read, a mask left out."""
+    told: list[str] = []
+    if not isinstance(getattr(gm, "inputs", None), Inputs):  # the body of a loop or a branch
+        return told
+    for call in calls:
+        source, observer = call.all_input_nodes[0], gm.get_submodule(str(call.target))
+        low, high = getattr(observer, "min_val", None), getattr(observer, "max_val", None)
+        if source.op != "placeholder" or not isinstance(low, Tensor) or not isinstance(high, Tensor):
+            continue
+        if low.numel() == 1 and bool(low == high):
+            told.append(
+                f"the input '{input_path(source)}' was {float(low):g} throughout the calibration data: its range says "
+                "nothing of other values"
+            )
+    return told
+
+
 @stage("convert")
 def converted_graph(
     prepared: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
@@ -131,7 +150,7 @@ def converted_graph(
     moved = map(str, moved_biases(gm, calls, encodings, constants))
     losses = (*losses_of(gm, calls, encodings, constants), *moved)
     worst = worst_tensors(gm, calls, encodings)
-    notes += [*notes_of(gm, calls, encodings), *_few_samples(prepared)]
+    notes += [*notes_of(gm, calls, encodings), *_few_samples(prepared), *_same_throughout(gm, calls)]
     _write(gm, calls, encodings, constants)
     for name in encodings:
         gm.delete_submodule(name)

@@ -37,12 +37,12 @@ def read_archive(path: Path, what: str) -> dict[str, bytes]:
     """The members of a zip archive by name, in their order. ``what`` says what the file should be.
 
     Raises `FileFormatError` for a file that is missing, cut off or damaged, that holds a name twice, or whose members
-    would take much more memory than the file does.
+    would take much more memory than the file does; OSError when it cannot be read.
     """
     if not path.is_file():
         raise FileFormatError(f"{path} does not exist, or is not a file")
+    raw = path.read_bytes()
     try:
-        raw = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             members = archive.infolist()
             _check_sizes(members, len(raw), path)

@@ -50,6 +50,8 @@ class Existing(_Type):
             )
         if path.is_dir() or path.suffix not in self._suffixes:
             self.fail(f"{text} does not end in {wanted}{other}")
+        if not path.is_file():
+            self.fail(f"{text} is no file, but a device or a pipe")
         return text if self._code else path
 
 
@@ -62,6 +64,8 @@ class DataSource(_Type):
         path = Path(str(value))
         if not path.exists():
             self.fail(f"there is no file or folder {path}")
+        if not path.is_dir() and not path.is_file():
+            self.fail(f"{path} is no file and no folder, but a device or a pipe")
         if path.is_file() and path.suffix not in ARRAYS:
             self.fail(f"{path}: data is a {' or '.join(ARRAYS)} file, or a folder of images, .npy or .npz files")
         return path

@@ -8,7 +8,8 @@ folder of images    a file is one sample; see `quant2e.cli.inputs.images`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quant2e.cli.inputs.images import SUFFIXES as IMAGES
-from quant2e.cli.inputs.images import Preprocessing, image_reader
+from quant2e.cli.inputs.images import Preprocessing, checked_images, image_reader
 from quant2e.cli.inputs.taken import Size, Taken, TakenTensor
 from quant2e.documents.arrays import read_archive, read_array
 from quant2e.documents.nearest import nearest
@@ -28,6 +29,9 @@ from quant2e.graph.captured.calls import Call
 
 LARGEST_BATCH = 32
 """Samples of a batch, at most, where the model takes any number and the user says none."""
+
+_OF_SYSTEMS = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini"})
+"""Files and folders that systems leave behind, and do not hide."""
 
 _BATCHES = 8
 """Batches that the data is cut into, at least, where that is free: one of eight is held out, to measure on."""
@@ -185,7 +189,7 @@ def _batch_size(taken: Taken, samples: int, asked: int | None, what: str) -> int
 def _folder(path: Path, taken: Taken, batch_size: int | None, images: Preprocessing) -> Batches:
     """The files of a folder that are data: all of one kind."""
     kinds = {".npy": "npy", ".npz": "npz", **dict.fromkeys(IMAGES, "images")}
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in kinds)
+    files, left = _data_files(path, kinds)
     found = {kinds[file.suffix.lower()] for file in files}
     if len(found) != 1:
         what = f"files of several kinds ({', '.join(sorted(found))})" if found else "no image, .npy or .npz file"
@@ -197,18 +201,18 @@ def _folder(path: Path, taken: Taken, batch_size: int | None, images: Preprocess
         )
     if kind == "npz":
         _, notes = _matched(_arrays(files[0]), taken, str(files[0]))
-        return Batches(
-            str(path), lambda: _calls(files, taken), len(files), (f"{len(files)} files, one call each", *notes)
-        )
+        said = (f"{len(files)} files, one call each", *left, *notes)
+        return Batches(str(path), lambda: _calls(files, taken), len(files), said)
     if len(taken.tensors) != 1:
         raise CalibrationError(f"{path} holds {kind} for one input, and the model takes {taken}: give .npz files")
     if kind == "images":
         read, notes = image_reader(taken.tensors[0], images)
+        notes += checked_images(files)
     else:
         read, notes = (lambda file: _npy(file, taken)), []
         if read(files[0]).dim() == len(taken.tensors[0].sizes):
-            note = f"{len(files)} files, one batch each"
-            return Batches(str(path), lambda: (taken.call([read(file)]) for file in files), len(files), (note,))
+            said = (f"{len(files)} files, one batch each", *left)
+            return Batches(str(path), lambda: (taken.call([read(file)]) for file in files), len(files), said)
     size = _batch_size(taken, len(files), batch_size, str(path))
     whole = len(files) // size
 
@@ -217,12 +221,41 @@ def _folder(path: Path, taken: Taken, batch_size: int | None, images: Preprocess
         for _ in range(whole):
             yield taken.call([_stacked([read(file) for file in islice(stream, size)], path)])
 
-    return Batches(str(path), calls, whole, (_cut(len(files), size), *notes))
+    return Batches(str(path), calls, whole, (_cut(len(files), size), *left, *notes))
+
+
+def _data_files(path: Path, kinds: Collection[str]) -> tuple[list[Path], list[str]]:
+    """The files of a folder, and of those in it, that are data by their suffix, in order; and what is left out, said.
+
+    Hidden ones are what systems leave beside images, under names that end as theirs do.
+    """
+    files: list[Path] = []
+    left: Counter[str] = Counter()
+    for file in sorted(path.rglob("*")):
+        if file.is_dir():
+            left["folders that are links"] += file.is_symlink()
+            continue
+        parts = file.relative_to(path).parts
+        if any(part.startswith(".") or part in _OF_SYSTEMS for part in parts):
+            left["hidden"] += 1
+        elif file.suffix.lower() not in kinds:
+            left[file.suffix or "no suffix"] += 1
+        elif not file.is_file():
+            left["no files, or links to nothing"] += 1
+        else:
+            files.append(file)
+    said = ", ".join(f"{count} ({kind})" for kind, count in left.most_common(5) if count)
+    return files, [f"left out: {said}"] if said else []
 
 
 def _calls(files: Sequence[Path], taken: Taken) -> Iterator[Call]:
+    names: list[str] | None = None
     for file in files:
-        arrays, _ = _matched(_arrays(file), taken, str(file))
+        found = _arrays(file)
+        if names is not None and sorted(found) != names:
+            raise CalibrationError(f"{file} holds {', '.join(found)}, and {files[0]} holds {', '.join(names)}")
+        names = sorted(found)
+        arrays, _ = _matched(found, taken, str(file))
         for one, array in zip(taken.tensors, arrays, strict=True):
             _check(one, array, f"{one.name} in {file}")
         yield taken.call(arrays)

@@ -7,7 +7,9 @@ What is done is said in a note, every time: a model that was trained on somethin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ from quant2e.errors import CalibrationError, FileFormatError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 _CHANNELS = (1, 3)
+
+_MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"})
+"""Of 8 bits and fewer. Pillow cuts the values of others off at 255."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,18 +79,52 @@ def image_reader(one: TakenTensor, asked: Preprocessing) -> tuple[Callable[[Path
         raise CalibrationError(f"the model takes images as {dtype}: uint8 without --mean and --std, or floats")
 
     def read(path: Path) -> Tensor:
-        try:
-            with PIL.Image.open(path) as image:
-                upright = PIL.ImageOps.exif_transpose(image)
-                pixels = np.asarray(_resized(upright.convert("L" if layout.channels == 1 else "RGB"), layout, asked))
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise FileFormatError(f"{path} cannot be read as an image: {error}") from error
+        with _opened(path) as image:
+            upright = PIL.ImageOps.exif_transpose(image)
+            pixels = np.asarray(_resized(upright.convert("L" if layout.channels == 1 else "RGB"), layout, asked))
         values = torch.from_numpy(pixels.reshape(height, width, layout.channels).copy())
         if scaled:
             values = (((values.to(torch.float32) / 255.0) - mean) / std).to(one.dtype)
         return values if layout.last else values.permute(2, 0, 1).contiguous()
 
     return read, [_description(layout, asked, scaled=scaled)]
+
+
+def checked_images(files: Sequence[Path]) -> list[str]:
+    """What is to be said of images beside how they are read; looks at no pixels, so that it costs little.
+
+    Raises `FileFormatError` for what is no image, and for images of more than 8 bits a value.
+    """
+    transparent = frames = 0
+    for file in files:
+        with _opened(file) as image:
+            if image.mode not in _MODES:
+                raise FileFormatError(
+                    f"{file} is an image of mode {image.mode}, of more than 8 bits a value, and what its values mean "
+                    "is not known: give .npy files, scaled as the model takes them"
+                )
+            transparent += image.has_transparency_data
+            frames += getattr(image, "n_frames", 1) > 1
+    said = [(transparent, "transparency is left out"), (frames, "the first of several frames or pages is taken")]
+    return [f"of {count} image(s) {what}" for count, what in said if count]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An image, its pixels not read yet. Raises `FileFormatError` for what Pillow says of it, then or in the block."""
+    import PIL.Image
+
+    try:
+        with warnings.catch_warnings(), PIL.Image.open(path) as image:
+            warnings.simplefilter("ignore")  # of metadata, and of images that are large
+            yield image
+    except FileFormatError:
+        raise
+    except Exception as error:  # of each format's own reader: no list of theirs is complete
+        said = "no image, or one of a format that Pillow does not read"
+        if not isinstance(error, PIL.UnidentifiedImageError):
+            said = str(error) or type(error).__name__
+        raise FileFormatError(f"{path} cannot be read as an image: {said}") from error
 
 
 def _description(layout: _Layout, asked: Preprocessing, *, scaled: bool) -> str:

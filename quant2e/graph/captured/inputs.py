@@ -192,6 +192,19 @@ def flat_inputs(gm: GraphModule, batch: Any) -> list[Any]:
     return inputs_of(gm).flat(args, kwargs)
 
 
+def input_path(node: Node) -> str:
+    """How a placeholder is reached from the arguments, as the user names them: ``x``, ``batch['mask']``.
+
+    Names of nodes are others where an argument is called as a function of Python is, ``input``, or is nested.
+    """
+    gm = node.graph.owning_module
+    if gm is None:
+        return node.name
+    convention = inputs_of(gm)
+    paths = leaf_paths(convention.names, convention.spec)
+    return dict(zip(node.graph.find_nodes(op="placeholder"), paths, strict=False)).get(node, node.name)
+
+
 def leaf_paths(names: Sequence[str], spec: pytree.TreeSpec | None) -> tuple[str, ...]:
     """How each flattened input is reached from the arguments: ``x``, ``batch['mask']``, ``states[0]``."""
     if spec is None:

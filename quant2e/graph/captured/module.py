@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from quant2e.errors import CaptureError
 from quant2e.graph.captured.calls import Call
-from quant2e.graph.captured.inputs import Inputs, guard_calls, read_inputs
+from quant2e.graph.captured.inputs import Inputs, guard_calls, input_path, read_inputs
 from quant2e.graph.captured.modes import set_training
 from quant2e.graph.captured.no_grad import set_detached
 from quant2e.graph.captured.serialized import GraphState, graph_from_state, graph_state
@@ -132,9 +132,10 @@ def check_dtypes(gm: GraphModule, call: Call) -> None:
         if not isinstance(captured, Tensor) or not isinstance(given, Tensor) or given.dtype == captured.dtype:
             continue
         if captured.dtype not in _QUANTIZABLE or given.dtype not in _QUANTIZABLE:
+            path = input_path(node)
             raise CaptureError(
-                f"input '{node.name}' has dtype {given.dtype}, and the model was captured with {captured.dtype}: "
-                f"pass {node.name}.to({captured.dtype}), or capture the model with inputs like these"
+                f"input '{path}' has dtype {given.dtype}, and the model was captured with {captured.dtype}: "
+                f"pass {path}.to({captured.dtype}), or capture the model with inputs like these"
             )
 
 

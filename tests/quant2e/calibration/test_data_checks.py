@@ -47,7 +47,7 @@ def test_one_batch_owns_the_range():
     batches[5] = batches[5] * 30
     texts = [text for (kind, _), text in kinds(nn.Conv2d(3, 4, 3), batches).items() if kind == "owner"]
     assert len(texts) == 2
-    assert "the input 'input_1': batch 5 alone decides the range" in texts[0]
+    assert "the input 'input': batch 5 alone decides the range" in texts[0]
 
 
 def test_dead_and_saturated_channels():
@@ -78,3 +78,13 @@ def test_no_data_is_an_error_and_the_model_is_left_alone():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     with pytest.raises(CalibrationError, match="held no batch"):
         check_data(captured, [])
+
+
+def test_inputs_are_named_as_the_model_names_them():
+    """``input`` is a function of Python, so that the node has another name."""
+    graph = quant2e.capture(nn.Linear(4, 4), (torch.zeros(2, 4),))
+    bad = torch.full((40, 4), float("nan"))
+    found = [finding.place for finding in quant2e.check_data(graph, [bad]) if finding.kind == "non-finite"]
+    assert found[0] == "the input 'input'"
+    with pytest.raises(quant2e.CaptureError, match="input 'input' has dtype torch.int64.*pass input.to"):
+        quant2e.compare(graph, graph, [torch.zeros(2, 4, dtype=torch.int64)])

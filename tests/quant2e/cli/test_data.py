@@ -1,17 +1,23 @@
 """Data of the command line: how files become calls, what is said of it, and what is refused."""
 
+import os
+
+import click
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.export import Dim
 
+import quant2e
+from quant2e.cli.inputs.arguments import DataSource
 from quant2e.cli.inputs.data import read_data
 from quant2e.cli.inputs.images import Preprocessing
 from quant2e.cli.inputs.taken import Taken
 from quant2e.errors import CalibrationError, FileFormatError
 from quant2e.graph.captured.calls import Call
 from quant2e.graph.captured.capture import capture
+from quantizers import XNNPACKQuantizer
 
 NO_IMAGES = Preprocessing()
 
@@ -202,3 +208,119 @@ def test_a_file_that_is_no_image_is_named(pictures):
     (pictures / "0.png").write_bytes(b"no image")
     with pytest.raises(FileFormatError, match="0.png cannot be read as an image"):
         list(read_data(pictures, images_of(), None, NO_IMAGES))
+
+
+def folder_of(folder, **images):
+    """A folder of images, by the names of their files; bytes are written as they are."""
+    folder.mkdir()
+    for name, image in images.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(image) if isinstance(image, bytes) else image.save(path)
+    return folder
+
+
+def picture(mode="RGB", size=(6, 4), value=200):
+    """One colour, red where there are colours."""
+    image = pytest.importorskip("PIL.Image")
+    red = image.new("RGB", size, (value, 0, 0))
+    if mode.startswith(("I", "F")):
+        return image.fromarray(np.full(size[::-1], 40_000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]))
+    return red.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "red", "said"),
+    [
+        ("RGB", "png", [200, 0, 0], None),
+        ("P", "png", [204, 0, 0], None),  # the nearest colour of the palette
+        ("RGBA", "png", [200, 0, 0], "of 2 image(s) transparency is left out"),
+        ("LA", "png", [60, 60, 60], "of 2 image(s) transparency is left out"),
+        ("L", "png", [60, 60, 60], None),
+        ("1", "png", [0, 0, 0], None),
+        ("CMYK", "tif", [200, 0, 0], None),
+    ],
+)
+def test_images_of_other_modes(tmp_path, mode, suffix, red, said):
+    image = picture(mode) if mode != "1" else picture("RGB", value=20).convert("1")
+    folder = folder_of(tmp_path / "images", **{f"a__{suffix}": image, f"b__{suffix}": image})
+    batches = read_data(folder, images_of(dtype=torch.uint8), None, NO_IMAGES)
+    (first,), *_ = tensors(batches)
+    assert first[0, :, 0, 0].tolist() == red
+    assert [note for note in batches.notes if note.startswith("of ")] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("I;16", "png"), ("I", "tif"), ("F", "tif")])
+def test_images_whose_values_pillow_would_cut_off_are_refused(tmp_path, mode, suffix):
+    folder = folder_of(tmp_path / "images", **{f"a__{suffix}": picture(), f"b__{suffix}": picture(mode)})
+    with pytest.raises(FileFormatError, match=rf"b.{suffix} is an image of mode {mode}, of more than 8 bits a value"):
+        read_data(folder, images_of(), None, NO_IMAGES)
+
+
+def test_of_several_frames_the_first_is_taken_and_that_is_said(tmp_path):
+    first, second = picture(value=200), picture(value=10)
+    folder = folder_of(tmp_path / "images", one__tif=first)
+    first.save(folder / "pages.tif", save_all=True, append_images=[second])
+    batches = read_data(folder, images_of(dtype=torch.uint8), None, NO_IMAGES)
+    (taken_first,), *_ = tensors(batches)
+    assert taken_first[:, 0].unique().tolist() == [200]
+    assert "of 1 image(s) the first of several frames or pages is taken" in batches.notes
+
+
+def test_sizes_may_differ(tmp_path):
+    folder = folder_of(tmp_path / "images", a__png=picture(size=(30, 2)), b__png=picture(size=(5, 50)))
+    (first,), *_ = tensors(read_data(folder, images_of(dtype=torch.uint8), None, NO_IMAGES))
+    assert (first.shape, first[:, 0].unique().tolist()) == ((2, 3, 4, 6), [200])
+
+
+@pytest.mark.parametrize("broken", [b"", b"\x89PNG broken", b"text"])
+def test_a_broken_image_is_told_before_anything_runs(tmp_path, broken):
+    folder = folder_of(tmp_path / "images", a__png=picture(), b__png=picture(), z__png=broken)
+    with pytest.raises(FileFormatError, match="z.png cannot be read as an image: no image, or one of a format"):
+        read_data(folder, images_of(), None, NO_IMAGES)
+
+
+def test_what_systems_leave_in_folders_is_left_out_and_said(tmp_path):
+    folder = folder_of(
+        tmp_path / "images",
+        a__png=picture(),
+        b__PNG=picture(),
+        __hidden__png=b"",
+        labels__csv=b"",
+        Thumbs__db=b"",
+    )
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX/._a.png").write_bytes(b"")
+    (folder / "again").symlink_to(folder)
+    (folder / "gone.png").symlink_to(folder / "nothing.png")
+    batches = read_data(folder, images_of(), None, NO_IMAGES)
+    assert batches.notes[:2] == (
+        "2 samples, 1 batches of 2",
+        "left out: 3 (hidden), 1 (folders that are links), 1 (no files, or links to nothing), 1 (.csv)",
+    )
+
+
+def test_files_of_one_folder_hold_arrays_of_the_same_names(tmp_path):
+    """Each file by itself would be taken: one by name, the other in the order of its arrays."""
+    np.savez(tmp_path / "a.npz", input=np.zeros((2, 2), np.float32))
+    np.savez(tmp_path / "b.npz", other=np.zeros((2, 2), np.float32))
+    batches = read_data(tmp_path, taken(nn.Identity(), torch.zeros(2, 2)), None, NO_IMAGES)
+    with pytest.raises(CalibrationError, match="b.npz holds other, and .*a.npz holds input"):
+        list(batches)
+
+
+@pytest.mark.parametrize("name", ["pipe.npz", "pipe.safetensors", "zero.npz", "zero.safetensors"])
+def test_pipes_and_devices_are_no_data(tmp_path, name):
+    """One blocks for ever where it is opened, the other never ends."""
+    path = tmp_path / name
+    path.symlink_to("/dev/zero") if "zero" in name else os.mkfifo(path)
+    with pytest.raises(click.BadParameter, match="is no file and no folder, but a device or a pipe"):
+        DataSource().convert(path, None, None)
+
+
+def test_an_input_that_never_changes_is_noted(tmp_path):
+    model = nn.Linear(4, 4)
+    quantizer = XNNPACKQuantizer().set_global("w8a8")
+    noted = "the input 'input' was 0 throughout the calibration data: its range says nothing of other values"
+    for data, said in ([torch.zeros(8, 4)] * 5, True), ([torch.zeros(8, 4), torch.ones(8, 4), torch.ones(8, 4)], False):
+        report = quant2e.quantize(model, (data[0],), quantizer, data, min_sqnr_db=None).report
+        assert (noted in report.notes) is said

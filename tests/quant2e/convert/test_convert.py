@@ -409,7 +409,7 @@ def test_data_that_is_not_finite(value, observer):
     bad[0, 0] = value
     found = "NaN" if math.isnan(value) else r"\+inf"
     with pytest.raises(
-        CalibrationError, match=rf"calibration batch 1 holds {found} in its input \[0\]: clean the data"
+        CalibrationError, match=rf"calibration batch 1 holds {found} in its input 'input': clean the data"
     ):
         calibrate(prepared, [DATA[0], bad])
     prepared(bad)
