@@ -53,7 +53,10 @@ def machine() -> Machine:
         isa=torch.backends.cpu.get_cpu_capability(),
         vnni=bool({"avx512_vnni", "avx_vnni"} & set(flags)),
         system=f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        versions={name: version(name) for name in ("torch", "executorch", "transformers", "scikit-learn")},
+        versions={
+            "torch": str(torch.__version__),  # names the build as well, which the package's metadata may not
+            **{name: version(name) for name in ("executorch", "transformers", "scikit-learn")},
+        },
     )
 
 

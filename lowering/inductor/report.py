@@ -31,7 +31,11 @@ COMPUTED = CONVOLUTION | LINEAR | _POOL | _LOOKUP
 REGION = "quant2e.int8_region"
 """What computes the ops of an int8 region, in reports."""
 
-_CALLED = {"qconv_pointwise": "qconv", "qconv2d_pointwise": "qconv", "qlinear_pointwise": "qlinear"}
+_CALLED = {
+    "onednn.qconv_pointwise": "qconv",
+    "onednn.qlinear_pointwise": "qlinear",
+    "quant2e.convolution_sum": "qconv_binary",
+}
 """oneDNN's ops → their names in reports."""
 _WEIGHT_ONLY = "weight-only"
 _LOOKUPS = frozenset(str(target) for target in _LOOKUP)
@@ -157,8 +161,8 @@ def _kernel_name(node: Node) -> str:
         return f"onednn.{made}"
     if made == "qmaxpool2d":
         return _POOL_KERNEL
-    called = _CALLED.get(getattr(node.target, "_opname", ""), "")
-    return f"onednn.{called}" if str(node.target).startswith("onednn.") else ""
+    called = _CALLED.get(str(node.target).rpartition(".")[0])
+    return f"onednn.{called}" if called else ""
 
 
 def _post_op(node: Node) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from lowering.inductor.kernels import convolution_sum
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.fusion import Fused, fused_with, spatial
 from lowering.inductor.rewrites.graph import call
@@ -135,8 +136,15 @@ def _convolution(gm: GraphModule, node: Node, fused: Fused) -> Node:
         point = emit_constant(gm, node, f"{node.name}_zero_point", torch.tensor([point], dtype=torch.int32))
     image = emit(aten.unsqueeze.default, x, 2) if line else x
     parameters = (image, scale, point, packed_node, plain.scales, plain.points)
-    output = (*fused.output(_dtype(node)), *fused.post_op.args)
-    made: Node = emit(torch.ops.onednn.qconv_pointwise.tensor, *parameters, plain.bias, *plain.shape, *output)
+    output = fused.output(_dtype(node))
+    if fused.added is None:
+        kernel = torch.ops.onednn.qconv_pointwise.tensor
+        made: Node = emit(kernel, *parameters, plain.bias, *plain.shape, *output, *fused.post_op.args)
+    else:
+        args = operands(fused.added)
+        added = emit(aten.unsqueeze.default, args["input"], 2) if line else args["input"]
+        others = (args["scale"], args["zero_point"], fused.post_op.name)
+        made = emit(convolution_sum.load_op(), *parameters, added, plain.bias, *plain.shape, *output, *others)
     if plain.transposed is not None:
         made = plain.transposed.interleave(made, emit)
     return emit(aten.squeeze.dim, made, 2) if line else made
