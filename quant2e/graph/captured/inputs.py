@@ -202,7 +202,8 @@ def input_path(node: Node) -> str:
         return node.name
     convention = inputs_of(gm)
     paths = leaf_paths(convention.names, convention.spec)
-    return dict(zip(node.graph.find_nodes(op="placeholder"), paths, strict=False)).get(node, node.name)
+    places: dict[Node, str] = dict(zip(node.graph.find_nodes(op="placeholder"), paths, strict=False))
+    return places.get(node, node.name)
 
 
 def leaf_paths(names: Sequence[str], spec: pytree.TreeSpec | None) -> tuple[str, ...]:
