@@ -168,7 +168,9 @@ LOWERINGS = ["to_executorch", "to_inductor", "package_inductor", "to_onnx", "to_
 
 
 @pytest.mark.parametrize("name", LOWERINGS)
-@pytest.mark.parametrize("told", [0, 1, "no", [], print, lambda done, total: None], ids=["0", "1", "text", "list", "print", "lambda"])
+@pytest.mark.parametrize(
+    "told", [0, 1, "no", [], print, lambda done, total: None], ids=["0", "1", "text", "list", "print", "lambda"]
+)
 def test_a_lowering_takes_no_other_progress_than_true_and_false(terminal, name, told):
     import lowering
 
