@@ -56,7 +56,7 @@ def shipped(name: str) -> Path | None:
 def ship(names: Iterable[str], compiler: str, into: Path) -> list[Path]:
     """Compile into a folder, side by side. Raises RuntimeError with what the compiler says where it fails."""
     into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory(dir=into) as folder, ThreadPoolExecutor() as pool:
         work = Path(folder)
         torch = _stand_in(work, compiler)
         jobs = [(name, source, work / f"{name}-{source.stem}.o") for name in names for source in sources()]
@@ -67,7 +67,7 @@ def ship(names: Iterable[str], compiler: str, into: Path) -> list[Path]:
             part = work / _file_name(name)
             _run(compiler, "-shared", *objects, "-o", part, "-Wl,--no-as-needed", torch, *_STATIC, "-lm")
             path = into / part.name
-            path.write_bytes(part.read_bytes())
+            part.replace(path)
             made.append(path)
     return made
 
