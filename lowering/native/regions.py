@@ -94,10 +94,11 @@ def find_units(gm: GraphModule, besides: Collection[str] = (), writes: Writes = 
             if unit is not None:
                 refused[node.name] = unit
                 break
+    read = {node for unit in units for node in unit.reads}
     for node in gm.graph.nodes:
         if stored(node) is None or node in writes.writers:
             continue
-        if any(user not in taken or user in writes.writers for user in node.users):
+        if node in read or any(user not in taken or user in writes.writers for user in node.users):
             unit = dequantize_unit(gm, node, taken)
             if unit is not None:
                 units.append(unit)

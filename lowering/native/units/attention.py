@@ -245,4 +245,4 @@ class _Attention:
         if rounded is not None:
             step.softmax_scale, step.softmax_zero = rounded.scale, rounded.zero
             step.softmax_low, step.softmax_high = rounded.low, rounded.high
-        finish(emitter, step, self.ending)
+        finish(emitter, step, ending=self.ending)

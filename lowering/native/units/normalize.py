@@ -51,7 +51,7 @@ def normalize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str 
         describe(step, emitter, "x", source)
         step.extra_number = float(epsilon or 0.0)
         step.scale, step.bias = _constant(emitter, weight), _constant(emitter, bias)
-        finish(emitter, step, ending)
+        finish(emitter, step, ending=ending)
 
     dequantizes = (x,) if source is not x else ()
     return Unit(nodes=(*dequantizes, node, *ending.nodes), reads=(source,), writes=ending.writes, emit=emit)

@@ -29,14 +29,14 @@ _FLAT = frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.defa
 
 
 def quantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
-    """The unit that makes bytes of a float tensor."""
+    """The unit that makes bytes of a float tensor, or of bytes with another scale, by a table."""
     del gm, taken
     if not is_inner(node):
         return None
     source = node.args[0]
     if not isinstance(source, Node) or image_of(source) is None or image_of(node) is None:
         return "its operand has sizes that vary, or more than four dimensions"
-    integers = integers_of(node)
+    integers, before = integers_of(node), stored(source)
     assert integers is not None, "it quantizes"
 
     def emit(emitter: Emitter) -> None:
@@ -44,6 +44,13 @@ def quantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str |
         step.low, step.high, step.y = integers.low, integers.high, emitter.declare(node)
         emitter.steps.append(step)
 
+    def emit_table(emitter: Emitter) -> None:
+        assert before is not None, "bytes are read"
+        table = emitter.constants.add(_table(before, node, lambda floats: floats))
+        emitter.steps.append(Step(kind=Kind.CONCAT, x=emitter.read(before), y=emitter.declare(node), weight=table))
+
+    if before is not None:
+        return Unit(nodes=(source, node), reads=(before,), writes=(node,), emit=emit_table)
     return Unit(nodes=(node,), reads=(source,), writes=(node,), emit=emit)
 
 
@@ -82,7 +89,7 @@ def binary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | N
         step = Step(kind=Kind.BINARY, mode=_BINARY[node.target])
         describe(step, emitter, "x", one)
         describe(step, emitter, "other", two)
-        finish(emitter, step, ending)
+        finish(emitter, step, ending=ending)
 
     dequantizes = tuple(value for value in operators if stored(value) is not None)
     reads = tuple(dict.fromkeys((one, two)))
@@ -120,7 +127,7 @@ def unary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | No
     def emit(emitter: Emitter) -> None:
         step = Step(kind=Kind.UNARY)
         describe(step, emitter, "x", source)
-        finish(emitter, step, ending)
+        finish(emitter, step, ending=ending)
         step.activation, step.a, step.b = activation.kind, activation.a, activation.b
         if integers is not None and rounded is not None and ending.floats is None:
             step.weight = emitter.constants.add(

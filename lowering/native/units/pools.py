@@ -41,7 +41,7 @@ def pool_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
         step.x = emitter.read(source)
         if (integers := integers_of(source)) is not None and source is not operand:
             step.x_scale, step.x_zero = integers.scale, integers.zero
-        finish(emitter, step, ending)
+        finish(emitter, step, ending=ending)
 
     return Unit(nodes=(*dequantizes, node, *ending.nodes), reads=(source,), writes=ending.writes, emit=emit)
 

@@ -1,4 +1,4 @@
-"""The attention kernel, called by a plan of its own, beside what float64 says."""
+"""The attention kernel, called by a plan of its own, on every instruction set: beside what float64 says."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowering.native.kernels.op import load_op
+from lowering.native.kernels.op import able, load_op
 from lowering.native.kernels.plan import Constants, Kind, Plan, Step, Value, plan_of
 
 pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
+everywhere = pytest.mark.parametrize("name", able())
 
 SAMPLES = 2
 LOWEST = torch.finfo(torch.float32).min
@@ -134,40 +135,43 @@ def planned(case: Case, values: list[Value], steps: list[Step], inputs: int) -> 
     return plan_of([values[i] for i in order], steps, Constants(), inputs, [(case.rows, width)], 0)
 
 
-def call(plan: Plan, inputs: list[Tensor]) -> Tensor:
-    op = load_op()
+def call(name: str, plan: Plan, inputs: list[Tensor]) -> Tensor:
+    """The result of the kernels for instruction set ``name``."""
+    op = load_op(name)
     assert op is not None
     return op(inputs, plan.numbers, plan.constants, list(plan.outputs))[0]
 
 
+@everywhere
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_floats_are_those_of_float64_up_to_rounding(case, threads, torch_threads):
+def test_floats_are_those_of_float64_up_to_rounding(case, threads, name, torch_threads):
     torch_threads(threads)
     q, k, v, mask = tensors(case)
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
-    y = call(planned(case, arguments(case), [step_of(case)], len(inputs)), inputs)
+    y = call(name, planned(case, arguments(case), [step_of(case)], len(inputs)), inputs)
     assert (y - expected(case, probabilities(case, q, k, mask), v)).abs().max() < 3e-6
 
 
+@everywhere
 @pytest.mark.parametrize("zero", [0, 3])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bytes_are_multiplied_exactly(case, zero):
+def test_bytes_are_multiplied_exactly(case, zero, name):
     grids = ((0.02, 120), (0.03, 131), (0.025, 125))
     rounded = (1 / 252, zero, 0, 255)
     q, k, v, mask = tensors(case)
     inputs = [q, k, v] if mask is None else [q, k, v, mask]
     values, steps = arguments(case), []
     step = step_of(case)
-    for place, (name, (scale, point)) in enumerate(zip(("x", "other", "third"), grids, strict=True)):
+    for place, (read, (scale, point)) in enumerate(zip(("x", "other", "third"), grids, strict=True)):
         given = values[place]
         values.append(Value(floats=False, h=1, w=given.w, c=given.c, zero=point))
         steps.append(Step(kind=Kind.QUANTIZE, x=place, y=len(values) - 1, inverse=1 / scale, zero=point))
-        setattr(step, name, len(values) - 1)
-        setattr(step, f"{name}_scale", scale)
-        setattr(step, f"{name}_zero", point)
+        setattr(step, read, len(values) - 1)
+        setattr(step, f"{read}_scale", scale)
+        setattr(step, f"{read}_zero", point)
     step.softmax_scale, step.softmax_zero, step.softmax_low, step.softmax_high = rounded
-    y = call(planned(case, values, [*steps, step], len(inputs)), inputs)
+    y = call(name, planned(case, values, [*steps, step], len(inputs)), inputs)
     q, k, v = (
         ((x / scale).round().clamp(-point, 255 - point) * scale).double()
         for x, (scale, point) in zip((q, k, v), grids, strict=True)
@@ -179,7 +183,8 @@ def test_bytes_are_multiplied_exactly(case, zero):
     assert (wrong > 3e-6).double().mean() < 0.02
 
 
-def test_heads_begin_at_any_channel():
+@everywhere
+def test_heads_begin_at_any_channel(name):
     case = Case(rows=20, keys=20, size=16, heads=3)
     torch.manual_seed(0)
     joined = torch.randn(SAMPLES, case.rows, 5 + 3 * 48)
@@ -187,26 +192,28 @@ def test_heads_begin_at_any_channel():
     step.x, step.other, step.third, step.z = 0, 0, 0, 1
     step.x_first, step.other_first, step.third_first = 5, 53, 101
     values = [Value(floats=True, h=1, w=20, c=149, argument=0), Value(floats=True, h=1, w=20, c=48, argument=1)]
-    y = call(plan_of(values, [step], Constants(), 1, [(20, 48)], 0), [joined])
+    y = call(name, plan_of(values, [step], Constants(), 1, [(20, 48)], 0), [joined])
     q, k, v = joined[..., 5:].split(48, -1)
     assert (y - expected(case, probabilities(case, q, k, None), v)).abs().max() < 3e-6
 
 
-def test_a_row_whose_keys_are_all_masked_by_minus_infinity_is_zero():
+@everywhere
+def test_a_row_whose_keys_are_all_masked_by_minus_infinity_is_zero(name):
     case = Case(rows=9, keys=21, size=8, mask=(1, 1, 9))
     q, k, v, mask = tensors(case)
     assert mask is not None
     mask[:, :, 4] = -math.inf
-    y = call(planned(case, arguments(case), [step_of(case)], 4), [q, k, v, mask])
+    y = call(name, planned(case, arguments(case), [step_of(case)], 4), [q, k, v, mask])
     assert not y[:, 4].any()
     others = [i for i in range(9) if i != 4]
     assert (y - expected(case, probabilities(case, q, k, mask), v))[:, others].abs().max() < 3e-6
 
 
-def test_masks_have_any_strides():
+@everywhere
+def test_masks_have_any_strides(name):
     case = Case(rows=17, keys=40, size=16, mask=(1, 1, 17))
     q, k, v, mask = tensors(case)
     assert mask is not None
     plan = planned(case, arguments(case), [step_of(case)], 4)
     turned = mask.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(call(plan, [q, k, v, mask]), call(plan, [q, k, v, turned]))
+    assert torch.equal(call(name, plan, [q, k, v, mask]), call(name, plan, [q, k, v, turned]))
