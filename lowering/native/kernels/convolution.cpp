@@ -13,6 +13,7 @@ namespace quant2e {
 namespace {
 
 constexpr int kMostPixels = 14;
+constexpr Ending kOfLayer = (Ending)-1;  // known when it is computed
 constexpr int kMostTaps = 1024;
 
 // Of inputs that stay in the L2 cache beside the weights of a strip: half of it.
@@ -46,7 +47,7 @@ constexpr bool kWhole = false;
 
 // What is written of a block. What few layers ask for is done to sums in memory, so that it takes no registers here.
 template <int R, int V, Ending kEnding>
-ALWAYS_INLINE void finish_block(const I (&sums)[R][V], const Epilogue& e, const Pixel* pixels, int n) {
+ALWAYS_INLINE void finish_block(I (&sums)[R][V], const Epilogue& e, const Pixel* pixels, int n) {
   if constexpr (kEnding == kFloats || kEnding == kFloatsAdded) {
     const float *scale = e.scale, *bias = e.bias;
 #pragma GCC unroll 16
@@ -54,10 +55,15 @@ ALWAYS_INLINE void finish_block(const I (&sums)[R][V], const Epilogue& e, const 
       finish_floats<V, kEnding>(sums[r], scale, bias, pixels[r].z, (const float*)pixels[r].added, n);
   } else if constexpr (kEnding != kAny) {
     const Range range = e.range;
-    const float *scale = e.scale, *bias = e.bias;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {  // scale and bias are read once
+      const F scale = load(e.scale + v * kLanes), bias = load(e.bias + v * kLanes);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-      finish_fast<V, kEnding>(sums[r], e, scale, bias, range, pixels[r].y, (const uint8_t*)pixels[r].added, n);
+      for (int r = 0; r < R; ++r)
+        sums[r][v] = integers_of<kEnding>(sums[r][v], e, scale, bias, (const uint8_t*)pixels[r].added + v * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) store_bytes<V>(pixels[r].y, sums[r], range, n);
   } else {
     alignas(64) int32_t memory[R][V * kLanes];
 #pragma GCC unroll 16
@@ -69,15 +75,37 @@ ALWAYS_INLINE void finish_block(const I (&sums)[R][V], const Epilogue& e, const 
   }
 }
 
+template <Ending kEnding, int R, int V>
+ALWAYS_INLINE void finish_as(const Layer& layer, I (&sums)[R][V], const Pixel* pixels, int n) {
+  if constexpr (kEnding != kOfLayer) return finish_block<R, V, kEnding>(sums, layer.epilogue, pixels, n);
+  switch (layer.ending) {
+    case kFolded: return finish_block<R, V, kFolded>(sums, layer.epilogue, pixels, n);
+    case kFoldedAdded: return finish_block<R, V, kFoldedAdded>(sums, layer.epilogue, pixels, n);
+    default: return finish_block<R, V, kAny>(sums, layer.epilogue, pixels, n);
+  }
+}
+
+// Addresses of the pixels of a block, which were just written one by one: read one by one too, as a vector of them would
+// wait until the block before is done. More than a few stay in memory: the compiler would hold them in vector registers.
+template <int R>
+struct Addresses {
+  const uint8_t* const volatile* memory;
+  const uint8_t* registers[R];
+
+  ALWAYS_INLINE explicit Addresses(const uint8_t* const* x) : memory(x) {
+    for (int r = 0; r < R && R <= 8; ++r) registers[r] = memory[r];
+  }
+  ALWAYS_INLINE const uint8_t* operator[](int r) const { return R <= 8 ? registers[r] : memory[r]; }
+};
+
 // R pixels by V * 16 outputs.
-template <int R, int V, int kHow>
+template <int R, int V, int kHow, Ending kEnding>
 __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x, const Pixel* pixels, int n) {
   I sums[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sums[r][v] = load_int(layer.init + v * kLanes);
   const int8_t* w = layer.weights;
-  const uint8_t* p[R];
-  for (int r = 0; r < R; ++r) p[r] = x[r];
+  const Addresses<R> p(x);
   const int64_t step = kWhole ? 64 * V : layer.step, next_step = layer.next_step;
   const char* next = layer.next;
   for (int64_t t = 0; t < layer.taps; ++t) {
@@ -107,15 +135,7 @@ __attribute__((noinline)) void block(const Layer& layer, const uint8_t* const* x
       }
     }
   }
-  switch (layer.ending) {
-    case kFolded: return finish_block<R, V, kFolded>(sums, layer.epilogue, pixels, n);
-    case kFoldedAdded: return finish_block<R, V, kFoldedAdded>(sums, layer.epilogue, pixels, n);
-    case kOnlyHardswish: return finish_block<R, V, kOnlyHardswish>(sums, layer.epilogue, pixels, n);
-    case kOnlyGelu: return finish_block<R, V, kOnlyGelu>(sums, layer.epilogue, pixels, n);
-    case kFloats: return finish_block<R, V, kFloats>(sums, layer.epilogue, pixels, n);
-    case kFloatsAdded: return finish_block<R, V, kFloatsAdded>(sums, layer.epilogue, pixels, n);
-    default: return finish_block<R, V, kAny>(sums, layer.epilogue, pixels, n);
-  }
+  finish_as<kEnding>(layer, sums, pixels, n);
 }
 
 // One pixel has few sums, each of which would wait for the one before: two for each output, of bytes in turn.
@@ -152,11 +172,7 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
   for (int i = 0; i < V * kLanes; ++i) memory[0][i] += memory[1][i];
   I again[1][V];
   for (int v = 0; v < V; ++v) again[0][v] = load_int(memory[0] + v * kLanes);
-  switch (layer.ending) {
-    case kFolded: return finish_block<1, V, kFolded>(again, layer.epilogue, pixels, n);
-    case kFoldedAdded: return finish_block<1, V, kFoldedAdded>(again, layer.epilogue, pixels, n);
-    default: return finish<V>(memory[0], layer.epilogue, pixels[0], n);
-  }
+  finish_as<kOfLayer>(layer, again, pixels, n);
 }
 
 using Block = void (*)(const Layer&, const uint8_t* const*, const Pixel*, int);
@@ -167,31 +183,49 @@ struct Shape {
 };
 
 // For V: blocks by falling number of pixels. With 32 registers up to 24 sums, with 16 (two a sum) up to 5.
-template <int V, int kHow>
+template <int V, int kHow, Ending kEnding>
 const Shape* shapes() {
 #if defined(__AVX512VNNI__)
   if constexpr (V == 4) {
-    static const Shape found[] = {{6, block<6, 4, kHow>}, {5, block<5, 4, kHow>}, {4, block<4, 4, kHow>},
-                                  {3, block<3, 4, kHow>}, {2, block<2, 4, kHow>}, {1, row<4, kHow>}};
+    static const Shape found[] = {{6, block<6, 4, kHow, kEnding>}, {5, block<5, 4, kHow, kEnding>}, {4, block<4, 4, kHow, kEnding>},
+                                  {3, block<3, 4, kHow, kEnding>}, {2, block<2, 4, kHow, kEnding>}, {1, row<4, kHow>}};
     return found;
   } else if constexpr (V == 2) {
-    static const Shape found[] = {{12, block<12, 2, kHow>}, {8, block<8, 2, kHow>}, {7, block<7, 2, kHow>},
-                                  {6, block<6, 2, kHow>}, {4, block<4, 2, kHow>}, {2, block<2, 2, kHow>},
+    static const Shape found[] = {{12, block<12, 2, kHow, kEnding>}, {8, block<8, 2, kHow, kEnding>}, {7, block<7, 2, kHow, kEnding>},
+                                  {6, block<6, 2, kHow, kEnding>}, {4, block<4, 2, kHow, kEnding>}, {2, block<2, 2, kHow, kEnding>},
                                   {1, row<2, kHow>}};
     return found;
   } else {
-    static const Shape found[] = {{14, block<14, 1, kHow>}, {8, block<8, 1, kHow>}, {7, block<7, 1, kHow>},
-                                  {4, block<4, 1, kHow>}, {2, block<2, 1, kHow>}, {1, row<1, kHow>}};
+    static const Shape found[] = {{14, block<14, 1, kHow, kEnding>}, {8, block<8, 1, kHow, kEnding>}, {7, block<7, 1, kHow, kEnding>},
+                                  {4, block<4, 1, kHow, kEnding>}, {2, block<2, 1, kHow, kEnding>}, {1, row<1, kHow>}};
     return found;
   }
 #else
   if constexpr (V == 1) {
-    static const Shape found[] = {{5, block<5, 1, kHow>}, {4, block<4, 1, kHow>}, {2, block<2, 1, kHow>}, {1, row<1, kHow>}};
+    static const Shape found[] = {{5, block<5, 1, kHow, kEnding>}, {4, block<4, 1, kHow, kEnding>}, {2, block<2, 1, kHow, kEnding>}, {1, row<1, kHow>}};
     return found;
   } else {
     static const Shape found[] = {{1, row<V, kHow>}};
     return found;
   }
+#endif
+}
+
+// The ending is part of a block where sums stay in registers for it; otherwise a block asks for it.
+template <int V, int kHow>
+const Shape* shapes_for(Ending ending) {
+#if defined(__AVX2__)
+  switch (ending) {
+    case kFolded: return shapes<V, kHow, kFolded>();
+    case kFoldedAdded: return shapes<V, kHow, kFoldedAdded>();
+    case kOnlyHardswish: return shapes<V, kHow, kOnlyHardswish>();
+    case kOnlyGelu: return shapes<V, kHow, kOnlyGelu>();
+    case kFloats: return shapes<V, kHow, kFloats>();
+    case kFloatsAdded: return shapes<V, kHow, kFloatsAdded>();
+    default: return shapes<V, kHow, kAny>();
+  }
+#else
+  return shapes<V, kHow, kOfLayer>();
 #endif
 }
 
@@ -238,7 +272,7 @@ class Walk {
 // and are there when their turn comes.
 template <int V, int kHow>
 void pixels_by_outputs(Layer layer, Walk walk, int64_t count, int n) {
-  const Shape* shape = shapes<V, kHow>();
+  const Shape* shape = shapes_for<V, kHow>(layer.ending);
   const int64_t most = shape->pixels;
   int64_t ahead = layer.next_step ? V : 0;
   const uint8_t* x[kMostPixels];

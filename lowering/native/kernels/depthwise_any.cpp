@@ -112,8 +112,26 @@ void put(const Depthwise& d, const Rows& r, const Piece& p, const int32_t* sums)
       I values[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) values[v] = load_int(sums + v * kLanes);
-      finish_fast<V, kHow>(values, e, scale, bias, range, y, nullptr, r.n);
+      if constexpr (is_both(kHow)) {
+        finish_both<V, kHow>(values, e, range, d.pixel(r.i + t, p.j + j, r.channel), r.n);
+        continue;
+      }
+      finish_fast<V, kHow>(values, e, scale, bias, range, y, r.n);
     }
+  }
+}
+
+using Put = void (*)(const Depthwise&, const Rows&, const Piece&, const int32_t*);
+
+template <int V>
+Put put_of(Ending how) {
+  switch (how) {
+    case kFolded: return put<V, kFolded>;
+    case kOnlyHardswish: return put<V, kOnlyHardswish>;
+    case kBoth: return put<V, kBoth>;
+    case kBothRelu: return put<V, kBothRelu>;
+    case kBothHardswish: return put<V, kBothHardswish>;
+    default: return put<V, kAny>;
   }
 }
 
@@ -123,7 +141,7 @@ void rows_of(const Depthwise& d, const Rows& r) {
   Memory memory;
   const int64_t reach = columns_of(s, 1), most = std::min<int64_t>(kOutputs / T, (kColumns / G - reach) / s.stride_w + 1);
   const int8_t* packed = d.packed(r.channel, G, T);
-  const Ending how = ending_of(s);
+  const auto write = put_of<V>(depthwise_ending_of(s));
   for (int64_t j = 0; j < d.out.w; j += most) {
     const Piece p{j, std::min(most, d.out.w - j)};
     fill<V>(d, r, p, G, memory.columns);
@@ -131,9 +149,7 @@ void rows_of(const Depthwise& d, const Rows& r) {
     for (int v = 0; v * kLanes < r.n; ++v)
       kCompute(s, memory.columns + v, group, packed + 64 * v, load_int(d.init + r.channel + v * kLanes), p.count,
                memory.sums + v * kLanes);
-    if (how == kFolded) put<V, kFolded>(d, r, p, memory.sums);
-    else if (how == kOnlyHardswish) put<V, kOnlyHardswish>(d, r, p, memory.sums);
-    else put<V, kAny>(d, r, p, memory.sums);
+    write(d, r, p, memory.sums);
   }
 }
 

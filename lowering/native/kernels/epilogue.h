@@ -64,11 +64,17 @@ __attribute__((noinline)) void finish(const int32_t* sums, const Epilogue& e, co
 }
 
 // What is done to sums that stay in registers: endings that layers often have.
-enum Ending { kAny, kFolded, kFoldedAdded, kOnlyHardswish, kOnlyGelu, kFloats, kFloatsAdded };
+enum Ending { kAny, kFolded, kFoldedAdded, kOnlyHardswish, kOnlyGelu, kFloats, kFloatsAdded, kBoth, kBothRelu, kBothHardswish };
 
 ALWAYS_INLINE Ending ending_of(const Step& s) {
   if (s.fast) return s.other >= 0 ? kFoldedAdded : kFolded;
   return s.activation == kHardswish && s.y >= 0 && s.z < 0 && s.other < 0 ? kOnlyHardswish : kAny;
+}
+
+// The same, and of depthwise layers whose result is read as bytes and as floats, as in front of squeeze-excite.
+ALWAYS_INLINE Ending depthwise_ending_of(const Step& s) {
+  if (s.y < 0 || s.z < 0 || s.other >= 0) return ending_of(s);
+  return s.activation == kNone ? kBoth : s.activation == kRelu ? kBothRelu : s.activation == kHardswish ? kBothHardswish : kAny;
 }
 
 // The same, and endings of linear layers in transformers.
@@ -80,20 +86,42 @@ ALWAYS_INLINE Ending linear_ending_of(const Run& run, const Step& s) {
 }
 
 // kFolded: no more than a clamp is asked for, and scale, bias and that of what is added are divided by the scale of y.
+// Integers of a register's sums; `added`: bytes.
+template <Ending kHow>
+ALWAYS_INLINE I integers_of(I sums, const Epilogue& e, F scale, F bias, const uint8_t* added) {
+  F x = fma(to_float(sums), scale, bias);
+  if (kHow == kFoldedAdded) x = fma(load_bytes(added, kLanes), set(e.added_scale), x);
+  if (kHow == kOnlyHardswish) x = minimum(activated(x, kHardswish, 0, 0) * set(e.inverse), set(1e9f));
+  if (kHow == kOnlyGelu) x = minimum(gelu(x) * set(e.inverse), set(1e9f));
+  return rounded(x);
+}
+
 template <int V, Ending kHow>
 ALWAYS_INLINE void finish_fast(const I* sums, const Epilogue& e, const float* scale, const float* bias, const Range& range,
-                               uint8_t* y, const uint8_t* added, int n) {
+                               uint8_t* y, int n) {
+  I integers[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v)
+    integers[v] = integers_of<kHow>(sums[v], e, load(scale + v * kLanes), load(bias + v * kLanes), nullptr);
+  store_bytes<V>(y, integers, range, n);
+}
+
+// kBoth: bytes and floats of one pixel, the activation among them.
+template <int V, Ending kHow>
+ALWAYS_INLINE void finish_both(const I* sums, const Epilogue& e, const Range& range, const Pixel& pixel, int n) {
+  constexpr int64_t kActivation = kHow == kBothRelu ? kRelu : kHow == kBothHardswish ? kHardswish : kNone;
   I integers[V];
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    F x = fma(to_float(sums[v]), load(scale + v * kLanes), load(bias + v * kLanes));
-    if (kHow == kFoldedAdded) x = fma(load_bytes(added + v * kLanes, kLanes), set(e.added_scale), x);
-    if (kHow == kOnlyHardswish) x = minimum(activated(x, kHardswish, 0, 0) * set(e.inverse), set(1e9f));
-    if (kHow == kOnlyGelu) x = minimum(gelu(x) * set(e.inverse), set(1e9f));
-    integers[v] = rounded(x);
+    const F x = fma(to_float(sums[v]), load(e.scale + v * kLanes), load(e.bias + v * kLanes));
+    const F value = activated(x, kActivation, 0, 0);
+    if (v * kLanes < n) store(pixel.z + v * kLanes, value, std::min(n - v * kLanes, kLanes));
+    integers[v] = rounded(clamped(value * set(e.inverse), -1e9f, 1e9f));
   }
-  store_bytes<V>(y, integers, range, n);
+  store_bytes<V>(pixel.y, integers, range, n);
 }
+
+constexpr bool is_both(Ending how) { return how == kBoth || how == kBothRelu || how == kBothHardswish; }
 
 // kFloats: scaled sums as they are, perhaps added to floats.
 template <int V, Ending kHow>

@@ -24,6 +24,7 @@ from lowering.native.cut import cut_regions
 from lowering.native.kernels.op import instruction_set, load_op
 from lowering.native.program.report import NativeReport, native_ops, native_regions
 from lowering.program import LoweredProgram
+from lowering.rewrites.constants import fold_constants
 from lowering.state import State, state_of
 from quant2e.errors import LoweringError
 from quant2e.graph.constants import Constants
@@ -49,6 +50,7 @@ class NativeProgram(LoweredProgram[NativeReport]):
         self._signature = source.signature
         original = private_copy(source.graph)
         self._graph = private_copy(source.graph)
+        fold_constants(self._graph)
         cut = cut_regions(self._graph)
         choices = self._choose()
         self._graph.recompile()

@@ -12,7 +12,6 @@ from torch.fx import GraphModule
 
 from lowering.executorch.xnnpack.legalize.attention import plain_attention
 from lowering.executorch.xnnpack.legalize.attention_scores import scores_in_three_dimensions
-from lowering.executorch.xnnpack.legalize.constants import fold_constants
 from lowering.executorch.xnnpack.legalize.data_movement import dequantized_by_reader, one_grid, quantize_moves
 from lowering.executorch.xnnpack.legalize.dynamic_quantization import (
     per_image,
@@ -46,6 +45,7 @@ from lowering.executorch.xnnpack.legalize.split_and_join import (
     slices_and_joins,
 )
 from lowering.rewrites import apply
+from lowering.rewrites.constants import fold_constants
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.embedding_bag import decompose_embedding_bags
 from lowering.rewrites.experts import EXPERTS
