@@ -156,7 +156,7 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
           sums[half][v] = dot<kHow>(sums[half][v], load_weights(w + step * half + 64 * v), four[half]);
-      for (int line = 0; line < 2 * V; ++line) __builtin_prefetch(w + 2048 + 64 * line);
+      for (int line = 0; line < 2 * V; ++line) __builtin_prefetch(w + 8192 + 64 * line);
       w += 2 * step;
     }
     if (k < layer.inner) {

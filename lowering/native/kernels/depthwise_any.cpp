@@ -100,7 +100,8 @@ void put(const Depthwise& d, const Rows& r, const Piece& p, const int32_t* sums)
   Epilogue e = d.epilogue;
   e.scale += r.channel, e.bias += r.channel;
   const Range range = e.range;
-  const float *scale = e.scale, *bias = e.bias;
+  F scale[V], bias[V];  // in registers
+  for (int v = 0; v < V; ++v) scale[v] = load(e.scale + v * kLanes), bias[v] = load(e.bias + v * kLanes);
   const int64_t c = d.y.c;
   for (int64_t t = 0; t < r.rows; ++t) {
     uint8_t* y = d.y.data ? d.y.bytes(r.i + t, p.j) + r.channel : nullptr;

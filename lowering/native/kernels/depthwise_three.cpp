@@ -42,7 +42,7 @@ ALWAYS_INLINE void sums_of(I* sums, const B* one, const B* two, const B* three, 
 // `count` pixels from (i, j) on, whose sums lie one behind the other.
 template <int V, int P, Ending kHow>
 ALWAYS_INLINE void put(const Depthwise& d, const Rows& r, const Lines& lines, const Epilogue& e, const I* sums,
-                       const Range& range, int64_t t, int64_t j) {
+                       const F* scale, const F* bias, const Range& range, int64_t t, int64_t j) {
   const int count = (int)std::min<int64_t>(P, d.out.w - j);
   if constexpr (kHow == kAny) {
     alignas(64) int32_t memory[V * P * kLanes];
@@ -53,7 +53,7 @@ ALWAYS_INLINE void put(const Depthwise& d, const Rows& r, const Lines& lines, co
     for (int p = 0; p < P; ++p)
       if (p < count) finish_both<V, kHow>(sums + p * V, e, range, d.pixel(r.i + t, j + p, r.channel), r.n);
   } else {
-    finish_fast<V * P, kHow>(sums, e, lines.scale, lines.bias, range, lines.y[t] + j * d.y.c, count * r.n);
+    finish_fast<V * P, kHow>(sums, e, scale, bias, range, lines.y[t] + j * d.y.c, count * r.n);
   }
 }
 
@@ -64,7 +64,7 @@ ALWAYS_INLINE void move(const uint8_t* (&rows)[4], int64_t by) {
 // Stride 1: two rows of outputs of the same four rows. V registers a pixel, P pixels interleaved at once.
 template <int V, int P, Ending kHow>
 void one_by_one(const Depthwise& d, const Rows& r) {
-  Lines lines = lines_of(d, r, 2);
+  const Lines lines = lines_of(d, r, 2);
   Epilogue e = d.epilogue;
   e.scale = lines.scale, e.bias = lines.bias;
   const Range range = e.range;
@@ -72,12 +72,8 @@ void one_by_one(const Depthwise& d, const Rows& r) {
   const uint8_t* rows[4] = {lines.from[0], lines.from[1], lines.from[2], lines.from[3]};
   B columns[2 + P][V];
   for (int k = 0; k < 2; ++k, move(rows, c)) interleave<V>(columns[k], rows, r.n);
-  float scale[P > 1 ? 4 * kLanes : 1], bias[P > 1 ? 4 * kLanes : 1];  // of each pixel
-  for (int p = 0; P > 1 && p < P; ++p) {
-    std::memcpy(scale + p * V * kLanes, lines.scale, V * kLanes * sizeof(float));
-    std::memcpy(bias + p * V * kLanes, lines.bias, V * kLanes * sizeof(float));
-  }
-  if (P > 1) lines.scale = scale, lines.bias = bias;
+  F scale[V * P], bias[V * P];  // in registers, as what is stored may lie anywhere
+  for (int v = 0; v < V * P; ++v) scale[v] = load(lines.scale + v % V * kLanes), bias[v] = load(lines.bias + v % V * kLanes);
 #pragma GCC unroll 3
   for (int64_t j = 0; j < d.out.w; j += P, move(rows, P * c)) {
     interleave<V * P>(&columns[2][0], rows, P > 1 ? 64 : r.n);
@@ -87,7 +83,7 @@ void one_by_one(const Depthwise& d, const Rows& r) {
       I sums[P * V];
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) sums_of<V, 2>(sums + p * V, columns[p], columns[p + 1], columns[p + 2], lines, t);
-      put<V, P, kHow>(d, r, lines, e, sums, range, t, j);
+      put<V, P, kHow>(d, r, lines, e, sums, scale, bias, range, t, j);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) columns[0][v] = columns[P][v], columns[1][v] = columns[P + 1][v];
@@ -103,6 +99,8 @@ void two_by_two(const Depthwise& d, const Rows& r) {
   const Range range = e.range;
   const int64_t c = d.x.c;
   const uint8_t* rows[4] = {lines.from[0], lines.from[1], lines.from[2], lines.from[3]};
+  F scale[V], bias[V];
+  for (int v = 0; v < V; ++v) scale[v] = load(lines.scale + v * kLanes), bias[v] = load(lines.bias + v * kLanes);
   B columns[3][V];
   interleave<V>(columns[0], rows, r.n), move(rows, c);
   for (int64_t j = 0; j < d.out.w; ++j) {
@@ -110,7 +108,7 @@ void two_by_two(const Depthwise& d, const Rows& r) {
     interleave<V>(columns[2], rows, r.n), move(rows, c);
     I sums[V];
     sums_of<V, 1>(sums, columns[0], columns[1], columns[2], lines, 0);
-    put<V, 1, kHow>(d, r, lines, e, sums, range, 0, j);
+    put<V, 1, kHow>(d, r, lines, e, sums, scale, bias, range, 0, j);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) columns[0][v] = columns[2][v];
   }

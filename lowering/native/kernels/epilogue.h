@@ -97,12 +97,11 @@ ALWAYS_INLINE I integers_of(I sums, const Epilogue& e, F scale, F bias, const ui
 }
 
 template <int V, Ending kHow>
-ALWAYS_INLINE void finish_fast(const I* sums, const Epilogue& e, const float* scale, const float* bias, const Range& range,
+ALWAYS_INLINE void finish_fast(const I* sums, const Epilogue& e, const F* scale, const F* bias, const Range& range,
                                uint8_t* y, int n) {
   I integers[V];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v)
-    integers[v] = integers_of<kHow>(sums[v], e, load(scale + v * kLanes), load(bias + v * kLanes), nullptr);
+  for (int v = 0; v < V; ++v) integers[v] = integers_of<kHow>(sums[v], e, scale[v], bias[v], nullptr);
   store_bytes<V>(y, integers, range, n);
 }
 
