@@ -4,12 +4,15 @@
 #include "memory.h"
 #include "softmax.h"
 
+#include <type_traits>
+
 namespace quant2e {
 namespace {
 
 enum Norm : int64_t { kLayer, kRootMeanSquare };
 
 constexpr int64_t kLeastPixels = 4;  // of a thread
+constexpr int kTogether = 8;         // pixels whose sums are computed one behind the other, as each waits for its last
 
 thread_local Memory memory;
 
@@ -48,52 +51,51 @@ ALWAYS_INLINE float moment(const float* x, int64_t n, float center) {
   return total;
 }
 
-struct Output {
-  const View &y, &z;
-  Range range;
-  float inverse;
-
-  template <int V>
-  ALWAYS_INLINE void put(int64_t i, int64_t j, int64_t c, const F* values, int n) const {
-    I integers[V];
-    for (int v = 0; v < V; ++v) {
-      if (z.data && n > v * kLanes) store(z.floats(i, j) + c + v * kLanes, values[v], std::min(n - v * kLanes, kLanes));
-      integers[v] = rounded(clamped(values[v] * set(inverse), -1e9f, 1e9f));
-    }
-    if (y.data) store_bytes<V>(y.bytes(i, j) + c, integers, range, n);
-  }
-};
-
-Output output_of(const Step& s, const View& y, const View& z) {
-  return {y, z, Range(s.zero, s.low, s.high), s.inverse()};
-}
-
-// (x - mean) * factor * scale + bias; `scale` and `bias` may be null.
+// (x - mean) * factor * scale + bias, which may be null, as integers at y and floats at z, either of which may be null.
 struct Affine {
   const float *scale, *bias;
-  float mean, factor;
-
-  ALWAYS_INLINE F of(const float* x, int64_t c, int n) const {
-    F value = (load(x + c, n) - set(mean)) * set(factor);
-    if (scale) value = value * load(scale + c, n);
-    return bias ? value + load(bias + c, n) : value;
-  }
+  Range range;
+  float inverse;
 };
 
-void normalize_pixel(const Affine& affine, const float* x, int64_t n, const Output& out, int64_t i, int64_t j) {
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= n; c += 4 * kLanes) {
-    F values[4];
+// V * 16 of the values, or `n` of 16.
+template <int V>
+ALWAYS_INLINE void normalize_some(const float* x, const float* scale, const float* bias, F mean, F factor, F inverse,
+                                  const Range& range, uint8_t* y, float* z, int n) {
+  I integers[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) values[v] = affine.of(x, c + v * kLanes, kLanes);
-    out.put<4>(i, j, c, values, 4 * kLanes);
+  for (int v = 0; v < V; ++v) {
+    const int at = v * kLanes, count = V == 1 ? n : kLanes;
+    F value = (load(x + at, count) - mean) * factor;
+    if (scale) value = value * load(scale + at, count);
+    if (bias) value = value + load(bias + at, count);
+    if (z) store(z + at, value, count);
+    integers[v] = rounded(clamped(value * inverse, -1e9f, 1e9f));
   }
-  for (; c < n; c += kLanes) {
-    const int count = (int)std::min<int64_t>(kLanes, n - c);
-    const F value = affine.of(x, c, count);
-    out.put<1>(i, j, c, &value, count);
-  }
+  if (y) store_bytes<V>(y, integers, range, n);
 }
+
+void normalize_pixel(const Affine& affine, float mean, float factor, const float* x, int64_t n, uint8_t* y, float* z) {
+  const Range range = affine.range;
+  const F middle = set(mean), by = set(factor), inverse = set(affine.inverse);
+  const float *scale = affine.scale, *bias = affine.bias;
+  const auto every = [&](auto some, int64_t c, int count) {
+    constexpr int V = decltype(some)::value;
+    normalize_some<V>(x + c, scale ? scale + c : nullptr, bias ? bias + c : nullptr, middle, by, inverse, range,
+                      y ? y + c : nullptr, z ? z + c : nullptr, count);
+  };
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= n; c += 4 * kLanes) every(std::integral_constant<int, 4>(), c, 4 * kLanes);
+  for (; c < n; c += kLanes) every(std::integral_constant<int, 1>(), c, (int)std::min<int64_t>(kLanes, n - c));
+}
+
+// Where a pixel is written.
+struct Output {
+  const View &y, &z;
+
+  uint8_t* bytes(int64_t i, int64_t j) const { return y.data ? y.bytes(i, j) : nullptr; }
+  float* floats(int64_t i, int64_t j) const { return z.data ? z.floats(i, j) : nullptr; }
+};
 
 }  // namespace
 
@@ -101,17 +103,24 @@ void normalize_pixel(const Affine& affine, const float* x, int64_t n, const Outp
 void layer_norm(const Run& run, const Step& s) {
   const View x = run.view(s.x), none{};
   const View y = s.y >= 0 ? run.view(s.y) : none, z = s.z >= 0 ? run.view(s.z) : none;
-  const Output out = output_of(s, y, z);
+  const Output out{y, z};
+  const Affine affine{run.constant<float>(s.scale), run.constant<float>(s.bias), Range(s.zero, s.low, s.high), s.inverse()};
   const float n = (float)x.c;
+  const int64_t row = x.c + kLanes;
   in_parallel(run, x.pixels(), kLeastPixels, [&](int64_t begin, int64_t end) {
-    float* room = (float*)memory.of((x.c + kLanes) * 4);
-    Affine affine{run.constant<float>(s.scale), run.constant<float>(s.bias), 0, 0};
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t i = at / x.w, j = at % x.w;
-      const float* from = floats_of(s, x, i, j, room);
-      if (s.mode == kLayer) affine.mean = moment<1>(from, x.c, 0) / n;
-      affine.factor = 1 / std::sqrt(moment<2>(from, x.c, affine.mean) / n + s.extra_number());
-      normalize_pixel(affine, from, x.c, out, i, j);
+    float* room = (float*)memory.of(kTogether * row * 4);
+    for (int64_t at = begin; at < end; at += kTogether) {
+      const int count = (int)std::min<int64_t>(kTogether, end - at);
+      const float* from[kTogether];
+      float mean[kTogether] = {}, factor[kTogether];
+      for (int p = 0; p < count; ++p) from[p] = floats_of(s, x, (at + p) / x.w, (at + p) % x.w, room + p * row);
+      for (int p = 0; p < count && s.mode == kLayer; ++p) mean[p] = moment<1>(from[p], x.c, 0) / n;
+      for (int p = 0; p < count; ++p)
+        factor[p] = 1 / std::sqrt(moment<2>(from[p], x.c, mean[p]) / n + s.extra_number());
+      for (int p = 0; p < count; ++p) {
+        const int64_t i = (at + p) / x.w, j = (at + p) % x.w;
+        normalize_pixel(affine, mean[p], factor[p], from[p], x.c, out.bytes(i, j), out.floats(i, j));
+      }
     }
   });
 }
@@ -119,7 +128,8 @@ void layer_norm(const Run& run, const Step& s) {
 void softmax(const Run& run, const Step& s) {
   const View x = run.view(s.x), none{};
   const View y = s.y >= 0 ? run.view(s.y) : none, z = s.z >= 0 ? run.view(s.z) : none;
-  const Output out = output_of(s, y, z);
+  const Output out{y, z};
+  const Affine affine{nullptr, nullptr, Range(s.zero, s.low, s.high), s.inverse()};
   in_parallel(run, x.pixels(), kLeastPixels, [&](int64_t begin, int64_t end) {
     float* room = (float*)memory.of((x.c + kLanes) * 4);
     for (int64_t at = begin; at < end; ++at) {
@@ -127,7 +137,7 @@ void softmax(const Run& run, const Step& s) {
       const float* from = floats_of(s, x, i, j, room);
       if (from != room) std::memcpy(room, from, x.c * 4);
       const float total = exponentials(room, x.c, 1, largest_of(room, x.c));
-      normalize_pixel({nullptr, nullptr, 0, 1 / total}, room, x.c, out, i, j);
+      normalize_pixel(affine, 0, 1 / total, room, x.c, out.bytes(i, j), out.floats(i, j));
     }
   });
 }
