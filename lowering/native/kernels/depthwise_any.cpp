@@ -113,8 +113,8 @@ void put(const Depthwise& d, const Rows& r, const Piece& p, const int32_t* sums)
       I values[V];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) values[v] = load_int(sums + v * kLanes);
-      if constexpr (is_both(kHow)) {
-        finish_both<V, kHow>(values, e, range, d.pixel(r.i + t, p.j + j, r.channel), r.n);
+      if constexpr (kHow == kBoth) {
+        finish_both<V>(values, e, scale, bias, range, d.pixel(r.i + t, p.j + j, r.channel), r.n);
         continue;
       }
       finish_fast<V, kHow>(values, e, scale, bias, range, y, r.n);
@@ -130,8 +130,6 @@ Put put_of(Ending how) {
     case kFolded: return put<V, kFolded>;
     case kOnlyHardswish: return put<V, kOnlyHardswish>;
     case kBoth: return put<V, kBoth>;
-    case kBothRelu: return put<V, kBothRelu>;
-    case kBothHardswish: return put<V, kBothHardswish>;
     default: return put<V, kAny>;
   }
 }

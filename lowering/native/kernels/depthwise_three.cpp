@@ -48,10 +48,10 @@ ALWAYS_INLINE void put(const Depthwise& d, const Rows& r, const Lines& lines, co
     alignas(64) int32_t memory[V * P * kLanes];
     for (int v = 0; v < V * P; ++v) store_int(memory + v * kLanes, sums[v]);
     for (int p = 0; p < count; ++p) finish<V>(memory + p * V * kLanes, e, d.pixel(r.i + t, j + p, r.channel), r.n);
-  } else if constexpr (is_both(kHow)) {
+  } else if constexpr (kHow == kBoth) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p)
-      if (p < count) finish_both<V, kHow>(sums + p * V, e, range, d.pixel(r.i + t, j + p, r.channel), r.n);
+      if (p < count) finish_both<V>(sums + p * V, e, scale, bias, range, d.pixel(r.i + t, j + p, r.channel), r.n);
   } else {
     finish_fast<V * P, kHow>(sums, e, scale, bias, range, lines.y[t] + j * d.y.c, count * r.n);
   }
@@ -131,8 +131,6 @@ Kernel kernel_with(const Step& s, int n) {
       case kFolded: return kernel_of<kFolded>(s, n);
       case kOnlyHardswish: return kernel_of<kOnlyHardswish>(s, n);
       case kBoth: return kernel_of<kBoth>(s, n);
-      case kBothRelu: return kernel_of<kBothRelu>(s, n);
-      case kBothHardswish: return kernel_of<kBothHardswish>(s, n);
       default: return kernel_of<kAny>(s, n);
     }
 }

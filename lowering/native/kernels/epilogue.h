@@ -64,7 +64,7 @@ __attribute__((noinline)) void finish(const int32_t* sums, const Epilogue& e, co
 }
 
 // What is done to sums that stay in registers: endings that layers often have.
-enum Ending { kAny, kFolded, kFoldedAdded, kOnlyHardswish, kOnlyGelu, kFloats, kFloatsAdded, kBoth, kBothRelu, kBothHardswish };
+enum Ending { kAny, kFolded, kFoldedAdded, kOnlyHardswish, kOnlyGelu, kFloats, kFloatsAdded, kBoth };
 
 ALWAYS_INLINE Ending ending_of(const Step& s) {
   if (s.fast) return s.other >= 0 ? kFoldedAdded : kFolded;
@@ -73,8 +73,7 @@ ALWAYS_INLINE Ending ending_of(const Step& s) {
 
 // The same, and of depthwise layers whose result is read as bytes and as floats, as in front of squeeze-excite.
 ALWAYS_INLINE Ending depthwise_ending_of(const Step& s) {
-  if (s.y < 0 || s.z < 0 || s.other >= 0) return ending_of(s);
-  return s.activation == kNone ? kBoth : s.activation == kRelu ? kBothRelu : s.activation == kHardswish ? kBothHardswish : kAny;
+  return s.y >= 0 && s.z >= 0 && s.other < 0 ? kBoth : ending_of(s);
 }
 
 // The same, and endings of linear layers in transformers.
@@ -105,22 +104,22 @@ ALWAYS_INLINE void finish_fast(const I* sums, const Epilogue& e, const F* scale,
   store_bytes<V>(y, integers, range, n);
 }
 
-// kBoth: bytes and floats of one pixel, the activation among them.
-template <int V, Ending kHow>
-ALWAYS_INLINE void finish_both(const I* sums, const Epilogue& e, const Range& range, const Pixel& pixel, int n) {
-  constexpr int64_t kActivation = kHow == kBothRelu ? kRelu : kHow == kBothHardswish ? kHardswish : kNone;
+// kBoth: bytes and floats of one pixel, whatever the activation.
+template <int V>
+ALWAYS_INLINE void finish_both(const I* sums, const Epilogue& e, const F* scale, const F* bias, const Range& range,
+                               const Pixel& pixel, int n) {
+  F x[V];
   I integers[V];
 #pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) x[v] = fma(to_float(sums[v]), scale[v], bias[v]);
+  activate<V>(x, e);
+#pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    const F x = fma(to_float(sums[v]), load(e.scale + v * kLanes), load(e.bias + v * kLanes));
-    const F value = activated(x, kActivation, 0, 0);
-    if (v * kLanes < n) store(pixel.z + v * kLanes, value, std::min(n - v * kLanes, kLanes));
-    integers[v] = rounded(clamped(value * set(e.inverse), -1e9f, 1e9f));
+    if (v * kLanes < n) store(pixel.z + v * kLanes, x[v], std::min(n - v * kLanes, kLanes));
+    integers[v] = rounded(clamped(x[v] * set(e.inverse), -1e9f, 1e9f));
   }
   store_bytes<V>(pixel.y, integers, range, n);
 }
-
-constexpr bool is_both(Ending how) { return how == kBoth || how == kBothRelu || how == kBothHardswish; }
 
 // kFloats: scaled sums as they are, perhaps added to floats.
 template <int V, Ending kHow>

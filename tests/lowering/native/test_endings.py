@@ -46,12 +46,21 @@ PRODUCTS = {
 }
 
 
+WIDE = {
+    # depthwise, as PRODUCTS: one pixel of all channels in 16 or 32 bytes, and more than a strip of 64
+    "16 channels": ((16, 1, 3, 3), 16, 1),
+    "32 channels": ((32, 1, 3, 3), 32, 1),
+    "100 channels": ((100, 1, 3, 3), 100, 1),
+    "100 channels of 5": ((100, 1, 5, 5), 100, 2),
+}
+
+
 class Net(nn.Module):
     """on_grid(activation(product(on_grid(x)) [+ added]))"""
 
     def __init__(self, product: str, activation: str, added: str) -> None:
         super().__init__()
-        shape, self.groups, self.padding = PRODUCTS[product]
+        shape, self.groups, self.padding = (PRODUCTS | WIDE)[product]
         g = torch.Generator().manual_seed(len(product) + len(activation))
         self.register_buffer("weight", torch.randint(-128, 128, shape, dtype=torch.int8, generator=g))
         self.register_buffer("scales", torch.rand(shape[0], generator=g) * 2e-3 + 1e-3)
@@ -122,3 +131,36 @@ def test_every_product_and_what_is_added(product: str, added: str, monkeypatch: 
     for name in able():
         for activation in ("none", "relu", "hardswish"):
             check(name, Net(product, activation, added), monkeypatch)
+
+
+class Both(Net):
+    """Its result as integers and as floats, which squeeze-excite reads. ``stride``: of the product."""
+
+    def __init__(self, product: str, activation: str, stride: int) -> None:
+        super().__init__(product, activation, "")
+        self.stride = stride
+
+    def product(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(x, w, b, self.stride, self.padding, 1, self.groups)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        w = qd.dequantize_per_channel.default(self.weight, self.scales, self.zeros, 0, -128, 127, torch.int8)
+        y = ACTIVATIONS[self.activation](self.product(on_grid(x, X), w, self.bias))
+        return on_grid(y, Y), y * 1.0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("product", [*WIDE, "depthwise", "convolution"])
+def test_integers_and_floats_of_one_result(product: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in able():
+        for activation in ("none", "relu", "relu6", "hardswish"):
+            net = Both(product, activation, stride)
+            channels = net.weight.shape[1] * net.groups
+            x = torch.randn(2, channels, 9, 11, generator=torch.Generator().manual_seed(3))
+            monkeypatch.setattr(lowering.native.cut, "load_op", lambda name=name: load_op(name))
+            program = to_native(torch.export.export(net, (x,)).module(), (x,), verify=False)
+            rounded, floats = program(x)
+            exact = net.exact(x, x)
+            assert float((integers(rounded).double() - exact).abs().max()) <= 0.5 + TIE
+            wanted = net(x)[1].double()
+            assert float((floats.double() - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
