@@ -1,6 +1,6 @@
 """NativeProgram: a Q/DQ graph at once, on our own int8 kernels: nothing is generated and compiled.
 
-copy of the graph, constants computed ─▶ regions, each one op ─▶ what is left: weights as integers or floats ─▶ run op by op
+copy of the graph ─▶ constants computed ─▶ regions, each one op ─▶ what is left: weights as integers or floats ─▶ run
 """
 
 from __future__ import annotations
