@@ -45,7 +45,7 @@ from quant2e.report.encodings import Encodings, encodings_of
 from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import BAD_SQNR_DB, Report
 from quant2e.stages import heard, quiet_where_told
-from quant2e.stored_tensor import read_stored
+from quant2e.stored_tensor import read_stored, stored_in
 
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
@@ -148,7 +148,8 @@ def quantize(
     else:
         graph = prepared if encodings is None else with_encodings(prepared, encodings)
         mended = Mended(captured, graph, _calibrated(graph, data, given, told))
-    converted = _converted(mended.prepared, use_reference_representation, int8_io)
+    once = not attempts and encodings is None and stored_in(mended.prepared)
+    converted = _converted(mended.prepared, use_reference_representation, int8_io, once)
     record = record_of(converted)
     report = replace(record.report, algorithms=mended.steps).with_notes(data.notes if data is not None else ())
     report = _measured(report, (captured, mended.prepared, converted), mended.held_out, min_sqnr_db)
@@ -252,9 +253,10 @@ def _measured(
     return report
 
 
-def _converted(prepared: GraphModule, reference: bool, int8_io: bool) -> GraphModule:
+def _converted(prepared: GraphModule, reference: bool, int8_io: bool, once: bool) -> GraphModule:
+    """The converted graph. ``once``: integers aside, ``prepared`` is ours alone and not converted again."""
     if not int8_io:
-        return converted_graph(prepared, reference)
+        return converted_graph(prepared, reference, last=once and not reference)
     from quant2e.integer import to_integer
 
     converted = with_quantized_io(converted_graph(prepared))

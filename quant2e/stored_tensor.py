@@ -9,7 +9,7 @@ them in memory, and runs with one at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
 import torch
@@ -19,6 +19,11 @@ from torch.utils import _pytree as pytree
 
 _SAME = frozenset({torch.ops.aten.detach.default, torch.ops.aten.alias.default})
 """Ops whose result is the weight itself."""
+
+OWN_WAY: dict[Any, Callable[..., Tensor | None]] = {}
+"""By op: what computes it without all the values at once, where the first operand is a stored weight; None where it
+does not, and the op is called.
+"""
 
 
 class TensorSource(Protocol):
@@ -75,6 +80,10 @@ class StoredTensor(Tensor):
         kwargs = dict(kwargs or {})
         for weight in _written(func, args, kwargs):
             raise weight.place.written(str(func))
+        if func in OWN_WAY and isinstance(args[0], StoredTensor):
+            computed = OWN_WAY[func](*args, **kwargs)
+            if computed is not None:
+                return computed
         values: dict[int, Tensor] = {}
 
         def read(leaf: Any) -> Any:

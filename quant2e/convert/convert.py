@@ -7,9 +7,10 @@ tensor that is wrong, not only the first.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
@@ -30,7 +31,7 @@ from quant2e.graph.constants import Constants, evaluate
 from quant2e.graph.edit import emit_constant
 from quant2e.graph.fake_values import FakeValueCache
 from quant2e.graph.mutation import own_tensors, own_written_tensors
-from quant2e.observers.base import is_observer_call
+from quant2e.observers.base import inner_observer, is_observer_call
 from quant2e.observers.encodings import Encoding, RoundedConstant
 from quant2e.observers.given import constant_of, integers_given
 from quant2e.observers.measuring import searchable
@@ -49,6 +50,7 @@ from quant2e.report.report import FLOAT, tensor_bytes, with_body
 from quant2e.report.weight_reads import weight_reads
 from quant2e.stages import stage
 from quant2e.stored_tensor import read_stored, stored_in
+from quant2e.weights.freed_memory import hand_back_memory
 from quant2e.weights.short_form import Shortened
 
 
@@ -129,9 +131,16 @@ def _same_throughout(gm: GraphModule, calls: list[Node]) -> list[str]:
 
 @stage("convert")
 def converted_graph(
-    prepared: GraphModule, use_reference_representation: bool = False, fold_quantize: bool = True
+    prepared: GraphModule,
+    use_reference_representation: bool = False,
+    fold_quantize: bool = True,
+    *,
+    last: bool = False,
 ) -> GraphModule:
-    """As `convert_pt2e`, without its warning: for callers that hand on the report."""
+    """As `convert_pt2e`, without its warning: for callers that hand on the report.
+
+    ``last``: ``prepared`` is not converted again, so what was observed of its constants is dropped.
+    """
     if not isinstance(prepared, GraphModule):
         raise Quant2eError(f"convert_pt2e takes what prepare_pt2e returned, not a {type(prepared).__name__}")
     gm = copy_graph(prepared, compiled=False)
@@ -151,6 +160,8 @@ def converted_graph(
     losses = (*losses_of(gm, calls, encodings, constants), *moved)
     worst = worst_tensors(gm, calls, encodings)
     notes += [*notes_of(gm, calls, encodings), *_few_samples(prepared), *_same_throughout(gm, calls)]
+    if last:
+        _forget((gm, prepared), [call for call in calls if call.all_input_nodes[0] in constants])
     _write(gm, calls, encodings, constants)
     for name in encodings:
         gm.delete_submodule(name)
@@ -165,6 +176,8 @@ def converted_graph(
         module.training = False  # as the graph is, whatever rebuilt it set
     gm.converted = True
     check_legality(gm)
+    if last:
+        hand_back_memory()
     if isinstance(record, GraphRecord):
         report = record.report.with_float(floats.readers).with_notes(
             (*dict.fromkeys(floats.observers.values()), *notes)
@@ -180,6 +193,19 @@ def converted_graph(
 
         return to_integer(gm)
     return gm
+
+
+def _forget(graphs: Iterable[GraphModule], calls: Iterable[Node]) -> None:
+    """Drop the ranges that the observers of ``calls`` found, in all ``graphs``: two numbers for each group of a weight.
+
+    The observers of a copy are its own.
+    """
+    names = {str(call.target) for call in calls}
+    for observer in (inner_observer(gm.get_submodule(name)) for gm in graphs for name in names):
+        for name in getattr(observer, "statistics", ()):
+            if name != "counts":
+                setattr(observer, name, torch.empty(0))
+    hand_back_memory()
 
 
 def _write(gm: GraphModule, calls: list[Node], encodings: Mapping[str, Encoding | None], constants: Constants) -> None:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from quant2e.errors import Quant2eError
+from quant2e.graph.qdq_ops import qd
 from quant2e.ranges.blocks import row_blocks
-from quant2e.stored_tensor import StoredTensor
+from quant2e.stored_tensor import OWN_WAY, StoredTensor, in_memory
 
 aten = torch.ops.aten
 
@@ -115,14 +116,26 @@ class ShortForm:
         if self.kind is Kind.CAST:
             return stored.to(self.dtype)
         made = torch.empty(self.shape, dtype=self.dtype, device=stored.device)
-        part, mask = self.stored_shape[self.axis], (1 << self.bits) - 1
+        for rows in row_blocks(self.shape[0], made.numel()):
+            made[rows] = self.rows(stored, rows)
+        return made
+
+    def rows(self, stored: Tensor, rows: slice) -> Tensor:
+        """As ``unpack``, of some rows: a slice of the first dimension, with both ends and steps of 1."""
+        if self.kind is Kind.REPEATED:
+            return stored.repeat(rows.stop - rows.start, *self.shape[1:])
+        if self.kind is Kind.CAST:
+            return stored[rows].to(self.dtype)
+        size, part, mask = self.shape[self.axis], self.stored_shape[self.axis], (1 << self.bits) - 1
+        first, last = (rows.start, rows.stop) if self.axis == 0 else (0, size)
+        parts = []
         for index in range(8 // self.bits):
-            begin = min(index * part, self.shape[self.axis])
-            into = made.narrow(self.axis, begin, min(part, self.shape[self.axis] - begin))
-            digits = stored.narrow(self.axis, 0, into.shape[self.axis])
-            for rows in row_blocks(into.shape[0], into.numel()):
-                into[rows] = (digits[rows] >> (self.bits * index)) & mask
-        return made.add_(self.low) if self.low else made
+            begin, end = max(first, index * part), min(last, (index + 1) * part, size)
+            if begin < end:
+                held = stored if self.axis == 0 else stored[rows]
+                digits = held.narrow(self.axis, begin - index * part, end - begin)
+                parts.append((digits >> (self.bits * index)) & mask)
+        return torch.cat(parts, self.axis).to(self.dtype).add_(self.low)
 
 
 def short_form(value: Tensor, *, repeats: bool) -> ShortForm | None:
@@ -196,6 +209,10 @@ class Shortened:
         """The constant, in memory of its own."""
         return self.form.unpack(self.stored)
 
+    def rows(self, rows: slice) -> Tensor:
+        """Some of its rows, in memory of their own."""
+        return self.form.rows(self.stored, rows)
+
     def written(self, by: str) -> Quant2eError:
         """The error of what would write to it."""
         return _unwritable(by, self)
@@ -244,3 +261,27 @@ def shortened(value: Tensor) -> Shortened | None:
     """Where ``value`` lies in its short form; None for any other tensor."""
     place = value.place if isinstance(value, StoredTensor) else None
     return place if isinstance(place, Shortened) else None
+
+
+def _dequantized(
+    q: StoredTensor, scales: Tensor, zero_points: Tensor | None, *others: Any, **named: Any
+) -> Tensor | None:
+    """``dequantize_per_channel_group`` of integers in their short form, block by block: torch's op holds them as 32-bit
+    integers and as floats at once. None where groups are not those of rows.
+    """
+    place = shortened(q)
+    if place is None or len(place.shape) != 2 or scales.dim() != 2 or scales.shape[0] != place.shape[0]:
+        return None
+    if zero_points is not None and zero_points.shape != scales.shape:
+        return None
+    op, made = qd.dequantize_per_channel_group.default, None
+    scales, zero_points = in_memory(scales), in_memory(zero_points)
+    for rows in row_blocks(place.shape[0], math.prod(place.shape)):
+        zeros = None if zero_points is None else zero_points[rows]
+        block = op(place.rows(rows).to(q.dtype), scales[rows], zeros, *others, **named)
+        made = torch.empty(place.shape, dtype=block.dtype) if made is None else made
+        made[rows] = block
+    return made
+
+
+OWN_WAY[qd.dequantize_per_channel_group.default] = _dequantized
