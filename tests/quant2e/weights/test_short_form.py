@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quant2e.errors import Quant2eError
+from quant2e.graph.qdq_ops import qd
 from quant2e.stored_tensor import StoredTensor
 from quant2e.weights.short_form import INTEGERS, Kind, in_short_form, short_form, shortened
 
@@ -38,6 +39,50 @@ def test_values_come_back(value, repeats):
     again = form.unpack(stored)
     assert (again.dtype, again.stride()) == (value.dtype, value.stride())
     assert torch.equal(again, value)
+
+
+@given(integers(), st.booleans(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_so_do_some_of_their_rows(value, repeats, data):
+    form = short_form(value, repeats=repeats)
+    if form is None:
+        return
+    first = data.draw(st.integers(0, value.shape[0] - 1))
+    rows = slice(first, data.draw(st.integers(first + 1, value.shape[0])))
+    some = form.rows(form.pack(value), rows)
+    assert (some.dtype, some.shape) == (value.dtype, value[rows].shape)
+    assert torch.equal(some, value[rows])
+
+
+GROUP = 32
+
+
+@pytest.mark.parametrize("given_zeros", [True, False])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [300, 301, 4100])
+def test_groups_are_dequantized_block_by_block_to_the_same_bits(rows, out, scale_dtype, given_zeros, monkeypatch):
+    seed = torch.Generator().manual_seed(rows)
+    q = torch.randint(-8, 8, (rows, 256), generator=seed, dtype=torch.int8)
+    scales = torch.rand(rows, 256 // GROUP, generator=seed).to(scale_dtype).float()
+    zeros = torch.randint(-8, 8, scales.shape, generator=seed, dtype=torch.int32) if given_zeros else None
+    asked = (-8, 7, torch.int8, GROUP, out)
+    whole = qd.dequantize_per_channel_group(q, scales, zeros, *asked)
+    stored = [in_short_form(tensor, repeats=False) for tensor in (q, scales)]
+    assert shortened(stored[0]) is not None
+    monkeypatch.setattr(StoredTensor, "read", lambda _: pytest.fail("all at once"), raising=True)
+    scales = scales if shortened(stored[1]) is None else shortened(stored[1]).read()
+    assert torch.equal(qd.dequantize_per_channel_group(stored[0], scales, zeros, *asked), whole)
+
+
+def test_groups_that_are_not_those_of_rows_are_dequantized_whole():
+    q = torch.randint(-8, 8, (40, 256), dtype=torch.int8)
+    scales, zeros = torch.rand(40 * 8), torch.zeros(40 * 8, dtype=torch.int32)
+    whole = qd.dequantize_per_channel_group(q, scales, zeros, -8, 7, torch.int8, GROUP, torch.float32)
+    stored = in_short_form(q, repeats=False)
+    assert torch.equal(
+        qd.dequantize_per_channel_group(stored, scales, zeros, -8, 7, torch.int8, GROUP, torch.float32), whole
+    )
 
 
 @pytest.mark.parametrize(("value", "repeats", "kind", "share"), [
