@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from quant2e.cli.inputs.arguments import DataSource, Existing, ImageSize, NumberList, OutputFile, PageFile
-from quant2e.cli.targets import DEFAULT_RECIPE, TARGETS
+from quant2e.cli.targets import DEFAULT_RECIPE, ISAS, TARGETS
 
 if TYPE_CHECKING:
     from quant2e.cli.inputs.data import Batches
@@ -29,6 +29,12 @@ _SUMMARIES = "; ".join(f"{name}: {target.summary}" for name, target in TARGETS.i
 
 target_option = click.option(
     "--target", type=click.Choice(list(TARGETS)), required=True, help=f"What will run the model. {_SUMMARIES}."
+)
+isa_option = click.option(
+    "--isa",
+    type=click.Choice(ISAS),
+    help="Processors that will run it, where the target's kernels depend on them: without VNNI int8 kernels add two "
+    "products in 16 bits, and ranges leave room for that (default: this processor).",
 )
 recipe_option = click.option(
     "--recipe",

@@ -14,13 +14,14 @@ from quant2e.cli.options import (
     dynamic_batch_option,
     float_model,
     html_option,
+    isa_option,
     page_written,
     program_option,
     read_batches,
     recipe_option,
     target_option,
 )
-from quant2e.cli.targets import check_program_path, quantizer_of, written
+from quant2e.cli.targets import check_isa, check_program_path, quantizer_of, written
 from quant2e.cli.verb import VerbResult, verb
 
 _EXAMPLE = """
@@ -43,6 +44,7 @@ here and run, and returns (model, example_inputs). A .pt2 file is only read; not
 @verb("quantize", example=_EXAMPLE)
 @float_model
 @target_option
+@isa_option
 @data_options(required=False, what="What ranges are found on (not needed by dynamic and weight-only recipes)")
 @click.option("-o", "--output", type=OutputFile(".pt2"), help="Write the quantized model to this .pt2 file.")
 @program_option
@@ -62,6 +64,7 @@ here and run, and returns (model, example_inputs). A .pt2 file is only read; not
 def quantize_file(
     model: str,
     target: str,
+    isa: str | None,
     output: Path | None,
     program: Path | None,
     recipe: str | None,
@@ -76,6 +79,7 @@ def quantize_file(
     """Quantize a float model, and make a program of it if asked to."""
     if output is None and program is None:
         raise click.UsageError("nothing to write: give --output FILE.pt2, --program FILE, or both")
+    check_isa(target, isa)
     if program is not None:
         check_program_path(program, target)
     if max_drop is not None and evaluate is None:
@@ -86,7 +90,7 @@ def quantize_file(
     from quant2e.cli.inputs.user_code import user_function
 
     metric = None if evaluate is None else user_function(evaluate)
-    quantizer, of_recipe = quantizer_of(target, recipe)
+    quantizer, of_recipe = quantizer_of(target, recipe, isa)
     source = read_float_model(model, dynamic_batch)
     batches = read_batches(data, Taken(source.graph, source.example))
     result = quant2e.quantize(

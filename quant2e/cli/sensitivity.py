@@ -12,12 +12,13 @@ from quant2e.cli.options import (
     dynamic_batch_option,
     float_model,
     html_option,
+    isa_option,
     page_written,
     read_batches,
     recipe_option,
     target_option,
 )
-from quant2e.cli.targets import quantizer_of
+from quant2e.cli.targets import check_isa, quantizer_of
 from quant2e.cli.verb import VerbResult, verb
 
 _EXAMPLE = """
@@ -33,6 +34,7 @@ recipe, or let quant2e tune find them.
 @verb("sensitivity", example=_EXAMPLE)
 @float_model
 @target_option
+@isa_option
 @data_options(required=True, what="What ranges are found on, but for a few calls to measure on")
 @recipe_option
 @html_option
@@ -48,6 +50,7 @@ recipe, or let quant2e tune find them.
 def sensitivity_of_file(
     model: str,
     target: str,
+    isa: str | None,
     recipe: str | None,
     method: str,
     everything: bool,
@@ -56,11 +59,12 @@ def sensitivity_of_file(
     **data: Any,
 ) -> VerbResult:
     """Show what quantizing each group of ops costs."""
+    check_isa(target, isa)
     import quant2e
     from quant2e.cli.inputs.models import read_float_model
     from quant2e.cli.inputs.taken import Taken
 
-    quantizer, _ = quantizer_of(target, recipe)
+    quantizer, _ = quantizer_of(target, recipe, isa)
     source = read_float_model(model, dynamic_batch)
     batches = read_batches(data, Taken(source.graph, source.example))
     assert batches is not None

@@ -16,7 +16,8 @@ class Target:
     """``summary``: what runs it. ``quantizer``: ``module:class``, made without arguments, and configured by the name
     of a recipe. ``lower``: ``module:function``, of the quantized model. ``suffix``: of the program file; ``beside``: of
     a second one with the same name, if there is one. ``writes``: the function writes the file itself, to ``path=``;
-    otherwise what it returns is saved. ``extra``: what is to be installed.
+    otherwise what it returns is saved. ``extra``: what is to be installed. ``knows_isa``: the quantizer takes an
+    instruction set.
     """
 
     summary: str
@@ -26,6 +27,7 @@ class Target:
     beside: str = ""
     writes: bool = False
     extra: str = ""
+    knows_isa: bool = False
 
 
 TARGETS: Mapping[str, Target] = {
@@ -39,6 +41,7 @@ TARGETS: Mapping[str, Target] = {
     "x86": Target(
         summary="Inductor on x86 CPUs, as a package that needs torch alone",
         quantizer="quantizers:X86InductorQuantizer",
+        knows_isa=True,
         lower="lowering:package_inductor",
         suffix=".pt2",
         writes=True,
@@ -46,6 +49,7 @@ TARGETS: Mapping[str, Target] = {
     "onnx": Target(
         summary="onnxruntime, on CPUs",
         quantizer="quantizers:X86InductorQuantizer",
+        knows_isa=True,
         lower="lowering:to_onnx",
         suffix=".onnx",
         writes=True,
@@ -54,6 +58,7 @@ TARGETS: Mapping[str, Target] = {
     "openvino": Target(
         summary="OpenVINO, on CPUs",
         quantizer="quantizers:X86InductorQuantizer",
+        knows_isa=True,
         lower="lowering:to_openvino",
         suffix=".xml",
         beside=".bin",
@@ -61,6 +66,9 @@ TARGETS: Mapping[str, Target] = {
     ),
 }
 """A new target is one entry here."""
+
+ISAS = ("avx2", "avx2_vnni", "avx512", "avx512_vnni", "amx")
+"""Names of `quant2e.cpu.TARGETS`, which imports torch."""
 
 DEFAULT_RECIPE = "w8a8"
 
@@ -74,12 +82,21 @@ def looked_up(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def quantizer_of(target: str, recipe: str | None) -> tuple[Any, Any]:
+def check_isa(target: str, isa: str | None) -> None:
+    """Raise a usage error for an instruction set, where the quantizer of the target takes none."""
+    if isa is not None and not TARGETS[target].knows_isa:
+        known = ", ".join(name for name, about in TARGETS.items() if about.knows_isa)
+        raise click.UsageError(f"--isa goes with the targets {known}: {target} computes the same on every processor")
+
+
+def quantizer_of(target: str, recipe: str | None, isa: str | None) -> tuple[Any, Any]:
     """The quantizer of a target that asks what a recipe asks, by name or from a file, and the algorithms of the recipe.
 
-    Raises `AnnotationError` for a name that is none, `FileFormatError` for a file that is none.
+    ``isa``: of the processors that will run the model; None for this one. Raises `AnnotationError` for a name that is
+    none, `FileFormatError` for a file that is none.
     """
-    quantizer = looked_up(TARGETS[target].quantizer)()
+    check_isa(target, isa)
+    quantizer = looked_up(TARGETS[target].quantizer)(**({} if isa is None else {"isa": isa}))
     if recipe is None or Path(recipe).suffix not in RECIPES:
         return quantizer.set_global(recipe or DEFAULT_RECIPE), ()
     import quant2e

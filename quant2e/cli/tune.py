@@ -15,13 +15,14 @@ from quant2e.cli.options import (
     dynamic_batch_option,
     float_model,
     html_option,
+    isa_option,
     page_written,
     program_option,
     read_batches,
     recipe_option,
     target_option,
 )
-from quant2e.cli.targets import check_program_path, quantizer_of, written
+from quant2e.cli.targets import check_isa, check_program_path, quantizer_of, written
 from quant2e.cli.verb import VerbResult, verb
 
 _EXAMPLE = """
@@ -45,6 +46,7 @@ _STRATEGIES = ("sensitivity", "bisect", "mse", "bayesian", "random", "exhaustive
 @verb("tune", example=_EXAMPLE)
 @float_model
 @target_option
+@isa_option
 @data_options(required=False, what="What ranges are found on (not needed by dynamic and weight-only recipes)")
 @click.option("--evaluate", type=FunctionName(), required=True, help="The function that returns the metric of a model.")
 @click.option(
@@ -71,6 +73,7 @@ _STRATEGIES = ("sensitivity", "bisect", "mse", "bayesian", "random", "exhaustive
 def tune_file(
     model: str,
     target: str,
+    isa: str | None,
     evaluate: str,
     max_drop: float,
     absolute: bool,
@@ -90,6 +93,7 @@ def tune_file(
     """Find the cheapest mix of precisions that keeps a metric."""
     if max_drop > 1.0 and not absolute:
         raise click.UsageError(f"--max-drop {max_drop:g} is more than all of the metric: 0.5%, or --absolute")
+    check_isa(target, isa)
     if program is not None:
         check_program_path(program, target)
     import quant2e
@@ -98,7 +102,7 @@ def tune_file(
     from quant2e.cli.inputs.user_code import user_function
 
     metric = user_function(evaluate)
-    quantizer, of_recipe = quantizer_of(target, recipe)
+    quantizer, of_recipe = quantizer_of(target, recipe, isa)
     source = read_float_model(model, dynamic_batch)
     batches = read_batches(data, Taken(source.graph, source.example))
     chosen: Any = strategy

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import lowering
 from lowering.language_models import Decoder, capture_decoder
 from quant2e import CaptureError, Quant2eError, capture
 from quant2e.graph.mutation import written_attributes
-from quantizers import X86InductorQuantizer
+from quantizers import X86InductorQuantizer, XNNPACKQuantizer
 
 IDS = torch.tensor([[5, 17, 3, 42, 8]])
 
@@ -105,21 +106,33 @@ def test_constants_that_are_written_are_buffers(registered):
 
 def models():
     transformers = pytest.importorskip("transformers")
-    sizes = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-    }  # fmt: skip
-    small = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+    few = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
     ends = {"bos_token_id": 0, "eos_token_id": 1}
+    alone = {**few, "num_attention_heads": 4, "initializer_range": 0.3}
+    sizes = {**alone, "intermediate_size": 128, "num_key_value_heads": 2}
+    small = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
+    opt = {**few, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64, "init_std": 0.3}
     return {
         "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)),
         "qwen": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)),
+        "qwen 3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, head_dim=16)),
         "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, **ends)),
+        "mistral": lambda: transformers.MistralForCausalLM(
+            transformers.MistralConfig(**sizes, head_dim=16, sliding_window=None)
+        ),
+        "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**sizes)),
+        "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes, head_dim=16)),
+        "opt": lambda: transformers.OPTForCausalLM(transformers.OPTConfig(**opt)),
+        "gpt-neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**alone, intermediate_size=128)),
+        "stablelm": lambda: transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)),
     }
 
 
+FAMILIES = ["llama", "qwen", "qwen 3", "gpt2", "mistral", "phi", "gemma", "opt", "gpt-neox", "stablelm"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "qwen", "gpt2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_captured_and_quantized_decoders_generate(name):
     torch.manual_seed(0)
     model = models()[name]().eval()
@@ -141,3 +154,24 @@ def test_captured_and_quantized_decoders_generate(name):
         capture_decoder(model.train(), 8)
     with pytest.raises(CaptureError, match="has 64 positions"):
         capture_decoder(model.eval(), 65)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w8", "w4-g32"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inductor_generates_the_tokens_of_the_graph(name, scheme):
+    torch.manual_seed(0)
+    decoder = capture_decoder(models()[name]().eval(), max_length=16)
+    quantized = decoder.quantize(X86InductorQuantizer().set_global(scheme), min_sqnr_db=None)
+    assert torch.equal(quantized.lowered(lowering.to_inductor).generate(IDS, 6), quantized.generate(IDS, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "8da4w"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_executorch_generates_the_tokens_of_the_graph(name, scheme):
+    pytest.importorskip("executorch")
+    torch.manual_seed(0)
+    decoder = capture_decoder(models()[name]().eval(), max_length=16)
+    quantized = decoder.quantize(XNNPACKQuantizer().set_global(scheme), min_sqnr_db=None)
+    assert torch.equal(quantized.lowered(lowering.to_executorch).generate(IDS, 6), quantized.generate(IDS, 6))

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import quant2e
+from quant2e.cli.targets import ISAS
+from quant2e.cpu import TARGETS
 
 CODE = """
 import torch
@@ -72,6 +74,34 @@ def test_a_model_of_the_users_code(code):
     assert found["data"]["batches"] == 6
     assert found["report"]["sqnr_db"] == quant2e.load("a.pt2").report.sqnr_db
     assert quant2e.load("a.pt2")(torch.zeros(7, 8)).shape == (7, 4)
+
+
+def test_another_processor(run, folder):
+    given = ("--data", folder / "calib.npz", "--target", "x86")
+    for isa in ("avx2", "avx512_vnni"):
+        result = run("quantize", folder / "model.pt2", *given, "--isa", isa, "-o", f"{isa}.pt2")
+        assert result.exit_code == 0, result.output
+    plain, vnni = (quant2e.load(f"{isa}.pt2").report for isa in ("avx2", "avx512_vnni"))
+    assert any("AVX2" in note for note in plain.notes)
+    assert any("AVX512 VNNI multiplies full ranges exactly" in note for note in vnni.notes)
+    assert run("sensitivity", folder / "model.pt2", *given, "--isa", "avx2").exit_code == 0
+    refused = run("quantize", folder / "model.pt2", *given, "--isa", "sse2", "-o", "a.pt2")
+    assert refused.exit_code == 2
+    assert "'sse2' is not one of" in refused.stderr
+
+
+@pytest.mark.parametrize("verb", ["quantize", "sensitivity", "tune"])
+def test_a_processor_for_a_target_that_knows_none(run, folder, verb):
+    given = ("--data", folder / "calib.npz", "--target", "xnnpack", "--isa", "avx2")
+    more = {"quantize": ("-o", "a.pt2"), "sensitivity": (), "tune": ("--evaluate", "built:metric", "-o", "a.pt2")}
+    result = run(verb, folder / "model.pt2", *given, *more[verb])
+    assert result.exit_code == 2
+    assert "--isa goes with the targets x86, onnx, openvino" in result.stderr
+    assert not Path("a.pt2").exists()
+
+
+def test_processors_are_those_of_the_quantizer():
+    assert set(ISAS) == set(TARGETS)
 
 
 @pytest.mark.parametrize(
