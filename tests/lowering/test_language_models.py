@@ -167,7 +167,7 @@ def test_inductor_generates_the_tokens_of_the_graph(name, scheme):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "8da4w"])
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w4a8-dynamic-g32"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_executorch_generates_the_tokens_of_the_graph(name, scheme):
     pytest.importorskip("executorch")

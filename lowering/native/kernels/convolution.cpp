@@ -59,8 +59,10 @@ ALWAYS_INLINE void finish_block(I (&sums)[R][V], const Epilogue& e, const Pixel*
     for (int v = 0; v < V; ++v) {  // scale and bias are read once
       const F scale = load(e.scale + v * kLanes), bias = load(e.bias + v * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-        sums[r][v] = integers_of<kEnding>(sums[r][v], e, scale, bias, (const uint8_t*)pixels[r].added + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* added = kEnding == kFoldedAdded ? (const uint8_t*)pixels[r].added + v * kLanes : nullptr;
+        sums[r][v] = integers_of<kEnding>(sums[r][v], e, scale, bias, added);
+      }
     }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) store_bytes<V>(pixels[r].y, sums[r], range, n);
