@@ -51,6 +51,11 @@ ALWAYS_INLINE F with_sign_of(F x, F sign) {
   const __m512i bit = _mm512_set1_epi32((int32_t)0x80000000);
   return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bit, _mm512_castps_si512(sign), _mm512_castps_si512(x), 0xca));
 }
+// Values of a table, by the last five bits of each lane.
+constexpr int kTable = 32;
+ALWAYS_INLINE F looked_up(const float (&table)[kTable], F bits) {
+  return _mm512_permutex2var_ps(load(table), _mm512_castps_si512(bits), load(table + kLanes));
+}
 ALWAYS_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
 ALWAYS_INLINE float largest(F x) { return _mm512_reduce_max_ps(x); }
 
