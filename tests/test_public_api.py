@@ -11,6 +11,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, UnionType
