@@ -45,7 +45,7 @@ torch.backends.cudnn.benchmark = True
 torch._inductor.config.freezing = not torch._inductor.config.freezing
 torch._dynamo.config.suppress_errors = not torch._dynamo.config.suppress_errors
 from torch._inductor.fx_passes import quantization
-quantization._register_quantization_weight_pack_pass()
+quantization._register_woq_lowerings()
 torch.nn.Module.train = lambda self, mode=True: self
 numpy.random.seed(1)
 random.seed(1)

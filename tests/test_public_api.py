@@ -11,6 +11,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -97,6 +98,9 @@ def describe(name: str, target: object, public: frozenset[type]) -> Iterator[str
         head = f"class {name}({bases})" if bases else f"class {name}"
         if target.__name__ != name:
             yield f"{name} = {target.__name__}"
+            return
+        if issubclass(target, Enum):  # its signature is Python's, and differs between releases
+            yield f"{head}: {', '.join(target.__members__)}"
             return
         yield head if issubclass(target, BaseException) else f"{head}: {signature(target)}"
         yield from (member_line(*member) for member in own_members(target, public))

@@ -3,14 +3,16 @@
 XNNPACK joins elementwise ops between two 8-bit tensors to one table of 256 values, and then asks of the op that reads
 the table whether it can be joined as well. In XNNPACK of ExecuTorch 1.4 (``xnn_subgraph_fuse_unary_quantized_into_lut``
 at 1adaa7c7) that question goes wrong in two ways, and each time the table is freed and stays in use: values are wrong,
-and freeing the program frees it again, which ends the process.
+and freeing the program frees it again, which ends the process. ExecuTorch 1.5.1 has another fault.
 
 - The copy of an op with two inputs takes as many outputs, the second of them value 0: the first argument of the
   delegate. A sum of a table's result and that argument looks like a function of one tensor. The values do not fit, so
   that the attempt fails, or they do (256 in a row, or one), and the process ends while the program is loaded.
 - No more than `LONGEST` ops are joined. In a longer chain the table is asked for the rest.
+- In ExecuTorch 1.5.1 a table of exactly `LONGEST` ops ends the process while the program is loaded. A conversion and
+  its inverse are dropped first, so that longer chains may come to this number: no chain is as long.
 
-XNNPACK has neither fault since August 2026 at the latest.
+XNNPACK has neither of the first two since August 2026 at the latest.
 """
 
 from __future__ import annotations
@@ -114,8 +116,8 @@ class _Delegate:
             return bool(beside) and bool(behind) and self._leads_to_8_bit(node)
         if node.meta.get(IMPLICIT) or op_name(node) not in _UNARY:
             return False
-        chain = self.chain(node)
-        return len(chain) == LONGEST + 2 and self.has_table(chain)
+        begin = self.chain(node)[LONGEST : LONGEST + 1]
+        return any(map(self._is_8_bit, begin)) and self._leads_to_8_bit(node)
 
 
 def beside_tables(nodes: Sequence[Node], exported: ExportedProgram) -> list[Node]:
@@ -138,7 +140,9 @@ def beside_tables_in(exported: ExportedProgram) -> list[Node]:
 
 
 def _unsafe(nodes: Iterable[Node], delegate: _Delegate) -> list[Node]:
-    return [node for node in nodes if delegate.is_unsafe(node)]
+    """Of a chain the first: without it, those behind it may be safe."""
+    found = dict.fromkeys(node for node in nodes if delegate.is_unsafe(node))
+    return [node for node in found if op_name(node) in _BINARY or found.keys().isdisjoint(delegate.chain(node)[1:])]
 
 
 def _constants(exported: ExportedProgram) -> frozenset[Node]:

@@ -50,16 +50,30 @@ def many(y, count):
     return y
 
 
-ADD, DEQUANTIZE = "aten.add.Tensor", "quantized_decomposed.dequantize_per_tensor.default"
+def signs(x, count):
+    for i in range(count):
+        x = x.neg() if i % 2 else x.abs()
+    return x
+
+
+ADD, QUANTIZE = "aten.add.Tensor", "quantized_decomposed.quantize_per_tensor.default"
 
 INTEGERS = {
     "wrong values": (lambda x, y: q(dq(x, 0.1) + again(y, 0.05), 0.15), 4, ADD),
     "no process behind loading": (lambda x, y: q(dq(x, 0.1) * again(y, 0.05), 0.15), 256, "aten.mul.Tensor"),
     "behind a view": (lambda x, y: q(dq(x, 0.1).view(-1) - again(y, 0.05).view(-1), 0.15), 4, "aten.sub.Tensor"),
     "behind more ops": (lambda x, y: q(dq(x, 0.1) + dq(q(again(y, 0.05).abs(), 0.03), 0.03), 0.15), 4, ADD),
-    "more than a table takes": (lambda x, y: (many(y, 6), dq(x, 0.1)), 4, DEQUANTIZE),
+    "more than a table takes": (lambda x, y: (many(y, 6), dq(x, 0.1)), 4, QUANTIZE),
+    "as many as a table takes": (lambda x, y: (many(y, 5), dq(x, 0.1)), 4, QUANTIZE),
+    "behind floats": (lambda x, y: (many(q(signs(x / 10, 10), 0.05), 6), y + 0), 4, QUANTIZE),
+    "behind a shorter table": (lambda x, y: (q(signs(again(x, 0.1), 7), 0.05), y + 0), 4, "aten.abs.default"),
+    "two in a chain": (
+        lambda x, y: (many(q(signs(dq(x, 0.1), 12), 0.05), 6), y + 0),
+        4,
+        f"aten.abs.default {QUANTIZE}",
+    ),
 }
-"""Programs of two tensors of integers: function, width, and the op that is left out."""
+"""Programs of two tensors of integers: function, width, and the ops that are left out."""
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -68,7 +82,7 @@ def test_what_would_be_joined_with_a_table_is_left_to_a_kernel(name):
     torch.manual_seed(0)
     x, y = torch.randint(-128, 128, (2, 4, width), dtype=torch.int8)
     program = to_executorch(Fn(function), (x, y), verify=False)
-    assert [left.op for left in program.report.leftovers if left.reason == BESIDE_TABLE] == [left_out]
+    assert [left.op for left in program.report.leftovers if left.reason == BESIDE_TABLE] == left_out.split()
     for got, expected in zip(flat(program(x, y)), flat(function(x, y)), strict=True):
         assert (got.double() - expected.double()).abs().max() <= 1
 
@@ -84,7 +98,8 @@ def flat(outputs):
 
 
 SAFE = {
-    "as many as a table takes": lambda x, y: (many(y, 5), dq(x, 0.1)),
+    "almost as many as a table takes": lambda x, y: (q(signs(dq(y, 0.1), 7), 0.05), dq(x, 0.1)),
+    "many floats": lambda x, y: (signs(dq(y, 0.1), 15), dq(x, 0.1)),
     "one conversion": lambda x, y: q(dq(x, 0.1) + dq(y, 0.05), 0.15),
     "no integers behind it": lambda x, y: dq(x, 0.1) + again(y, 0.05),
     "both have a table": lambda x, y: q(again(x, 0.1) + again(y, 0.05), 0.15),

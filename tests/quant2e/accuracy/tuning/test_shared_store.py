@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import quant2e
+from quant2e.accuracy.tuning import shared_store
 from quant2e.accuracy.tuning.shared_store import SharedStore
 from quant2e.accuracy.tuning.space.space import Family, Mix, Space, TunedGroup
 from quant2e.accuracy.tuning.space.trial import TuningTrial
@@ -33,8 +35,22 @@ def trial(number: int, mix: Mix) -> TuningTrial:
     return TuningTrial(number, mix, 0.5, True, True, ("a",), 0.5, 100, 8.0, 0.25, None, 1.0)
 
 
+OPENED: list[SharedStore] = []
+
+
+@pytest.fixture(autouse=True)
+def claims_end_with_their_test():
+    """Or their signs of life go on in this process, where other tests watch what it opens."""
+    yield
+    while OPENED:
+        store = OPENED.pop()
+        for number in list(store._claims):
+            store.abandon(number)
+
+
 def opened(storage, **about: str) -> SharedStore:
-    return SharedStore(storage, "study", {**ABOUT, **about}, SPACE)
+    OPENED.append(SharedStore(storage, "study", {**ABOUT, **about}, SPACE))
+    return OPENED[-1]
 
 
 def journal(folder: Path):
@@ -77,6 +93,19 @@ def test_the_claim_of_another_machine_is_free_when_it_gives_no_sign(tmp_path, mo
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 61.0)
     assert near.claim([FIRST])[1] == FIRST
+
+
+def test_an_ended_claim_gives_no_more_signs(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_store, "_HEARTBEAT", 0.01)
+    store, before = opened(journal(tmp_path)), set(threading.enumerate())
+    numbers = [store.claim([mix])[0] for mix in (FIRST, SECOND)]
+    beating = set(threading.enumerate()) - before
+    assert len(beating) == 2
+    store.abandon(numbers[0])
+    store.finish(trial(numbers[1], SECOND))
+    for thread in beating:
+        thread.join(timeout=60.0)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("part", ABOUT)
