@@ -47,7 +47,7 @@ def machine() -> Machine:
 
     flags = _cpuinfo("flags").split()
     return Machine(
-        cpu=_cpuinfo("model name") or platform.processor() or platform.machine(),
+        cpu=_processor(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         isa=torch.backends.cpu.get_cpu_capability(),
@@ -58,6 +58,14 @@ def machine() -> Machine:
             **{name: version(name) for name in ("executorch", "transformers", "scikit-learn")},
         },
     )
+
+
+def _processor() -> str:
+    """The processor's name, with its family and model: virtual machines give all generations of one maker one name."""
+    name, numbers = _cpuinfo("model name"), [_cpuinfo(field) for field in ("cpu family", "model")]
+    if name and all(numbers):
+        return f"{name} (family {numbers[0]}, model {numbers[1]})"
+    return name or platform.processor() or platform.machine()
 
 
 def _cpuinfo(field: str) -> str:

@@ -39,7 +39,11 @@ def programs(folder: Path, quantized: Path) -> Callable[[str], Path]:
 
         path = folder / f"program{suffix}"
         if not path.exists():
-            getattr(lowering, lower)(quant2e.load(quantized), verify=False).save(path)
+            model = quant2e.load(quantized)
+            if suffix == ".onnx":
+                lowering.to_onnx(model, path=path, verify=False)
+            else:
+                getattr(lowering, lower)(model, verify=False).save(path)
         return path
 
     return made
