@@ -111,7 +111,6 @@ def models():
     alone = {**few, "num_attention_heads": 4, "initializer_range": 0.3}
     sizes = {**alone, "intermediate_size": 128, "num_key_value_heads": 2}
     small = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
-    opt = {**few, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64, "init_std": 0.3}
     return {
         "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)),
         "qwen": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)),
@@ -122,13 +121,12 @@ def models():
         ),
         "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**sizes)),
         "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes, head_dim=16)),
-        "opt": lambda: transformers.OPTForCausalLM(transformers.OPTConfig(**opt)),
         "gpt-neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**alone, intermediate_size=128)),
         "stablelm": lambda: transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)),
     }
 
 
-FAMILIES = ["llama", "qwen", "qwen 3", "gpt2", "mistral", "phi", "gemma", "opt", "gpt-neox", "stablelm"]
+FAMILIES = ["llama", "qwen", "qwen 3", "gpt2", "mistral", "phi", "gemma", "gpt-neox", "stablelm"]
 
 
 @pytest.mark.slow
