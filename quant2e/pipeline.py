@@ -46,6 +46,7 @@ from quant2e.report.record import RECORD_KEY, record_of
 from quant2e.report.report import BAD_SQNR_DB, Report
 from quant2e.stages import heard, quiet_where_told
 from quant2e.stored_tensor import read_stored, stored_in
+from quant2e.weights.freed_memory import hand_back_memory
 
 LEAST_SQNR_DB = 10.0
 """Below, a tenth of the output's power is noise."""
@@ -150,6 +151,8 @@ def quantize(
         mended = Mended(captured, graph, _calibrated(graph, data, given, told))
     once = not attempts and encodings is None and stored_in(mended.prepared)
     converted = _converted(mended.prepared, use_reference_representation, int8_io, once)
+    if once:
+        hand_back_memory()
     record = record_of(converted)
     report = replace(record.report, algorithms=mended.steps).with_notes(data.notes if data is not None else ())
     report = _measured(report, (captured, mended.prepared, converted), mended.held_out, min_sqnr_db)

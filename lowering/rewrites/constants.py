@@ -3,7 +3,7 @@
 f(constants)  =  a constant.
 
 Positions, masks and rows looked up at fixed positions are computed once, here, instead of on every call. Nothing is
-computed that would make the file bigger: dequantized weights stay integers, and a result larger than what it is
+computed that would make the program bigger: dequantized weights stay integers, and a result larger than what it is
 computed from, beyond a floor, is left in the graph.
 """
 

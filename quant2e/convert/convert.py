@@ -176,14 +176,12 @@ def converted_graph(
         module.training = False  # as the graph is, whatever rebuilt it set
     gm.converted = True
     check_legality(gm)
-    if last:
-        hand_back_memory()
     if isinstance(record, GraphRecord):
         report = record.report.with_float(floats.readers).with_notes(
             (*dict.fromkeys(floats.observers.values()), *notes)
         )
-        report = replace(report, losses=losses, tensors=worst, quantized_bytes=tensor_bytes(gm))
-        report = replace(report, weight_reads=weight_reads(gm))
+        size, reads = tensor_bytes(gm), weight_reads(gm)
+        report = replace(report, losses=losses, tensors=worst, quantized_bytes=size, weight_reads=reads)
         for path, body in inside.items():
             report = with_body(report, path, body.report)
         found = tuple(encodings.get(name) for name in record.observers)
