@@ -23,7 +23,6 @@ from quantizers.x86.rules import capabilities
 
 aten = torch.ops.aten
 
-_FUSED = op(aten.scaled_dot_product_attention.default)(f.x, f.y)
 _PRODUCTS = op(aten.matmul.default, aten.bmm.default)(f.x, f.y)
 _SCALED = frozenset({"mul", "div", "add", "masked_fill"})
 """What the scores of attention pass before their softmax."""
@@ -71,8 +70,8 @@ def _scores(config: Any) -> tuple[Rule, ...]:
     )
     both = {"x": signed, "y": signed}
     return (
-        Rule(_FUSED, both, name="attention scores"),
-        Rule(_PRODUCTS, both, when=_before_a_softmax, name="attention scores, spelled out"),
+        Rule(f.scores, both, name="scores of attention"),
+        Rule(_PRODUCTS, both, when=_before_a_softmax, name="scores of attention, spelled out"),
     )
 
 

@@ -18,7 +18,7 @@ from quant2e.graph.qdq_ops import qd
 aten = torch.ops.aten
 
 _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tensor.default
-_EFFECTS = frozenset({Effect.SAME, Effect.RESHAPE, Effect.PERMUTE})
+_EFFECTS = frozenset({Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.REPEAT})
 
 
 def quantized_before_moves(module: GraphModule) -> int:
@@ -54,6 +54,6 @@ def _hoisted(quantize: Node) -> bool:
 
 
 def is_move(node: Node) -> bool:
-    """Whether an op moves the values of its first operand, all of them, and does no more."""
+    """Whether an op moves the values of its first operand, all of them, perhaps several times, and does no more."""
     row = movement(node.target)
     return row is not None and row.effect in _EFFECTS and row.when is When.ALWAYS

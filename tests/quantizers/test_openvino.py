@@ -23,13 +23,15 @@ def lines(model, example, quantizer=None):
 
 def test_scores_that_are_spelled_out():
     found = lines(Attention(), TOKENS)
-    assert f"matmul: transpose {SCORES}, transpose_3 {SCORES}  [attention scores, spelled out]" in found
+    assert f"matmul: transpose {SCORES}, transpose_3 {SCORES}  [scores of attention, spelled out]" in found
     assert len(found) == 6  # the rules of x86 as they were, and neither the second product nor what is behind it
 
 
 def test_scores_of_the_fused_op():
     model = Of(lambda m, x: F.scaled_dot_product_attention(x, x.sin(), x.cos()))
-    assert lines(model, HEADS) == [f"scaled_dot_product_attention: inputs_0 {SCORES}, sin {SCORES}  [attention scores]"]
+    assert lines(model, HEADS) == [
+        f"scaled_dot_product_attention: inputs_0 {SCORES}, sin {SCORES}  [scores of attention]"
+    ]
 
 
 def test_a_product_that_no_softmax_reads_stays_as_x86_has_it():
