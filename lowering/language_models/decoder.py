@@ -29,7 +29,6 @@ from quant2e.passes.fold_weights import weights_in_memory_once
 from quant2e.pipeline import quantize
 from quant2e.quantized_model import QuantizedModel
 
-
 aten = torch.ops.aten
 
 
