@@ -29,6 +29,7 @@ from quant2e.graph.qdq_ops import qd
 from quant2e.isolation import IsolatedRandomness
 from quant2e.report.html import html_table
 from quant2e.report.plain_data import plain_data
+from quant2e.stages import OpenStage, stage
 
 _CUTS = movements(Effect.SPLIT)
 _MOVES = movements() - _CUTS - movements(Effect.JOIN)
@@ -249,7 +250,14 @@ def verify(
     Raises `LoweringError` when ``data`` is empty or the outputs differ in number or shape. A difference in values
     is returned, not raised: see `Verification.passed` and `Verification.check`.
     """
-    return verify_calls(lowered, graph_of(model), map(call_of, data), bound=bound)
+    with stage("verify") as shown:
+        return verify_calls(lowered, graph_of(model), _counted(data, shown), bound=bound)
+
+
+def _counted(data: Iterable[Any], shown: OpenStage) -> Iterator[Call]:
+    for number, batch in enumerate(data, 1):
+        yield call_of(batch)
+        shown(number)
 
 
 def verify_calls(
