@@ -188,14 +188,18 @@ def _convolution(node: Node, x: tuple[int, ...], weight: tuple[int, ...], bias: 
             bias=bias,
             integers=integers,
         )
-    if spatial not in (2, 3) or len(x) != spatial + 2 or isinstance(padding, str):
+    if spatial not in (1, 2, 3) or len(x) != spatial + 2 or isinstance(padding, str):
         return None
+    stride, padding, dilation = (_each(sizes, spatial) for sizes in (args["stride"], padding, args["dilation"]))
+    if spatial == 1:  # computed in two dimensions
+        x, weight = (*x[:2], 1, x[2]), (*weight[:2], 1, weight[2])
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     return Product(
         x=x,
         weight=weight,
-        stride=_each(args["stride"], spatial),
-        padding=_each(padding, spatial),
-        dilation=_each(args["dilation"], spatial),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
         groups=args["groups"],
         bias=bias,
         integers=integers,

@@ -113,13 +113,14 @@ def test_ops_in_no_region_have_a_reason():
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.wide = nn.ConvTranspose2d(3, 4, 2), nn.Conv3d(1, 2, 2)
+            self.up, self.wide = nn.ConvTranspose2d(3, 4, 33, stride=33), nn.Conv3d(1, 2, 2)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.up(x), self.wide(x[:, None])
 
     *_, found = cut(Odd(), torch.randn(1, 3, 6, 6))
     assert found.regions == ()
+    assert found.refused["conv_transpose2d"] == "a kernel of 33 x 33"
     assert all(found.refused[name] for name in ("conv_transpose2d", "conv3d") if name in found.refused)
 
 
