@@ -60,7 +60,13 @@ def widen_sequences(gm: GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if node not in found:
             continue
-        target, args, kwargs = map_arg(found[node], lambda operand, at=node: _wide(operand, at, wide, found))
+        target, given, named = found[node]
+
+        def read(operand: Node, place: Node = node) -> Node:
+            return _wide(operand, place, wide, found)
+
+        args: Any = map_arg(given, read)
+        kwargs: Any = map_arg(named, read)
         if node.target in _CONVOLUTIONS:
             args = (args[0], _wide_weight(gm, args[1]), *args[2:])
         if node in entries:  # who reads a sequence goes on reading it
