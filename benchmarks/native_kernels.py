@@ -143,7 +143,7 @@ def ours(layer: Layer, times: int) -> Callable[[], object]:
     h, w, side = (layer.size, layer.size, layer.side) if layer.size else (1, layer.rows, 1)
     values = [
         Value(floats=False, h=h, w=w, c=layer.inputs, argument=0),
-        Value(floats=False, h=h, w=w, c=layer.inputs, pad=window.border, zero=_X.zero),
+        Value(floats=False, h=h, w=w, c=layer.inputs, pad=packed.border, zero=_X.zero),
         Value(floats=False, h=side, w=side if layer.size else w, c=layer.outputs),
     ]
     plan = plan_of(values, [Step(kind=Kind.CONCAT, x=0, y=1), *[step] * times], constants, 1, [], 0)

@@ -9,9 +9,9 @@ import torch
 from lowering.inductor.kernels.engines import Product, Run
 from lowering.native.kernels.op import load_op
 from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
-from lowering.native.units.packed import add_numbers, packed_steps
+from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.values import Integers
-from lowering.native.units.windows import POINT, Pair, ResultPart, border, plain_window, transposed_parts
+from lowering.native.units.windows import POINT, Pair, ResultPart, plain_window, transposed_parts
 
 NATIVE = "native"
 
@@ -51,7 +51,7 @@ class Native:
         n, (h, w), (height, width) = 1 if product.is_linear else product.x[0], _image(product), _result(product)
         values = [
             Value(floats=False, h=h, w=w, c=product.x[1], argument=0),
-            Value(floats=False, h=h, w=w, c=product.x[1], pad=border(parts), zero=_X.zero),
+            Value(floats=False, h=h, w=w, c=product.x[1], pad=border_of(packed), zero=_X.zero),
             Value(floats=not product.integers, h=height, w=width, c=outputs),
         ]
         plan = plan_of(values, [Step(kind=Kind.CONCAT, x=0, y=1), *steps], constants, 1, [], 0)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.native.kernels.plan import Kind
 from lowering.native.units.arithmetic import sums_fit
-from lowering.native.units.packed import add_numbers, packed_steps
+from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.unit import CLAMPS, Emitter, Ending, Unit, ending_of, finish
 from lowering.native.units.values import (
     Integers,
@@ -27,7 +27,7 @@ from lowering.native.units.values import (
     transposed_weight_at,
     weight_at,
 )
-from lowering.native.units.windows import POINT, ResultPart, border, plain_window, transposed_parts
+from lowering.native.units.windows import POINT, ResultPart, plain_window, transposed_parts
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
 
@@ -124,7 +124,7 @@ class _Product:
         packed = packed_steps(emitter.constants, self.weight.integers, x, self.parts, self.groups)
         scale, bias, fast = self._numbers(x, depthwise=any(one.step.kind is Kind.DEPTHWISE for one in packed))
         add_numbers(emitter.constants, packed, scale, bias)
-        place = emitter.border(self.source, border(self.parts))
+        place = emitter.border(self.source, border_of(packed))
         first, *others = (one.step for one in packed)
         for step in (first, *others):
             step.x = place

@@ -10,7 +10,6 @@ part that no place of the kernel meets is the bias alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 Pair = tuple[int, int]
@@ -73,12 +72,6 @@ def transposed_parts(
         for i in range(len(kernel))
     ]
     return tuple(_part(rows, columns, stride) for rows in axes[0] for columns in axes[1])
-
-
-def border(parts: Sequence[ResultPart]) -> Pair:
-    """As that of a window, for all parts."""
-    found = [part.window.border for part in parts if part.window is not None]
-    return max((h for h, _ in found), default=0), max((w for _, w in found), default=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,15 +82,14 @@ def planned(
 
     ``rows``: of a matrix, at a time. ``arithmetic``: instead of the one that is chosen.
     """
-    (h, w), (height, width), inputs, window = layer.image, layer.sizes, layer.inputs, layer.window()
+    (h, w), (height, width), inputs, constants = layer.image, layer.sizes, layer.inputs, Constants()
+    ready = packed_step(constants, layer.weight, layer.integers, layer.window(), layer.groups)
+    step, outputs = ready.step, layer.weight.shape[0]
     values = [
         Value(floats=True, h=h, w=0 if rows else w, c=inputs, argument=0),
-        Value(floats=False, h=h, w=0 if rows else w, c=inputs, pad=window.border, zero=layer.zero),
+        Value(floats=False, h=h, w=0 if rows else w, c=inputs, pad=ready.border, zero=layer.zero),
         Value(floats=True, h=height, w=0 if rows else width, c=layer.weight.shape[0], argument=1),
     ]
-    constants = Constants()
-    ready = packed_step(constants, layer.weight, layer.integers, window, layer.groups)
-    step, outputs = ready.step, layer.weight.shape[0]
     if arithmetic is not None and step.kind is Kind.CONVOLUTION:
         by_rows = layer.groups == 1 and layer.dilation[1] == 1
         packed = pack_convolution(layer.weight, layer.zero, layer.groups, rows=by_rows, arithmetic=arithmetic)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lowering.native.kernels.op import able, load_op
 from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
-from lowering.native.units.packed import add_numbers, packed_steps
+from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.values import Integers
-from lowering.native.units.windows import border, transposed_parts
+from lowering.native.units.windows import transposed_parts
 from quant2e.observers.native.build import compiler
 from tests.lowering.native.test_sums import FILLS, RANGES, filled
 
@@ -63,7 +63,7 @@ def found(name: str, layer: Turned, x: Tensor, bias: Tensor) -> Tensor:
     add_numbers(constants, packed, torch.ones(outputs), bias)
     values = [
         Value(floats=True, h=h, w=w, c=inputs, argument=0),
-        Value(floats=False, h=h, w=w, c=inputs, pad=border(parts), zero=layer.zero),
+        Value(floats=False, h=h, w=w, c=inputs, pad=border_of(packed), zero=layer.zero),
         Value(floats=True, h=height, w=width, c=outputs, argument=1),
     ]
     steps = [Step(kind=Kind.QUANTIZE, x=0, y=1, inverse=1.0, zero=layer.zero, low=layer.low, high=layer.high)]
