@@ -208,6 +208,23 @@ def test_a_sequence_that_others_read_as_well_is_one_for_them():
     assert all(float((a - b).abs().max()) <= Y[0] * 1.01 for a, b in zip(program(x), net(x), strict=True))
 
 
+def test_floats_that_come_from_elsewhere_are_added_as_an_image():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = Weight(torch.randn(CHANNELS, 12, 3))
+
+        def forward(self, x: Tensor, r: Tensor) -> Tensor:
+            return on_grid(F.relu(F.conv1d(on_grid(x, X), self.weight(), padding=1) + r.sin()), Z)
+
+    x, r, net = torch.randn(2, 12, LENGTH), torch.randn(2, CHANNELS, LENGTH), Sum()
+    program = to_native(torch.export.export(net, (x, r)).module(), (x, r), verify=False)
+    assert [op.name for op in program.report.ops if op.region == 0] == ["conv1d"]
+    assert "relu" in program.report.regions[0].ops
+    assert float(torch.round((program(x, r) - net(x, r)) / Z[0]).abs().max()) <= 1
+
+
 def test_what_leaves_is_laid_out_as_the_graph_lays_it_out():
     x, net = torch.randn(2, CHANNELS, LENGTH), Net(lambda y, x: y)
     made = to_native(torch.export.export(net, (x,)).module(), (x,), verify=False)(x)

@@ -153,9 +153,11 @@ def test_a_unet_is_one_region(quantizer) -> None:
     assert torch.equal(program(x), torch.cat([program(part) for part in x.split(1)]))
 
 
-def test_inductor_calls_the_same_region_and_measures() -> None:
+@pytest.mark.parametrize("quantizer", [x86, xnnpack])
+def test_inductor_calls_the_same_region_and_measures(quantizer) -> None:
+    """Weights have a scale per channel, or one."""
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-    model = quant2e.quantize(UNet().eval(), (x,), x86(), [(x,)], progress=False)
+    model = quant2e.quantize(UNet().eval(), (x,), quantizer(), [(x,)], progress=False)
     program = to_inductor(model, engines="native")
     assert {op.kernel for op in program.report.int8} == {"quant2e.int8_region"}
     assert torch.equal(program(x), to_native(model)(x))
