@@ -3,8 +3,8 @@
 In: a captured ATen graph. Out: the same graph, annotated. Imports quant2e only.
 
 The kit: `Rule` (with `Same`, `Follow`, `Derived`), `RuleQuantizer`, and `ConfigurableQuantizer` for tables that are a
-function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86InductorQuantizer`, `Int16Quantizer` and
-`EmbeddingQuantizer`; `ComposableQuantizer` puts several together.
+function of a `QuantizationConfig`. The backends: `XNNPACKQuantizer`, `X86InductorQuantizer`, `OpenVINOQuantizer`,
+`Int16Quantizer` and `EmbeddingQuantizer`; `ComposableQuantizer` puts several together.
 """
 
 from quant2e.accuracy.recipe.schemes import Numbers, Scheme, recipe
@@ -21,6 +21,7 @@ from quantizers.int16 import Int16Quantizer, get_int16_quantization_config
 from quantizers.kit.printer import annotations_text
 from quantizers.kit.rule import ChosenConfig, Derived, Follow, Rule, Same
 from quantizers.kit.rule_quantizer import RuleQuantizer
+from quantizers.openvino import OpenVINOQuantizer
 from quantizers.settings.configurable import ConfigurableQuantizer
 from quantizers.torchao import TorchaoQuantizer, as_torchao
 from quantizers.x86.quantizer import (
@@ -44,6 +45,7 @@ __all__ = [
     "InstructionSet",
     "Int16Quantizer",
     "Numbers",
+    "OpenVINOQuantizer",
     "OperatorConfig",
     "QuantizationConfig",
     "RangePolicy",

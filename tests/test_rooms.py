@@ -75,6 +75,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "embedding",
         "int16",
         "x86",
+        "openvino",
         "xnnpack",
         "torchao",
         "__init__",

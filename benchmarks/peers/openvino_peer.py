@@ -62,11 +62,11 @@ def build_ours(job: Job) -> float:
     import lowering
     import quant2e
     from benchmarks.peers.models import calibration_of, inputs_of, model_of
-    from quantizers import X86InductorQuantizer
+    from quantizers import OpenVINOQuantizer
 
     model, inputs = model_of(job), inputs_of(job.place)
     start = time.perf_counter()
-    prepared = quant2e.prepare_pt2e(quant2e.capture(model, inputs), X86InductorQuantizer().set_global("w8a8"))
+    prepared = quant2e.prepare_pt2e(quant2e.capture(model, inputs), OpenVINOQuantizer().set_global("w8a8"))
     quant2e.calibrate(prepared, calibration_of(job.place))
     lowering.to_openvino(quant2e.convert_pt2e(prepared), inputs, verify=False).save(job.file(".xml"))
     return time.perf_counter() - start

@@ -14,6 +14,7 @@ from lowering.native.units.rows import straighten_rows
 from lowering.native.units.sequences import widen_sequences
 from lowering.native.units.spelled_out import read_spelled_out
 from lowering.native.writes import keep_writes
+from lowering.rewrites.moves import quantized_before_moves
 from quant2e.graph.mutation import written_attributes
 
 WRITES = "the graph writes to its buffers: what reads them keeps its place, op by op"
@@ -45,6 +46,7 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
     if not writes.writers:  # what is read and computed elsewhere has no other value there
         read_spelled_out(gm)
         straighten_rows(gm)
+        quantized_before_moves(gm)
         widen_sequences(gm)
     found = find_units(gm, besides, writes)
     refused, regions = dict(found.refused), []

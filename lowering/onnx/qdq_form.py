@@ -12,6 +12,7 @@ of 0, and a float bias. Weights of four bits are marked by the name of their buf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from lowering.rewrites.average_pools import plain_average_pools
 from lowering.rewrites.embedding import gather_then_dequantize
 from lowering.rewrites.experts import product_of_every_expert
 from lowering.rewrites.layouts import PLAIN_LAYOUTS
+from lowering.rewrites.moves import is_move, quantized_before_moves
 from lowering.rewrites.ranges import plain_byte_ranges
 from quant2e.errors import LoweringError, where
 from quant2e.graph.attributes import tensor_at
@@ -46,6 +48,7 @@ _PRODUCTS = (
     aten.conv3d.default,
     aten.convolution.default,
 )
+_SCORES = frozenset({aten.matmul.default, aten.bmm.default, aten.scaled_dot_product_attention.default})
 _ACCUMULATOR_MAX = 2**31 - 1
 
 
@@ -55,7 +58,8 @@ class Convention:
 
     ``unsigned``: activations are u8. ``unsigned_weights``: a weight that is read twice is u8. ``symmetric``: every zero
     point is 0. ``integer_bias``: a bias is int32, in units of the accumulator. ``run_time_ops``: there are kernels for
-    ranges found at run time; without them they are float arithmetic.
+    ranges found at run time; without them they are float arithmetic. ``signed_scores``: queries and keys whose zero
+    point is 0 stay s8, and are quantized where their layers write them.
     """
 
     name: str
@@ -64,6 +68,7 @@ class Convention:
     integer_bias: bool
     unsigned_weights: bool = False
     run_time_ops: bool = True
+    signed_scores: bool = False
 
 
 CONVENTIONS = {
@@ -74,8 +79,10 @@ CONVENTIONS = {
 }
 """By the name that `to_onnx` takes as its target."""
 
-OPENVINO = Convention(name="openvino", unsigned=True, symmetric=False, integer_bias=False, run_time_ops=False)
-"""What OpenVINO makes kernels on u8 and s8 of; it adds biases in float."""
+OPENVINO = Convention(
+    name="openvino", unsigned=True, symmetric=False, integer_bias=False, run_time_ops=False, signed_scores=True
+)
+"""What OpenVINO makes kernels on u8 and s8 of; it adds biases in float, and scores are of s8 by s8."""
 
 
 def in_form(module: GraphModule, convention: Convention) -> None:
@@ -87,7 +94,8 @@ def in_form(module: GraphModule, convention: Convention) -> None:
 
 def form_of(convention: Convention) -> tuple[Pass, ...]:
     """The pipeline of a convention."""
-    unsigned = (unsigned_quantization, unsigned_inputs_and_outputs) if convention.unsigned else ()
+    scores = (quantized_before_moves, unsigned_besides_scores) if convention.signed_scores else (unsigned_quantization,)
+    unsigned = (*scores, unsigned_inputs_and_outputs) if convention.unsigned else ()
     products = integer_products if convention.integer_bias else linear_to_matmul
     plain = (*PLAIN_LAYOUTS, plain_average_pools)
     ranges = (plain_byte_ranges,) if convention.unsigned else ()
@@ -122,12 +130,40 @@ def _check_symmetric(module: GraphModule) -> None:
 
 def unsigned_quantization(module: GraphModule) -> int:
     """Move s8 activations to u8 wherever nothing but dequantize ops sees the integers; returns how many."""
+    return _unsigned(module, lambda _: False)
+
+
+def unsigned_besides_scores(module: GraphModule) -> int:
+    """The same, besides the symmetric operands of products of two activations."""
+    return _unsigned(module, _in_scores)
+
+
+def _in_scores(quantize: Node) -> bool:
+    """Whether nothing but products of two activations reads symmetric integers, perhaps behind moves."""
+    readers = [reader for dequantized in quantize.users for reader in dequantized.users]
+    while readers:
+        reader = readers.pop()
+        if is_move(reader):
+            readers += reader.users
+        elif reader.target not in _SCORES or any(_is_constant(value) for value in reader.all_input_nodes[:2]):
+            return False
+    return bool(operand(quantize, "zero_point") == 0)
+
+
+def _is_constant(value: Node) -> bool:
+    integers = operand(value, "input") if value.target in DEQUANTIZE else value
+    return isinstance(integers, Node) and integers.op == "get_attr"
+
+
+def _unsigned(module: GraphModule, kept: Callable[[Node], bool]) -> int:
     count = 0
     for node in module.graph.nodes:
         if operand(node, "dtype") is not torch.int8:
             continue
         readers = list(node.users)
         if node.target is qd.quantize_per_tensor.default and _all(readers, qd.dequantize_per_tensor.default):
+            if kept(node):
+                continue
             for each in (node, *readers):
                 _move_to_unsigned(each)
             count += 1

@@ -31,6 +31,7 @@ from lowering.openvino.files import seal_of
 from lowering.openvino.precision import run_ops
 from lowering.openvino.program import PRECISION, SATURATES, OpenVINOProgram, OpenVINOReport
 from lowering.openvino.session import RUN_TIME_OPTIONS, import_openvino, read_model
+from lowering.openvino.sums import sums_inside
 from lowering.signature import Signature
 from quant2e import __version__
 from quant2e.checksum import BLANK, sealed
@@ -96,6 +97,7 @@ def _program(made: OnnxGraph) -> OpenVINOProgram:
     try:
         read = read_model(model_bytes(made.model), b"", "the graph")
         _bound(read, made.signature)
+        sums_inside(read)
     except (FileFormatError, RuntimeError) as error:
         raise LoweringError(f"OpenVINO cannot read this graph: {error}") from error
     _name_plainly(read)

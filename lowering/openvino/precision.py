@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lowering.openvino.sums import LEVELS
+
 PRODUCTS = frozenset(
     {
         "Convolution",
@@ -109,7 +111,8 @@ def _kind(value: Any) -> Kind | None:
             break
         node = node.input_value(0).get_node()
     if node.get_type_name() == "FakeQuantize":
-        return "wide" if node.get_attributes()["levels"] > 256 else "activation"
+        levels = node.get_attributes()["levels"]
+        return None if levels == LEVELS else "wide" if levels > 256 else "activation"
     if node.get_type_name() != "Multiply" or (integers := _dequantized(node)) is None:
         return None
     if integers.get_element_type().get_type_name() not in _INTEGERS:

@@ -22,7 +22,7 @@ from quant2e.errors import LoweringError
 
 SATURATES = (
     "on x86 without VNNI, OpenVINO's u8 × s8 kernels add two products in 16 bits, and saturate: quantize with "
-    "X86InductorQuantizer, which chooses ranges with which none does, for the processor at hand or for isa=…"
+    "OpenVINOQuantizer, which chooses ranges with which none does, for the processor at hand or for isa=…"
 )
 PRECISION = (
     "our own runs set INFERENCE_PRECISION_HINT to f32: on processors with bfloat16, OpenVINO computes float ops in "

@@ -57,7 +57,7 @@ TARGETS: Mapping[str, Target] = {
     ),
     "openvino": Target(
         summary="OpenVINO, on CPUs",
-        quantizer="quantizers:X86InductorQuantizer",
+        quantizer="quantizers:OpenVINOQuantizer",
         knows_isa=True,
         lower="lowering:to_openvino",
         suffix=".xml",

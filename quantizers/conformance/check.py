@@ -11,9 +11,9 @@ from typing import Any
 from quant2e.annotation.quantizer import Quantizer
 from quant2e.errors import AnnotationError
 from quant2e.integer.arithmetic.requantization import Requantization
-from quantizers.conformance.capabilities import TestedPatterns, opt_in_rules, patterns_to_test
+from quantizers.conformance.capabilities import AROUND, TestedPatterns, opt_in_rules, patterns_to_test
 from quantizers.conformance.flow_checks import Limits, Outcome, examine
-from quantizers.conformance.generate import SPECIAL_INPUTS, by_dice, random_programs, single, special_input
+from quantizers.conformance.generate import SPECIAL_INPUTS, by_dice, random_programs, read_by, single, special_input
 from quantizers.conformance.program import Program
 from quantizers.conformance.program_builder import shapes_of
 from quantizers.conformance.report import WARNINGS, Conformance, Finding
@@ -59,6 +59,7 @@ def check(
     )
     search.cover_oddities()
     search.cover_rules()
+    search.cover_readers()
     search.compose(examples)
     search.judge_rules()
     return search.report()
@@ -100,6 +101,18 @@ class _Search:
                 if self._late() or (attempt and (not tested.rule or self.reached[tested.rule])):
                     break
                 program = single(tested, self.known, by_dice(self.seed + 1000 * number + attempt))
+                if program is not None:
+                    self.written[tested.rule] += 1
+                    self.look_at(program)
+
+    def cover_readers(self) -> None:
+        """For rules that applied nowhere, graphs in which another op reads the result of their pattern."""
+        opt_in = opt_in_rules(self.quantizer)
+        for number, tested in enumerate(self.known.patterns):
+            for attempt, reader in enumerate((*AROUND, *AROUND, *AROUND)):
+                if self._late() or not tested.rule or self.reached[tested.rule] or tested.rule in opt_in:
+                    break
+                program = read_by(tested, reader, by_dice(self.seed + 1000 * number + attempt))
                 if program is not None:
                     self.written[tested.rule] += 1
                     self.look_at(program)

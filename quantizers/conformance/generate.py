@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quant2e.annotation.pattern import arguments
+from quant2e.annotation.pattern import Op, arguments
 from quant2e.errors import Quant2eError
 from quantizers.conformance.capabilities import AROUND, TestedPattern, TestedPatterns
 from quantizers.conformance.op_calls import build
@@ -22,6 +22,13 @@ from quantizers.conformance.program_builder import ProgramBuilder, UnfitError
 aten = torch.ops.aten
 
 Choose = Callable[[Sequence[Any]], Any]
+
+
+def read_by(tested: TestedPattern, reader: Op, choose: Choose) -> Program | None:
+    """One pattern and an op that reads its result: a condition may ask for it. None where it could not be written."""
+    builder = ProgramBuilder(choose)
+    grown = any(_grow(builder, tested) for _ in range(6)) and _continue(builder, TestedPattern(reader))
+    return builder.finish()[0] if grown else None
 
 
 def single(tested: TestedPattern, capabilities: TestedPatterns, choose: Choose) -> Program | None:

@@ -219,6 +219,12 @@ def _embedding(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
     return call.builder.call(call.target, call.weight(0, (rows, width), width), indices)
 
 
+def _attention(call: OpCall, _rank: int | None, shape: Shape | None) -> Ref:
+    query = call.data(0, rank=4, shape=shape)
+    key = call.data(1, shape=call.builder.shape(query))
+    return call.builder.call(call.target, query, key, key)
+
+
 def _embedding_bag(call: OpCall, _rank: int | None, _shape: Shape | None) -> Ref:
     rows, width = 16, call.builder.choose([8, 32])
     indices = call.builder.input((6,), rows)
@@ -258,6 +264,7 @@ _BY_NAME: Mapping[str, Block] = {
     **dict.fromkeys(("add", "sub", "mul", "div", "maximum", "minimum"), _binary),
     **{f"{kind}_pool{n}d": _pool(n) for kind in ("max", "avg") for n in (1, 2, 3)},
     **{f"adaptive_{kind}_pool{n}d": _pool(n, adaptive=True) for kind in ("avg", "max") for n in (1, 2, 3)},
+    "scaled_dot_product_attention": _attention,
     "mean": _mean,
     **dict.fromkeys(("cat", "concat", "stack"), _joined),
     "embedding": _embedding,

@@ -19,6 +19,9 @@ convolution = op(aten.convolution.default, when=not_transposed)(x, w, b)
 conv_transpose2d = op(aten.conv_transpose2d.input, when=batched)(x, w, b)
 linear = op(aten.linear.default)(x, w, b)
 
+scores = op(aten.scaled_dot_product_attention.default)(x, y)
+"""Attention as one op, with its queries and keys: their product is what softmax is taken of."""
+
 add = op(aten.add.Tensor, when=unscaled)
 sub = op(aten.sub.Tensor, when=unscaled)
 mul = op(aten.mul.Tensor)

@@ -87,11 +87,13 @@ class X86InductorQuantizer(ConfigurableQuantizer):
     """Annotates what Inductor lowers to oneDNN's int8 kernels on x86.
 
     Static: convolutions in one to three dimensions, transposed ones too, and linear, with fused activations and
-    additions; cat, pooling and reshapes between them; matmul where it is asked for by name. Dynamic: convolutions and
-    linear, and linear with 4-bit weights in groups by int8 rows that have a scale each (``"w4a8-dynamic-g32"``: faster
-    than float rows, and less accurate). Weight-only: linear, with int8 weights (``"w8"``), 4 bits in groups
-    (``"w4-g32"``) or float16 ones. Groups of 4 bits have zero points, and scales that are rounded to bfloat16;
-    ``"w4-g32-sym"`` has no zero points, and ``recipe("w4-g32", scale_dtype=torch.float32)`` scales as they are found.
+    additions; cat, pooling and reshapes between them; products of two activations (matmul, and the scores of attention)
+    where they are asked for by name, which our native kernels compute on integers and Inductor in float. Dynamic:
+    convolutions and linear, and linear with 4-bit weights in groups by int8 rows that have a scale each
+    (``"w4a8-dynamic-g32"``: faster than float rows, and less accurate). Weight-only: linear, with int8 weights
+    (``"w8"``), 4 bits in groups (``"w4-g32"``) or float16 ones. Groups of 4 bits have zero points, and scales that are
+    rounded to bfloat16; ``"w4-g32-sym"`` has no zero points, and ``recipe("w4-g32", scale_dtype=torch.float32)`` scales
+    as they are found.
 
     ``isa``: the machine to quantize for, by name (``"avx512_vnni"``) or described; this one by default.
     ``range_policy``: what keeps int8 kernels exact there, see `quantizers.x86.range_policy.RangePolicy`.

@@ -104,6 +104,7 @@ def static_rules(config: Any) -> tuple[Rule, ...]:
         Rule(_added(_DROPOUT(f.linear) | f.linear), product, None, _equal_shapes, "linear + add"),
         Rule(_LINEAR_UNARY(f.linear) | f.linear, product, name="linear"),
         Rule(op(aten.matmul.default, aten.bmm.default)(f.x, f.y), {"x": act, "y": act}, name="matmul", opt_in=True),
+        Rule(f.scores, {"x": act, "y": act}, name="attention scores", opt_in=True),
         Rule(f.mul(f.x, f.y), {"x": act, "y": act}, when=_equal_factors, name="mul", opt_in=True),
         Rule(pools, moved, Same("x"), name="pool"),
         Rule(f.cat(f.x), {"x": Follow(act, every=True)}, Same("x"), name="cat"),

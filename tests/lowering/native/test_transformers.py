@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import lowering
 import quant2e
 from lowering.native.kernels.op import load_op
+from lowering.native.kernels.plan import Kind, plan_of
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 
 pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
@@ -103,10 +104,14 @@ def inputs(samples: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(samples, ROWS, WIDTH), mask
 
 
-def quantized(model: nn.Module, **more: object) -> quant2e.QuantizedModel:
+def quantized(model: nn.Module, products: object = None, **more: object) -> quant2e.QuantizedModel:
+    """``products``: functions of attention that are quantized by name."""
     torch.manual_seed(1)
     batches = [inputs() for _ in range(3)]
-    quantizer = X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    config = get_default_x86_inductor_quantization_config()
+    quantizer = X86InductorQuantizer().set_global(config)
+    if products is not None:
+        quantizer.set_function_type_qconfig(products, config)
     return quant2e.quantize(model.eval(), inputs(), quantizer, calibration_data=batches, progress=False, **more)
 
 
@@ -131,6 +136,34 @@ def test_a_layer_is_one_region_within_a_step_of_its_graph(layer):
     assert program.verification is not None
     assert program.verification.sqnr_db > 55
     assert program.verification.max_steps < 1.01
+
+
+@pytest.mark.parametrize(
+    ("layer", "products", "bytes_of"),
+    [
+        (Layer("eager"), torch.matmul, ("x", "other", "third")),
+        (Layer("fused"), F.scaled_dot_product_attention, ("x", "other")),
+        (Layer("causal", shares=2), F.scaled_dot_product_attention, ("x", "other")),
+    ],
+    ids=["both products", "scores", "shared heads"],
+)
+def test_products_of_attention_on_integers(layer, products, bytes_of, monkeypatch):
+    """Queries, keys and values are quantized where their linear layers write them, and stay bytes."""
+    plans = []
+
+    def planned(values, steps, *rest):
+        plans.append((values, steps))
+        return plan_of(values, steps, *rest)
+
+    monkeypatch.setattr("lowering.native.regions.plan_of", planned)
+    program = lowering.to_native(quantized(layer, products), verify_inputs=[inputs() for _ in range(2)])
+    assert len(program.report.regions) == 1
+    assert program.verification is not None
+    assert program.verification.sqnr_db > 45
+    ((values, steps),) = plans
+    (attention,) = (step for step in steps if step.kind is Kind.ATTENTION)
+    read = {name: values[getattr(attention, name)] for name in ("x", "other", "third")}
+    assert tuple(name for name, value in read.items() if not value.floats) == bytes_of
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

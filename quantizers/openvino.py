@@ -1,0 +1,93 @@
+"""OpenVINOQuantizer: what OpenVINO computes with its int8 kernels on CPUs.
+
+Its kernels are those of x86 (u8 activations, s8 weights per output channel), and one more: the product of queries and
+keys in attention, on s8 with one scale each, inside of the kernel that computes the softmax and the values as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+
+from quant2e.annotation.pattern import Match, op, short_name
+from quant2e.annotation.specs import group_size_of
+from quant2e.graph.data_movement import Effect, When, movement
+from quantizers.kit import families as f
+from quantizers.kit.rule import Rule
+from quantizers.x86.quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
+from quantizers.x86.rules import capabilities
+
+aten = torch.ops.aten
+
+_PRODUCTS = op(aten.matmul.default, aten.bmm.default)(f.x, f.y)
+_SCALED = frozenset({"mul", "div", "add", "masked_fill"})
+"""What the scores of attention pass before their softmax."""
+
+
+class OpenVINOQuantizer(X86InductorQuantizer):
+    """Annotates what `lowering.to_openvino` makes int8 kernels of: all of `X86InductorQuantizer`, and in static
+    configurations the scores of attention, the product of queries and keys.
+
+    Queries and keys are symmetric int8 per tensor; probabilities and values stay float. Attention may be the fused op
+    or spelled out, as a product that a softmax follows. Where that costs too much accuracy:
+    ``set_operator_type(torch.nn.functional.scaled_dot_product_attention, None)``, or of ``torch.matmul``.
+
+    ``isa`` and ``range_policy``: as of `X86InductorQuantizer`. On processors without VNNI, where OpenVINO's kernels add
+    two products in 16 bits, scores stay float: no range is left for them that is exact.
+    """
+
+    float_ops: ClassVar[Mapping[str, str]] = {
+        name: reason.replace("Inductor computes", "OpenVINO computes")
+        for name, reason in X86InductorQuantizer.float_ops.items()
+        if name != "scaled_dot_product_attention"
+    }
+
+    def table(self, config: Any) -> Sequence[Rule]:
+        """The rules of x86, and those of scores."""
+        rules, activation = super().table(config), config.input_activation
+        static = activation is not None and not activation.is_dynamic and group_size_of(config.weight) is None
+        return (*rules, *_scores(config)) if static and not self._isa.saturates else rules
+
+    @classmethod
+    def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
+        """Rule → patterns, for a static and a dynamic configuration."""
+        static, dynamic = (get_default_x86_inductor_quantization_config(is_dynamic=each) for each in (False, True))
+        own = {rule.name: tuple(str(rule.pattern).split(" | ")) for rule in _scores(static)}
+        return {**capabilities(static, dynamic), **own}
+
+
+def _scores(config: Any) -> tuple[Rule, ...]:
+    signed = replace(
+        config.input_activation,
+        dtype=torch.int8,
+        qscheme=torch.per_tensor_symmetric,
+        quant_min=-128,
+        quant_max=127,
+    )
+    both = {"x": signed, "y": signed}
+    return (
+        Rule(f.scores, both, name="scores of attention"),
+        Rule(_PRODUCTS, both, when=_before_a_softmax, name="scores of attention, spelled out"),
+    )
+
+
+def _before_a_softmax(match: Match) -> bool | str:
+    """A product of queries and keys: scaled and masked only, until a softmax reads it."""
+    node = match.root
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        name = short_name(node.target).removesuffix("_") if node.op == "call_function" else ""
+        if name in ("softmax", "_softmax"):
+            return True
+        if name not in _SCALED and not _is_identity(node):
+            break
+    return "no softmax reads it"
+
+
+def _is_identity(node: Node) -> bool:
+    row = movement(node.target)
+    return row is not None and row.effect is Effect.SAME and row.when in (When.ALWAYS, When.EVALUATION)

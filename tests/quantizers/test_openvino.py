@@ -1,0 +1,86 @@
+"""What OpenVINOQuantizer annotates beside the rules of x86: the scores of attention."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from quantizers import OpenVINOQuantizer
+from quantizers.conformance import check
+from tests.quantizers.models import TOKENS, Attention, Of, annotated, annotations, reasons
+
+HEADS = (torch.linspace(-3, 3, 2 * 4 * 6 * 8).reshape(2, 4, 6, 8).sin(),)
+LATER = torch.ones(6, 6, dtype=torch.bool).triu(1)
+SCORES = "s8[-128,127] symmetric"
+
+
+def static(isa="avx512_vnni"):
+    return OpenVINOQuantizer(isa=isa).set_global("w8a8")
+
+
+def lines(model, example, quantizer=None):
+    return annotations(model, example, quantizer or static()).splitlines()
+
+
+def test_scores_that_are_spelled_out():
+    found = lines(Attention(), TOKENS)
+    assert f"matmul: transpose {SCORES}, transpose_3 {SCORES}  [scores of attention, spelled out]" in found
+    assert len(found) == 6  # the rules of x86 as they were, and neither the second product nor what is behind it
+
+
+def test_scores_of_the_fused_op():
+    model = Of(lambda m, x: F.scaled_dot_product_attention(x, x.sin(), x.cos()))
+    assert lines(model, HEADS) == [
+        f"scaled_dot_product_attention: inputs_0 {SCORES}, sin {SCORES}  [scores of attention]"
+    ]
+
+
+def test_a_product_that_no_softmax_reads_stays_as_x86_has_it():
+    model = Of(lambda m, x: x @ x.sin().transpose(2, 3))
+    quantizer = static()
+    why = reasons(annotated(model, HEADS, quantizer), quantizer)
+    assert lines(model, HEADS) == []
+    assert "no softmax reads it" in why["matmul"] or "not by a global configuration" in why["matmul"]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda x: x * 0.5, lambda x: x / 2, lambda x: x + 1, lambda x: x.masked_fill(LATER, -9.0), F.dropout],
+    ids=["times", "over", "plus", "masked", "dropout"],
+)
+def test_what_scores_pass_before_their_softmax(between):
+    def forward(module, x):
+        scores = x @ x.sin().transpose(2, 3)
+        scores = F.dropout(scores, 0.5, training=False) if between is F.dropout else between(scores)
+        return scores.softmax(-1) @ x.cos()
+
+    (line,) = lines(Of(forward), HEADS)
+    assert line.startswith("matmul: ")
+
+
+def test_without_vnni_scores_stay_float():
+    found = lines(Attention(), TOKENS, static(isa="avx2"))
+    assert not any("scores" in line for line in found)
+    assert len(found) == 5
+
+
+def test_scores_are_left_float_by_name():
+    quantizer = static().set_operator_type(torch.matmul, None)
+    assert not any("scores" in line for line in lines(Attention(), TOKENS, quantizer))
+
+
+def test_dynamic_and_weight_only_have_no_scores():
+    for given in ("w8a8-dynamic", "w8", "w4-g32"):
+        quantizer = OpenVINOQuantizer().set_global(given)
+        assert not any("scores" in line for line in lines(Attention(), TOKENS, quantizer))
+
+
+def test_reasons_name_openvino():
+    quantizer = static()
+    why = reasons(annotated(Attention(), TOKENS, quantizer), quantizer)
+    assert why["softmax"] == "OpenVINO computes it in float, fused with its neighbours"
+
+
+@pytest.mark.slow
+def test_it_conforms():
+    report = check(static, examples=4, seconds=600)
+    assert report.passed, str(report)
