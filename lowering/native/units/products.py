@@ -40,6 +40,8 @@ _CONVOLUTION = frozenset(
         *_TRANSPOSED,
     }
 )  # fmt: skip
+PRODUCTS = _CONVOLUTION | {aten.linear.default}
+"""Ops that read bytes, and a constant weight."""
 _IMAGE = 4
 """Dimensions."""
 _MOST_TAPS = 1024
@@ -51,7 +53,7 @@ _SMALL = 2.0**30
 
 def product_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
     """The unit of a convolution or linear layer; why there is none; None for other ops."""
-    if node.target not in _CONVOLUTION and node.target is not aten.linear.default:
+    if node.target not in PRODUCTS:
         return None
     given = operands(node)
     turned = node.target in _TRANSPOSED or bool(given.get("transposed"))
