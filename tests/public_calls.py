@@ -16,7 +16,7 @@ from process_state import difference, snapshot
 from torch import nn
 
 import quant2e
-from quantizers import X86InductorQuantizer, XNNPACKQuantizer
+from quantizers import OpenVINOQuantizer, X86InductorQuantizer, XNNPACKQuantizer
 from quantizers.xnnpack import get_symmetric_quantization_config
 
 BATCHES = [torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
@@ -183,6 +183,26 @@ def _to_onnx(folder: Path) -> Callable[[], Any]:
     return lambda: to_onnx(model, path=folder / "a.onnx")(BATCHES[1])
 
 
+def _to_native(_: Path) -> Callable[[], Any]:
+    from lowering import to_native
+
+    model = result(X86InductorQuantizer().set_global("w8a8"))
+    return lambda: to_native(model)(BATCHES[1])
+
+
+def _to_openvino(folder: Path) -> Callable[[], Any]:
+    from lowering import to_openvino
+
+    model = result(OpenVINOQuantizer().set_global("w8a8"))
+
+    def call() -> None:
+        program = to_openvino(model)
+        program(BATCHES[1])
+        program.save(folder / "a.xml")
+
+    return call
+
+
 def _bench(folder: Path) -> Callable[[], Any]:
     from lowering.bench.command import bench
 
@@ -205,6 +225,8 @@ CALLS: dict[str, Callable[[Path], Callable[[], Any]]] = {
     "package_inductor": _package_inductor,
     "to_executorch": _to_executorch,
     "to_onnx": _to_onnx,
+    "to_native": _to_native,
+    "to_openvino": _to_openvino,
     "bench": _bench,
 }
 """What is called, by name: a function that makes what it needs, and returns the call."""

@@ -43,6 +43,8 @@ FIRST_TIME = {
     "package_inductor": INDUCTOR,
     "to_executorch": TRACE,
     "to_onnx": TRACE,
+    "to_native": TRACE,
+    "to_openvino": {**TRACE, "python threads": "openvino's own telemetry starts one where openvino is imported"},
     "bench": {
         "children": "programs run in processes of a fork server of multiprocessing, which ends with the process",
         "descriptors": "the pipes to it and to multiprocessing's resource tracker",
@@ -61,7 +63,7 @@ IN_ONE_PROCESS = (
     "save and load",
     "to_integer",
 )
-NEEDED = {"to_executorch": "executorch", "to_onnx": "onnxruntime"}
+NEEDED = {"to_executorch": "executorch", "to_onnx": "onnxruntime", "to_openvino": "openvino"}
 
 
 def changes(folder, *names):

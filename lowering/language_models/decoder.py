@@ -10,6 +10,7 @@ what lies behind it is not read, so that nothing has to be cleared between promp
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,14 @@ from torch.fx import GraphModule
 
 from quant2e.errors import CaptureError, Quant2eError
 from quant2e.graph.captured.capture import capture
+from quant2e.graph.captured.module import CapturedModule
+from quant2e.graph.effects import writes
 from quant2e.graph.mutation import written_attributes
 from quant2e.passes.fold_weights import weights_in_memory_once
 from quant2e.pipeline import quantize
 from quant2e.quantized_model import QuantizedModel
+
+aten = torch.ops.aten
 
 
 class CachedDecoder(nn.Module):
@@ -67,12 +72,16 @@ class CachedDecoder(nn.Module):
         self._options = {"use_cache": True, "cache" if "cache" in taken else "past_key_values": cache}
         if "logits_to_keep" in taken:
             self._options["logits_to_keep"] = 1
+        self._takes_positions = "position_ids" in taken
 
     def forward(self, input_ids: Tensor, position: Tensor) -> Tensor:
         """Logits ``[1, words]`` of what follows ``input_ids``, int64 ``[1, n]``, whose first lies at ``position``."""
         for layer in self._layers:
             layer.cumulative_length.copy_(position[0])
-        logits: Tensor = self.model(input_ids=input_ids, **self._options).logits
+        places = {}
+        if self._takes_positions:  # some models find them by what is in the cache, which no graph can hold
+            places["position_ids"] = (position + torch.arange(input_ids.shape[1], device=position.device)).unsqueeze(0)
+        logits: Tensor = self.model(input_ids=input_ids, **places, **self._options).logits
         return logits[:, -1]
 
 
@@ -207,14 +216,37 @@ def capture_decoder(model: nn.Module, max_length: int) -> Decoder:
     The graphs share the parameters of ``model`` and one cache of ``max_length`` places; batches have one prompt.
     Raises `CaptureError` for other models, for one in training mode, and when it cannot be exported.
     """
-    cached = CachedDecoder(model, max_length).eval()
+    with warnings.catch_warnings():
+        # of copies of the cache that are in no graph, and would be constants
+        warnings.filterwarnings("ignore", "A model attribute .*lifted_tensor")
+        return _captured(CachedDecoder(model, max_length).eval(), max_length)
+
+
+def _captured(cached: CachedDecoder, max_length: int) -> Decoder:
     token, start = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0])
-    decode = capture(cached, (token, start))
+    decode = _drop_unread_lengths(capture(cached, (token, start)))
     if max_length < 4:
         return Decoder(decode, None, max_length, f"a cache of {max_length} places")
     prompt = torch.zeros(1, 4, dtype=torch.int64)
     sizes = ({1: Dim("tokens", min=2, max=max_length)}, None)
-    return Decoder(decode, capture(cached, (prompt, start), dynamic_shapes=sizes), max_length)
+    return Decoder(decode, _drop_unread_lengths(capture(cached, (prompt, start), dynamic_shapes=sizes)), max_length)
+
+
+def _drop_unread_lengths(module: CapturedModule) -> CapturedModule:
+    """Without numbers that are read from the cache and only become sizes of what nobody reads, which no target can
+    compute; torch's assertions that they are no less than 0 go with them.
+    """
+    nodes = module.graph.nodes
+    for number in [node for node in nodes if node.target is aten.item.default]:
+        below = dict.fromkeys([number])
+        for node in nodes:
+            if any(source in below for source in node.all_input_nodes):
+                below[node] = None
+        if not any(node.op == "output" or writes(node) for node in below):
+            for node in reversed(below):
+                module.graph.erase_node(node)
+    module.recompile()
+    return module
 
 
 def _steps(prompts: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -108,7 +108,8 @@ def models():
     transformers = pytest.importorskip("transformers")
     few = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
     ends = {"bos_token_id": 0, "eos_token_id": 1}
-    alone = {**few, "num_attention_heads": 4, "initializer_range": 0.3}
+    heads = {**few, "num_attention_heads": 4}
+    alone = {**heads, "initializer_range": 0.3}
     sizes = {**alone, "intermediate_size": 128, "num_key_value_heads": 2}
     small = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3}
     return {
@@ -123,18 +124,22 @@ def models():
         "gemma": lambda: transformers.GemmaForCausalLM(transformers.GemmaConfig(**sizes, head_dim=16)),
         "gpt-neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**alone, intermediate_size=128)),
         "stablelm": lambda: transformers.StableLmForCausalLM(transformers.StableLmConfig(**sizes)),
+        "opt": lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(**heads, init_std=0.3, ffn_dim=128, word_embed_proj_dim=64)
+        ),
     }
 
 
-FAMILIES = ["llama", "qwen", "qwen 3", "gpt2", "mistral", "phi", "gemma", "gpt-neox", "stablelm"]
+FAMILIES = ["llama", "qwen", "qwen 3", "gpt2", "mistral", "phi", "gemma", "gpt-neox", "stablelm", "opt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_captured_and_quantized_decoders_generate(name):
+def test_captured_and_quantized_decoders_generate(name, recwarn):
     torch.manual_seed(0)
     model = models()[name]().eval()
     decoder = capture_decoder(model, max_length=24)
+    assert not [str(warning.message) for warning in recwarn if "lifted_tensor" in str(warning.message)]
     theirs = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(decoder.generate(IDS, 8), theirs)
     assert decoder.cache_names == ("key_cache_0", "value_cache_0", "key_cache_1", "value_cache_1")
