@@ -24,10 +24,10 @@ from benchmarks.demo.record import record
 from benchmarks.peak import peak_int8, spilled_int8
 from benchmarks.timing import machine
 from lowering.native.kernels.op import instruction_set, load_op
-from lowering.native.kernels.pack import per_output
 from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
-from lowering.native.units.products import Window, packed_step
+from lowering.native.units.packed import add_numbers, packed_step
 from lowering.native.units.values import Integers
+from lowering.native.units.windows import Window
 
 COLUMNS = ("layer", "us", "GOPS", "of peak", "wanted", "call us", "oneDNN us", "oneDNN / ours")
 _X = Integers(scale=0.02, zero=3, low=0, high=255)
@@ -136,13 +136,14 @@ def ours(layer: Layer, times: int) -> Callable[[], object]:
         after=(before,) * 2,
     )
     constants, weight = Constants(), torch.randint(-127, 128, layer.weight, dtype=torch.int8)
-    step, to = packed_step(constants, weight, _X, window, layer.inputs if layer.depthwise else 1)
-    step.scale = step.bias = constants.add(per_output(torch.full((layer.outputs,), 1e-3), 1, to))
+    packed = packed_step(constants, weight, _X, window, layer.inputs if layer.depthwise else 1)
+    step, numbers = packed.step, torch.full((layer.outputs,), 1e-3)
+    add_numbers(constants, [packed], numbers, numbers)
     step.inverse, step.fast, step.x, step.y = 1.0, 1, 1, 2
     h, w, side = (layer.size, layer.size, layer.side) if layer.size else (1, layer.rows, 1)
     values = [
         Value(floats=False, h=h, w=w, c=layer.inputs, argument=0),
-        Value(floats=False, h=h, w=w, c=layer.inputs, pad=window.border, zero=_X.zero),
+        Value(floats=False, h=h, w=w, c=layer.inputs, pad=packed.border, zero=_X.zero),
         Value(floats=False, h=side, w=side if layer.size else w, c=layer.outputs),
     ]
     plan = plan_of(values, [Step(kind=Kind.CONCAT, x=0, y=1), *[step] * times], constants, 1, [], 0)

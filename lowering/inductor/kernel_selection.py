@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.inductor.guard import is_weight_only, quantized_operands
+from lowering.inductor.guard import dequantize_behind, is_weight_only, quantized_operands
 from lowering.inductor.kernels.engines import ENGINES, WEIGHT_ONLY, Engine, KernelChoice, Product, fastest
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
-from lowering.inductor.rewrites.weights import CONVOLUTION, activation_of, float_weight, weight_of
+from lowering.inductor.rewrites.weights import ACTIVATION_DQ, CONVOLUTION, activation_of, float_weight, weight_of
 from lowering.native.engine import NATIVE, Native
 from quant2e.errors import LoweringError
 from quant2e.graph.attributes import tensor_at
@@ -111,7 +111,7 @@ def choose_native(
     """
     constants = Constants(gm.graph)
     nodes = {node.name: node for node in gm.graph.nodes if weight_of(node) in constants}
-    quantized = {name: node for name, node in nodes.items() if quantized_operands(node) is not None}
+    quantized = {name: node for name, node in nodes.items() if _has_integers(node)}
     alone = {name: node for name, node in nodes.items() if is_weight_only(gm, node)}
     _check(wanted, engines, {**quantized, **alone})
     if isinstance(wanted, str) and wanted not in (_MEASURED, NATIVE):
@@ -120,6 +120,16 @@ def choose_native(
     found = {name: _choice(name, product, wanted, engines) for name, product in products.items() if product is not None}
     rest = _MEASURED if isinstance(wanted, str) else {name: e for name, e in wanted.items() if e != NATIVE}
     return found, rest
+
+
+def _has_integers(node: Node) -> bool:
+    """Whether both operands of a product are dequantized; a weight with one scale has one per channel later on."""
+    weight, activation = dequantize_behind(weight_of(node)), dequantize_behind(activation_of(node))
+    scaled = weight is not None and weight.target in (
+        qd.dequantize_per_channel.default,
+        qd.dequantize_per_tensor.default,
+    )
+    return scaled and activation is not None and activation.target in ACTIVATION_DQ
 
 
 def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engine]) -> KernelChoice:
@@ -188,14 +198,18 @@ def _convolution(node: Node, x: tuple[int, ...], weight: tuple[int, ...], bias: 
             bias=bias,
             integers=integers,
         )
-    if spatial not in (2, 3) or len(x) != spatial + 2 or isinstance(padding, str):
+    if spatial not in (1, 2, 3) or len(x) != spatial + 2 or isinstance(padding, str):
         return None
+    stride, padding, dilation = (_each(sizes, spatial) for sizes in (args["stride"], padding, args["dilation"]))
+    if spatial == 1:  # computed in two dimensions
+        x, weight = (*x[:2], 1, x[2]), (*weight[:2], 1, weight[2])
+        stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     return Product(
         x=x,
         weight=weight,
-        stride=_each(args["stride"], spatial),
-        padding=_each(padding, spatial),
-        dilation=_each(args["dilation"], spatial),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
         groups=args["groups"],
         bias=bias,
         integers=integers,

@@ -10,7 +10,9 @@ from torch.fx import GraphModule
 from lowering.native.calls import call_regions
 from lowering.native.kernels.op import load_op
 from lowering.native.regions import Written, find_units, grouped, write
+from lowering.native.units.products import PRODUCTS
 from lowering.native.units.rows import straighten_rows
+from lowering.native.units.sequences import widen_sequences
 from lowering.native.units.spelled_out import read_spelled_out
 from lowering.native.writes import keep_writes
 from lowering.rewrites.moves import quantized_before_moves
@@ -45,7 +47,8 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
     if not writes.writers:  # what is read and computed elsewhere has no other value there
         read_spelled_out(gm)
         straighten_rows(gm)
-        quantized_before_moves(gm)
+        quantized_before_moves(gm, PRODUCTS)
+        widen_sequences(gm)
     found = find_units(gm, besides, writes)
     refused, regions = dict(found.refused), []
     for units in grouped(gm, found):

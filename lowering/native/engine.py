@@ -8,10 +8,10 @@ import torch
 
 from lowering.inductor.kernels.engines import Product, Run
 from lowering.native.kernels.op import load_op
-from lowering.native.kernels.pack import per_output
 from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
-from lowering.native.units.products import POINT, Window, packed_step
+from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.values import Integers
+from lowering.native.units.windows import POINT, Pair, ResultPart, plain_window, transposed_parts
 
 NATIVE = "native"
 
@@ -26,56 +26,71 @@ class Native:
 
     def computes(self, product: Product) -> bool:
         """Whether both operands are integers, in at most two dimensions of space, and there is a C++ compiler."""
-        plain = not product.float_rows and product.output_padding is None and len(product.weight) in (2, 4)
-        return plain and load_op() is not None
+        return not product.float_rows and len(product.weight) in (2, 4) and load_op() is not None
 
     def prepare(self, product: Product) -> Run | None:
         """A call of a region that copies its input to where a step reads it, and computes the product."""
         op = load_op()
         if op is None or not self.computes(product):
             return None
-        constants = Constants()
-        window = POINT if product.is_linear else _window(product)
-        weight = torch.randint(-127, 128, product.weight, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-        step, to = packed_step(constants, weight, _X, window, product.groups)
-        groups = 1 if step.kind is Kind.DEPTHWISE else product.groups
-        numbers = constants.add(per_output(torch.full((product.weight[0],), 1e-3), groups, to))
-        step.scale, step.bias, step.inverse, step.fast = numbers, numbers, 1.0, int(product.integers)
-        x, y = _images(product, window)
-        step.x = 1
-        if product.integers:
-            step.y = 2
-        else:
-            step.z = 2
-        n, (h, w, c) = (1, x) if product.is_linear else (product.x[0], x)
+        constants, parts = Constants(), _parts(product)
+        outputs = _outputs(product)
+        inputs = product.x[1] // product.groups
+        sizes = (outputs, inputs, *product.weight[2:])
+        weight = torch.randint(-127, 128, sizes, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+        packed = packed_steps(constants, weight, _X, parts, product.groups)
+        numbers = torch.full((outputs,), 1e-3)
+        add_numbers(constants, packed, numbers, numbers)
+        steps = [one.step for one in packed]
+        for step in steps:
+            step.inverse, step.fast, step.x = 1.0, int(product.integers), 1
+            if product.integers:
+                step.y = 2
+            else:
+                step.z = 2
+        n, (h, w), (height, width) = 1 if product.is_linear else product.x[0], _image(product), _result(product)
         values = [
-            Value(floats=False, h=h, w=w, c=c, argument=0),
-            Value(floats=False, h=h, w=w, c=c, pad=window.border, zero=_X.zero),
-            Value(floats=not product.integers, h=y[0], w=y[1], c=product.weight[0]),
+            Value(floats=False, h=h, w=w, c=product.x[1], argument=0),
+            Value(floats=False, h=h, w=w, c=product.x[1], pad=border_of(packed), zero=_X.zero),
+            Value(floats=not product.integers, h=height, w=width, c=outputs),
         ]
-        plan = plan_of(values, [Step(kind=Kind.CONCAT, x=0, y=1), step], constants, 1, [], 0)
-        given = [torch.zeros(n, h, w, c, dtype=torch.uint8)]
+        plan = plan_of(values, [Step(kind=Kind.CONCAT, x=0, y=1), *steps], constants, 1, [], 0)
+        given = [torch.zeros(n, h, w, product.x[1], dtype=torch.uint8)]
         return lambda: op(given, plan.numbers, plan.constants, plan.outputs)
 
 
-def _window(product: Product) -> Window:
-    before = (product.padding[0], product.padding[-1])
-    return Window(
-        kernel=(product.weight[2], product.weight[3]),
-        stride=(product.stride[0], product.stride[-1]),
-        before=before,
-        dilation=(product.dilation[0], product.dilation[-1]),
-        after=before,
-    )
-
-
-def _images(product: Product, window: Window) -> tuple[tuple[int, int, int], tuple[int, int]]:
-    """Height, width and channels of what goes in, and height and width of what comes out."""
+def _parts(product: Product) -> tuple[ResultPart, ...]:
     if product.is_linear:
-        return (1, product.x[0], product.x[1]), (1, product.x[0])
-    x = (product.x[2], product.x[3], product.x[1])
-    sizes = [
-        (x[i] + 2 * window.before[i] - window.dilation[i] * (window.kernel[i] - 1) - 1) // window.stride[i] + 1
-        for i in range(2)
-    ]
-    return x, (sizes[0], sizes[1])
+        return (ResultPart(window=POINT),)
+    kernel = (product.weight[2], product.weight[3])
+    stride, padding, dilation = (_both(sizes) for sizes in (product.stride, product.padding, product.dilation))
+    sizes = (kernel, stride, padding, dilation, _image(product), _result(product))
+    return (ResultPart(window=plain_window(*sizes)),) if product.output_padding is None else transposed_parts(*sizes)
+
+
+def _outputs(product: Product) -> int:
+    return product.weight[0] if product.output_padding is None else product.weight[1] * product.groups
+
+
+def _image(product: Product) -> Pair:
+    """Height and width of what goes in."""
+    return (1, product.x[0]) if product.is_linear else (product.x[2], product.x[3])
+
+
+def _result(product: Product) -> Pair:
+    """Height and width of what comes out."""
+    if product.is_linear:
+        return _image(product)
+    more, made = product.output_padding, []
+    for i, x in enumerate(_image(product)):
+        stride, padding, dilation = (_both(n)[i] for n in (product.stride, product.padding, product.dilation))
+        reach = dilation * (product.weight[2 + i] - 1)
+        if more is None:
+            made.append((x + 2 * padding - reach - 1) // stride + 1)
+        else:
+            made.append((x - 1) * stride - 2 * padding + reach + _both(more)[i] + 1)
+    return made[0], made[1]
+
+
+def _both(sizes: tuple[int, ...]) -> Pair:
+    return sizes[0], sizes[-1]

@@ -7,6 +7,8 @@ The kernel of the layer then writes integers, and the moves carry a quarter of t
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -21,19 +23,21 @@ _QUANTIZE, _DEQUANTIZE = qd.quantize_per_tensor.default, qd.dequantize_per_tenso
 _EFFECTS = frozenset({Effect.SAME, Effect.RESHAPE, Effect.PERMUTE, Effect.REPEAT})
 
 
-def quantized_before_moves(module: GraphModule) -> int:
+def quantized_before_moves(module: GraphModule, besides: Collection[object] = ()) -> int:
     """Quantize what a linear layer returns where it is quantized behind moves that nobody else reads; returns how
-    often.
+    often. ``besides``: ops that go on reading what is dequantized, with no moves between.
     """
     found = [node for node in module.graph.nodes if node.target is _QUANTIZE]
-    return sum(_hoisted(node) for node in found)
+    return sum(_hoisted(node, besides) for node in found)
 
 
-def _hoisted(quantize: Node) -> bool:
+def _hoisted(quantize: Node, besides: Collection[object]) -> bool:
     """``linear → moves → quantize → dequantize`` becomes ``linear → quantize → dequantize → moves``."""
     readers = list(quantize.users)
     last = quantize.args[0]
     if len(readers) != 1 or readers[0].target is not _DEQUANTIZE or not isinstance(last, Node):
+        return False
+    if any(reader.target in besides for reader in readers[0].users):
         return False
     first, source = last, last
     while is_move(source) and len(source.users) == 1:

@@ -234,9 +234,8 @@ const Shape* shapes_for(Ending ending) {
 // Where the pixels of a layer are read, written and added to.
 struct Places {
   const View &x, &y, &z, &added;
-  int64_t w;                             // pixels of a row
+  int64_t w;                              // pixels of a row
   int64_t stride_h, stride_w, top, left;  // of what is read
-  int64_t out_h, out_w, from_h, from_w;  // what is written: every out_h-th row from from_h on
   int64_t channel_in, channel_out;
 };
 
@@ -245,7 +244,7 @@ class Walk {
  public:
   Walk(const Places& places, int64_t pixel) : p(places), i(pixel / places.w), j(pixel % places.w) {
     in_step = p.stride_w * p.x.c;
-    y_step = p.out_w * p.y.c, z_step = p.out_w * p.z.c, added_step = p.out_w * p.added.c * p.added.size;
+    y_step = p.y.pixel, z_step = p.z.pixel, added_step = p.added.pixel * p.added.size;
     row();
   }
 
@@ -263,10 +262,9 @@ class Walk {
 
   void row() {
     in = p.x.bytes(i * p.stride_h - p.top, j * p.stride_w - p.left) + p.channel_in;
-    const int64_t h = i * p.out_h + p.from_h, v = j * p.out_w + p.from_w;
-    out.y = p.y.data ? p.y.bytes(h, v) + p.channel_out : nullptr;
-    out.z = p.z.data ? p.z.floats(h, v) + p.channel_out : nullptr;
-    out.added = p.added.data ? p.added.at(h, v) + p.channel_out * p.added.size : nullptr;
+    out.y = p.y.data ? p.y.bytes(i, j) + p.channel_out : nullptr;
+    out.z = p.z.data ? p.z.floats(i, j) + p.channel_out : nullptr;
+    out.added = p.added.data ? p.added.at(i, j) + p.channel_out * p.added.size : nullptr;
   }
 };
 
@@ -358,24 +356,22 @@ Epilogue epilogue_of(const Run& run, const Step& step) {
 }
 
 void convolution(const Run& run, const Step& step) {
-  const View x = run.view(step.x), none{};
-  const View y = step.y >= 0 ? run.view(step.y) : none, z = step.z >= 0 ? run.view(step.z) : none;
-  const View added = step.other >= 0 ? run.view(step.other) : none, &out = step.y >= 0 ? y : z;
+  const View x = run.view(step.x), y = run.part(step, step.y), z = run.part(step, step.z);
+  const View added = run.part(step, step.other), &out = step.y >= 0 ? y : z;
   int64_t offsets[kMostTaps];
   // A tap is a place of the kernel, or a row of it where the bytes of a row lie side by side.
   const int64_t across = step.taps == step.kernel_h ? 1 : step.kernel_w;
   for (int64_t t = 0; t < step.taps; ++t)
     offsets[t] = t / across * step.dilation_h * x.row() + t % across * step.dilation_w * x.c;
-  const int64_t h = (out.h - step.step_h + step.extra - 1) / step.extra, w = (out.w - step.step_w + step.mode - 1) / step.mode;
-  const int64_t pixels = h * w, padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
+  const int64_t pixels = out.pixels(), padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
   const Blocks compute = blocks_for(step.arithmetic);
   for (int64_t g = 0; g < step.groups; ++g) {
     Layer layer{nullptr, nullptr, step.inner, step.taps, 0, offsets, epilogue_of(run, step), linear_ending_of(run, step), nullptr, 0};
     layer.weights = run.constant<int8_t>(step.weight) + g * padded * step.inner * step.taps;
     layer.init = run.constant<int32_t>(step.init) + (g + (kShifts && step.arithmetic == kSigned ? step.groups : 0)) * padded;
     layer.epilogue.scale += g * padded, layer.epilogue.bias += g * padded;
-    const Places places{x, y, z, added, w, step.stride_h, step.stride_w, step.top, step.left, step.extra, step.mode,
-                    step.step_h, step.step_w, g * step.inputs, g * step.outputs};
+    const Places places{x, y, z, added, out.w, step.stride_h, step.stride_w, step.top, step.left, g * step.inputs,
+                        g * step.outputs};
     if (pixels >= 24 * run.threads)
       in_parallel(run, pixels, 12, [&](int64_t begin, int64_t end) {
         compute(step, layer, places, begin, end - begin, 0, strips);

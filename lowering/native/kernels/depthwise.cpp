@@ -9,9 +9,8 @@
 namespace quant2e {
 
 void depthwise(const Run& run, const Step& step) {
-  const View x = run.view(step.x), none{};
-  const View y = step.y >= 0 ? run.view(step.y) : none, z = step.z >= 0 ? run.view(step.z) : none;
-  const View added = step.other >= 0 ? run.view(step.other) : none, &out = step.y >= 0 ? y : z;
+  const View x = run.view(step.x), y = run.part(step, step.y), z = run.part(step, step.z);
+  const View added = run.part(step, step.other), &out = step.y >= 0 ? y : z;
   const Depthwise d{step, x, y, z, added, out, epilogue_of(run, step), run.constant<int8_t>(step.weight),
                     run.constant<int32_t>(step.init)};
   const bool three = step.inner > 0 && step.kernel_w == 3;

@@ -20,15 +20,17 @@ struct Piece {
 
 int64_t columns_of(const Step& s, int64_t count) { return (count - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w + 1; }
 
-// Interleaves the columns that a piece reads: [group of four rows][column][V].
+// Interleaves the columns that a piece reads: [group of four rows][column][V]. Of a kernel of one row, which is packed
+// as four, these are that row four times, each time `extra` columns further on.
 template <int V>
 void fill(const Depthwise& d, const Rows& r, const Piece& p, int64_t groups, B* to) {
   const Step& s = d.step;
-  const int64_t last = d.x.h + d.x.pad - 1, top = r.i * s.stride_h - s.top, columns = columns_of(s, p.count), c = d.x.c;
+  const int64_t last = d.x.h + d.x.pad_h - 1, top = r.i * s.stride_h - s.top, left = p.j * s.stride_w - s.left;
+  const int64_t columns = columns_of(s, p.count), c = d.x.c;
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* rows[4];  // what is below the image is multiplied by 0, or for rows of outputs that are not there
     for (int k = 0; k < 4; ++k)
-      rows[k] = d.x.bytes(std::min(top + (4 * g + k) * s.dilation_h, last), p.j * s.stride_w - s.left) + r.channel;
+      rows[k] = d.x.bytes(std::min(top + (4 * g + k) * s.dilation_h, last), left + k * s.extra) + r.channel;
     for (int64_t q = 0; q < columns; ++q, to += V) {
       interleave<V>(to, rows, r.n);
       for (int k = 0; k < 4; ++k) rows[k] += c;
@@ -102,10 +104,10 @@ void put(const Depthwise& d, const Rows& r, const Piece& p, const int32_t* sums)
   const Range range = e.range;
   F scale[V], bias[V];  // in registers
   for (int v = 0; v < V; ++v) scale[v] = load(e.scale + v * kLanes), bias[v] = load(e.bias + v * kLanes);
-  const int64_t c = d.y.c;
+  const int64_t pixel = d.y.pixel;
   for (int64_t t = 0; t < r.rows; ++t) {
     uint8_t* y = d.y.data ? d.y.bytes(r.i + t, p.j) + r.channel : nullptr;
-    for (int64_t j = 0; j < p.count; ++j, sums += V * kLanes, y += c) {
+    for (int64_t j = 0; j < p.count; ++j, sums += V * kLanes, y += pixel) {
       if constexpr (kHow == kAny) {
         finish<V>(sums, e, d.pixel(r.i + t, p.j + j, r.channel), r.n);
         continue;

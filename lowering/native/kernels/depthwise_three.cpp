@@ -16,7 +16,7 @@ struct Lines {
 
 Lines lines_of(const Depthwise& d, const Rows& r, int64_t together) {
   const Step& s = d.step;
-  const int64_t top = r.i * s.stride_h - s.top, last = d.x.h + d.x.pad - 1;
+  const int64_t top = r.i * s.stride_h - s.top, last = d.x.h + d.x.pad_h - 1;
   Lines lines{};
   // what is below the image is multiplied by 0, or for a row of outputs that is not there
   for (int k = 0; k < 4; ++k) lines.from[k] = d.x.bytes(std::min(top + k, last), -s.left) + r.channel;
@@ -53,7 +53,7 @@ ALWAYS_INLINE void put(const Depthwise& d, const Rows& r, const Lines& lines, co
     for (int p = 0; p < P; ++p)
       if (p < count) finish_both<V>(sums + p * V, e, scale, bias, range, d.pixel(r.i + t, j + p, r.channel), r.n);
   } else {
-    finish_fast<V * P, kHow>(sums, e, scale, bias, range, lines.y[t] + j * d.y.c, count * r.n);
+    finish_fast<V * P, kHow>(sums, e, scale, bias, range, lines.y[t] + j * d.y.pixel, count * r.n);
   }
 }
 
@@ -117,7 +117,7 @@ void two_by_two(const Depthwise& d, const Rows& r) {
 template <Ending kHow>
 Kernel kernel_of(const Step& s, int n) {
   if (s.stride_w == 2) return {1, n <= 16 ? two_by_two<1, kHow> : n <= 32 ? two_by_two<2, kHow> : two_by_two<4, kHow>};
-  const bool whole = n == s.outputs * s.groups;  // all channels: pixels lie one behind the other
+  const bool whole = n == s.outputs * s.groups && s.every_w == 1;  // all channels: pixels lie one behind the other
   if (whole && n == 16) return {2, one_by_one<1, 4, kHow>};
   if (whole && n == 32) return {2, one_by_one<2, 2, kHow>};
   return {2, n <= 16 ? one_by_one<1, 1, kHow> : n <= 32 ? one_by_one<2, 1, kHow> : one_by_one<4, 1, kHow>};

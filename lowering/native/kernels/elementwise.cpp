@@ -126,7 +126,7 @@ void concat(const Run& run, const Step& s) {
       const uint8_t* from = x.bytes(i, j);
       if (s.mode == 1) {
         uint8_t* to = y.bytes(0, 0) + i * x.w + j;
-        for (int64_t c = 0; c < x.c; ++c) to[c * x.h * x.w] = from[c];
+        for (int64_t c = 0; c < x.c; ++c) to[c * x.h * x.w] = table ? table[from[c]] : from[c];
         continue;
       }
       uint8_t* to = y.bytes(i, j) + s.extra;

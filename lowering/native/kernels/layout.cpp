@@ -84,7 +84,7 @@ void quantize(const Run& run, const Step& step) {
     if (y.h > 1)
       for (int64_t i = begin / y.w; i < end / y.w; ++i) quantize_row(step, source, y, i);
     else {
-      const View part{(char*)y.bytes(0, begin), 1, 1, end - begin, y.c, 0};
+      const View part{(char*)y.bytes(0, begin), 1, 1, end - begin, y.c, 0, 0, (end - begin) * y.c, y.c};
       quantize_row(step, {source.data + begin * source.column, source.channel, source.row, source.column}, part, 0);
     }
   });

@@ -1,6 +1,6 @@
 """Plan of a region: tensors, steps and constants, as the numbers that ``kernels/region.h`` reads.
 
-A plan is an int64 tensor: a header, eight numbers for each `Value` and as many for each `Step` as it has fields, in the
+A plan is an int64 tensor: a header, nine numbers for each `Value` and as many for each `Step` as it has fields, in the
 order of the C++ structs. Floats stand in it as the bits of doubles. Constants are one uint8 tensor.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 """Of the layout of plans, as in ``region.h``."""
 
 ALIGNMENT = 64
@@ -71,16 +71,16 @@ class Arithmetic(IntEnum):
 class Value:
     """A tensor of a region, for one image: ``h`` rows of ``w`` pixels of ``c`` values, channels last.
 
-    ``floats``: float32 instead of uint8. ``pad``: pixels around it that hold ``zero``. ``w`` of 0: as many as there
-    are rows. ``argument``: of the op, counted over its inputs and outputs; None for what lies in the arena, at
-    ``place``. ``shared``: an argument that is the same for every image.
+    ``floats``: float32 instead of uint8. ``pad``: rows above and below it, and pixels left and right, that hold
+    ``zero``. ``w`` of 0: as many as there are rows. ``argument``: of the op, counted over its inputs and outputs; None
+    for what lies in the arena, at ``place``. ``shared``: an argument that is the same for every image.
     """
 
     floats: bool
     h: int
     w: int
     c: int
-    pad: int = 0
+    pad: tuple[int, int] = (0, 0)
     zero: int = 0
     argument: int | None = None
     shared: bool = False
@@ -88,13 +88,13 @@ class Value:
 
     def bytes(self, rows: int) -> int:
         """What it takes in the arena, where ``rows`` rows are computed at a time."""
-        pixels = (self.h + 2 * self.pad) * ((self.w or rows) + 2 * self.pad)
+        pixels = (self.h + 2 * self.pad[0]) * ((self.w or rows) + 2 * self.pad[1])
         return aligned(pixels * self.c * (4 if self.floats else 1) + SLACK)
 
     def numbers(self) -> tuple[int, ...]:
         """The fields of C++'s ``Tensor``."""
         place = self.place if self.argument is None else -1 - self.argument
-        return (place, int(self.floats), self.h, self.w, self.c, self.pad, self.zero, int(self.shared))
+        return (place, int(self.floats), self.h, self.w, self.c, *self.pad, self.zero, int(self.shared))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,6 +103,7 @@ class Step:
 
     ``x`` … ``fourth``: values that are read, ``y``: written as integers, ``z``: as floats. ``weight`` … ``init``: bytes
     into the constants. ``inverse``, ``zero``, ``low``, ``high``: of ``y``, with ``inverse`` one divided by its scale.
+    ``every_h`` … ``from_w``: rows and columns that a convolution writes; others are written by other steps.
     """
 
     kind: Kind
@@ -145,8 +146,10 @@ class Step:
     mode: int = 0
     extra: int = 0
     extra_number: float = 0.0
-    step_h: int = 0
-    step_w: int = 0
+    every_h: int = 1
+    every_w: int = 1
+    from_h: int = 0
+    from_w: int = 0
     third_scale: float = 0.0
     third_zero: int = 0
     x_first: int = 0

@@ -36,17 +36,18 @@ thread_local Memory arena;
 // What lies around an image holds its zero point.
 void fill_border(const Run& run, int64_t tensor) {
   const Tensor& t = run.tensors[tensor];
-  if (!t.pad) return;
+  if (!t.pad_h && !t.pad_w) return;
   const View x = run.view(tensor);
-  const int64_t row = x.row(), edge = x.pad * x.c;
+  const int64_t edge = x.pad_w * x.c, outer = x.pad_h * x.row() + edge;
   uint8_t* data = (uint8_t*)x.data;
-  std::memset(data, (int)t.zero, x.pad * row + edge);
-  for (int64_t i = 0; i + 1 < x.h; ++i) std::memset(data + (x.pad + i + 1) * row - edge, (int)t.zero, 2 * edge);
-  std::memset(data + (x.pad + x.h) * row - edge, (int)t.zero, x.pad * row + edge);
+  std::memset(data, (int)t.zero, outer);
+  for (int64_t i = 1; i < x.h; ++i) std::memset(data + (x.pad_h + i) * x.row() - edge, (int)t.zero, 2 * edge);
+  std::memset(data + (x.pad_h + x.h) * x.row() - edge, (int)t.zero, outer);
 }
 
 void run_step(const Run& run, const Step& step) {
-  if (step.y >= 0 && run.tensors[step.y].place >= 0) fill_border(run, step.y);
+  const bool first = !step.from_h && !step.from_w;  // of the steps that write the parts of y
+  if (step.y >= 0 && first && run.tensors[step.y].place >= 0) fill_border(run, step.y);
   switch (step.kind) {
     case kQuantize: return quantize(run, step);
     case kDequantize: return dequantize(run, step);

@@ -9,15 +9,16 @@
 
 namespace quant2e {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 enum Type : int64_t { kUint8 = 0, kFloat = 1 };
 
-// Pixels of `c` values, `h` rows of `w`, channels last, with a border of `pad` pixels that holds `zero`. Rows of a
-// matrix are the pixels of one row of an image. `w` of 0: as many as there are rows to compute at the moment.
+// Pixels of `c` values, `h` rows of `w`, channels last, with a border that holds `zero`: `pad_h` rows above and below,
+// `pad_w` pixels left and right. Rows of a matrix are the pixels of one row of an image. `w` of 0: as many as there are
+// rows to compute at the moment.
 struct Tensor {
   int64_t place;  // of its first byte in the arena, or -1 - i for the i-th tensor that the caller gave
-  int64_t type, h, w, c, pad, zero;
+  int64_t type, h, w, c, pad_h, pad_w, zero;
   int64_t shared;  // an argument that is the same for every image
 };
 
@@ -36,7 +37,8 @@ struct Step {
   int64_t x_scale_bits, x_zero, other_scale_bits, other_zero;
   int64_t kernel_h, kernel_w, stride_h, stride_w, top, left, dilation_h, dilation_w;
   int64_t groups, inputs, outputs, taps, inner;  // of one group: input and output channels; taps and bytes of each
-  int64_t mode, extra, extra_bits, step_h, step_w;
+  int64_t mode, extra, extra_bits;
+  int64_t every_h, every_w, from_h, from_w;  // what is written: every so many rows and columns, from these on
   int64_t third_scale_bits, third_zero;
   int64_t x_first, other_first, third_first;  // channel of a tensor at which its heads begin
   int64_t softmax_scale_bits, softmax_zero, softmax_low, softmax_high;  // of probabilities; a scale of 0: left as floats
@@ -60,13 +62,19 @@ struct Step {
 struct View {
   char* data;
   int64_t size;  // of a value, in bytes
-  int64_t h, w, c, pad;
+  int64_t h, w, c, pad_h, pad_w;
+  int64_t line, pixel;  // values from one row to the next, and from one pixel to the next
 
-  int64_t row() const { return (w + 2 * pad) * c; }
-  char* at(int64_t i, int64_t j) const { return data + ((i + pad) * row() + (j + pad) * c) * size; }
+  int64_t row() const { return line; }
+  char* at(int64_t i, int64_t j) const { return data + ((i + pad_h) * line + (j + pad_w) * pixel) * size; }
   uint8_t* bytes(int64_t i, int64_t j) const { return (uint8_t*)at(i, j); }
   float* floats(int64_t i, int64_t j) const { return (float*)at(i, j); }
   int64_t pixels() const { return h * w; }
+  // The rows and columns that a step writes, as an image of their own.
+  View part(const Step& s) const {
+    const int64_t rows = (h - s.from_h + s.every_h - 1) / s.every_h, columns = (w - s.from_w + s.every_w - 1) / s.every_w;
+    return {at(s.from_h, s.from_w), size, rows, columns, c, 0, 0, line * s.every_h, pixel * s.every_w};
+  }
 };
 
 // An argument of the op: its memory and how far apart its values are, in values.
@@ -88,8 +96,10 @@ struct Run {
     const int64_t size = t.type == kFloat ? 4 : 1, w = t.w ? t.w : rows;
     char* data = t.place >= 0 ? arena + t.place : given[-1 - t.place].data;
     if (t.place < 0 && !t.shared) data += image * given[-1 - t.place].image * size;
-    return {data, size, t.h, w, t.c, t.pad};
+    return {data, size, t.h, w, t.c, t.pad_h, t.pad_w, (w + 2 * t.pad_w) * t.c, t.c};
   }
+  // What a step writes of a tensor, or adds to it; nothing of a tensor that is not there.
+  View part(const Step& s, int64_t tensor) const { return tensor < 0 ? View{} : view(tensor).part(s); }
   template <class T>
   const T* constant(int64_t place) const {
     return place < 0 ? nullptr : (const T*)(constants + place);

@@ -236,7 +236,7 @@ class _Attention:
             third_first=v.first,
         )
         if is_quantize(self.q.read):
-            emitter.border(self.q.read, 0)  # groups of four bytes are read, of the last row as well
+            emitter.border(self.q.read)  # groups of four bytes are read, of the last row as well
         for place, part in (("x", self.q), ("other", self.k), ("third", self.v)):
             describe(step, emitter, place, part.read)
         if self.scores.mask is not None:

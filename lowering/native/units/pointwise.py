@@ -148,7 +148,7 @@ def _table(source: Node, rounded: Node, function: Callable[[Tensor], Tensor]) ->
 
 
 def flat_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
-    """The unit of bytes of an image in one row: ``dq, flatten, q`` with one scale."""
+    """The unit of bytes of an image in one row: ``dq, flatten, q``; by a table where the scales differ."""
     del gm
     if node.target not in _FLAT and not is_identity(node):
         return None
@@ -160,8 +160,6 @@ def flat_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
     rounded = ending.integers
     if rounded is None or ending.floats is not None or ending.activation.kind is not Activation.NONE:
         return "its result is needed in float"
-    if integers_of(rounded) != integers_of(source):
-        return "its result is rounded with another scale than its operand has"
     same = len(shape) == len(before) and shape[1:] == before[1:]
     if not same and not (len(shape) == 2 and len(before) in (3, 4)):
         return "a change of shape other than flattening each sample"
@@ -170,6 +168,8 @@ def flat_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
     def emit(emitter: Emitter) -> None:
         step = Step(kind=Kind.CONCAT, x=emitter.read(source), mode=1 if first else 0)
         step.y = emitter.declare(rounded)
+        if integers_of(source) != integers_of(rounded):
+            step.weight = emitter.constants.add(_table(source, rounded, lambda floats: floats))
         emitter.steps.append(step)
 
     if not same and len(before) == 3 and before[1] != 1:

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.native.units.layouts import follow, moved_from, places_of
 from lowering.native.units.unit import ACTIVATIONS, is_identity
-from lowering.native.units.values import same_size, shape_of
+from lowering.native.units.values import lie_alike, shape_of
 from quant2e.graph.edit import emit_behind
 from quant2e.graph.fake_values import value_of_call
 from quant2e.graph.qdq_ops import qd
@@ -122,17 +122,11 @@ def _move(node: Node, read: list[Node], rows: list[_Rows]) -> bool:
         last = emit_behind(last, node, aten.transpose.int, 0, 1)
     if last.meta["val"].shape != before.shape:
         last = emit_behind(last, node, aten.reshape.default, [s if isinstance(s, int) else -1 for s in before.shape])
-    if not _lie_alike(last.meta["val"], before):  # who reads it may view it
+    if not lie_alike(last.meta["val"], before):  # who reads it may view it
         last = emit_behind(last, node, aten.contiguous.default)
     if last is not node:
         node.replace_all_uses_with(last, delete_user_cb=lambda user: user in users)
     return True
-
-
-def _lie_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of the same shape have the same strides, where an axis has more than one step."""
-    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
-    return all(same_size(size, 1) or same_size(a, b) for size, a, b in strides)
 
 
 def _joined(place: _Rows) -> Node:

@@ -5,7 +5,7 @@ dq, convolution, add, relu, q        =>        one unit: reads integers, writes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.native.kernels.plan import Activation, Constants, Kind, Step, Value
 from lowering.native.units.values import Integers, image_of, integers_of, is_inner, is_quantize, same_shape, stored
+from lowering.native.units.windows import Pair
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten
@@ -58,14 +59,14 @@ class Emitter:
         """The number of the value that ``node`` made."""
         return self.places[node]
 
-    def border(self, node: Node, pixels: int) -> int:
-        """As `read`, of integers that need so many pixels of zeros around them, and `SLACK` behind the last."""
+    def border(self, node: Node, pixels: Pair = (0, 0)) -> int:
+        """As `read`, of integers that need so many zeros around them, rows and pixels, and `SLACK` behind the last."""
         value = self.values[self.places[node]]
         if value.argument is not None:  # of the caller, who has neither
             given = self.places[node]
             self.steps.append(Step(kind=Kind.CONCAT, x=given, y=self.declare(node)))
             value = self.values[self.places[node]]
-        value.pad = max(value.pad, pixels)
+        value.pad = max(value.pad[0], pixels[0]), max(value.pad[1], pixels[1])
         return self.places[node]
 
     def hand_over(self, node: Node, argument: int) -> None:
@@ -234,11 +235,14 @@ def describe(step: Step, emitter: Emitter, place: str, node: Node) -> None:
         setattr(step, f"{place}_zero", integers.zero)
 
 
-def finish(emitter: Emitter, step: Step, ending: Ending, *, fast: bool = False) -> None:
-    """Fill in what a step does with its result, and add it. ``fast``: scales are divided by that of y already."""
+def finish(emitter: Emitter, step: Step, ending: Ending, *, fast: bool = False, parts: Sequence[Step] = ()) -> None:
+    """Fill in what a step does with its result, and add it. ``fast``: scales are divided by that of y already.
+
+    ``parts``: steps that write the rest of the same result.
+    """
     step.activation, step.a, step.b = ending.activation.kind, ending.activation.a, ending.activation.b
     if ending.added is not None:
-        step.other = emitter.border(ending.added, 0) if is_quantize(ending.added) else emitter.read(ending.added)
+        step.other = emitter.border(ending.added) if is_quantize(ending.added) else emitter.read(ending.added)
         added = integers_of(ending.added)
         if is_quantize(ending.added) and added is not None:
             step.other_scale, step.other_zero = added.scale, added.zero
@@ -251,7 +255,16 @@ def finish(emitter: Emitter, step: Step, ending: Ending, *, fast: bool = False) 
     if ending.floats is not None:
         step.z = emitter.declare(ending.floats)
     step.fast = int(fast)
-    emitter.steps.append(step)
+    for part in parts:
+        for name in _OF_RESULT:
+            setattr(part, name, getattr(step, name))
+    emitter.steps += [step, *parts]
+
+
+_OF_RESULT = (
+    "other", "other_scale", "other_zero", "y", "z", "fast", "activation", "a", "b", "inverse", "zero", "low", "high",
+)  # fmt: skip
+"""What `finish` fills in."""
 
 
 CLAMPS = frozenset({Activation.NONE, Activation.RELU, Activation.CLAMP})

@@ -86,7 +86,21 @@ class Weight:
 
 
 def weight_at(gm: GraphModule, node: object) -> Weight | None:
-    """What a dequantize op of a constant symmetric int8 weight reads; None for any other node."""
+    """What a dequantize op of a constant symmetric int8 weight reads, whose outputs come first; else None."""
+    return _weight_by(gm, node, 0)
+
+
+def transposed_weight_at(gm: GraphModule, node: object, groups: int) -> Weight | None:
+    """As `weight_at`, of a weight ``[inputs, outputs of a group, height, width]``: as a plain convolution has it."""
+    found = _weight_by(gm, node, 1)
+    if found is None:
+        return None
+    grouped = found.integers.unflatten(0, (groups, -1)).transpose(1, 2)
+    return Weight(integers=grouped.flatten(0, 1).contiguous(), scale=found.scale.repeat(groups))
+
+
+def _weight_by(gm: GraphModule, node: object, axis: int) -> Weight | None:
+    """A weight as it is stored, with a scale for each place along ``axis``."""
     if not isinstance(node, Node):
         return None
     value = tensor_at(gm, node.args[0]) if node.args else None
@@ -96,11 +110,11 @@ def weight_at(gm: GraphModule, node: object) -> Weight | None:
     if node.target is qd.dequantize_per_channel.default:
         scale, zeros = tensor_at(gm, given["scales"]), given["zero_points"]
         points = tensor_at(gm, zeros)
-        if scale is None or given["axis"] != 0 or (zeros is not None and (points is None or bool(points.any()))):
+        if scale is None or given["axis"] != axis or (zeros is not None and (points is None or bool(points.any()))):
             return None
         return Weight(integers=value.detach(), scale=scale.detach().to(torch.float32))
     if node.target is qd.dequantize_per_tensor.default and given["zero_point"] == 0:
-        return Weight(integers=value.detach(), scale=torch.full((value.shape[0],), float(given["scale"])))
+        return Weight(integers=value.detach(), scale=torch.full((value.shape[axis],), float(given["scale"])))
     return None
 
 
@@ -133,6 +147,12 @@ def same_size(one: Any, two: Any) -> bool:
 def same_shape(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
     """Whether two tensors have the same sizes."""
     return len(one) == len(two) and all(same_size(a, b) for a, b in zip(one, two, strict=True))
+
+
+def lie_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of the same shape have the same strides, where an axis has more than one step."""
+    strides = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return all(same_size(size, 1) or same_size(a, b) for size, a, b in strides)
 
 
 def lies_in(value: Tensor, order: Sequence[int]) -> bool:

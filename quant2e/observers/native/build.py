@@ -24,7 +24,8 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-ma
 _WISHES = (("-march=native",), ())
 """Flags to try in turn: not every compiler has them."""
 
-_BUILD_SECONDS = 120
+_BUILD_SECONDS, _SECONDS_WITH_FLAGS = 120, 1800
+"""For one source file; with flags of the user's, such as those of sanitizers, compilers take longer."""
 
 _TORCH = Path(torch.__file__).parent / "lib"
 _LIBRARIES = (f"-L{_TORCH}", "-ltorch_cpu", "-lm")
@@ -93,7 +94,8 @@ def built_together(name: str, sources: Sequence[Path], included: Sequence[Path],
 
 def _complaint(compiler: str, command: Sequence[str]) -> str:
     """What the compiler says where it fails; empty where it does not."""
-    done = subprocess.run([compiler, *command], capture_output=True, timeout=_BUILD_SECONDS, check=False)  # noqa: S603 - the user's compiler
+    seconds = _SECONDS_WITH_FLAGS if os.environ.get("QUANT2E_NATIVE_FLAGS") else _BUILD_SECONDS
+    done = subprocess.run([compiler, *command], capture_output=True, timeout=seconds, check=False)  # noqa: S603 - the user's compiler
     return done.stderr.decode(errors="replace")[-500:] or "no reason given" if done.returncode else ""
 
 

@@ -140,7 +140,10 @@ CASES = {
         Product(x=(2, 8, 9, 9), weight=(6, 4, 3, 3), stride=(2, 2), padding=(0, 1), dilation=(1, 1), groups=2,
             bias=False),
     ),
-    "one dimension": (lambda m, x: F.conv1d(u8(x), m.w()), (2, 8, 9), (6, 8, 3), None),
+    "one dimension": (
+        lambda m, x: F.conv1d(u8(x), m.w(), None, 2, 1), (2, 8, 9), (6, 8, 3),
+        Product(x=(2, 8, 1, 9), weight=(6, 8, 1, 3), stride=(1, 2), padding=(0, 1), dilation=(1, 1), bias=False),
+    ),
     "three dimensions": (lambda m, x: F.conv3d(u8(x), m.w(), padding=1), (1, 8, 3, 4, 5), (6, 8, 3, 3, 3),
         Product(x=(1, 8, 3, 4, 5), weight=(6, 8, 3, 3, 3), stride=(1, 1, 1), padding=(1, 1, 1), dilation=(1, 1, 1),
             bias=False)),

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from lowering.native.kernels.op import load_op
-from lowering.native.kernels.pack import pack_convolution, per_output
+from lowering.native.kernels.pack import pack_convolution
 from lowering.native.kernels.plan import Arithmetic, Constants, Kind, Plan, Step, Value, plan_of
-from lowering.native.units.products import Window, packed_step
+from lowering.native.units.packed import add_numbers, packed_step
 from lowering.native.units.values import Integers
+from lowering.native.units.windows import Window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,22 +82,20 @@ def planned(
 
     ``rows``: of a matrix, at a time. ``arithmetic``: instead of the one that is chosen.
     """
-    (h, w), (height, width), inputs, window = layer.image, layer.sizes, layer.inputs, layer.window()
+    (h, w), (height, width), inputs, constants = layer.image, layer.sizes, layer.inputs, Constants()
+    ready = packed_step(constants, layer.weight, layer.integers, layer.window(), layer.groups)
+    step, outputs = ready.step, layer.weight.shape[0]
     values = [
         Value(floats=True, h=h, w=0 if rows else w, c=inputs, argument=0),
-        Value(floats=False, h=h, w=0 if rows else w, c=inputs, pad=window.border, zero=layer.zero),
+        Value(floats=False, h=h, w=0 if rows else w, c=inputs, pad=ready.border, zero=layer.zero),
         Value(floats=True, h=height, w=0 if rows else width, c=layer.weight.shape[0], argument=1),
     ]
-    constants = Constants()
-    step, to = packed_step(constants, layer.weight, layer.integers, window, layer.groups)
-    groups = 1 if step.kind is Kind.DEPTHWISE else layer.groups
     if arithmetic is not None and step.kind is Kind.CONVOLUTION:
         by_rows = layer.groups == 1 and layer.dilation[1] == 1
         packed = pack_convolution(layer.weight, layer.zero, layer.groups, rows=by_rows, arithmetic=arithmetic)
         step.arithmetic, step.weight, step.init = arithmetic, constants.add(packed.weight), constants.add(packed.init)
     step.x, step.z = 1, 2
-    step.scale = constants.add(per_output(torch.full((layer.weight.shape[0],), scale), groups, to))
-    step.bias = constants.add(per_output(torch.zeros(layer.weight.shape[0]), groups, to))
+    add_numbers(constants, [ready], torch.full((outputs,), scale), torch.zeros(outputs))
     quantize = Step(kind=Kind.QUANTIZE, x=0, y=1, inverse=1.0, zero=layer.zero, low=layer.low, high=layer.high)
     shape = (layer.weight.shape[0],) if rows else (layer.weight.shape[0], height, width)
     return plan_of(values, [quantize, step], constants, 1, [shape], rows), step

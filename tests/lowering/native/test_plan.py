@@ -15,7 +15,7 @@ from lowering.native.kernels.plan import ALIGNMENT, Activation, Arithmetic, Cons
 from lowering.native.kernels.shipped import KERNELS
 
 HEADER = 8
-FIELDS_OF_VALUES = 8
+FIELDS_OF_VALUES = 9
 
 
 def struct(name: str, file: str = "region.h") -> list[str]:
@@ -61,8 +61,8 @@ def test_a_plan_spelled_out():
     step = Step(kind=Kind.QUANTIZE, x=0, y=1, inverse=0.5, zero=7)
     plan = plan_of([*values, Value(floats=True, h=1, w=2, c=3, argument=1)], [step], Constants(), 1, [(2, 3)], 0)
     numbers = plan.numbers.tolist()
-    assert numbers[:HEADER] == [1, 3, 1, plan.arena, 1, 1, 0, 0]
-    assert numbers[HEADER : HEADER + 2 * FIELDS_OF_VALUES] == [-1, 1, 1, 2, 3, 0, 0, 0, 0, 0, 1, 2, 3, 0, 7, 0]
+    assert numbers[:HEADER] == [2, 3, 1, plan.arena, 1, 1, 0, 0]
+    assert numbers[HEADER : HEADER + 2 * FIELDS_OF_VALUES] == [-1, 1, 1, 2, 3, 0, 0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 7, 0]
     assert len(numbers) == HEADER + 3 * FIELDS_OF_VALUES + len(fields(Step))
     assert plan.outputs == (3, 1, 2, 3)
 

@@ -113,14 +113,37 @@ def test_ops_in_no_region_have_a_reason():
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.wide = nn.ConvTranspose2d(3, 4, 2), nn.Conv3d(1, 2, 2)
+            self.up, self.wide = nn.ConvTranspose2d(3, 4, 33, stride=33), nn.Conv3d(1, 2, 2)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             return self.up(x), self.wide(x[:, None])
 
     *_, found = cut(Odd(), torch.randn(1, 3, 6, 6))
     assert found.regions == ()
+    assert found.refused["conv_transpose2d"] == "a kernel of 33 x 33"
     assert all(found.refused[name] for name in ("conv_transpose2d", "conv3d") if name in found.refused)
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv1d(8, 4, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)])
+def test_a_convolution_reads_the_moved_rows_of_a_linear_layer_as_integers(convolution):
+    """Quantization comes ahead of moves for products of two activations, not for those with a weight."""
+
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.convolution = nn.Linear(8, 8), convolution
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x).transpose(1, 2)
+            made: Tensor = self.convolution(y if convolution.weight.dim() == 3 else y.unflatten(2, (4, 3)))
+            return made
+
+    x = torch.randn(2, 12, 8)
+    graph, gm, found = cut(Moved(), x)
+    ops = {node.name for region in found.regions for unit in region.units for node in unit.nodes}
+    assert ops & {"conv1d", "conv2d"}
+    assert "linear" in ops
+    assert steps_apart(graph, gm, x) < 1e-3
 
 
 def test_a_graph_that_writes_to_its_buffers_keeps_its_ops():

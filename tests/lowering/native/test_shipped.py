@@ -25,6 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def there(folder, monkeypatch):
+    monkeypatch.delenv("QUANT2E_NATIVE_FLAGS", raising=False)  # of sanitizers: what was shipped has none
     monkeypatch.setattr("lowering.native.kernels.shipped.FOLDER", folder)
     return shipped("plain")
 

@@ -114,6 +114,34 @@ def test_sums_of_thousands_of_layers_are_exact(name: str, part: int) -> None:
         compare(name, seed)
 
 
+def row_kernel(seed: int) -> tuple[Layer, Tensor]:
+    """A depthwise layer whose kernel is one row, of any width and dilation, and bytes for it."""
+    pick = random.Random(seed)
+    low, high = pick.choice(RANGES)
+    channels, kernel = pick.choice([2, 15, 16, 17, 32, 33, 64, 65, 130]), (1, pick.choice([2, 3, 4, 5, 8, 31, 33, 40]))
+    stride = (pick.randint(1, 2), pick.randint(1, 3))
+    dilation = (1, pick.choice([1, 1, 2, 3, 40]))
+    left, right = (pick.randint(0, (kernel[1] - 1) * dilation[1]) for _ in range(2))
+    padding = (0, 0, left, right)
+    least = max(1, (kernel[1] - 1) * dilation[1] + 1 - left - right)
+    image = (pick.choice([1, 1, 3]), least + pick.randint(0, 150))
+    weight = filled(pick.choice(FILLS), (channels, 1, *kernel), -128, 127, seed).to(torch.int8)
+    layer = Layer(
+        weight=weight, image=image, stride=stride, dilation=dilation, padding=padding, groups=channels,
+        zero=pick.choice([low, high, pick.randint(low, high)]), low=low, high=high,
+    )  # fmt: skip
+    return layer, filled(pick.choice(FILLS), (1, channels, *image), low, high, seed + 1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", able())
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**30))
+def test_sums_of_depthwise_kernels_of_one_row_are_exact(name: str, seed: int) -> None:
+    layer, x = row_kernel(seed)
+    assert torch.equal(found(name, layer, x), layer.sums(x).float()), f"{name}, seed {seed}, {layer}"
+
+
 WORST = [
     # weights, activations: what overflows 16 bits first
     (127, 255),
