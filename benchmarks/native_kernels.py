@@ -23,8 +23,8 @@ from rich.console import Console
 from benchmarks.demo.record import record
 from benchmarks.peak import peak_int8, spilled_int8
 from benchmarks.timing import machine
-from lowering.native.kernels.op import instruction_set, load_op
-from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
+from lowering.native.kernels.op import instruction_set, load_region_op
+from lowering.native.kernels.plan import RegionConstants, RegionStep, RegionTensor, StepKind, region_plan
 from lowering.native.units.packed import add_numbers, packed_step
 from lowering.native.units.values import Integers
 from lowering.native.units.windows import Window
@@ -124,7 +124,7 @@ INNER = Layer(rows=6, inputs=768, outputs=64)
 
 def ours(layer: Layer, times: int) -> Callable[[], object]:
     """A call of the op whose plan copies its input and computes the layer ``times`` times."""
-    op = load_op()
+    op = load_region_op()
     if op is None:
         raise SystemExit("There is no C++ compiler: set CXX")
     before = layer.kernel // 2
@@ -135,18 +135,18 @@ def ours(layer: Layer, times: int) -> Callable[[], object]:
         dilation=(1, 1),
         after=(before,) * 2,
     )
-    constants, weight = Constants(), torch.randint(-127, 128, layer.weight, dtype=torch.int8)
+    constants, weight = RegionConstants(), torch.randint(-127, 128, layer.weight, dtype=torch.int8)
     packed = packed_step(constants, weight, _X, window, layer.inputs if layer.depthwise else 1)
     step, numbers = packed.step, torch.full((layer.outputs,), 1e-3)
     add_numbers(constants, [packed], numbers, numbers)
     step.inverse, step.fast, step.x, step.y = 1.0, 1, 1, 2
     h, w, side = (layer.size, layer.size, layer.side) if layer.size else (1, layer.rows, 1)
     values = [
-        Value(floats=False, h=h, w=w, c=layer.inputs, argument=0),
-        Value(floats=False, h=h, w=w, c=layer.inputs, pad=packed.border, zero=_X.zero),
-        Value(floats=False, h=side, w=side if layer.size else w, c=layer.outputs),
+        RegionTensor(floats=False, h=h, w=w, c=layer.inputs, argument=0),
+        RegionTensor(floats=False, h=h, w=w, c=layer.inputs, pad=packed.border, zero=_X.zero),
+        RegionTensor(floats=False, h=side, w=side if layer.size else w, c=layer.outputs),
     ]
-    plan = plan_of(values, [Step(kind=Kind.CONCAT, x=0, y=1), *[step] * times], constants, 1, [], 0)
+    plan = region_plan(values, [RegionStep(kind=StepKind.CONCAT, x=0, y=1), *[step] * times], constants, 1, [], 0)
     given = [torch.zeros(1, h, w, layer.inputs, dtype=torch.uint8)]
     return lambda: op(given, plan.numbers, plan.constants, plan.outputs)
 

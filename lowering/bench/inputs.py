@@ -55,7 +55,7 @@ def chosen(own: Sequence[OwnInputs]) -> list[Path]:
     return [one.file for one in own]
 
 
-def read_inputs(file: Path) -> tuple[Tensor, ...]:
+def read_bench_inputs(file: Path) -> tuple[Tensor, ...]:
     """The tensors of a file that `own_inputs` wrote, or the arrays of an ``.npz``."""
     if file.suffix == ".npz":
         return read_arrays(file)

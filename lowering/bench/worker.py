@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowering.bench.inputs import described, read_inputs
+from lowering.bench.inputs import described, read_bench_inputs
 from lowering.files.program_file import OpenProgram, opened, read_program
 from quant2e.errors import FileFormatError, LoweringError, Quant2eError
 from quant2e.isolation import unheard
@@ -144,7 +144,7 @@ def _use(threads: int, paths: Sequence[Path]) -> None:
 
 
 def _tensors(program: OpenProgram, inputs: Path | None) -> tuple[Tensor, ...]:
-    return read_inputs(inputs) if inputs is not None else program.tensors()
+    return read_bench_inputs(inputs) if inputs is not None else program.tensors()
 
 
 def _peak() -> int:

@@ -21,7 +21,7 @@ from lowering.inductor.rewrites.pipeline import REWRITES, one_dequantize_per_use
 from lowering.inductor.rewrites.repeated_steps import RepeatedSteps
 from lowering.native.cut import NO_CUT, Cut, cut_regions
 from lowering.native.engine import NATIVE
-from lowering.native.units.unit import activation_of
+from lowering.native.units.unit import fused_activation
 from lowering.signature import Signature
 from quant2e.passes import Promise, run
 from quant2e.passes.dead_code import remove_dead_code
@@ -96,6 +96,6 @@ def kernels_of(cut: Cut) -> Iterator[Kernel]:
     """The ops that regions compute, for the report."""
     for region in cut.regions:
         for unit in region.units:
-            activations = [node.name for node in unit.nodes if activation_of(node) is not None]
+            activations = [node.name for node in unit.nodes if fused_activation(node) is not None]
             post_op = activations[0].rstrip("_0123456789") if activations else ""
             yield from (Kernel(REGION, node.name, post_op) for node in unit.nodes if node.target in COMPUTED)

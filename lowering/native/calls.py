@@ -10,10 +10,10 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
-from lowering.native.regions import Written
+from lowering.native.regions import WrittenRegion
 from lowering.native.units.layouts import numbers
 from lowering.native.units.masks import float_mask
-from lowering.native.units.values import OFFSET, is_quantize, lies_in
+from lowering.native.units.values import OFFSET, lies_in, quantizes
 from lowering.native.writes import Writes
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.passes.dead_code import remove_dead_code
@@ -42,7 +42,7 @@ _BY_STRIDES = frozenset(
 _CHANNELS_LAST = (0, 2, 3, 1)
 
 
-def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., object], writes: Writes) -> None:
+def call_regions(gm: GraphModule, regions: Sequence[WrittenRegion], op: Callable[..., object], writes: Writes) -> None:
     """Put a call in the place of each region, its plan and constants as buffers of ``gm``; what is not read goes.
 
     ``writes``: what the graph writes in place, outside of all regions.
@@ -72,18 +72,18 @@ def call_regions(gm: GraphModule, regions: Sequence[Written], op: Callable[..., 
 
 def _stored(gm: GraphModule, node: Node) -> Node:
     """The result of an op in no region, with integers as regions store them: unsigned."""
-    if not is_quantize(node) or node.meta["val"].dtype is not torch.int8:
+    if not quantizes(node) or node.meta["val"].dtype is not torch.int8:
         return node
     unsigned = gm.graph.call_function(aten.view.dtype, (node, torch.uint8))
     return gm.graph.call_function(aten.bitwise_xor.Scalar, (unsigned, OFFSET))
 
 
-def _laid_out(gm: GraphModule, region: Written, node: Node, given: Node) -> Node:
+def _laid_out(gm: GraphModule, region: WrittenRegion, node: Node, given: Node) -> Node:
     """``given``, which is ``node`` by now, in the layout that steps read, where more than a quantize op reads it."""
     readers = [unit for unit in region.units if node in unit.reads]
     if any(node in unit.masks for unit in readers):
         return float_mask(gm.graph, node, given)
-    if all(is_quantize(unit.nodes[0]) for unit in readers):
+    if all(quantizes(unit.nodes[0]) for unit in readers):
         return given
     images = len(node.meta["val"].shape) == 4
     layout = torch.channels_last if images else torch.contiguous_format

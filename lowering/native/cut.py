@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from lowering.native.calls import call_regions
-from lowering.native.kernels.op import load_op
-from lowering.native.regions import Written, find_units, grouped, write
+from lowering.native.kernels.op import load_region_op
+from lowering.native.regions import WrittenRegion, find_units, grouped, write
 from lowering.native.units.products import PRODUCTS
 from lowering.native.units.rows import straighten_rows
 from lowering.native.units.sequences import widen_sequences
@@ -26,7 +26,7 @@ GIVEN = "another engine computes it"
 class Cut:
     """What became of a graph: ``regions`` that it calls now, and why each op is in none, by name."""
 
-    regions: tuple[Written, ...]
+    regions: tuple[WrittenRegion, ...]
     refused: Mapping[str, str]
 
 
@@ -38,7 +38,7 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
 
     ``besides``: names of ops that stay out of all regions.
     """
-    op = load_op()
+    op = load_region_op()
     if op is None:
         return NO_CUT
     if written_attributes(gm):
@@ -53,7 +53,7 @@ def cut_regions(gm: GraphModule, besides: Collection[str] = ()) -> Cut:
     refused, regions = dict(found.refused), []
     for units in grouped(gm, found):
         written = write(gm, units)
-        if isinstance(written, Written):
+        if isinstance(written, WrittenRegion):
             regions.append(written)
         else:
             refused.update({node.name: written for unit in units for node in unit.nodes})

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from lowering.inductor.kernels.engines import Product, Run
-from lowering.native.kernels.op import load_op
-from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
+from lowering.native.kernels.op import load_region_op
+from lowering.native.kernels.plan import RegionConstants, RegionStep, RegionTensor, StepKind, region_plan
 from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.values import Integers
 from lowering.native.units.windows import POINT, Pair, ResultPart, plain_window, transposed_parts
@@ -26,14 +26,14 @@ class Native:
 
     def computes(self, product: Product) -> bool:
         """Whether both operands are integers, in at most two dimensions of space, and there is a C++ compiler."""
-        return not product.float_rows and len(product.weight) in (2, 4) and load_op() is not None
+        return not product.float_rows and len(product.weight) in (2, 4) and load_region_op() is not None
 
     def prepare(self, product: Product) -> Run | None:
         """A call of a region that copies its input to where a step reads it, and computes the product."""
-        op = load_op()
+        op = load_region_op()
         if op is None or not self.computes(product):
             return None
-        constants, parts = Constants(), _parts(product)
+        constants, parts = RegionConstants(), _parts(product)
         outputs = _outputs(product)
         inputs = product.x[1] // product.groups
         sizes = (outputs, inputs, *product.weight[2:])
@@ -50,11 +50,11 @@ class Native:
                 step.z = 2
         n, (h, w), (height, width) = 1 if product.is_linear else product.x[0], _image(product), _result(product)
         values = [
-            Value(floats=False, h=h, w=w, c=product.x[1], argument=0),
-            Value(floats=False, h=h, w=w, c=product.x[1], pad=border_of(packed), zero=_X.zero),
-            Value(floats=not product.integers, h=height, w=width, c=outputs),
+            RegionTensor(floats=False, h=h, w=w, c=product.x[1], argument=0),
+            RegionTensor(floats=False, h=h, w=w, c=product.x[1], pad=border_of(packed), zero=_X.zero),
+            RegionTensor(floats=not product.integers, h=height, w=width, c=outputs),
         ]
-        plan = plan_of(values, [Step(kind=Kind.CONCAT, x=0, y=1), *steps], constants, 1, [], 0)
+        plan = region_plan(values, [RegionStep(kind=StepKind.CONCAT, x=0, y=1), *steps], constants, 1, [], 0)
         given = [torch.zeros(n, h, w, product.x[1], dtype=torch.uint8)]
         return lambda: op(given, plan.numbers, plan.constants, plan.outputs)
 

@@ -1,6 +1,6 @@
 """Regions: the units of a graph, joined where they are connected, each a call of one op.
 
-graph ─▶ `find_units` ─▶ `grouped` ─▶ `Written`: the plan of each group ─▶ `calls`: calls in their place
+graph ─▶ `find_units` ─▶ `grouped` ─▶ `WrittenRegion`: the plan of each group ─▶ `calls`: calls in their place
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from lowering.native.kernels.plan import Kind, Plan, plan_of
+from lowering.native.kernels.plan import RegionPlan, StepKind, region_plan
 from lowering.native.units.attention import attention_unit
 from lowering.native.units.masks import mask_of
 from lowering.native.units.normalize import normalize_unit
@@ -25,7 +25,7 @@ from lowering.native.units.pointwise import (
 from lowering.native.units.pools import pool_unit
 from lowering.native.units.products import product_unit
 from lowering.native.units.unit import Emitter, Unit
-from lowering.native.units.values import image_of, is_quantize, same_size, shape_of, stored
+from lowering.native.units.values import image_of, image_shape, quantizes, same_size, stored
 from lowering.native.writes import NO_WRITES, Writes
 from quant2e.graph.qdq_ops import DEQUANTIZE
 
@@ -48,14 +48,14 @@ ROWS_AT_ONCE = 64
 
 _ROW_KINDS = frozenset(
     {
-        Kind.QUANTIZE,
-        Kind.DEQUANTIZE,
-        Kind.CONVOLUTION,
-        Kind.BINARY,
-        Kind.UNARY,
-        Kind.CONCAT,
-        Kind.LAYER_NORM,
-        Kind.SOFTMAX,
+        StepKind.QUANTIZE,
+        StepKind.DEQUANTIZE,
+        StepKind.CONVOLUTION,
+        StepKind.BINARY,
+        StepKind.UNARY,
+        StepKind.CONCAT,
+        StepKind.LAYER_NORM,
+        StepKind.SOFTMAX,
     }
 )
 
@@ -143,7 +143,7 @@ class Groups:
 
     def add(self, unit: Unit) -> None:
         """Give a unit to the group of what it reads, if it may join one."""
-        batch = shape_of(unit.writes[0])
+        batch = image_shape(unit.writes[0])
         assert batch is not None, "units write images"
         candidates = sorted({self._group[node] for node in unit.reads if node in self._group}, reverse=True)
         chosen = next((group for group in candidates if self._joins(unit, group, batch[0])), None)
@@ -239,23 +239,23 @@ def _worthwhile(groups: Iterable[list[Unit]]) -> list[list[Unit]]:
     while wanted:
         kept += wanted
         left = [group for group in left if group not in wanted]
-        shared = {node for group in kept for unit in group for node in (*unit.reads, *unit.writes) if is_quantize(node)}
+        shared = {node for group in kept for unit in group for node in (*unit.reads, *unit.writes) if quantizes(node)}
         wanted = [group for group in left if any(not shared.isdisjoint((*u.reads, *u.writes)) for u in group)]
     return kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class WrittenRegion:
     """A region as it is called. ``inputs``: nodes whose results it takes, ``outputs``: nodes whose results it makes."""
 
     units: tuple[Unit, ...]
     inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
-    plan: Plan
+    plan: RegionPlan
     steps: int
 
 
-def write(gm: GraphModule, units: Sequence[Unit]) -> Written | str:
+def write(gm: GraphModule, units: Sequence[Unit]) -> WrittenRegion | str:
     """The plan of a region; why there is none."""
     made = {node for unit in units for node in unit.writes}
     own = {node for unit in units for node in unit.nodes}
@@ -270,16 +270,16 @@ def write(gm: GraphModule, units: Sequence[Unit]) -> Written | str:
         _emit(emitter, units, inputs)
     for place, node in enumerate(outputs):
         emitter.hand_over(node, len(inputs) + place)
-    shapes = [tuple(shape_of(node) or ())[1:] for node in outputs]
-    plan = plan_of(
+    shapes = [tuple(image_shape(node) or ())[1:] for node in outputs]
+    plan = region_plan(
         emitter.values, emitter.steps, emitter.constants, len(inputs), shapes, ROWS_AT_ONCE if emitter.rows else 0
     )
-    return Written(units=tuple(units), inputs=inputs, outputs=outputs, plan=plan, steps=len(emitter.steps))
+    return WrittenRegion(units=tuple(units), inputs=inputs, outputs=outputs, plan=plan, steps=len(emitter.steps))
 
 
 def _emit(emitter: Emitter, units: Sequence[Unit], inputs: Sequence[Node]) -> None:
     """Write the steps of ``units``; an input with one sample serves all those of the others."""
-    samples = shape_of(units[0].writes[0])
+    samples = image_shape(units[0].writes[0])
     assert samples is not None, "units write images"
     masks = {node for unit in units for node in unit.masks}
     for place, node in enumerate(inputs):

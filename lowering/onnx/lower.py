@@ -19,7 +19,7 @@ from lowering.export import Lowerable
 from lowering.io_parameters import constants
 from lowering.onnx.graph import Asker, OnnxGraph, onnx_graph, require_onnx
 from lowering.onnx.integer_types import sizes
-from lowering.onnx.program import OnnxProgram, OnnxReport, kernels_of, notes_on
+from lowering.onnx.program import OnnxProgram, OnnxReport, notes_on, onnx_kernels
 from lowering.onnx.qdq_form import CONVENTIONS
 from lowering.onnx.session import import_onnxruntime
 from lowering.onnx.translation import OPSET, OPSETS
@@ -122,7 +122,7 @@ def _verified(
     if program.report.convention != "onnxruntime":
         note = f"compared in onnxruntime; {program.report.convention} was not run here"
         return replace(program.report, verification=verification, notes=(note,))
-    kernels, floats = kernels_of(program.path)
+    kernels, floats = onnx_kernels(program.path)
     return replace(
         program.report,
         verification=verification,

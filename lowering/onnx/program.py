@@ -159,7 +159,7 @@ def run_session(loaded: Any, flat: list[Any], signature: Signature) -> Any:
     return pytree.tree_unflatten(list(results), signature.out_spec)
 
 
-def kernels_of(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+def onnx_kernels(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     """What onnxruntime's optimized graph computes on integers, by op; and the names of its products of floats."""
     import onnx
 

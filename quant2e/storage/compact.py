@@ -24,7 +24,7 @@ from quant2e.graph.fake_values import fake_mode, node_tensor, value_of_call
 from quant2e.graph.mutation import written_nodes
 from quant2e.graph.qdq_ops import DEQUANTIZE, QUANTIZE
 from quant2e.stored_tensor import StoredTensor, in_memory
-from quant2e.weights.short_form import INTEGERS, Kind, Shortened, Shortening, ShortForm, short_form, shortened
+from quant2e.weights.short_form import INTEGERS, Shortened, Shortening, ShortForm, ShortKind, short_form, shortened
 
 aten = torch.ops.aten
 
@@ -233,7 +233,7 @@ def _unpacked(gm: GraphModule, last: Node) -> tuple[Node, ShortForm] | None:
             return None
         sizes[0] = end
     return leaf, ShortForm(
-        kind=Kind.PACKED,
+        kind=ShortKind.PACKED,
         shape=tuple(sizes),
         dtype=dtype,
         stored_dtype=torch.uint8,
@@ -253,7 +253,7 @@ def _cast(gm: GraphModule, last: Node) -> tuple[Node, ShortForm] | None:
     integers = stored.dtype in (torch.int8, torch.uint8) and dtype in INTEGERS
     if not (floats or integers):
         return None
-    form = ShortForm(kind=Kind.CAST, shape=tuple(stored.shape), dtype=dtype, stored_dtype=stored.dtype)
+    form = ShortForm(kind=ShortKind.CAST, shape=tuple(stored.shape), dtype=dtype, stored_dtype=stored.dtype)
     return last.all_input_nodes[0], form
 
 
@@ -304,7 +304,7 @@ def _repeated(gm: GraphModule, node: Node, reader: Node, used: set[str]) -> tupl
     if not plain or list(count.shape) != list(sizes) or held is None or held in used:
         return None
     used.add(held)
-    form = ShortForm(kind=Kind.REPEATED, shape=tuple(sizes), dtype=value.dtype, stored_dtype=value.dtype)
+    form = ShortForm(kind=ShortKind.REPEATED, shape=tuple(sizes), dtype=value.dtype, stored_dtype=value.dtype)
     return leaf, form
 
 

@@ -34,7 +34,7 @@ BYTES_OF_AN_OP = 450
 """What one more op takes in the JSON of a program, about: a constant is written shorter where that is less."""
 
 
-class Kind(Enum):
+class ShortKind(Enum):
     """How the stored values give the constant."""
 
     PACKED = "several integers share a byte"
@@ -50,7 +50,7 @@ class ShortForm:
     and what was subtracted from them. ``stored_dtype``: of what is stored.
     """
 
-    kind: Kind
+    kind: ShortKind
     shape: tuple[int, ...]
     dtype: torch.dtype
     stored_dtype: torch.dtype
@@ -61,7 +61,7 @@ class ShortForm:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Sizes of what is stored."""
-        if self.kind is Kind.REPEATED:
+        if self.kind is ShortKind.REPEATED:
             return (1,)
         sizes = list(self.shape)
         sizes[self.axis] = -(-sizes[self.axis] * self.bits // 8)
@@ -77,9 +77,9 @@ class ShortForm:
         """The ops that give the constant, each with the arguments behind its tensor; where integers share a byte,
         behind those that unpack it (`ops` counts both).
         """
-        if self.kind is Kind.REPEATED:
+        if self.kind is ShortKind.REPEATED:
             return ((aten.repeat.default, (list(self.shape),)),)
-        if self.kind is Kind.CAST:
+        if self.kind is ShortKind.CAST:
             return ((aten.to.dtype, (self.dtype,)),)
         size = self.shape[self.axis]
         cut = ((aten.slice.Tensor, (self.axis, 0, size)),) if size % (8 // self.bits) else ()
@@ -95,9 +95,9 @@ class ShortForm:
 
     def pack(self, value: Tensor) -> Tensor:
         """What is stored of ``value``, a constant that has this form."""
-        if self.kind is Kind.REPEATED:
+        if self.kind is ShortKind.REPEATED:
             return value.reshape(-1)[:1].clone()
-        if self.kind is Kind.CAST:
+        if self.kind is ShortKind.CAST:
             return value.to(self.stored_dtype)
         part = self.stored_shape[self.axis]
         packed = torch.zeros(self.stored_shape, dtype=torch.uint8, device=value.device)
@@ -111,9 +111,9 @@ class ShortForm:
 
     def unpack(self, stored: Tensor) -> Tensor:
         """The constant, in memory of its own."""
-        if self.kind is Kind.REPEATED:
+        if self.kind is ShortKind.REPEATED:
             return stored.repeat(self.shape)
-        if self.kind is Kind.CAST:
+        if self.kind is ShortKind.CAST:
             return stored.to(self.dtype)
         made = torch.empty(self.shape, dtype=self.dtype, device=stored.device)
         for rows in row_blocks(self.shape[0], made.numel()):
@@ -122,9 +122,9 @@ class ShortForm:
 
     def rows(self, stored: Tensor, rows: slice) -> Tensor:
         """As ``unpack``, of some rows: a slice of the first dimension, with both ends and steps of 1."""
-        if self.kind is Kind.REPEATED:
+        if self.kind is ShortKind.REPEATED:
             return stored.repeat(rows.stop - rows.start, *self.shape[1:])
-        if self.kind is Kind.CAST:
+        if self.kind is ShortKind.CAST:
             return stored[rows].to(self.dtype)
         size, part, mask = self.shape[self.axis], self.stored_shape[self.axis], (1 << self.bits) - 1
         first, last = (rows.start, rows.stop) if self.axis == 0 else (0, size)
@@ -153,7 +153,7 @@ def short_form(value: Tensor, *, repeats: bool) -> ShortForm | None:
 def _of_floats(value: Tensor) -> ShortForm | None:
     if not torch.equal(value.to(torch.bfloat16).to(torch.float32), value):
         return None
-    return ShortForm(kind=Kind.CAST, shape=tuple(value.shape), dtype=value.dtype, stored_dtype=torch.bfloat16)
+    return ShortForm(kind=ShortKind.CAST, shape=tuple(value.shape), dtype=value.dtype, stored_dtype=torch.bfloat16)
 
 
 def _of_integers(value: Tensor, *, repeats: bool) -> ShortForm | None:
@@ -162,12 +162,12 @@ def _of_integers(value: Tensor, *, repeats: bool) -> ShortForm | None:
     shape = tuple(value.shape)
     low, high = (int(bound) for bound in value.aminmax())
     if repeats and low == high:
-        return ShortForm(kind=Kind.REPEATED, shape=shape, dtype=value.dtype, stored_dtype=value.dtype)
+        return ShortForm(kind=ShortKind.REPEATED, shape=shape, dtype=value.dtype, stored_dtype=value.dtype)
     for bits in (2, 4):
         if high - low < 1 << bits:
             axis = next((axis for axis, count in enumerate(shape) if count % (8 // bits) == 0), 0)
             return ShortForm(
-                kind=Kind.PACKED,
+                kind=ShortKind.PACKED,
                 shape=shape,
                 dtype=value.dtype,
                 stored_dtype=torch.uint8,
@@ -178,7 +178,7 @@ def _of_integers(value: Tensor, *, repeats: bool) -> ShortForm | None:
     for narrow in (torch.int8, torch.uint8):
         bounds = torch.iinfo(narrow)
         if value.itemsize > 1 and bounds.min <= low and high <= bounds.max:
-            return ShortForm(kind=Kind.CAST, shape=shape, dtype=value.dtype, stored_dtype=narrow)
+            return ShortForm(kind=ShortKind.CAST, shape=shape, dtype=value.dtype, stored_dtype=narrow)
     return None
 
 

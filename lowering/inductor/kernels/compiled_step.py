@@ -47,7 +47,7 @@ _KEYS = itertools.count()
 _STEPS: WeakValueDictionary[int, CompiledStep] = WeakValueDictionary()
 
 
-def load_op() -> Any:
+def load_step_op() -> Any:
     """``torch.ops.quant2e.compiled_step.default``, registered now. Steps that nobody keeps raise KeyError in it."""
     with ALONE:
         return _load_op()

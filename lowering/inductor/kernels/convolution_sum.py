@@ -26,7 +26,7 @@ _ADDED = 6
 """Where the integers stand that are added."""
 
 
-def load_op() -> Any:
+def load_sum_op() -> Any:
     """``torch.ops.quant2e.convolution_sum.default``, registered now, with what Inductor makes of it."""
     with ALONE:
         return _load_op()

@@ -83,7 +83,7 @@ def _with_addition(node: Node) -> Fused | None:
     total = next(iter(node.users)) if len(node.users) == 1 else None
     if total is None or total.target not in _SUMS or operand(total, "alpha") != 1:
         return None
-    if node.target is aten.linear.default or is_transposed(node) or spatial(node) > 2:
+    if node.target is aten.linear.default or is_transposed(node) or spatial_arguments(node) > 2:
         return None
     first, second = operand(total, 0), operand(total, 1)
     added = second if first is node else first
@@ -112,7 +112,7 @@ def _are_alike(node: Node, added: Node) -> bool:
     return all(str(a) == str(b) for a, b in zip(value.shape, other.shape, strict=True))
 
 
-def spatial(node: Node) -> int:
+def spatial_arguments(node: Node) -> int:
     """Dimensions of the image that a convolution reads, by its weight, which is dequantized."""
     weight = dequantized(weight_of(node))
     value = None if weight is None else node_tensor(operands(weight)["input"])
@@ -141,4 +141,4 @@ def _only_reader(node: Node) -> Node | None:
 
 
 def _takes(node: Node, post_op: PostOp) -> bool:
-    return node.target is aten.linear.default or (spatial(node) < 3 and post_op.name not in LINEAR_ONLY)
+    return node.target is aten.linear.default or (spatial_arguments(node) < 3 and post_op.name not in LINEAR_ONLY)

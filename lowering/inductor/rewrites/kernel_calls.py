@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.inductor.kernels import convolution_sum
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
-from lowering.inductor.rewrites.fusion import Fused, fused_with, spatial
+from lowering.inductor.rewrites.fusion import Fused, fused_with, spatial_arguments
 from lowering.inductor.rewrites.graph import call
 from lowering.inductor.rewrites.weights import ACTIVATION_DQ, CONVOLUTION, activation_of, dequantized, weight_of
 from quant2e.graph.attributes import tensor_at
@@ -126,7 +126,7 @@ def _convolution(gm: GraphModule, node: Node, fused: Fused) -> Node:
     x, scale, point = _activation(node)
     emit = _emitter(gm, node, fused)
     plain = _plain(gm, node, emit)
-    line = spatial(node) == 1
+    line = spatial_arguments(node) == 1
     packing = (scale, point) if not isinstance(scale, Node) else (1.0, 128)
     sizes = None if line else _packed_for(x)
     packed = torch.ops.onednn.qconv_prepack(plain.weight, plain.channel_scales, *packing, *plain.shape, sizes)
@@ -144,7 +144,7 @@ def _convolution(gm: GraphModule, node: Node, fused: Fused) -> Node:
         args = operands(fused.added)
         added = emit(aten.unsqueeze.default, args["input"], 2) if line else args["input"]
         others = (args["scale"], args["zero_point"], fused.post_op.name)
-        made = emit(convolution_sum.load_op(), *parameters, added, plain.bias, *plain.shape, *output, *others)
+        made = emit(convolution_sum.load_sum_op(), *parameters, added, plain.bias, *plain.shape, *output, *others)
     if plain.transposed is not None:
         made = plain.transposed.interleave(made, emit)
     return emit(aten.squeeze.dim, made, 2) if line else made
@@ -169,7 +169,7 @@ class _Plain:
 def _plain(gm: GraphModule, node: Node, emit: Callable[..., Node]) -> _Plain:
     """The convolution that a kernel computes for ``node``, in two or three dimensions."""
     weight, scales, points = _weight(gm, node)
-    args, n = operands(node), spatial(node)
+    args, n = operands(node), spatial_arguments(node)
     if is_transposed(node):
         return _phases(gm, node, TransposedConvolution.of(node, tuple(weight.shape)), emit)
     sizes = {name: _each(args[name], n) for name in ("stride", "padding", "dilation")}
@@ -238,5 +238,5 @@ def _constant(gm: GraphModule, node: Any) -> Tensor:
     return value
 
 
-def _each(value: Any, spatial: int) -> list[int]:
-    return [*value] * spatial if len(value) == 1 else [*value]
+def _each(value: Any, spatial_arguments: int) -> list[int]:
+    return [*value] * spatial_arguments if len(value) == 1 else [*value]

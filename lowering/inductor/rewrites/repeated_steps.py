@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from lowering.inductor.kernels.compiled_step import CompiledStep, load_op
+from lowering.inductor.kernels.compiled_step import CompiledStep, load_step_op
 from lowering.inductor.rewrites.graph import op_of
 from lowering.inductor.rewrites.weights import LINEAR, weight_of
 from quant2e.graph.attributes import tensor_at
@@ -260,7 +260,7 @@ def _body(gm: GraphModule, step: StepRegion, results: Sequence[int]) -> GraphMod
 def _call(compiled: CompiledStep, step: StepRegion, results: Sequence[int], replaced: dict[Node, Node]) -> None:
     operands = [replaced.get(node, node) for node in step.operands]
     place, inside = max(operands).next, set(step.nodes)
-    call = insert_call(place, load_op(), (compiled.key, operands), origin=step.nodes[-1])
+    call = insert_call(place, load_step_op(), (compiled.key, operands), origin=step.nodes[-1])
     for number, index in enumerate(results):
         node = step.nodes[index]
         result = insert_call(place, operator.getitem, (call, number), value=node.meta["val"], origin=node)

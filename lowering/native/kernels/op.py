@@ -38,14 +38,14 @@ _CHOICE = "QUANT2E_NATIVE_ISA"
 """Environment variable that chooses an instruction set by hand, such as ``avx2``."""
 
 
-def able() -> tuple[str, ...]:
+def instruction_sets() -> tuple[str, ...]:
     """The instruction sets of `FLAGS` that this processor has, the best first."""
     has = torch.cpu.get_capabilities()
     return tuple(name for name, needed in _NEEDED.items() if all(has.get(feature) for feature in needed))
 
 
 def instruction_set() -> str:
-    """The one that regions run on: ``$QUANT2E_NATIVE_ISA``, or the best of `able` that the compiler knows.
+    """The one that regions run on: ``$QUANT2E_NATIVE_ISA``, or the best of `instruction_sets` that the compiler knows.
 
     Empty without a compiler. Raises `LoweringError` for a choice that this processor does not have.
     """
@@ -53,11 +53,11 @@ def instruction_set() -> str:
         return _chosen()[0]
 
 
-def load_op(name: str | None = None) -> Region | None:
+def load_region_op(name: str | None = None) -> Region | None:
     """The op, built and registered now; None where there is no C++ compiler.
 
-    ``name``: one of `able`, by default that of `instruction_set`, whose op is called ``int8_region``. Those of others
-    stand beside it, as ``int8_region_avx2`` and so on.
+    ``name``: one of `instruction_sets`, by default that of `instruction_set`, whose op is called ``int8_region``. Those
+    of others stand beside it, as ``int8_region_avx2`` and so on.
 
     ``inputs``: float32, samples first. ``plan``, ``constants``: of a `Plan`, and ``outputs``: for each the number of
     its dimensions and its sizes, the first of which is that of the inputs. Returns float32 tensors, images with their
@@ -73,7 +73,7 @@ def load_op(name: str | None = None) -> Region | None:
 @cache
 def _chosen() -> tuple[str, Path | None]:
     """The instruction set of regions and its library; nothing where there is none."""
-    wish, names = os.environ.get(_CHOICE), able()
+    wish, names = os.environ.get(_CHOICE), instruction_sets()
     if wish and wish not in names:
         raise LoweringError(f"{_CHOICE}={wish}: kernels for this processor are {', '.join(names)}. Choose one of them")
     complaints = {}
@@ -92,7 +92,7 @@ def _chosen() -> tuple[str, Path | None]:
 def _tried(name: str) -> tuple[Path | None, Exception | None]:
     """The library for an instruction set, or why there is none; neither without a compiler."""
     try:
-        library = built(name)
+        library = built_library(name)
         if library is not None:
             ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError, RuntimeError) as error:
@@ -114,7 +114,7 @@ def _registered(library: Path, name: str) -> Region:
     return op
 
 
-def built(name: str) -> Path | None:
+def built_library(name: str) -> Path | None:
     """The library for an instruction set: one that was installed with the sources, or made now if it is not there yet.
 
     None without both, or without a compiler where an installed one does not load.

@@ -1,7 +1,7 @@
 """Plan of a region: tensors, steps and constants, as the numbers that ``kernels/region.h`` reads.
 
-A plan is an int64 tensor: a header, nine numbers for each `Value` and as many for each `Step` as it has fields, in the
-order of the C++ structs. Floats stand in it as the bits of doubles. Constants are one uint8 tensor.
+A plan is an int64 tensor: a header, nine numbers for each `RegionTensor` and as many for each `RegionStep` as it has
+fields, in the order of the C++ structs. Floats stand in it as the bits of doubles. Constants are one uint8 tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SLACK = 64
 NOTHING = -1
 
 
-class Kind(IntEnum):
+class StepKind(IntEnum):
     """What a step computes."""
 
     QUANTIZE = 0
@@ -68,7 +68,7 @@ class Arithmetic(IntEnum):
 
 
 @dataclass(slots=True, kw_only=True)
-class Value:
+class RegionTensor:
     """A tensor of a region, for one image: ``h`` rows of ``w`` pixels of ``c`` values, channels last.
 
     ``floats``: float32 instead of uint8. ``pad``: rows above and below it, and pixels left and right, that hold
@@ -89,7 +89,7 @@ class Value:
     def bytes(self, rows: int) -> int:
         """What it takes in the arena, where ``rows`` rows are computed at a time."""
         pixels = (self.h + 2 * self.pad[0]) * ((self.w or rows) + 2 * self.pad[1])
-        return aligned(pixels * self.c * (4 if self.floats else 1) + SLACK)
+        return to_alignment(pixels * self.c * (4 if self.floats else 1) + SLACK)
 
     def numbers(self) -> tuple[int, ...]:
         """The fields of C++'s ``Tensor``."""
@@ -98,7 +98,7 @@ class Value:
 
 
 @dataclass(slots=True, kw_only=True)
-class Step:
+class RegionStep:
     """One op of a region; the fields of C++'s ``Step``, in its order. Tensors and constants that are not there are -1.
 
     ``x`` … ``fourth``: values that are read, ``y``: written as integers, ``z``: as floats. ``weight`` … ``init``: bytes
@@ -106,7 +106,7 @@ class Step:
     ``every_h`` … ``from_w``: rows and columns that a convolution writes; others are written by other steps.
     """
 
-    kind: Kind
+    kind: StepKind
     x: int = NOTHING
     other: int = NOTHING
     third: int = NOTHING
@@ -161,7 +161,7 @@ class Step:
     softmax_high: int = 255
 
     def numbers(self) -> tuple[int, ...]:
-        """The fields of C++'s ``Step``."""
+        """The fields of C++'s ``RegionStep``."""
         return tuple(_number(getattr(self, field.name)) for field in fields(self))
 
     def reads(self) -> tuple[int, ...]:
@@ -173,7 +173,7 @@ class Step:
         return tuple(value for value in (self.y, self.z) if value != NOTHING)
 
 
-def aligned(size: int) -> int:
+def to_alignment(size: int) -> int:
     """``size``, or the next multiple of `ALIGNMENT`."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -184,7 +184,7 @@ def _number(value: Any) -> int:
     return int(value)
 
 
-class Constants:
+class RegionConstants:
     """Tensors one behind the other, each where `ALIGNMENT` says. Equal tensors given twice are stored once."""
 
     def __init__(self) -> None:
@@ -195,8 +195,8 @@ class Constants:
         """Store the bytes of ``value``, contiguous; returns where they begin."""
         place = self._size
         raw = value.contiguous().flatten().view(torch.uint8)
-        self._parts.append(torch.nn.functional.pad(raw, (0, aligned(raw.numel()) - raw.numel())))
-        self._size += aligned(raw.numel())
+        self._parts.append(torch.nn.functional.pad(raw, (0, to_alignment(raw.numel()) - raw.numel())))
+        self._size += to_alignment(raw.numel())
         return place
 
     def tensor(self) -> Tensor:
@@ -205,7 +205,7 @@ class Constants:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class RegionPlan:
     """What the op of a region is called with, besides its inputs. ``outputs``: of each the number of dimensions, its
     type as in ``region.h`` in the place of the first size, which is that of the inputs, and the other sizes.
     ``arena``: bytes that one image takes.
@@ -217,9 +217,14 @@ class Plan:
     arena: int
 
 
-def plan_of(
-    values: list[Value], steps: list[Step], constants: Constants, inputs: int, outputs: list[tuple[int, ...]], rows: int
-) -> Plan:
+def region_plan(
+    values: list[RegionTensor],
+    steps: list[RegionStep],
+    constants: RegionConstants,
+    inputs: int,
+    outputs: list[tuple[int, ...]],
+    rows: int,
+) -> RegionPlan:
     """Place what lies in the arena, and write everything down.
 
     ``values`` begin with the inputs. ``outputs``: sizes of each, without the first. ``rows``: at a time, 0 for images.
@@ -233,12 +238,12 @@ def plan_of(
         *(n for step in steps for n in step.numbers()),
     ]
     sizes = tuple(n for place, shape in enumerate(outputs) for n in (len(shape) + 1, kinds[inputs + place], *shape))
-    return Plan(
+    return RegionPlan(
         numbers=torch.tensor(numbers, dtype=torch.int64), constants=constants.tensor(), outputs=sizes, arena=arena
     )
 
 
-def _place(values: list[Value], steps: list[Step], rows: int) -> int:
+def _place(values: list[RegionTensor], steps: list[RegionStep], rows: int) -> int:
     """Give each value of the arena a place that no other has while both are needed; returns the size of the arena."""
     first: dict[int, int] = {}
     last: dict[int, int] = {}

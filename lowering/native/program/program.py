@@ -21,7 +21,7 @@ from lowering.inductor.rewrites.graph import private_copy
 from lowering.inductor.rewrites.weights import float_weight, weight_of
 from lowering.inductor.source import InductorSource, source_of, verified
 from lowering.native.cut import cut_regions
-from lowering.native.kernels.op import instruction_set, load_op
+from lowering.native.kernels.op import instruction_set, load_region_op
 from lowering.native.program.report import NativeReport, native_ops, native_regions
 from lowering.program import LoweredProgram
 from lowering.rewrites.constants import fold_constants
@@ -56,7 +56,7 @@ class NativeProgram(LoweredProgram[NativeReport]):
         self._graph.recompile()
         self._start = state_of(self._graph)
         regions = native_regions(cut.regions)
-        name = "" if load_op() is None else instruction_set()
+        name = "" if load_region_op() is None else instruction_set()
         self._report = NativeReport(
             instruction_set=name,
             regions=regions,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule, Node
 
 from lowering.inductor.kernels.engines import KernelChoice
-from lowering.native.regions import Written
+from lowering.native.regions import WrittenRegion
 from lowering.program import LoweringReport, Table
 from lowering.verify import Verification
 from quant2e.errors import where
@@ -85,7 +85,7 @@ class NativeReport(LoweringReport):
         return "\n".join(lines)
 
 
-def native_regions(regions: Sequence[Written]) -> tuple[NativeRegion, ...]:
+def native_regions(regions: Sequence[WrittenRegion]) -> tuple[NativeRegion, ...]:
     """What a report says about each region."""
     return tuple(
         NativeRegion(

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.kernels.plan import Kind, Step
+from lowering.native.kernels.plan import RegionStep, StepKind
 from lowering.native.units.layouts import Heads, heads_at, rows_made_of
 from lowering.native.units.masks import mask_of
-from lowering.native.units.unit import Emitter, Ending, Unit, describe, ending_of, finish, is_identity
-from lowering.native.units.values import Integers, integers_of, is_quantize, same_size, stored
+from lowering.native.units.unit import Emitter, Ending, Unit, describe_operand, ending_of, finish, is_identity
+from lowering.native.units.values import Integers, integers_of, quantizes, same_size, stored
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten
@@ -162,7 +162,7 @@ def _scores_of(node: Node) -> _Scores | None:
             mask = added
         elif not softmax and user.target in _SOFTMAX and _over_last(user):
             softmax = True
-        elif softmax and rounded is None and is_quantize(user) and len(user.users) == 1:
+        elif softmax and rounded is None and quantizes(user) and len(user.users) == 1:
             reader = next(iter(user.users))
             if stored(reader) is not user:
                 return None
@@ -223,8 +223,8 @@ class _Attention:
     def emit(self, emitter: Emitter) -> None:
         """Add the step."""
         q, k, v = self.q.heads, self.k.heads, self.v.heads
-        step = Step(
-            kind=Kind.ATTENTION,
+        step = RegionStep(
+            kind=StepKind.ATTENTION,
             groups=q.count,
             inputs=k.count,
             outputs=q.size,
@@ -235,10 +235,10 @@ class _Attention:
             other_first=k.first,
             third_first=v.first,
         )
-        if is_quantize(self.q.read):
+        if quantizes(self.q.read):
             emitter.border(self.q.read)  # groups of four bytes are read, of the last row as well
         for place, part in (("x", self.q), ("other", self.k), ("third", self.v)):
-            describe(step, emitter, place, part.read)
+            describe_operand(step, emitter, place, part.read)
         if self.scores.mask is not None:
             step.fourth = emitter.read(self.scores.mask)
         rounded = self.scores.probabilities

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lowering.native.units.unit import is_identity
-from lowering.native.units.values import shape_of
+from lowering.native.units.values import image_shape
 from quant2e.graph.data_movement import Effect, When, movement
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def heads_at(node: Node, *, transposed: bool = False) -> Heads | None:
     """
     source, passed = moved_from(node)
     for end, start in reversed(list(enumerate((*passed, source)))):
-        shape = shape_of(start)
+        shape = image_shape(start)
         if shape is None or len(shape) != 3:
             continue
         places = follow(places_of(shape), passed[:end])
@@ -112,7 +112,7 @@ def rows_made_of(node: Node) -> tuple[Node, ...] | None:
     while len(last.users) == 1 and moves(user := next(iter(last.users))) and user.args[0] is last:
         last = user
         passed.append(last)
-        shape = shape_of(last)
+        shape = image_shape(last)
         if shape is None or len(shape) != 3:
             continue
         n, rows, channels = numbers(shape)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from lowering.native.kernels.plan import Value
+from lowering.native.kernels.plan import RegionTensor
 
 aten = torch.ops.aten
 
@@ -30,9 +30,9 @@ class Mask:
     rows: int
     keys: int
 
-    def value(self, argument: int, *, shared: bool) -> Value:
+    def value(self, argument: int, *, shared: bool) -> RegionTensor:
         """As a region reads it: an image with a channel for each head."""
-        return Value(floats=True, h=self.rows, w=self.keys, c=self.heads, argument=argument, shared=shared)
+        return RegionTensor(floats=True, h=self.rows, w=self.keys, c=self.heads, argument=argument, shared=shared)
 
 
 def mask_of(node: Node) -> Mask | None:

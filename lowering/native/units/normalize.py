@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.kernels.plan import NOTHING, Kind, Step
-from lowering.native.units.unit import Emitter, Unit, describe, ending_of, finish
-from lowering.native.units.values import image_of, shape_of, stored
+from lowering.native.kernels.plan import NOTHING, RegionStep, StepKind
+from lowering.native.units.unit import Emitter, Unit, describe_operand, ending_of, finish
+from lowering.native.units.values import image_of, image_shape, stored
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
 
@@ -22,7 +22,7 @@ def normalize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str 
     """The unit of a norm or a softmax over the last axis of ``[n, rows, channels]`` or ``[n, channels]``."""
     if node.target not in (_LAYER_NORM, _RMS_NORM) and node.target not in _SOFTMAX:
         return None
-    given, shape = operands(node), shape_of(node)
+    given, shape = operands(node), image_shape(node)
     x = given.get("input", given.get("self"))
     source = stored(x) or x
     if shape is None or len(shape) == 4 or not isinstance(x, Node) or not isinstance(source, Node):
@@ -45,10 +45,11 @@ def normalize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str 
         epsilon = torch.finfo(torch.float32).eps
 
     def emit(emitter: Emitter) -> None:
-        step = Step(
-            kind=Kind.SOFTMAX if node.target in _SOFTMAX else Kind.LAYER_NORM, mode=int(node.target is _RMS_NORM)
+        step = RegionStep(
+            kind=StepKind.SOFTMAX if node.target in _SOFTMAX else StepKind.LAYER_NORM,
+            mode=int(node.target is _RMS_NORM),
         )
-        describe(step, emitter, "x", source)
+        describe_operand(step, emitter, "x", source)
         step.extra_number = float(epsilon or 0.0)
         step.scale, step.bias = _constant(emitter, weight), _constant(emitter, bias)
         finish(emitter, step, ending=ending)

@@ -20,7 +20,7 @@ from lowering.native.kernels.pack import (
     padded,
     per_output,
 )
-from lowering.native.kernels.plan import Arithmetic, Constants, Kind, Step
+from lowering.native.kernels.plan import Arithmetic, RegionConstants, RegionStep, StepKind
 from lowering.native.units.arithmetic import arithmetic_of
 from lowering.native.units.values import Integers
 from lowering.native.units.windows import Pair, ResultPart, Window
@@ -41,14 +41,14 @@ class PackedStep:
     and below its image, and pixels left and right of it, that it reads.
     """
 
-    step: Step
+    step: RegionStep
     groups: int
     lanes: int
     border: Pair = (0, 0)
 
 
 def packed_steps(
-    constants: Constants, weight: Tensor, x: Integers, parts: Iterable[ResultPart], groups: int
+    constants: RegionConstants, weight: Tensor, x: Integers, parts: Iterable[ResultPart], groups: int
 ) -> list[PackedStep]:
     """A step for each part of a product's result. ``weight``: int8 ``[outputs, inputs of a group]``, and its height and
     width. ``x``: of the activation.
@@ -56,7 +56,7 @@ def packed_steps(
     return [_packed_part(constants, weight, x, part, groups) for part in parts]
 
 
-def add_numbers(constants: Constants, packed: Iterable[PackedStep], scale: Tensor, bias: Tensor) -> None:
+def add_numbers(constants: RegionConstants, packed: Iterable[PackedStep], scale: Tensor, bias: Tensor) -> None:
     """Store scale and bias of each output as the steps read them."""
     places: dict[tuple[int, int], list[int]] = {}
     for one in packed:
@@ -72,7 +72,7 @@ def border_of(packed: Iterable[PackedStep]) -> Pair:
     return max(h for h, _ in borders), max(w for _, w in borders)
 
 
-def _packed_part(constants: Constants, weight: Tensor, x: Integers, part: ResultPart, groups: int) -> PackedStep:
+def _packed_part(constants: RegionConstants, weight: Tensor, x: Integers, part: ResultPart, groups: int) -> PackedStep:
     if part.window is None:
         made = _bias_alone(constants, weight.shape[0])
     else:
@@ -84,10 +84,12 @@ def _packed_part(constants: Constants, weight: Tensor, x: Integers, part: Result
     return made
 
 
-def _bias_alone(constants: Constants, outputs: int) -> PackedStep:
+def _bias_alone(constants: RegionConstants, outputs: int) -> PackedStep:
     """Sums of nothing."""
     nothing = constants.add(torch.zeros(padded(outputs), dtype=torch.int32))
-    step = Step(kind=Kind.CONVOLUTION, stride_h=0, stride_w=0, outputs=outputs, taps=0, weight=nothing, init=nothing)
+    step = RegionStep(
+        kind=StepKind.CONVOLUTION, stride_h=0, stride_w=0, outputs=outputs, taps=0, weight=nothing, init=nothing
+    )
     return PackedStep(step=step, groups=1, lanes=LANES)
 
 
@@ -100,12 +102,12 @@ def _is_depthwise(weight: Tensor, window: Window, groups: int) -> bool:
     return alone and height <= _MOST_DEPTHWISE_ROWS and (width - 1) * dilation + 1 <= _MOST_REACH
 
 
-def packed_step(constants: Constants, weight: Tensor, x: Integers, window: Window, groups: int) -> PackedStep:
+def packed_step(constants: RegionConstants, weight: Tensor, x: Integers, window: Window, groups: int) -> PackedStep:
     """The step of a convolution or linear layer: `packed_steps` of one part."""
     if _is_depthwise(weight, window, groups):
         return _depthwise_step(constants, weight, x, window)
     weight = weight if weight.dim() == 4 else weight[:, :, None, None]
-    step = _step(Kind.CONVOLUTION, x, window)
+    step = _step(StepKind.CONVOLUTION, x, window)
     step.groups, step.inputs, step.outputs = groups, weight.shape[1], weight.shape[0] // groups
     rows = groups == 1 and window.dilation[1] == 1
     step.arithmetic = arithmetic_of(weight, x) if instruction_set() == "avx2" else Arithmetic.EXACT
@@ -114,9 +116,9 @@ def packed_step(constants: Constants, weight: Tensor, x: Integers, window: Windo
     return PackedStep(step=step, groups=groups, lanes=LANES, border=window.border)
 
 
-def _depthwise_step(constants: Constants, weight: Tensor, x: Integers, window: Window) -> PackedStep:
+def _depthwise_step(constants: RegionConstants, weight: Tensor, x: Integers, window: Window) -> PackedStep:
     """A kernel of one row is packed as four: in a lane, four of its columns lie in the place of four rows."""
-    step, border = _step(Kind.DEPTHWISE, x, window), window.border
+    step, border = _step(StepKind.DEPTHWISE, x, window), window.border
     step.groups, step.inputs, step.outputs = weight.shape[0], 1, 1
     rows = depthwise_rows(window.kernel, window.stride, window.dilation)
     height, width = window.kernel
@@ -130,8 +132,8 @@ def _depthwise_step(constants: Constants, weight: Tensor, x: Integers, window: W
     return PackedStep(step=step, groups=1, lanes=STRIP, border=border)
 
 
-def _step(kind: Kind, x: Integers, window: Window) -> Step:
-    return Step(
+def _step(kind: StepKind, x: Integers, window: Window) -> RegionStep:
+    return RegionStep(
         kind=kind,
         x_scale=x.scale,
         x_zero=x.zero,
@@ -146,6 +148,6 @@ def _step(kind: Kind, x: Integers, window: Window) -> Step:
     )
 
 
-def _add(constants: Constants, step: Step, packed: Packed) -> None:
+def _add(constants: RegionConstants, step: RegionStep, packed: Packed) -> None:
     step.taps, step.inner = packed.taps, packed.inner
     step.weight, step.init = constants.add(packed.weight), constants.add(packed.init)

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.kernels.plan import Activation, Kind, Step
-from lowering.native.units.unit import Emitter, Unit, activation_of, describe, ending_of, finish, is_identity
-from lowering.native.units.values import image_of, integers_of, is_inner, is_quantize, same_size, shape_of, stored
+from lowering.native.kernels.plan import Activation, RegionStep, StepKind
+from lowering.native.units.unit import Emitter, Unit, describe_operand, ending_of, finish, fused_activation, is_identity
+from lowering.native.units.values import (
+    image_of,
+    image_shape,
+    integers_of,
+    is_between_units,
+    quantizes,
+    same_size,
+    stored,
+)
 from quant2e.graph.dataflow import operand, operands
 
 aten = torch.ops.aten
@@ -31,7 +39,7 @@ _FLAT = frozenset({aten.flatten.using_ints, aten.view.default, aten.reshape.defa
 def quantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
     """The unit that makes bytes of a float tensor, or of bytes with another scale, by a table."""
     del gm, taken
-    if not is_inner(node):
+    if not is_between_units(node):
         return None
     source = node.args[0]
     if not isinstance(source, Node) or image_of(source) is None or image_of(node) is None:
@@ -40,14 +48,16 @@ def quantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str |
     assert integers is not None, "it quantizes"
 
     def emit(emitter: Emitter) -> None:
-        step = Step(kind=Kind.QUANTIZE, x=emitter.read(source), inverse=integers.inverse, zero=integers.zero)
+        step = RegionStep(kind=StepKind.QUANTIZE, x=emitter.read(source), inverse=integers.inverse, zero=integers.zero)
         step.low, step.high, step.y = integers.low, integers.high, emitter.declare(node)
         emitter.steps.append(step)
 
     def emit_table(emitter: Emitter) -> None:
         assert before is not None, "bytes are read"
         table = emitter.constants.add(_table(before, node, lambda floats: floats))
-        emitter.steps.append(Step(kind=Kind.CONCAT, x=emitter.read(before), y=emitter.declare(node), weight=table))
+        emitter.steps.append(
+            RegionStep(kind=StepKind.CONCAT, x=emitter.read(before), y=emitter.declare(node), weight=table)
+        )
 
     if before is not None:
         return Unit(nodes=(source, node), reads=(before,), writes=(node,), emit=emit_table)
@@ -62,8 +72,8 @@ def dequantize_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | Non
         return None
 
     def emit(emitter: Emitter) -> None:
-        step = Step(kind=Kind.DEQUANTIZE)
-        describe(step, emitter, "x", source)
+        step = RegionStep(kind=StepKind.DEQUANTIZE)
+        describe_operand(step, emitter, "x", source)
         step.z = emitter.declare(node)
         emitter.steps.append(step)
 
@@ -86,9 +96,9 @@ def binary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | N
     ending = ending_of(node, taken, adds=False)
 
     def emit(emitter: Emitter) -> None:
-        step = Step(kind=Kind.BINARY, mode=_BINARY[node.target])
-        describe(step, emitter, "x", one)
-        describe(step, emitter, "other", two)
+        step = RegionStep(kind=StepKind.BINARY, mode=_BINARY[node.target])
+        describe_operand(step, emitter, "x", one)
+        describe_operand(step, emitter, "other", two)
         finish(emitter, step, ending=ending)
 
     dequantizes = tuple(value for value in operators if stored(value) is not None)
@@ -112,7 +122,7 @@ def _broadcast(one: Node, two: Node, node: Node) -> bool:
 def unary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | None:
     """The unit of an activation that no other step computes: of bytes by a table, of floats as it is."""
     del gm
-    activation = activation_of(node)
+    activation = fused_activation(node)
     if activation is None or not isinstance(node.args[0], Node):
         return None
     source = stored(node.args[0]) or node.args[0]
@@ -121,12 +131,12 @@ def unary_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | No
     ending = ending_of(node, taken, adds=False)
     if ending.activation.kind is not Activation.NONE:
         return "two activations in turn"
-    integers, rounded = integers_of(source) if is_quantize(source) else None, ending.integers
+    integers, rounded = integers_of(source) if quantizes(source) else None, ending.integers
     op: Any = node.target
 
     def emit(emitter: Emitter) -> None:
-        step = Step(kind=Kind.UNARY)
-        describe(step, emitter, "x", source)
+        step = RegionStep(kind=StepKind.UNARY)
+        describe_operand(step, emitter, "x", source)
         finish(emitter, step, ending=ending)
         step.activation, step.a, step.b = activation.kind, activation.a, activation.b
         if integers is not None and rounded is not None and ending.floats is None:
@@ -152,8 +162,8 @@ def flat_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
     del gm
     if node.target not in _FLAT and not is_identity(node):
         return None
-    source, shape = stored(node.args[0]), shape_of(node)
-    before = shape_of(source)
+    source, shape = stored(node.args[0]), image_shape(node)
+    before = image_shape(source)
     if source is None or shape is None or before is None or not same_size(shape[0], before[0]):
         return None
     ending = ending_of(node, taken, adds=False)
@@ -166,7 +176,7 @@ def flat_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
     first = len(before) == 4 and not same
 
     def emit(emitter: Emitter) -> None:
-        step = Step(kind=Kind.CONCAT, x=emitter.read(source), mode=1 if first else 0)
+        step = RegionStep(kind=StepKind.CONCAT, x=emitter.read(source), mode=1 if first else 0)
         step.y = emitter.declare(rounded)
         if integers_of(source) != integers_of(rounded):
             step.weight = emitter.constants.add(_table(source, rounded, lambda floats: floats))
@@ -185,7 +195,7 @@ def join_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
         return None
     tensors, dim = operand(node, "tensors"), operand(node, "dim")
     sources = [stored(value) for value in tensors]
-    wanted = shape_of(node)
+    wanted = image_shape(node)
     if (
         any(source is None for source in sources)
         or wanted is None
@@ -203,7 +213,7 @@ def join_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
     def emit(emitter: Emitter) -> None:
         y, at = emitter.declare(rounded), 0
         for source in found:
-            step = Step(kind=Kind.CONCAT, x=emitter.read(source), y=y, extra=at)
+            step = RegionStep(kind=StepKind.CONCAT, x=emitter.read(source), y=y, extra=at)
             if integers_of(source) != integers_of(rounded):
                 step.weight = emitter.constants.add(_table(source, rounded, lambda floats: floats))
             emitter.steps.append(step)

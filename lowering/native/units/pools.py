@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.kernels.plan import Kind, Step
+from lowering.native.kernels.plan import RegionStep, StepKind
 from lowering.native.units.unit import Emitter, Ending, Unit, ending_of, finish
-from lowering.native.units.values import image_of, integers_of, is_quantize, pair, stored
+from lowering.native.units.values import image_of, integers_of, pair, quantizes, stored
 from quant2e.graph.dataflow import operands
 
 aten = torch.ops.aten
@@ -49,23 +49,23 @@ def pool_unit(gm: GraphModule, node: Node, taken: set[Node]) -> Unit | str | Non
 def _same_scale(source: Node, ending: Ending) -> bool:
     """Whether the largest byte is the result as it is."""
     wanted = ending.integers
-    if wanted is None or ending.floats is not None or ending.activation.kind or not is_quantize(wanted):
+    if wanted is None or ending.floats is not None or ending.activation.kind or not quantizes(wanted):
         return False
     return integers_of(wanted) == integers_of(source)
 
 
-def _largest(node: Node) -> Step:
+def _largest(node: Node) -> RegionStep:
     given = operands(node)
     kernel = pair(given["kernel_size"])
     stride = pair(given["stride"]) if given["stride"] else kernel
     padding, dilation = pair(given["padding"]), pair(given["dilation"])
-    return Step(
-        kind=Kind.POOL, kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
+    return RegionStep(
+        kind=StepKind.POOL, kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
         top=padding[0], left=padding[1], dilation_h=dilation[0], dilation_w=dilation[1],
     )  # fmt: skip
 
 
-def _average(node: Node, x: tuple[int, int, int], y: tuple[int, int, int]) -> Step | str:
+def _average(node: Node, x: tuple[int, int, int], y: tuple[int, int, int]) -> RegionStep | str:
     given = operands(node)
     if node.target is aten.avg_pool2d.default:
         kernel = pair(given["kernel_size"])
@@ -84,7 +84,7 @@ def _average(node: Node, x: tuple[int, int, int], y: tuple[int, int, int]) -> St
             return "windows of different sizes"
         kernel = stride = (x[0] // y[0], x[1] // y[1])
         padding, mode, count = (0, 0), _BY_ALL, kernel[0] * kernel[1]
-    return Step(
-        kind=Kind.POOL, kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
+    return RegionStep(
+        kind=StepKind.POOL, kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
         top=padding[0], left=padding[1], mode=mode, extra=int(count),
     )  # fmt: skip

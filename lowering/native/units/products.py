@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from lowering.native.kernels.plan import Kind
+from lowering.native.kernels.plan import StepKind
 from lowering.native.units.arithmetic import sums_fit
 from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.unit import CLAMPS, Emitter, Ending, Unit, ending_of, finish
@@ -21,8 +21,8 @@ from lowering.native.units.values import (
     Weight,
     image_of,
     integers_of,
-    is_quantize,
     pair,
+    quantizes,
     stored,
     transposed_weight_at,
     weight_at,
@@ -124,7 +124,7 @@ class _Product:
         x = integers_of(self.source)
         assert x is not None, "it was looked at before"
         packed = packed_steps(emitter.constants, self.weight.integers, x, self.parts, self.groups)
-        scale, bias, fast = self._numbers(x, depthwise=any(one.step.kind is Kind.DEPTHWISE for one in packed))
+        scale, bias, fast = self._numbers(x, depthwise=any(one.step.kind is StepKind.DEPTHWISE for one in packed))
         add_numbers(emitter.constants, packed, scale, bias)
         place = emitter.border(self.source, border_of(packed))
         first, *others = (one.step for one in packed)
@@ -142,7 +142,7 @@ class _Product:
         bias = torch.zeros_like(scale) if self.bias is None else self.bias.detach().double()
         end = self.ending
         y = None if end.integers is None else integers_of(end.integers)
-        added = None if end.added is None or not is_quantize(end.added) else integers_of(end.added)
+        added = None if end.added is None or not quantizes(end.added) else integers_of(end.added)
         alone = end.added is None or (added is not None and not depthwise)
         if y is None or end.floats is not None or not alone or end.activation.kind not in CLAMPS:
             return scale, bias, False

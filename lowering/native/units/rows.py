@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from lowering.native.units.layouts import follow, moved_from, places_of
 from lowering.native.units.unit import ACTIVATIONS, is_identity
-from lowering.native.units.values import lie_alike, shape_of
+from lowering.native.units.values import image_shape, lie_alike
 from quant2e.graph.edit import emit_behind
 from quant2e.graph.fake_values import value_of_call
 from quant2e.graph.qdq_ops import qd
@@ -80,7 +80,7 @@ def _rows(node: Node) -> _Rows | None:
     if all(is_identity(op) for op in passed):
         return _Rows(node, turned=False)
     for end, start in reversed(list(enumerate((*passed, source)))):
-        shape = shape_of(start)
+        shape = image_shape(start)
         if shape is None or len(shape) != (4 if start.target in _HEADS else 3):
             continue
         places = places_of(shape)

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from lowering.native.units.unit import ACTIVATIONS, is_identity
-from lowering.native.units.values import is_quantize, lie_alike, shape_of, stored, weight_at
+from lowering.native.units.values import image_shape, lie_alike, quantizes, stored, weight_at
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.dataflow import operands
 from quant2e.graph.edit import emit, emit_behind, emit_constant
@@ -103,7 +103,7 @@ def _enters(node: Node, found: Collection[Node]) -> bool:
     """Whether it quantizes what is no image yet, or dequantizes that."""
     if stored(node) is not None:
         node = node.all_input_nodes[0]
-    return is_quantize(node) and node.args[0] not in found
+    return quantizes(node) and node.args[0] not in found
 
 
 def _wide(operand: Node, place: Node, wide: dict[Node, Node], found: Collection[Node]) -> Node:
@@ -138,8 +138,8 @@ def _leave(node: Node, before: Tensor, users: Sequence[Node]) -> None:
 
 def _wide_call(gm: GraphModule, node: Node) -> Call | None:
     """The call on images instead of sequences; None for ops of none, or of sequences whose size varies."""
-    sources = [operand for operand in node.all_input_nodes if len(shape_of(operand) or ()) == _SEQUENCE]
-    if node.op != "call_function" or not sources or shape_of(node) is None:
+    sources = [operand for operand in node.all_input_nodes if len(image_shape(operand) or ()) == _SEQUENCE]
+    if node.op != "call_function" or not sources or image_shape(node) is None:
         return None
     if node.target in _CONVOLUTIONS:
         return _convolution(gm, node)
@@ -149,11 +149,11 @@ def _wide_call(gm: GraphModule, node: Node) -> Call | None:
         return _mean(node)
     if node.target is aten.cat.default:
         return _joint(node, sources)
-    if len(shape_of(node) or ()) < _SEQUENCE:
+    if len(image_shape(node) or ()) < _SEQUENCE:
         return _flat(node)
     alone = node.target in _PAIR or node.target in ACTIVATIONS or is_identity(node)
-    both = node.target in _ON_TWO and all(len(shape_of(operand) or ()) == _SEQUENCE for operand in node.args[:2])
-    if node.target in _PAIR and not (is_quantize(node) or stored(node) is not None):
+    both = node.target in _ON_TWO and all(len(image_shape(operand) or ()) == _SEQUENCE for operand in node.args[:2])
+    if node.target in _PAIR and not (quantizes(node) or stored(node) is not None):
         return None
     return (node.target, node.args, dict(node.kwargs)) if alone or both else None  # type: ignore[return-value]
 

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from lowering.native.kernels.plan import Activation, Constants, Kind, Step, Value
-from lowering.native.units.values import Integers, image_of, integers_of, is_inner, is_quantize, same_shape, stored
+from lowering.native.kernels.plan import Activation, RegionConstants, RegionStep, RegionTensor, StepKind
+from lowering.native.units.values import (
+    Integers,
+    equal_shapes,
+    image_of,
+    integers_of,
+    is_between_units,
+    quantizes,
+    stored,
+)
 from lowering.native.units.windows import Pair
 from quant2e.graph.dataflow import operand, operands
 
@@ -25,20 +33,20 @@ class Emitter:
     """A region while its plan is written. ``values`` by the node whose result they hold."""
 
     gm: GraphModule
-    values: list[Value] = field(default_factory=list)
+    values: list[RegionTensor] = field(default_factory=list)
     places: dict[Node, int] = field(default_factory=dict)
-    steps: list[Step] = field(default_factory=list)
-    constants: Constants = field(default_factory=Constants)
+    steps: list[RegionStep] = field(default_factory=list)
+    constants: RegionConstants = field(default_factory=RegionConstants)
     rows: bool = False
 
     def declare(self, node: Node, **more: Any) -> int:
         """A new value for the result of ``node``; returns its number."""
         image = image_of(node)
         assert image is not None, f"'{node.name}' was looked at before"
-        integers = integers_of(node) if is_quantize(node) else None
+        integers = integers_of(node) if quantizes(node) else None
         h, w, c = image
         self.values.append(
-            Value(
+            RegionTensor(
                 floats=integers is None,
                 h=h,
                 w=0 if self.rows else w,
@@ -50,7 +58,7 @@ class Emitter:
         self.places[node] = len(self.values) - 1
         return self.places[node]
 
-    def enter(self, node: Node, value: Value) -> None:
+    def enter(self, node: Node, value: RegionTensor) -> None:
         """Let ``value`` be what holds the result of ``node``."""
         self.values.append(value)
         self.places[node] = len(self.values) - 1
@@ -64,7 +72,7 @@ class Emitter:
         value = self.values[self.places[node]]
         if value.argument is not None:  # of the caller, who has neither
             given = self.places[node]
-            self.steps.append(Step(kind=Kind.CONCAT, x=given, y=self.declare(node)))
+            self.steps.append(RegionStep(kind=StepKind.CONCAT, x=given, y=self.declare(node)))
             value = self.values[self.places[node]]
         value.pad = max(value.pad[0], pixels[0]), max(value.pad[1], pixels[1])
         return self.places[node]
@@ -73,7 +81,7 @@ class Emitter:
         """Let the result of ``node`` be an output, the ``argument``-th tensor of the caller."""
         made = self.places[node]
         if not self.values[made].floats:  # inside, they may have a border
-            self.steps.append(Step(kind=Kind.CONCAT, x=made, y=self.declare(node)))
+            self.steps.append(RegionStep(kind=StepKind.CONCAT, x=made, y=self.declare(node)))
         self.values[self.places[node]].argument = argument
 
 
@@ -126,7 +134,7 @@ class Activated:
     b: float = 0.0
 
 
-def activation_of(node: Node) -> Activated | None:
+def fused_activation(node: Node) -> Activated | None:
     """The activation that a node computes; None for other ops, and for what varies."""
     kind = ACTIVATIONS.get(node.target)
     if kind is None:
@@ -198,13 +206,13 @@ def ending_of(root: Node, taken: set[Node], *, adds: bool = True, activates: boo
         ):
             added = other
             nodes += [other] if stored(other) is not None else []
-        elif activates and activation.kind is Activation.NONE and (found := activation_of(user)) is not None:
+        elif activates and activation.kind is Activation.NONE and (found := fused_activation(user)) is not None:
             activation = found
         else:
             break
         last = user
         nodes.append(user)
-    quantized = [user for user in last.users if is_inner(user) and user not in taken]
+    quantized = [user for user in last.users if is_between_units(user) and user not in taken]
     integers = quantized[0] if quantized else None
     nodes += quantized[:1]
     floats = None if integers is not None and len(last.users) == 1 else last
@@ -222,29 +230,31 @@ def _addend(node: Node, value: Node) -> Node | None:
     if not isinstance(other, Node) or other is value or image_of(other) is None:
         return None
     wanted = node.meta["val"].shape
-    same = all(same_shape(wanted, read.meta["val"].shape) for read in (value, other))
+    same = all(equal_shapes(wanted, read.meta["val"].shape) for read in (value, other))
     return other if same else None
 
 
-def describe(step: Step, emitter: Emitter, place: str, node: Node) -> None:
+def describe_operand(step: RegionStep, emitter: Emitter, place: str, node: Node) -> None:
     """Let ``step`` read ``node`` as its ``x``, ``other`` or ``third``: floats, or integers with their scale."""
     setattr(step, place, emitter.read(node))
-    integers = integers_of(node) if is_quantize(node) else None
+    integers = integers_of(node) if quantizes(node) else None
     if integers is not None:
         setattr(step, f"{place}_scale", integers.scale)
         setattr(step, f"{place}_zero", integers.zero)
 
 
-def finish(emitter: Emitter, step: Step, ending: Ending, *, fast: bool = False, parts: Sequence[Step] = ()) -> None:
+def finish(
+    emitter: Emitter, step: RegionStep, ending: Ending, *, fast: bool = False, parts: Sequence[RegionStep] = ()
+) -> None:
     """Fill in what a step does with its result, and add it. ``fast``: scales are divided by that of y already.
 
     ``parts``: steps that write the rest of the same result.
     """
     step.activation, step.a, step.b = ending.activation.kind, ending.activation.a, ending.activation.b
     if ending.added is not None:
-        step.other = emitter.border(ending.added) if is_quantize(ending.added) else emitter.read(ending.added)
+        step.other = emitter.border(ending.added) if quantizes(ending.added) else emitter.read(ending.added)
         added = integers_of(ending.added)
-        if is_quantize(ending.added) and added is not None:
+        if quantizes(ending.added) and added is not None:
             step.other_scale, step.other_zero = added.scale, added.zero
     if ending.integers is not None:
         integers = integers_of(ending.integers)

@@ -57,14 +57,14 @@ def integers_of(node: object) -> Integers | None:
     return Integers(scale=scale, zero=zero, low=low, high=high)
 
 
-def is_quantize(node: object) -> bool:
+def quantizes(node: object) -> bool:
     """Whether a node makes bytes of floats, by parameters that are numbers."""
     return isinstance(node, Node) and node.target is qd.quantize_per_tensor.default and integers_of(node) is not None
 
 
-def is_inner(node: object) -> bool:
+def is_between_units(node: object) -> bool:
     """Whether a node makes bytes of floats that nothing reads but dequantize ops with the same parameters."""
-    return isinstance(node, Node) and is_quantize(node) and all(stored(user) is node for user in node.users)
+    return isinstance(node, Node) and quantizes(node) and all(stored(user) is node for user in node.users)
 
 
 def stored(node: object) -> Node | None:
@@ -72,7 +72,7 @@ def stored(node: object) -> Node | None:
     if not isinstance(node, Node) or node.target is not qd.dequantize_per_tensor.default:
         return None
     source = node.args[0]
-    if not isinstance(source, Node) or not is_quantize(source):
+    if not isinstance(source, Node) or not quantizes(source):
         return None
     return source if integers_of(source) == integers_of(node) else None
 
@@ -118,7 +118,7 @@ def _weight_by(gm: GraphModule, node: object, axis: int) -> Weight | None:
     return None
 
 
-def shape_of(node: object) -> tuple[Any, ...] | None:
+def image_shape(node: object) -> tuple[Any, ...] | None:
     """Sizes of a float32 or byte tensor on the CPU, the first of which may be a symbol; None for any other."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     if not isinstance(value, Tensor) or value.device.type != "cpu":
@@ -144,7 +144,7 @@ def same_size(one: Any, two: Any) -> bool:
     return bool(one.node.expr == two.node.expr)
 
 
-def same_shape(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
+def equal_shapes(one: tuple[Any, ...], two: tuple[Any, ...]) -> bool:
     """Whether two tensors have the same sizes."""
     return len(one) == len(two) and all(same_size(a, b) for a, b in zip(one, two, strict=True))
 
@@ -170,7 +170,7 @@ def lies_in(value: Tensor, order: Sequence[int]) -> bool:
 
 def image_of(node: object) -> tuple[int, int, int] | None:
     """Height, width and channels of one sample: a tensor ``[n, c, h, w]``, ``[n, rows, c]`` or ``[n, c]``."""
-    shape = shape_of(node)
+    shape = image_shape(node)
     if shape is None:
         return None
     if len(shape) == 4:

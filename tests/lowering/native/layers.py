@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from lowering.native.kernels.op import load_op
+from lowering.native.kernels.op import load_region_op
 from lowering.native.kernels.pack import pack_convolution
-from lowering.native.kernels.plan import Arithmetic, Constants, Kind, Plan, Step, Value, plan_of
+from lowering.native.kernels.plan import (
+    Arithmetic,
+    RegionConstants,
+    RegionPlan,
+    RegionStep,
+    RegionTensor,
+    StepKind,
+    region_plan,
+)
 from lowering.native.units.packed import add_numbers, packed_step
 from lowering.native.units.values import Integers
 from lowering.native.units.windows import Window
@@ -77,28 +85,30 @@ class Layer:
 
 def planned(
     layer: Layer, *, scale: float = 1.0, rows: int = 0, arithmetic: Arithmetic | None = None
-) -> tuple[Plan, Step]:
+) -> tuple[RegionPlan, RegionStep]:
     """The plan that makes bytes of floats, and floats of the sums, ``scale`` times as large; and the product's step.
 
     ``rows``: of a matrix, at a time. ``arithmetic``: instead of the one that is chosen.
     """
-    (h, w), (height, width), inputs, constants = layer.image, layer.sizes, layer.inputs, Constants()
+    (h, w), (height, width), inputs, constants = layer.image, layer.sizes, layer.inputs, RegionConstants()
     ready = packed_step(constants, layer.weight, layer.integers, layer.window(), layer.groups)
     step, outputs = ready.step, layer.weight.shape[0]
     values = [
-        Value(floats=True, h=h, w=0 if rows else w, c=inputs, argument=0),
-        Value(floats=False, h=h, w=0 if rows else w, c=inputs, pad=ready.border, zero=layer.zero),
-        Value(floats=True, h=height, w=0 if rows else width, c=layer.weight.shape[0], argument=1),
+        RegionTensor(floats=True, h=h, w=0 if rows else w, c=inputs, argument=0),
+        RegionTensor(floats=False, h=h, w=0 if rows else w, c=inputs, pad=ready.border, zero=layer.zero),
+        RegionTensor(floats=True, h=height, w=0 if rows else width, c=layer.weight.shape[0], argument=1),
     ]
-    if arithmetic is not None and step.kind is Kind.CONVOLUTION:
+    if arithmetic is not None and step.kind is StepKind.CONVOLUTION:
         by_rows = layer.groups == 1 and layer.dilation[1] == 1
         packed = pack_convolution(layer.weight, layer.zero, layer.groups, rows=by_rows, arithmetic=arithmetic)
         step.arithmetic, step.weight, step.init = arithmetic, constants.add(packed.weight), constants.add(packed.init)
     step.x, step.z = 1, 2
     add_numbers(constants, [ready], torch.full((outputs,), scale), torch.zeros(outputs))
-    quantize = Step(kind=Kind.QUANTIZE, x=0, y=1, inverse=1.0, zero=layer.zero, low=layer.low, high=layer.high)
+    quantize = RegionStep(
+        kind=StepKind.QUANTIZE, x=0, y=1, inverse=1.0, zero=layer.zero, low=layer.low, high=layer.high
+    )
     shape = (layer.weight.shape[0],) if rows else (layer.weight.shape[0], height, width)
-    return plan_of(values, [quantize, step], constants, 1, [shape], rows), step
+    return region_plan(values, [quantize, step], constants, 1, [shape], rows), step
 
 
 Op = Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[int]], list[Tensor]]
@@ -106,7 +116,7 @@ Op = Callable[[Sequence[Tensor], Tensor, Tensor, Sequence[int]], list[Tensor]]
 
 def found(name: str, layer: Layer, x: Tensor, *, rows: int = 0, arithmetic: Arithmetic | None = None) -> Tensor:
     """The sums that kernels for instruction set ``name`` make of bytes ``x``: float32, as `Layer.sums`."""
-    op = load_op(name)
+    op = load_region_op(name)
     assert op is not None, "a test that needs a compiler says so"
     plan, _ = planned(layer, rows=rows, arithmetic=arithmetic)
     floats = x.float() - layer.zero

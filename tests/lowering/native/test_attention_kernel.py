@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowering.native.kernels.op import able, load_op
-from lowering.native.kernels.plan import Constants, Kind, Plan, Step, Value, plan_of
+from lowering.native.kernels.op import instruction_sets, load_region_op
+from lowering.native.kernels.plan import RegionConstants, RegionPlan, RegionStep, RegionTensor, StepKind, region_plan
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
-everywhere = pytest.mark.parametrize("name", able())
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler")
+everywhere = pytest.mark.parametrize("name", instruction_sets())
 
 SAMPLES = 2
 LOWEST = torch.finfo(torch.float32).min
@@ -95,9 +95,9 @@ def expected(case: Case, p: Tensor, v: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(SAMPLES, case.rows, case.heads * case.value)
 
 
-def step_of(case: Case) -> Step:
-    return Step(
-        kind=Kind.ATTENTION,
+def step_of(case: Case) -> RegionStep:
+    return RegionStep(
+        kind=StepKind.ATTENTION,
         x=0,
         other=1,
         third=2,
@@ -110,21 +110,23 @@ def step_of(case: Case) -> Step:
     )
 
 
-def arguments(case: Case) -> list[Value]:
+def arguments(case: Case) -> list[RegionTensor]:
     """q, k and v, the result, and behind it the mask, if there is one."""
     widths = (case.heads * case.size, case.groups * case.size, case.groups * case.value)
     rows = (case.rows, case.keys, case.keys)
-    return [Value(floats=True, h=1, w=w, c=c, argument=i) for i, (w, c) in enumerate(zip(rows, widths, strict=True))]
+    return [
+        RegionTensor(floats=True, h=1, w=w, c=c, argument=i) for i, (w, c) in enumerate(zip(rows, widths, strict=True))
+    ]
 
 
-def planned(case: Case, values: list[Value], steps: list[Step], inputs: int) -> Plan:
+def planned(case: Case, values: list[RegionTensor], steps: list[RegionStep], inputs: int) -> RegionPlan:
     """The last step's result is that of the op."""
     width = case.heads * case.value
     if case.mask is not None:
         n, heads, rows = case.mask
-        values.append(Value(floats=True, h=rows, w=case.keys, c=heads, argument=3, shared=n == 1))
+        values.append(RegionTensor(floats=True, h=rows, w=case.keys, c=heads, argument=3, shared=n == 1))
         steps[-1].fourth = len(values) - 1
-    values.append(Value(floats=True, h=1, w=case.rows, c=width, argument=inputs))
+    values.append(RegionTensor(floats=True, h=1, w=case.rows, c=width, argument=inputs))
     steps[-1].z = len(values) - 1
     # the op counts inputs from the first value on
     order = sorted(range(len(values)), key=lambda i: (values[i].argument is None, values[i].argument or 0))
@@ -132,12 +134,12 @@ def planned(case: Case, values: list[Value], steps: list[Step], inputs: int) -> 
     for step in steps:
         for name in ("x", "other", "third", "fourth", "y", "z"):
             setattr(step, name, place.get(getattr(step, name), -1))
-    return plan_of([values[i] for i in order], steps, Constants(), inputs, [(case.rows, width)], 0)
+    return region_plan([values[i] for i in order], steps, RegionConstants(), inputs, [(case.rows, width)], 0)
 
 
-def call(name: str, plan: Plan, inputs: list[Tensor]) -> Tensor:
+def call(name: str, plan: RegionPlan, inputs: list[Tensor]) -> Tensor:
     """The result of the kernels for instruction set ``name``."""
-    op = load_op(name)
+    op = load_region_op(name)
     assert op is not None
     return op(inputs, plan.numbers, plan.constants, list(plan.outputs))[0]
 
@@ -165,8 +167,8 @@ def test_bytes_are_multiplied_exactly(case, zero, name):
     step = step_of(case)
     for place, (read, (scale, point)) in enumerate(zip(("x", "other", "third"), grids, strict=True)):
         given = values[place]
-        values.append(Value(floats=False, h=1, w=given.w, c=given.c, zero=point))
-        steps.append(Step(kind=Kind.QUANTIZE, x=place, y=len(values) - 1, inverse=1 / scale, zero=point))
+        values.append(RegionTensor(floats=False, h=1, w=given.w, c=given.c, zero=point))
+        steps.append(RegionStep(kind=StepKind.QUANTIZE, x=place, y=len(values) - 1, inverse=1 / scale, zero=point))
         setattr(step, read, len(values) - 1)
         setattr(step, f"{read}_scale", scale)
         setattr(step, f"{read}_zero", point)
@@ -191,8 +193,11 @@ def test_heads_begin_at_any_channel(name):
     step = step_of(case)
     step.x, step.other, step.third, step.z = 0, 0, 0, 1
     step.x_first, step.other_first, step.third_first = 5, 53, 101
-    values = [Value(floats=True, h=1, w=20, c=149, argument=0), Value(floats=True, h=1, w=20, c=48, argument=1)]
-    y = call(name, plan_of(values, [step], Constants(), 1, [(20, 48)], 0), [joined])
+    values = [
+        RegionTensor(floats=True, h=1, w=20, c=149, argument=0),
+        RegionTensor(floats=True, h=1, w=20, c=48, argument=1),
+    ]
+    y = call(name, region_plan(values, [step], RegionConstants(), 1, [(20, 48)], 0), [joined])
     q, k, v = joined[..., 5:].split(48, -1)
     assert (y - expected(case, probabilities(case, q, k, None), v)).abs().max() < 3e-6
 

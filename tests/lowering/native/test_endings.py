@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import lowering.native.cut
 from lowering import to_native
-from lowering.native.kernels.op import able, load_op
+from lowering.native.kernels.op import instruction_sets, load_region_op
 from quant2e.graph.qdq_ops import qd
 from tests.lowering.graphs import on_grid
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler, so there are no kernels")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler, so there are no kernels")
 
 X, ADDED, Y = (0.021, -7), (0.03, 11), (0.017, -20)
 TIE = 1e-3
@@ -108,7 +108,7 @@ def inputs(net: Net, n: int) -> tuple[Tensor, Tensor]:
 
 def check(name: str, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
     x, r = inputs(net, 2)
-    monkeypatch.setattr(lowering.native.cut, "load_op", lambda: load_op(name))
+    monkeypatch.setattr(lowering.native.cut, "load_region_op", lambda: load_region_op(name))
     program = to_native(torch.export.export(net, (x, r)).module(), (x, r), verify=False)
     assert [op.reason for op in program.report.leftovers] == []
     exact, got, graph = net.exact(x, r), integers(program(x, r)).double(), integers(net(x, r)).double()
@@ -121,14 +121,14 @@ def check(name: str, net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in able():
+    for name in instruction_sets():
         check(name, Net("convolution", activation, ""), monkeypatch)
 
 
 @pytest.mark.parametrize("added", ["", "bytes", "floats"])
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_every_product_and_what_is_added(product: str, added: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in able():
+    for name in instruction_sets():
         for activation in ("none", "relu", "hardswish"):
             check(name, Net(product, activation, added), monkeypatch)
 
@@ -152,12 +152,12 @@ class Both(Net):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("product", [*WIDE, "depthwise", "convolution"])
 def test_integers_and_floats_of_one_result(product: str, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in able():
+    for name in instruction_sets():
         for activation in ("none", "relu", "relu6", "hardswish"):
             net = Both(product, activation, stride)
             channels = net.weight.shape[1] * net.groups
             x = torch.randn(2, channels, 9, 11, generator=torch.Generator().manual_seed(3))
-            monkeypatch.setattr(lowering.native.cut, "load_op", lambda name=name: load_op(name))
+            monkeypatch.setattr(lowering.native.cut, "load_region_op", lambda name=name: load_region_op(name))
             program = to_native(torch.export.export(net, (x,)).module(), (x,), verify=False)
             rounded, floats = program(x)
             exact = net.exact(x, x)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowering.native.kernels.op import able, load_op  # noqa: F401  # read by the process of a test
+from lowering.native.kernels.op import instruction_sets, load_region_op  # noqa: F401  # read by the process of a test
 from quant2e.observers.native.build import compiler
 from tests.lowering.native.layers import planned
 from tests.lowering.native.test_sums import generated
@@ -49,7 +49,7 @@ class Guarded:
 
 def run_guarded(name: str, seeds: range) -> None:
     """Layers whose inputs and constants are guarded, with images as torch lays them out and with channels last."""
-    op = load_op(name)
+    op = load_region_op(name)
     assert op is not None, "the test asks for a compiler"
     for seed in seeds:
         layer, x, rows = generated(seed)

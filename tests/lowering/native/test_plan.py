@@ -11,7 +11,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowering.native.kernels.plan import ALIGNMENT, Activation, Arithmetic, Constants, Kind, Step, Value, plan_of
+from lowering.native.kernels.plan import (
+    ALIGNMENT,
+    Activation,
+    Arithmetic,
+    RegionConstants,
+    RegionStep,
+    RegionTensor,
+    StepKind,
+    region_plan,
+)
 from lowering.native.kernels.shipped import KERNELS
 
 HEADER = 8
@@ -35,7 +44,9 @@ def enumerators(name: str, file: str) -> list[str]:
 
 
 def test_steps_have_the_fields_of_the_struct_in_its_order():
-    assert [field.name for field in fields(Step)] == [name.removesuffix("_bits") for name in map(plain, struct("Step"))]
+    assert [field.name for field in fields(RegionStep)] == [
+        name.removesuffix("_bits") for name in map(plain, struct("Step"))
+    ]
 
 
 def plain(name: str) -> str:
@@ -44,7 +55,7 @@ def plain(name: str) -> str:
 
 @pytest.mark.parametrize(
     ("python", "name", "file"),
-    [(Kind, "Kind", "region.h"), (Activation, "Activation", "math.h"), (Arithmetic, "Arithmetic", "dot.h")],
+    [(StepKind, "Kind", "region.h"), (Activation, "Activation", "math.h"), (Arithmetic, "Arithmetic", "dot.h")],
 )
 def test_numbers_stand_for_the_same_in_both_languages(python, name, file):
     def words(text: str) -> str:
@@ -57,26 +68,28 @@ def test_numbers_stand_for_the_same_in_both_languages(python, name, file):
 
 
 def test_a_plan_spelled_out():
-    values = [Value(floats=True, h=1, w=2, c=3, argument=0), Value(floats=False, h=1, w=2, c=3, zero=7)]
-    step = Step(kind=Kind.QUANTIZE, x=0, y=1, inverse=0.5, zero=7)
-    plan = plan_of([*values, Value(floats=True, h=1, w=2, c=3, argument=1)], [step], Constants(), 1, [(2, 3)], 0)
+    values = [RegionTensor(floats=True, h=1, w=2, c=3, argument=0), RegionTensor(floats=False, h=1, w=2, c=3, zero=7)]
+    step = RegionStep(kind=StepKind.QUANTIZE, x=0, y=1, inverse=0.5, zero=7)
+    plan = region_plan(
+        [*values, RegionTensor(floats=True, h=1, w=2, c=3, argument=1)], [step], RegionConstants(), 1, [(2, 3)], 0
+    )
     numbers = plan.numbers.tolist()
     assert numbers[:HEADER] == [2, 3, 1, plan.arena, 1, 1, 0, 0]
     assert numbers[HEADER : HEADER + 2 * FIELDS_OF_VALUES] == [-1, 1, 1, 2, 3, 0, 0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 7, 0]
-    assert len(numbers) == HEADER + 3 * FIELDS_OF_VALUES + len(fields(Step))
+    assert len(numbers) == HEADER + 3 * FIELDS_OF_VALUES + len(fields(RegionStep))
     assert plan.outputs == (3, 1, 2, 3)
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=2, max_size=12))
 def test_values_that_are_needed_at_the_same_time_do_not_overlap(sizes):
     """Each step reads the value before it and one of the four before that."""
-    values = [Value(floats=False, h=1, w=size, c=7) for size, _ in sizes]
+    values = [RegionTensor(floats=False, h=1, w=size, c=7) for size, _ in sizes]
     steps = [
-        Step(kind=Kind.BINARY, x=place - 1, other=max(0, place - 1 - back), y=place)
+        RegionStep(kind=StepKind.BINARY, x=place - 1, other=max(0, place - 1 - back), y=place)
         for place, (_, back) in enumerate(sizes)
         if place
     ]
-    plan = plan_of(values, steps, Constants(), 0, [], 0)
+    plan = region_plan(values, steps, RegionConstants(), 0, [], 0)
     touched = {value: [] for value in range(len(values))}
     for at, step in enumerate(steps):
         for value in (*step.reads(), *step.writes()):
@@ -93,7 +106,7 @@ def test_values_that_are_needed_at_the_same_time_do_not_overlap(sizes):
 
 
 def test_constants_lie_aligned_behind_each_other():
-    constants = Constants()
+    constants = RegionConstants()
     places = [constants.add(torch.arange(n, dtype=torch.int32)) for n in (1, 17, 16)]
     assert places == [0, 64, 192]
     stored = constants.tensor()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowering
 import quant2e
-from lowering.native.kernels.op import load_op
+from lowering.native.kernels.op import load_region_op
 from quant2e.errors import LoweringError
 from quantizers import (
     X86InductorQuantizer,
@@ -22,7 +22,7 @@ from quantizers import (
 )
 from tests.lowering.graphs import Cnn
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler")
 
 
 class Small(nn.Module):

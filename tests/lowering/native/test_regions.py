@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import quant2e
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.native.cut import WRITES, cut_regions
-from lowering.native.kernels.op import load_op
+from lowering.native.kernels.op import load_region_op
 from lowering.native.regions import find_units, grouped
 from quantizers import (
     X86InductorQuantizer,
@@ -19,7 +19,7 @@ from quantizers import (
     get_symmetric_quantization_config,
 )
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler")
 
 
 class Halves(nn.Module):

@@ -15,7 +15,7 @@ import quant2e
 from lowering import to_inductor, to_native
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.native.cut import cut_regions
-from lowering.native.kernels.op import able, load_op
+from lowering.native.kernels.op import instruction_sets, load_region_op
 from lowering.native.units.sequences import widen_sequences
 from quantizers import (
     X86InductorQuantizer,
@@ -25,7 +25,7 @@ from quantizers import (
 )
 from tests.lowering.graphs import Weight, on_grid
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler, so there are no kernels")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler, so there are no kernels")
 
 X, Y, Z = (0.0213, -7), (0.1137, 11), (0.0519, -20)
 CHANNELS, LENGTH = 20, 37
@@ -83,7 +83,7 @@ BODIES: dict[str, Callable[..., Any]] = {
 
 
 def lowered(net: nn.Module, x: Tensor, name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lowering.native.cut, "load_op", lambda: load_op(name))
+    monkeypatch.setattr(lowering.native.cut, "load_region_op", lambda: load_region_op(name))
     return to_native(torch.export.export(net, (x,)).module(), (x,), verify=False)
 
 
@@ -94,7 +94,7 @@ def off(program, net: nn.Module, x: Tensor) -> Tensor:
     return torch.round((got - wanted) / Z[0]).abs()
 
 
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize(("body", "sizes"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_a_convolution_writes_the_integers_of_the_graph(body, sizes, name, monkeypatch):
     x, net = torch.randn(2, CHANNELS, LENGTH, generator=torch.Generator().manual_seed(1)), Net(body, *sizes)
@@ -104,7 +104,7 @@ def test_a_convolution_writes_the_integers_of_the_graph(body, sizes, name, monke
     assert float(off(program, net, x).max()) <= 1
 
 
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_what_is_around_it_is_in_the_same_region(body, name, monkeypatch):
     x, net = torch.randn(2, CHANNELS, LENGTH, generator=torch.Generator().manual_seed(1)), Net(body)

@@ -35,14 +35,14 @@ def test_a_checkout_has_none_and_compiles():
 
 
 def test_it_is_taken(there, monkeypatch):
-    assert op.built("plain") == there
+    assert op.built_library("plain") == there
     monkeypatch.setenv("QUANT2E_NATIVE", "0")
-    assert op.built("plain") is None
+    assert op.built_library("plain") is None
 
 
 def test_other_flags_or_sources_are_another_library(there, folder, monkeypatch):
     monkeypatch.setenv("QUANT2E_NATIVE_FLAGS", "-g0")
-    assert op.built("plain") != there
+    assert op.built_library("plain") != there
     monkeypatch.undo()
     monkeypatch.setattr("lowering.native.kernels.shipped.FOLDER", folder)
     monkeypatch.setattr("lowering.native.kernels.shipped.COMMON", ("-O1",))
@@ -53,7 +53,7 @@ def test_one_that_does_not_load_is_told_and_compiled(there, tmp_path, monkeypatc
     (tmp_path / there.name).write_bytes(b"not a library")
     monkeypatch.setattr("lowering.native.kernels.shipped.FOLDER", tmp_path)
     with pytest.warns(RuntimeWarning, match="could not be built or loaded.*It is compiled here"):
-        assert op.built("plain").parent != tmp_path
+        assert op.built_library("plain").parent != tmp_path
 
 
 def test_it_runs_without_a_compiler(there, folder, tmp_path):

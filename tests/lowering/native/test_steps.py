@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import lowering.native.cut
 from lowering import to_native
-from lowering.native.kernels.op import able, load_op
+from lowering.native.kernels.op import instruction_sets, load_region_op
 from tests.lowering.graphs import Weight, on_grid
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler, so there are no kernels")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler, so there are no kernels")
 
 X, Y, Z = (0.0213, -7), (0.1137, 11), (0.0519, -20)
 
@@ -52,12 +52,12 @@ TABLE: dict[str, tuple[Callable[..., Any], bool]] = {
 }
 
 
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize(("body", "exact"), TABLE.values(), ids=TABLE)
 def test_a_step_writes_the_integers_of_the_graph(body, exact, name, monkeypatch):
     x = torch.randn(2, 20, 9, 8, generator=torch.Generator().manual_seed(1))
     net = Net(body)
-    monkeypatch.setattr(lowering.native.cut, "load_op", lambda: load_op(name))
+    monkeypatch.setattr(lowering.native.cut, "load_region_op", lambda: load_region_op(name))
     program = to_native(torch.export.export(net, (x,)).module(), (x,), verify=False)
     assert program.report.leftovers == ()
     with torch.no_grad():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowering.native.kernels.op import able
+from lowering.native.kernels.op import instruction_sets
 from lowering.native.kernels.plan import Arithmetic
 from lowering.native.units.arithmetic import arithmetic_of, sums_fit
 from quant2e.observers.native.build import compiler
@@ -98,7 +98,7 @@ def compare(name: str, seed: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**30))
 def test_sums_are_exact(name: str, seed: int) -> None:
@@ -108,7 +108,7 @@ def test_sums_are_exact(name: str, seed: int) -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(4))
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 def test_sums_of_thousands_of_layers_are_exact(name: str, part: int) -> None:
     for seed in range(500 * part, 500 * (part + 1)):
         compare(name, seed)
@@ -134,7 +134,7 @@ def row_kernel(seed: int) -> tuple[Layer, Tensor]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**30))
 def test_sums_of_depthwise_kernels_of_one_row_are_exact(name: str, seed: int) -> None:
@@ -155,7 +155,7 @@ WORST = [
 @needs_compiler
 @pytest.mark.parametrize(("weight", "byte"), WORST)
 @pytest.mark.parametrize("zero", [0, 128, 255])
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 def test_the_worst_operands_do_not_saturate(name: str, weight: int, byte: int, zero: int) -> None:
     for shape, image, groups in [((70, 37, 1, 1), (1, 1), 1), ((17, 8, 3, 3), (5, 9), 1), ((70, 1, 5, 3), (9, 9), 70)]:
         layer = Layer(weight=torch.full(shape, weight, dtype=torch.int8), image=image, groups=groups, zero=zero)
@@ -164,7 +164,7 @@ def test_the_worst_operands_do_not_saturate(name: str, weight: int, byte: int, z
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 63, 64, 65, 70])
 def test_every_number_of_rows(name: str, rows: int) -> None:
     for outputs in (1, 16, 17, 33, 64, 65, 130):

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 import lowering
 import quant2e
-from lowering.native.kernels.op import load_op
-from lowering.native.kernels.plan import Kind, plan_of
+from lowering.native.kernels.op import load_region_op
+from lowering.native.kernels.plan import StepKind, region_plan
 from quantizers import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler")
 
 WIDTH, HEADS, SIZE, ROWS = 96, 4, 24, 19
 
@@ -153,15 +153,15 @@ def test_products_of_attention_on_integers(layer, products, bytes_of, monkeypatc
 
     def planned(values, steps, *rest):
         plans.append((values, steps))
-        return plan_of(values, steps, *rest)
+        return region_plan(values, steps, *rest)
 
-    monkeypatch.setattr("lowering.native.regions.plan_of", planned)
+    monkeypatch.setattr("lowering.native.regions.region_plan", planned)
     program = lowering.to_native(quantized(layer, products), verify_inputs=[inputs() for _ in range(2)])
     assert len(program.report.regions) == 1
     assert program.verification is not None
     assert program.verification.sqnr_db > 45
     ((values, steps),) = plans
-    (attention,) = (step for step in steps if step.kind is Kind.ATTENTION)
+    (attention,) = (step for step in steps if step.kind is StepKind.ATTENTION)
     read = {name: values[getattr(attention, name)] for name in ("x", "other", "third")}
     assert tuple(name for name, value in read.items() if not value.floats) == bytes_of
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowering.native.kernels.op import able, load_op
-from lowering.native.kernels.plan import Constants, Kind, Step, Value, plan_of
+from lowering.native.kernels.op import instruction_sets, load_region_op
+from lowering.native.kernels.plan import RegionConstants, RegionStep, RegionTensor, StepKind, region_plan
 from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.values import Integers
 from lowering.native.units.windows import transposed_parts
@@ -52,25 +52,25 @@ class Turned:
 
 def found(name: str, layer: Turned, x: Tensor, bias: Tensor) -> Tensor:
     """Sums and bias by the kernels of an instruction set: float32."""
-    op = load_op(name)
+    op = load_region_op(name)
     assert op is not None, "a test that needs a compiler says so"
     n, inputs, h, w = x.shape
     _, outputs, height, width = layer.sums(x).shape
     kernel = (layer.weight.shape[2], layer.weight.shape[3])
     parts = transposed_parts(kernel, layer.stride, layer.padding, layer.dilation, (h, w), (height, width))
-    constants, integers = Constants(), Integers(scale=1.0, zero=layer.zero, low=layer.low, high=layer.high)
+    constants, integers = RegionConstants(), Integers(scale=1.0, zero=layer.zero, low=layer.low, high=layer.high)
     packed = packed_steps(constants, layer.plain(), integers, parts, layer.groups)
     add_numbers(constants, packed, torch.ones(outputs), bias)
     values = [
-        Value(floats=True, h=h, w=w, c=inputs, argument=0),
-        Value(floats=False, h=h, w=w, c=inputs, pad=border_of(packed), zero=layer.zero),
-        Value(floats=True, h=height, w=width, c=outputs, argument=1),
+        RegionTensor(floats=True, h=h, w=w, c=inputs, argument=0),
+        RegionTensor(floats=False, h=h, w=w, c=inputs, pad=border_of(packed), zero=layer.zero),
+        RegionTensor(floats=True, h=height, w=width, c=outputs, argument=1),
     ]
-    steps = [Step(kind=Kind.QUANTIZE, x=0, y=1, inverse=1.0, zero=layer.zero, low=layer.low, high=layer.high)]
+    steps = [RegionStep(kind=StepKind.QUANTIZE, x=0, y=1, inverse=1.0, zero=layer.zero, low=layer.low, high=layer.high)]
     for one in packed:
         one.step.x, one.step.z = 1, 2
         steps.append(one.step)
-    plan = plan_of(values, steps, constants, 1, [(outputs, height, width)], 0)
+    plan = region_plan(values, steps, constants, 1, [(outputs, height, width)], 0)
     (made,) = op([x.float() - layer.zero], plan.numbers, plan.constants, plan.outputs)
     assert made.shape[0] == n
     return made
@@ -115,7 +115,7 @@ def compare(name: str, seed: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**30))
 def test_sums_are_exact(name: str, seed: int) -> None:
@@ -124,14 +124,14 @@ def test_sums_are_exact(name: str, seed: int) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 def test_sums_of_a_thousand_layers_are_exact(name: str) -> None:
     for seed in range(1000):
         compare(name, seed)
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 def test_where_the_kernel_does_not_reach_there_is_the_bias(name: str) -> None:
     layer = Turned(weight=torch.ones(3, 5, 2, 1, dtype=torch.int8), stride=(3, 4), more=(2, 1), zero=9)
     x, bias = torch.full((1, 3, 2, 2), 10), torch.arange(5.0)

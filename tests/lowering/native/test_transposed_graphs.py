@@ -12,7 +12,7 @@ import quant2e
 from lowering import to_inductor, to_native
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.native.cut import cut_regions
-from lowering.native.kernels.op import able, load_op
+from lowering.native.kernels.op import instruction_sets, load_region_op
 from quant2e.graph.qdq_ops import qd
 from quantizers import (
     X86InductorQuantizer,
@@ -23,7 +23,7 @@ from quantizers import (
 from tests.lowering.graphs import Weight, on_grid
 from tests.lowering.native.test_endings import ACTIVATIONS, ADDED, TIE, X, Y, integers
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler, so there are no kernels")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler, so there are no kernels")
 
 PRODUCTS = {
     # weight, groups, stride, padding, padding of the result, dilation
@@ -78,7 +78,7 @@ def lowered(name: str, net: Net, monkeypatch: pytest.MonkeyPatch):
     g = torch.Generator().manual_seed(2)
     x = torch.randn(2, net.weight.shape[0], 5, 7, generator=g)
     r = torch.randn(net.product(x, net.weight.float(), None).shape, generator=g)
-    monkeypatch.setattr(lowering.native.cut, "load_op", lambda: load_op(name))
+    monkeypatch.setattr(lowering.native.cut, "load_region_op", lambda: load_region_op(name))
     program = to_native(torch.export.export(net, (x, r)).module(), (x, r), verify=False)
     assert [op.reason for op in program.report.leftovers] == []
     assert len(program.report.regions) == 1
@@ -87,7 +87,7 @@ def lowered(name: str, net: Net, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("added", ["", "bytes", "floats"])
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 def test_what_is_added_and_activated(product: str, added: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for activation in ("none", "relu", "hardswish"):
         net = Net(product, activation, added)
@@ -100,7 +100,7 @@ def test_what_is_added_and_activated(product: str, added: str, name: str, monkey
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("name", able())
+@pytest.mark.parametrize("name", instruction_sets())
 def test_integers_and_floats_of_one_result(product: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = Net(product, "relu", "", both=True)
     program, x, r = lowered(name, net, monkeypatch)

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from lowering import to_inductor, to_native
-from lowering.native.kernels.op import load_op
+from lowering.native.kernels.op import load_region_op
 from quant2e.graph.effects import is_in_place
 from quant2e.graph.qdq_ops import qd
 from tests.lowering.graphs import Weight, on_grid
 
-pytestmark = pytest.mark.skipif(load_op() is None, reason="no C++ compiler, so there are no kernels")
+pytestmark = pytest.mark.skipif(load_region_op() is None, reason="no C++ compiler, so there are no kernels")
 
 X, Y = (0.02, -5), (0.03, 7)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from quant2e.errors import Quant2eError
 from quant2e.graph.qdq_ops import qd
 from quant2e.stored_tensor import StoredTensor
-from quant2e.weights.short_form import INTEGERS, Kind, in_short_form, short_form, shortened
+from quant2e.weights.short_form import INTEGERS, ShortKind, in_short_form, short_form, shortened
 
 
 @st.composite
@@ -86,12 +86,12 @@ def test_groups_that_are_not_those_of_rows_are_dequantized_whole():
 
 
 @pytest.mark.parametrize(("value", "repeats", "kind", "share"), [
-    (torch.arange(16384).remainder(16).to(torch.int8) - 8, False, Kind.PACKED, 1 / 2),
-    (torch.arange(16384).remainder(4).to(torch.int32), True, Kind.PACKED, 1 / 16),
-    (torch.zeros(16384, dtype=torch.int32), True, Kind.REPEATED, 1 / 16384),
-    (torch.zeros(16384, dtype=torch.int8), False, Kind.PACKED, 1 / 4),
-    (torch.arange(16384).remainder(256), True, Kind.CAST, 1 / 8),
-    (torch.arange(16384).bfloat16().float(), False, Kind.CAST, 1 / 2),
+    (torch.arange(16384).remainder(16).to(torch.int8) - 8, False, ShortKind.PACKED, 1 / 2),
+    (torch.arange(16384).remainder(4).to(torch.int32), True, ShortKind.PACKED, 1 / 16),
+    (torch.zeros(16384, dtype=torch.int32), True, ShortKind.REPEATED, 1 / 16384),
+    (torch.zeros(16384, dtype=torch.int8), False, ShortKind.PACKED, 1 / 4),
+    (torch.arange(16384).remainder(256), True, ShortKind.CAST, 1 / 8),
+    (torch.arange(16384).bfloat16().float(), False, ShortKind.CAST, 1 / 2),
 ])  # fmt: skip
 def test_each_form_takes_so_many_bytes(value, repeats, kind, share):
     short = in_short_form(value, repeats=repeats)
