@@ -2,7 +2,8 @@
 
 Scales move first, between layers and from activations into weights, while the graph is float; where that does not
 suffice, divisions are put in for them; then weights find their ranges and their rounding, and where that does not
-suffice, another one, guided by the output; biases come last, since they make up for what is left on average.
+suffice, another one, guided by the output; biases come last, since they make up for what is left, on average or, which
+takes longest, as the output asks for it.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ LADDER: tuple[tuple[AlgorithmItem, Callable[[GraphModule], str]], ...] = (
     ({"gptq": {"guided": True}}, without_weights),
     ("correct_bias", without_weights),
     ("reestimate_batch_norm", without_norms),
+    ("learn_biases", without_weights),
 )
 """Algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
 
