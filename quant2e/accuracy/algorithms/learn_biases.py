@@ -76,6 +76,7 @@ class LearnedBiases(Algorithm):
                 added = "" if shift_bias(model, layer, shift.double()) else "; a bias is added"
                 most = float(shift.abs().max())
                 lines.append(f"{layer.place}: {most:.2g} at most, {most / deviation:.1%} of its deviation{added}")
+        model.recompile()
         return lines
 
 
@@ -91,8 +92,6 @@ class _Learning:
 
     def learned(self, calls: Sequence[Call]) -> list[tuple[Tensor, float]]:
         """The shift of each layer and the deviation of its result; zeros where the error is not finite."""
-        for parameter in self._simulated.graph.parameters():
-            parameter.requires_grad_(False)
         with IsolatedRandomness(), torch.no_grad():
             self._measure(calls[0])
         optimizer = torch.optim.Adam(self._units, lr=self._settings.rate, betas=(0.9, 0.99))
@@ -115,10 +114,10 @@ class _Learning:
 
     def _measure(self, call: Call) -> None:
         """The deviations of the results of layers, in float."""
-        run = _Shifted(self._simulated, {}, rounded=False, kept={node for node, _ in self._layers})
+        run = _Shifted(self._simulated, {}, rounded=False, measured={node for node, _ in self._layers})
         run.outputs(call)
         for place, (node, _) in enumerate(self._layers):
-            size = float(run.results[node].float().std(correction=0)) if node in run.results else 0.0
+            size = run.deviations.get(node, 0.0)
             self._deviations[place] = size if math.isfinite(size) and size > 0 else 1.0
 
     def _error(self, call: Call) -> Tensor:
@@ -127,18 +126,18 @@ class _Learning:
             node: (unit * size, layer.axis)
             for (node, layer), unit, size in zip(self._layers, self._units, self._deviations, strict=True)
         }
-        with IsolatedRandomness():
-            with torch.no_grad():
-                exact = _Shifted(self._simulated, {}, rounded=False).outputs(call)
+        with torch.no_grad(), IsolatedRandomness():
+            exact = _Shifted(self._simulated, {}, rounded=False).outputs(call)
+        with IsolatedRandomness():  # a model that draws numbers draws the same in both
             found = _Shifted(self._simulated, shifts, rounded=True).outputs(call)
-        noise, signal = torch.zeros(()), 0.0
+        noises, signal = [], 0.0
         for a, b in zip(exact, found, strict=True):
             finite = torch.isfinite(a)
-            noise = noise + torch.where(finite, b - a, 0.0).float().square().sum()
+            noises.append(torch.where(finite, b - a, 0.0).float().square().sum())
             signal += float(torch.where(finite, a, 0.0).float().square().sum())
-        if not noise.requires_grad:
+        if not any(noise.requires_grad for noise in noises):
             raise Quant2eError(f"{LearnedBiases.name}: no float output of this model rests on a bias")
-        return noise / signal if signal > 0 else noise
+        return torch.stack(noises).sum() / (signal if signal > 0 else 1.0)
 
 
 class _Shifted(Interpreter):
@@ -150,11 +149,12 @@ class _Shifted(Interpreter):
         shifts: Mapping[Node, tuple[Tensor, int]],
         *,
         rounded: bool,
-        kept: Iterable[Node] = (),
+        measured: Iterable[Node] = (),
     ) -> None:
         super().__init__(simulated.graph)
-        self._simulated, self._shifts, self._rounded, self._kept = simulated, shifts, rounded, frozenset(kept)
-        self.results: dict[Node, Tensor] = {}
+        self._simulated, self._shifts, self._rounded = simulated, shifts, rounded
+        self._measured = frozenset(measured)
+        self.deviations: dict[Node, float] = {}
 
     def outputs(self, call: Call) -> list[Tensor]:
         """The float outputs of one call."""
@@ -162,17 +162,22 @@ class _Shifted(Interpreter):
         made = self.run(*flat_inputs(self._simulated.graph, call.copied()), enable_io_processing=False)
         return [leaf for leaf in pytree.tree_leaves(made) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of the model, which gradients do not reach."""
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, Tensor) else value
+
     def run_node(self, n: Node) -> Any:
         """The value of ``n``, shifted."""
         if n in self._simulated.points:
             return self._at_point(n)
         value = super().run_node(n)
-        if n in self._kept:
-            self.results[n] = value
+        if n in self._measured:
+            self.deviations[n] = float(value.float().std(correction=0))
         if n not in self._shifts:
             return value
         shift, axis = self._shifts[n]
-        return value + along_axis(shift, value, axis)
+        return value + along_axis(shift.to(value.device), value, axis)
 
     def _at_point(self, point: Node) -> Tensor:
         x: Tensor = self.env[point.all_input_nodes[0]]

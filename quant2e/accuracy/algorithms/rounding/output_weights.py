@@ -63,6 +63,11 @@ class _Kept(Interpreter):
         self._ops = ops
         self.results: dict[Node, Tensor] = {}
 
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor of the model, which gradients do not reach."""
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, Tensor) else value
+
     def run_node(self, n: Node) -> Any:
         """The value of ``n``."""
         value = super().run_node(n)

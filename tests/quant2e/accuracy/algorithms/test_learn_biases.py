@@ -25,10 +25,13 @@ def test_of_one_layer_it_is_the_mean_of_the_error(name, bias):
     model, data = make(bias).eval(), batches(*shape)
     captured, graph = prepared(model, data, coarse())
     state = {key: value.clone() for key, value in graph.state_dict().items()}
+    assert all(p.requires_grad for p in model.parameters())
     learned = learn_biases(graph, data, iterations=200, rate=0.02)
     before, after = (mean_error(captured, quant2e.convert_pt2e(each), data, axis) for each in (graph, learned))
     assert after < max(0.1 * before, 0.01)
     assert all(torch.equal(value, state[key]) for key, value in graph.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in (*model.parameters(), *graph.parameters()))
+    assert not torch.equal(learned(data[0]), graph(data[0]))
     assert any("learn_biases" in note and "deviation" in note for note in quant2e.report_of(learned).notes)
 
 
