@@ -8,12 +8,15 @@ from torch import nn
 
 import quant2e
 from quant2e.accuracy.algorithms.correct_bias import correct_bias
+from quant2e.accuracy.algorithms.gptq import gptq
 from quant2e.accuracy.algorithms.learn_biases import LearnedBiases, learn_biases
 from quant2e.accuracy.output_error import output_sqnr
 from quant2e.errors import CalibrationError, Quant2eError
+from quant2e.observers.measuring import PerChannelMinMaxObserver
 from quant2e.report.algorithm_step import KEPT, ROLLED_BACK
 from quantizers import XNNPACKQuantizer, get_symmetric_quantization_config
 from tests.quant2e.accuracy.algorithms.hard_nets import depthwise, images, post_norm, tokens
+from tests.quant2e.accuracy.algorithms.rounded import weights_only
 from tests.quant2e.accuracy.algorithms.test_correct_bias import LAYERS, batches, coarse, mean_error, prepared
 
 
@@ -93,6 +96,44 @@ def test_in_one_call_it_is_kept_converts_and_is_saved(tmp_path):
     assert result.report.int8_mac_share > 0.9
     quant2e.save(result, tmp_path / "model.pt2")
     assert torch.equal(quant2e.load(tmp_path / "model.pt2")(data[0]), result(data[0]))
+
+
+class Counter(nn.Module):
+    """What a layer makes is added to a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        self.seen.add_(y.mean(0))
+        return self.two(torch.relu(y + self.seen))
+
+
+class Branch(nn.Module):
+    """A layer in the body of a condition, between two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.inside, self.two = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.one(x)
+        return self.two(torch.cond(y.sum() > 0, self.inside, lambda y: y * 1.0, [y]))
+
+
+@pytest.mark.parametrize("model", [Counter, Branch])
+def test_a_state_and_a_body_stay_as_they_are(model):
+    torch.manual_seed(0)
+    data = [torch.randn(4, 8) for _ in range(3)]
+    _, graph = prepared(model().eval(), data, weights_only(PerChannelMinMaxObserver))
+    before = {name: value.clone() for name, value in graph.named_buffers()}
+    for changed in (learn_biases(graph, data), gptq(graph, data, guided=True)):
+        assert all(torch.equal(value, before[name]) for name, value in graph.named_buffers())
+        assert all(torch.equal(value, before[name]) for name, value in changed.named_buffers() if name == "seen")
+        assert bool(torch.isfinite(quant2e.convert_pt2e(changed)(data[0])).all())
 
 
 class Index(nn.Module):
