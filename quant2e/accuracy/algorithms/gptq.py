@@ -21,7 +21,7 @@ from quant2e.accuracy.algorithms.algorithm import Algorithm, Context, Stage
 from quant2e.accuracy.algorithms.rounding.hessian_rounding import ColumnGrid, round_by_hessian, squared_error
 from quant2e.accuracy.algorithms.rounding.layer_rounding import Chosen, LayerRounding
 from quant2e.accuracy.algorithms.rounding.on_copy import on_copy
-from quant2e.accuracy.algorithms.rounding.output_weights import Weights, output_weights
+from quant2e.accuracy.algorithms.rounding.output_weights import OutputWeights, output_weights
 from quant2e.accuracy.algorithms.rounding.weight_layers import QuantizedWeight, Use
 from quant2e.accuracy.lock_step import BatchRun
 from quant2e.accuracy.simulated import SimulatedGraph
@@ -78,7 +78,7 @@ class _ByHessian(LayerRounding):
         self._settings = settings
         self.fit_ranges = settings.fit_ranges
 
-    def weigh(self, simulated: SimulatedGraph, calls: Sequence[Call], uses: Sequence[Use]) -> Weights:
+    def weigh(self, simulated: SimulatedGraph, calls: Sequence[Call], uses: Sequence[Use]) -> OutputWeights:
         """By the gradient of the output, where that is asked for."""
         return output_weights(simulated, calls, uses) if self._settings.guided and uses else {}
 

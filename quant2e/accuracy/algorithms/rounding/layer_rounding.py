@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.accuracy.algorithms.rounding.hessian_rounding import ColumnGrid
-from quant2e.accuracy.algorithms.rounding.output_weights import Weights
+from quant2e.accuracy.algorithms.rounding.output_weights import OutputWeights
 from quant2e.accuracy.algorithms.rounding.weight_layers import (
     QuantizedWeight,
     Use,
@@ -60,10 +60,10 @@ class LayerRounding(ABC):
     also_float: ClassVar[bool] = False
     """Whether it compares with what the float model computes."""
     fit_ranges: bool
-    weights: Weights
+    weights: OutputWeights
     """What `weigh` found."""
 
-    def weigh(self, simulated: SimulatedGraph, calls: Sequence[Call], uses: Sequence[Use]) -> Weights:
+    def weigh(self, simulated: SimulatedGraph, calls: Sequence[Call], uses: Sequence[Use]) -> OutputWeights:
         """How much each sample of each product counts, found before the first is looked at; empty: all alike."""
         return {}
 

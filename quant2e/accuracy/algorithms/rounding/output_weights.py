@@ -31,13 +31,13 @@ from quant2e.isolation import IsolatedRandomness
 PROBES = 2
 """Directions v of the output: each takes a backward pass, and a sample's weight is over all channels of its result."""
 
-Weights = Mapping[Node, Sequence[Tensor | None]]
+OutputWeights = Mapping[Node, Sequence[Tensor | None]]
 """By op, for each item of data: float32 ``[samples, groups]``, as `Use.samples` gives them, of mean 1 over all data;
 None where the item brought nothing.
 """
 
 
-def output_weights(simulated: SimulatedGraph, calls: Sequence[Call], uses: Sequence[Use]) -> Weights:
+def output_weights(simulated: SimulatedGraph, calls: Sequence[Call], uses: Sequence[Use]) -> OutputWeights:
     """The weights of the samples of ``uses`` on ``calls``, with nothing rounded; all 1 where the output rests on none.
 
     Held at a time are the tensors that one backward pass of one item needs. Raises `Quant2eError` for a model without
