@@ -12,6 +12,7 @@ from quant2e.accuracy.algorithms.equalize import Equalize, equalize
 from quant2e.accuracy.algorithms.fit_activation_ranges import FittedActivationRanges, fit_activation_ranges
 from quant2e.accuracy.algorithms.fit_weight_ranges import FittedWeightRanges, fit_weight_ranges
 from quant2e.accuracy.algorithms.gptq import GPTQ, gptq
+from quant2e.accuracy.algorithms.learn_biases import LearnedBiases, learn_biases
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm, reestimate_batch_norm
 from quant2e.accuracy.algorithms.registry import AlgorithmItem, Algorithms, read_algorithms
 from quant2e.accuracy.algorithms.round_adaptively import AdaptiveRounding, round_adaptively
@@ -30,6 +31,7 @@ __all__ = [
     "Equalize",
     "FittedActivationRanges",
     "FittedWeightRanges",
+    "LearnedBiases",
     "ReestimateBatchNorm",
     "Smooth",
     "SmoothSums",
@@ -41,6 +43,7 @@ __all__ = [
     "fit_activation_ranges",
     "fit_weight_ranges",
     "gptq",
+    "learn_biases",
     "read_algorithms",
     "reestimate_batch_norm",
     "round_adaptively",

@@ -1,8 +1,9 @@
 """Ladder: what ``algorithms="auto"`` tries, in this order, and what it does not try where it cannot help.
 
 Scales move first, between layers and from activations into weights, while the graph is float; where that does not
-suffice, divisions are put in for them; then weights find their ranges and their rounding; biases come last, since they
-make up for what is left on average.
+suffice, divisions are put in for them; then weights find their ranges and their rounding, and where that does not
+suffice, another one, guided by the output; biases come last, since they make up for what is left, on average or, which
+takes longest, as the output asks for it.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ LADDER: tuple[tuple[AlgorithmItem, Callable[[GraphModule], str]], ...] = (
     ("fit_activation_ranges", without_static_activations),
     ("fit_weight_ranges", without_weights),
     ("gptq", without_weights),
+    ({"gptq": {"guided": True}}, without_weights),
     ("correct_bias", without_weights),
     ("reestimate_batch_norm", without_norms),
+    ("learn_biases", without_weights),
 )
 """Algorithms in the order in which they are tried, and on which graphs they are not: a new one is one line."""
 

@@ -19,6 +19,7 @@ from quant2e.accuracy.algorithms.equalize import Equalize
 from quant2e.accuracy.algorithms.fit_activation_ranges import FittedActivationRanges
 from quant2e.accuracy.algorithms.fit_weight_ranges import FittedWeightRanges
 from quant2e.accuracy.algorithms.gptq import GPTQ
+from quant2e.accuracy.algorithms.learn_biases import LearnedBiases
 from quant2e.accuracy.algorithms.reestimate_batch_norm import ReestimateBatchNorm
 from quant2e.accuracy.algorithms.round_adaptively import AdaptiveRounding
 from quant2e.accuracy.algorithms.smooth import Smooth
@@ -35,6 +36,7 @@ _CLASSES: tuple[type[Algorithm], ...] = (
     GPTQ,
     AdaptiveRounding,
     CorrectBias,
+    LearnedBiases,
     ReestimateBatchNorm,
 )
 """Every algorithm: a new one is one line here."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from quant2e.accuracy.algorithms.rounding.hessian_rounding import ColumnGrid
+from quant2e.accuracy.algorithms.rounding.output_weights import OutputWeights
 from quant2e.accuracy.algorithms.rounding.weight_layers import (
     QuantizedWeight,
     Use,
@@ -59,6 +60,12 @@ class LayerRounding(ABC):
     also_float: ClassVar[bool] = False
     """Whether it compares with what the float model computes."""
     fit_ranges: bool
+    weights: OutputWeights
+    """What `weigh` found."""
+
+    def weigh(self, simulated: SimulatedGraph, calls: Sequence[Call], uses: Sequence[Use]) -> OutputWeights:
+        """How much each sample of each product counts, found before the first is looked at; empty: all alike."""
+        return {}
 
     @abstractmethod
     def collect(self, use: Use, rounded: Sequence[BatchRun], exact: Sequence[BatchRun]) -> Any:
@@ -106,6 +113,8 @@ class _Walk:
 
     def run(self) -> list[str]:
         possible = [weight for weight in self._weights if not weight.reason]
+        uses = [use for weight in possible for use in weight.uses]
+        self._algorithm.weights = self._algorithm.weigh(self._simulated, self._calls, uses)
         tied = [use for weight in possible for use in weight.uses[1:]]
         if tied:
             self._in_lock_step({use.op: self._look_ahead(use) for use in tied})

@@ -90,6 +90,15 @@ class Use:
         for image in x if x.dim() == len(kernel) + 2 else x.unsqueeze(0):
             yield self._unfolded(image.unsqueeze(0), kernel)
 
+    def channel_power(self, y: Tensor) -> Tensor:
+        """Sums of squares of a result over the channels of each group: ``[samples, groups]``, as `samples` has them."""
+        if self.op.target not in _CONVOLUTIONS:
+            return y.float().square().sum(-1).reshape(-1, 1)
+        places = operand(self.op, 1).meta["val"].dim() - 2
+        images = y if y.dim() == places + 2 else y.unsqueeze(0)
+        each = images.float().square().reshape(images.shape[0], self.groups, -1, *images.shape[2:]).sum(2)
+        return each.movedim(1, -1).reshape(-1, self.groups)
+
     def images(self, x: Tensor) -> int:
         """How many pieces `samples` gives an input in."""
         if self.op.target not in _CONVOLUTIONS:
