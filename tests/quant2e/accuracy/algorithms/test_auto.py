@@ -34,7 +34,7 @@ def xnnpack(**options):
 
 
 def x86():
-    return X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config())
+    return X86InductorQuantizer(isa="avx2").set_global(get_default_x86_inductor_quantization_config())
 
 
 def composed():
