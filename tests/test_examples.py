@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,51 @@ def built_with_torch(folder):
     command = ["g++", "-std=c++20", FOLDER / "cpp/run_package.cpp", "-o", program, *(f"-I{p}" for p in include_paths())]
     command += [f"-L{path}" for path in libraries] + [f"-Wl,-rpath,{path}" for path in libraries]
     subprocess.run([*map(str, command), "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
+    return program
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_pte_runs_from_cpp(tmp_path):
+    pytest.importorskip("executorch")
+    import lowering
+    import quant2e
+    from quantizers import XNNPACKQuantizer
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 10))
+    inputs = (torch.randn(1, 3, 8, 8),)
+    quantizer = XNNPACKQuantizer().set_global("w8a8")
+    program = lowering.to_executorch(quant2e.quantize(model.eval(), inputs, quantizer, [inputs], min_sqnr_db=None))
+    program.save(tmp_path / "model.pte")
+    inputs[0].numpy().tofile(tmp_path / "x.f32")
+    built = built_with_executorch(tmp_path)
+    run = [built, tmp_path / "model.pte", tmp_path / "x.f32", *inputs[0].shape]
+    told = subprocess.run([*map(str, run)], check=True, capture_output=True, text=True).stdout
+    assert [float(word) for word in told.split()] == pytest.approx(program(*inputs).flatten()[:8].tolist(), rel=1e-4)
+    few = subprocess.run([*map(str, run), "9"], check=False, capture_output=True, text=True)
+    assert (few.returncode, "holds fewer than 1728 float32 values" in few.stderr) == (1, True)
+    (tmp_path / "x.pte").write_bytes(b"no program")
+    other = subprocess.run([built, tmp_path / "x.pte", *map(str, run[2:])], check=False, capture_output=True, text=True)
+    assert (other.returncode, "loading the program failed" in other.stderr) == (1, True)
+
+
+def built_with_executorch(folder):
+    """The program in C++, built against the runtime in the installed ExecuTorch, as CMakeLists.txt says."""
+    import executorch
+
+    place, python = Path(next(iter(executorch.__path__))), sysconfig.get_config_var("LIBDIR")
+    libraries = [*place.glob("extension/pybindings/_portable_lib*.so")]
+    libraries.append(place / "backends/qualcomm/libqnn_executorch_backend.so")
+    shared = Path(python) / sysconfig.get_config_var("LDLIBRARY")
+    if not all(map(Path.exists, [*libraries, shared])) or shared.suffix == ".a":
+        pytest.skip("ExecuTorch's runtime, or Python's, is not here as a shared library")
+    headers = [place / "include", place / "include/executorch/runtime/core/portable_type/c10"]
+    program = folder / "run_pte"
+    command = ["g++", "-std=c++20", "-DC10_USING_CUSTOM_GENERATED_MACROS", FOLDER / "cpp/run_pte.cpp", "-o", program]
+    command += [*(f"-I{path}" for path in headers), *libraries, shared, "-Wl,--allow-shlib-undefined"]
+    command += [f"-Wl,-rpath,{path.parent}" for path in (*libraries, shared)]
+    subprocess.run([*map(str, command)], check=True)
     return program
 
 
