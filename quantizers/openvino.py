@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Node
 
-from quant2e.annotation.pattern import Match, op, short_name
+from quant2e.annotation.pattern import Match, op, roots, short_name
 from quant2e.annotation.specs import group_size_of
 from quant2e.graph.data_movement import Effect, When, movement
 from quantizers.kit import families as f
@@ -24,6 +24,8 @@ from quantizers.x86.rules import capabilities
 aten = torch.ops.aten
 
 _PRODUCTS = op(aten.matmul.default, aten.bmm.default)(f.x, f.y)
+_KEEPING = roots(f.max_pool(f.x) | f.avg_pool(f.x) | f.adaptive_avg_pool(f.x) | f.cat(f.x))
+"""Ops whose results have the scale of what they read."""
 _SCALED = frozenset({"mul", "div", "add", "masked_fill"})
 """What the scores of attention pass before their softmax."""
 
@@ -70,13 +72,25 @@ def _scores(config: Any) -> tuple[Rule, ...]:
     )
     both = {"x": signed, "y": signed}
     return (
-        Rule(f.scores, both, name="scores of attention"),
+        Rule(f.scores, both, when=_on_no_grid, name="scores of attention"),
         Rule(_PRODUCTS, both, when=_before_a_softmax, name="scores of attention, spelled out"),
     )
 
 
+def _on_no_grid(match: Match) -> bool | str:
+    """Queries and keys that no pool or join makes, which would keep integers of another grid: rounded twice, they would
+    lose more than they save.
+    """
+    for producer, _ in (match.edges["x"], match.edges["y"]):
+        if producer.target in _KEEPING:
+            return f"'{producer.name}' keeps integers on a grid of its own, which scores do not take"
+    return True
+
+
 def _before_a_softmax(match: Match) -> bool | str:
     """A product of queries and keys: scaled and masked only, until a softmax reads it."""
+    if (objection := _on_no_grid(match)) is not True:
+        return objection
     node = match.root
     while len(node.users) == 1:
         node = next(iter(node.users))

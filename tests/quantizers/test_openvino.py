@@ -57,6 +57,15 @@ def test_what_scores_pass_before_their_softmax(between):
     assert line.startswith("matmul: ")
 
 
+def test_queries_that_are_rounded_already_are_not_rounded_again():
+    """A pool keeps the integers of its input."""
+    model = Of(lambda m, x: F.scaled_dot_product_attention(m.pool(m.conv(x).relu()), x.sin(), x.cos()))
+    model.conv, model.pool = torch.nn.Conv2d(4, 4, 1), torch.nn.AdaptiveAvgPool2d(6)
+    x = (torch.linspace(-3, 3, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6).sin(),)
+    assert [line for line in lines(model, x) if "adaptive_avg_pool2d" in line]
+    assert not any("scores" in line for line in lines(model, x))
+
+
 def test_without_vnni_scores_stay_float():
     found = lines(Attention(), TOKENS, static(isa="avx2"))
     assert not any("scores" in line for line in found)
