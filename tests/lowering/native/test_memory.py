@@ -77,7 +77,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler, so there are no kernels")
 @pytest.mark.slow
 def test_nothing_is_read_beyond_inputs_and_constants() -> None:
-    done = run_python("for name in able(): run_guarded(name, range(20))")
+    done = run_python("for name in instruction_sets(): run_guarded(name, range(20))")
     assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-2000:]}"
 
 
