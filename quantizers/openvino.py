@@ -17,6 +17,7 @@ from quant2e.annotation.pattern import Match, op, roots, short_name
 from quant2e.annotation.specs import group_size_of
 from quant2e.graph.data_movement import Effect, When, movement
 from quantizers.kit import families as f
+from quantizers.kit.conditions import in_eval_mode
 from quantizers.kit.rule import Rule
 from quantizers.x86.quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 from quantizers.x86.rules import capabilities
@@ -104,4 +105,6 @@ def _before_a_softmax(match: Match) -> bool | str:
 
 def _is_identity(node: Node) -> bool:
     row = movement(node.target)
-    return row is not None and row.effect is Effect.SAME and row.when in (When.ALWAYS, When.EVALUATION)
+    if row is None or row.effect is not Effect.SAME:
+        return False
+    return row.when is When.ALWAYS or (row.when is When.EVALUATION and in_eval_mode(node) is True)

@@ -50,10 +50,9 @@ def _inside(add: Any) -> bool:
 
 
 def _insert(add: Any, place: int, bound: float) -> None:
-    from openvino import opset13
-
-    ends = [opset13.constant(np.float32(end)) for end in (-bound, bound)]
-    grid = opset13.fake_quantize(add.input_value(place), *ends, *ends, LEVELS)
+    ops = import_openvino().opset13
+    ends = [ops.constant(np.float32(end)) for end in (-bound, bound)]
+    grid = ops.fake_quantize(add.input_value(place), *ends, *ends, LEVELS)
     add.input(place).replace_source_output(grid.output(0))
 
 
