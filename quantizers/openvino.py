@@ -2,6 +2,8 @@
 
 Its kernels are those of x86 (u8 activations, s8 weights per output channel), and one more: the product of queries and
 keys in attention, on s8 with one scale each, inside of the kernel that computes the softmax and the values as well.
+One op reads integers and computes in float, an image that each channel of is scaled (squeeze and excitation): were it
+to read floats, the convolution that makes the image would write floats, for all of its readers.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ import torch
 from torch.fx import Node
 
 from quant2e.annotation.pattern import Match, op, roots, short_name
-from quant2e.annotation.specs import group_size_of
+from quant2e.annotation.specs import ANNOTATION, group_size_of
 from quant2e.graph.data_movement import Effect, When, movement
 from quantizers.kit import families as f
-from quantizers.kit.conditions import in_eval_mode
-from quantizers.kit.rule import Rule
+from quantizers.kit.conditions import in_eval_mode, value
+from quantizers.kit.rule import Follow, Rule
 from quantizers.x86.quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 from quantizers.x86.rules import capabilities
 
@@ -33,7 +35,8 @@ _SCALED = frozenset({"mul", "div", "add", "masked_fill"})
 
 class OpenVINOQuantizer(X86InductorQuantizer):
     """Annotates what `lowering.to_openvino` makes int8 kernels of: all of `X86InductorQuantizer`, and in static
-    configurations the scores of attention, the product of queries and keys.
+    configurations the scores of attention, the product of queries and keys. Where an op reads an image as integers, a
+    product of that image with one factor per channel reads the same integers, and answers in float.
 
     Queries and keys are symmetric int8 per tensor; probabilities and values stay float. Attention may be the fused op
     or spelled out, as a product that a softmax follows. Where that costs too much accuracy:
@@ -53,13 +56,17 @@ class OpenVINOQuantizer(X86InductorQuantizer):
         """The rules of x86, and those of scores."""
         rules, activation = super().table(config), config.input_activation
         static = activation is not None and not activation.is_dynamic and group_size_of(config.weight) is None
-        return (*rules, *_scores(config)) if static and not self._isa.saturates else rules
+        if not static:
+            return rules
+        own = (_scaled_channels(config),) if self._isa.saturates else (*_scores(config), _scaled_channels(config))
+        return (*rules, *own)
 
     @classmethod
     def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:
         """Rule → patterns, for a static and a dynamic configuration."""
         static, dynamic = (get_default_x86_inductor_quantization_config(is_dynamic=each) for each in (False, True))
-        own = {rule.name: tuple(str(rule.pattern).split(" | ")) for rule in _scores(static)}
+        rules = (*_scores(static), _scaled_channels(static))
+        own = {rule.name: tuple(str(rule.pattern).split(" | ")) for rule in rules}
         return {**capabilities(static, dynamic), **own}
 
 
@@ -76,6 +83,24 @@ def _scores(config: Any) -> tuple[Rule, ...]:
         Rule(f.scores, both, when=_on_no_grid, name="scores of attention"),
         Rule(_PRODUCTS, both, when=_before_a_softmax, name="scores of attention, spelled out"),
     )
+
+
+def _scaled_channels(config: Any) -> Rule:
+    product = f.mul([f.x, f.y])
+    return Rule(product, {"x": Follow(config.input_activation)}, when=_one_image, name="factor per channel")
+
+
+def _one_image(match: Match) -> bool | str:
+    """An image times a factor for each of its channels, where another op reads the image as integers: what makes it
+    writes it once.
+    """
+    (image, product), (factor, _) = match.edges["x"], match.edges["y"]
+    sizes, factors = value(image).shape, value(factor).shape
+    if len(sizes) < 3 or len(factors) != len(sizes) or factors[1:] != (sizes[1], *[1] * (len(sizes) - 2)):
+        return f"'{factor.name}' is not one factor for each channel of '{image.name}'"
+    notes = (user.meta.get(ANNOTATION) for user in image.users if user is not product)
+    read = any(note is not None and note.input_qspec_map.get(image) is not None for note in notes)
+    return read or f"nothing else reads '{image.name}' as integers"
 
 
 def _on_no_grid(match: Match) -> bool | str:

@@ -72,7 +72,7 @@ def _is_quantized(add: Any) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Dequantized:
-    """A tensor that is dequantized as a whole: the name of the op that quantizes it, and its largest magnitude."""
+    """A tensor that is dequantized as a whole: the op that quantizes it, and a magnitude that none of it exceeds."""
 
     integers: str
     most: float
@@ -87,13 +87,24 @@ def _dequantized(node: Any) -> _Dequantized | None:
         if found is None:
             return None
         inside, zero = inside.input_value(0).get_node(), found
-    while inside.get_type_name() == "Convert":
-        inside = inside.input_value(0).get_node()
+    inside = _whole_range(inside)
     if inside.get_type_name() != "FakeQuantize":
         return None
     ends = [_number(inside.input_value(place)) for place in (3, 4)]
     known = [abs(end - zero) * scale for end in ends if end is not None]
     return _Dequantized(integers=inside.get_name(), most=max(known)) if len(known) == len(ends) else None
+
+
+def _whole_range(integers: Any) -> Any:
+    """Integers before they are converted, and cut to a narrower range than their dtype's."""
+    while True:
+        if integers.get_type_name() == "Convert":
+            place = 0
+        elif integers.get_type_name() in ("Minimum", "Maximum"):
+            place = int(_number(integers.input_value(0)) is not None)
+        else:
+            return integers
+        integers = integers.input_value(place).get_node()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,12 @@ from quantizers.conformance.report import WARNINGS, Conformance, Finding
 ATTEMPTS, FOLLOWING = 8, 24
 """How often a graph for one alternative of a rule is drawn, until the rule applies; of a rule that follows others."""
 
+READERS = tuple(
+    replace(around, targets=frozenset({each})) for around in AROUND for each in sorted(around.targets, key=str)
+)
+READINGS = 2
+"""Every op that may read the result of a pattern, by itself, and how often each is tried."""
+
 SHRUNK, TRIES = 2, 30
 """So many findings of one kind get a smaller graph, in so many tries each: examining a graph takes its time."""
 
@@ -109,7 +115,7 @@ class _Search:
         """For rules that applied nowhere, graphs in which another op reads the result of their pattern."""
         opt_in = opt_in_rules(self.quantizer)
         for number, tested in enumerate(self.known.patterns):
-            for attempt, reader in enumerate((*AROUND, *AROUND, *AROUND)):
+            for attempt, reader in enumerate(READERS * READINGS):
                 if self._late() or not tested.rule or self.reached[tested.rule] or tested.rule in opt_in:
                     break
                 program = read_by(tested, reader, by_dice(self.seed + 1000 * number + attempt))

@@ -74,22 +74,35 @@ def _only_moves(node: Node) -> bool:
 def _partly(a: Annotated, plan: Plan, node: Node) -> Iterator[Finding]:
     if _only_moves(node):
         return
-    weighted = short_name(node.target) in WEIGHTED
-    operands = [source for source in _float_operands(a, node) if not is_inner(source) or a.is_constant(source)]
-    if weighted:
-        operands = [source for source in operands if source is not operand(node, 2)]
-    quantized = [source for source in operands if _is_integer(_spec(plan, source, node))]
-    left = [source for source in operands if source not in quantized and _spec(plan, source, node) is None]
+    activations, left = _operands(a, plan, node)
     if not left:
         return
     names = ", ".join(f"'{source.name}'" for source in left)
-    activations = [source for source in quantized if not a.is_constant(source)]
-    if activations:
+    if activations and not all(_is_shared(a, plan, source, node) for source in activations):
         yield finding(
             "isolated", node, f"{names} is float, and '{activations[0].name}' is quantized: the op computes in float"
         )
-    elif _is_integer(_output_spec(plan, node)):
+    elif not activations and _is_integer(_output_spec(plan, node)):
         yield finding("isolated", node, f"its result is quantized, and {names} is float: the op computes in float")
+
+
+def _operands(a: Annotated, plan: Plan, node: Node) -> tuple[list[Node], list[Node]]:
+    """The activations that a node reads as integers, and what it reads as floats."""
+    operands = [source for source in _float_operands(a, node) if not is_inner(source) or a.is_constant(source)]
+    if short_name(node.target) in WEIGHTED:
+        operands = [source for source in operands if source is not operand(node, 2)]
+    quantized = [source for source in operands if _is_integer(_spec(plan, source, node))]
+    left = [source for source in operands if source not in quantized and _spec(plan, source, node) is None]
+    return [source for source in quantized if not a.is_constant(source)], left
+
+
+def _is_shared(a: Annotated, plan: Plan, source: Node, reader: Node) -> bool:
+    """Whether an op that computes on integers reads the same ones: then the tensor is written once, not twice."""
+    group = plan.group_of(Edge(source.name, reader.name))
+    others = [user for user in source.users if user is not reader and ANNOTATION in user.meta]
+    return group is not None and any(
+        plan.group_of(Edge(source.name, user.name)) == group and not _operands(a, plan, user)[1] for user in others
+    )
 
 
 def _output_spec(plan: Plan, node: Node) -> Any:

@@ -164,13 +164,25 @@ def _binary(call: OpCall, rank: int | None, shape: Shape | None) -> Ref:
         left = call.data(0, rank=rank, shape=shape)
         if call.wanted(1) is None and call.builder.choose([False, False, True]):
             return call.builder.call(call.target, left, call.builder.choose([2.0, 0.5, 1]))
-        right = call.data(1, shape=call.builder.shape(left))
+        right = _factors(call, left) or call.data(1, shape=call.builder.shape(left))
     else:
         right = call.data(1, rank=rank, shape=shape)
         left = call.data(0, shape=call.builder.shape(right))
     if short_name(call.target).startswith("div"):
         right = call.builder.call(aten.add.Tensor, call.builder.call(aten.relu.default, right), 1.0)
     return call.builder.call(call.target, left, right)
+
+
+def _factors(call: OpCall, image: Ref) -> Ref | None:
+    """One factor for each channel of an image, computed from it; now and then, where the pattern leaves it free."""
+    want, dimensions = call.wanted(1), len(call.builder.shape(image)) - 2
+    free = isinstance(want, Arg) and not want.constant and short_name(call.target) == "mul"
+    if not free or dimensions not in (1, 2) or not call.builder.choose([False, False, True]):
+        return None
+    pool = aten.adaptive_avg_pool1d.default if dimensions == 1 else aten.adaptive_avg_pool2d.default
+    factors = call.builder.call(aten.sigmoid.default, call.builder.call(pool, image, [1] * dimensions))
+    call.bound[want.name] = factors
+    return factors
 
 
 def _unary(*arguments: tuple[Any, ...]) -> Block:

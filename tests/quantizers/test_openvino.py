@@ -66,6 +66,49 @@ def test_queries_that_are_rounded_already_are_not_rounded_again():
     assert not any("scores" in line for line in lines(model, x))
 
 
+IMAGE = (torch.linspace(-3, 3, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6).sin(),)
+
+
+class Squeezed(Of):
+    """An image times a gate for each of its channels, as in squeeze and excitation."""
+
+    def __init__(self, product=lambda image, gate: image * gate, pool=None):
+        super().__init__(lambda m, x: self.product(image := m.conv(x).relu(), m.gate(self.pool(image)).sigmoid()))
+        self.product, self.pool = product, pool or (lambda image: F.adaptive_avg_pool2d(image, 1))
+        self.conv, self.gate = torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 4, 1)
+
+
+def explained(model, quantizer):
+    """What the quantizer tried at the product, and why it left it float."""
+    graph = annotated(model, IMAGE, quantizer).graph
+    return quantizer.explain(next(node for node in graph.nodes if node.name == "mul"))
+
+
+@pytest.mark.parametrize("product", [lambda image, gate: image * gate, lambda image, gate: gate * image])
+@pytest.mark.parametrize("isa", ["avx512_vnni", "avx2"])
+def test_an_image_that_is_scaled_is_read_as_the_integers_that_its_pool_reads(product, isa):
+    found = lines(Squeezed(product), IMAGE, static(isa))
+    (pool,) = (line for line in found if line.startswith("adaptive_avg_pool2d: "))
+    (product_line,) = (line for line in found if line.startswith("mul: "))
+    numbers = pool.removeprefix("adaptive_avg_pool2d: ").split(" -> ")[0]
+    assert product_line == f"mul: {numbers}  [factor per channel]"
+
+
+def test_an_image_whose_pool_computes_floats_stays_float():
+    quantizer = static().set_operator_type(torch.nn.functional.adaptive_avg_pool2d, None)
+    assert not any(line.startswith("mul: ") for line in lines(Squeezed(), IMAGE, quantizer))
+    assert "nothing else reads 'relu' as integers" in explained(Squeezed(), quantizer)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [lambda image, gate: image * gate[:, :1], lambda image, gate: image * image.sin()],
+    ids=["one for all channels", "one for each pixel"],
+)
+def test_other_factors_meet_floats(product):
+    assert "is not one factor for each channel of 'relu'" in explained(Squeezed(product), static())
+
+
 def test_without_vnni_scores_stay_float():
     found = lines(Attention(), TOKENS, static(isa="avx2"))
     assert not any("scores" in line for line in found)

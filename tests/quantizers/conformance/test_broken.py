@@ -5,7 +5,7 @@ import pytest
 from quantizers.conformance import KINDS, check
 from tests.quantizers.conformance.broken import BROKEN, Sound
 
-MEETINGS = {"overlapping patterns": 12}
+MEETINGS = {"overlapping patterns": 25}
 """Random graphs for mistakes that show only where certain ops meet."""
 
 
