@@ -6,7 +6,11 @@
 
 namespace {
 
+#if defined(__AVX512VNNI__)
 constexpr int kSums = 12;  // more than the latency of an instruction times how many start in a cycle
+#else
+constexpr int kSums = 5;  // of two registers each: as many as there are, and as inner loops hold
+#endif
 constexpr int kTurns = 4096;
 
 double seconds() {
@@ -26,6 +30,18 @@ double best(double time, double operations, const Turn& turn) {
   return rate;
 }
 
+// The same bytes, which the compiler takes for others: products that it knows already would be computed once.
+ALWAYS_INLINE quant2e::B anew(quant2e::B x) {
+#if defined(__AVX512VNNI__)
+  asm volatile("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm volatile("" : "+x"(x.a), "+x"(x.b));
+#else
+  asm volatile("" : "+m"(x));
+#endif
+  return x;
+}
+
 }  // namespace
 
 // Multiply-accumulates a second of unsigned and signed bytes.
@@ -38,12 +54,13 @@ extern "C" __attribute__((visibility("default"))) double quant2e_peak_int8(doubl
   const double rate = best(time, 4.0 * kLanes * kSums * kTurns, [&] {
     for (int turn = 0; turn < kTurns; ++turn) {
 #pragma GCC unroll 12
-      for (int i = 0; i < kSums; ++i) sums[i] = dot<kBounded>(sums[i], operands, 0x01010101);
+      for (int i = 0; i < kSums; ++i) sums[i] = dot<kBounded>(sums[i], anew(operands), 0x01010101);
     }
   });
-  int32_t kept[kLanes], total = 0;
-  for (const I& sum : sums) store_int(kept, sum), total += kept[0];
-  return total == -1 ? 0 : rate;
+  alignas(64) int32_t kept[kSums][kLanes];
+  for (int i = 0; i < kSums; ++i) store_int(kept[i], sums[i]);
+  asm volatile("" : : "m"(kept));  // all lanes are used: none need not be computed
+  return rate;
 }
 
 // Multiply-accumulates a second of 6 pixels by 64 outputs, each sum read from memory and written back for every four
@@ -54,6 +71,7 @@ extern "C" __attribute__((visibility("default"))) double quant2e_spilled_int8(do
   alignas(64) static int8_t weights[kInputs * kOutputs * kLanes];
   static int32_t inputs[kPixels][kInputs / 4];
   alignas(64) int32_t sums[kPixels][kOutputs][kLanes] = {};
+  asm volatile("" : "+m"(weights), "+m"(inputs));  // they hold anything
   return best(time, 1.0 * kPixels * kOutputs * kLanes * kInputs, [&] {
     for (int k = 0; k < kInputs / 4; ++k) {
       for (int r = 0; r < kPixels; ++r)
