@@ -2,7 +2,7 @@
 // intrinsics.
 #pragma once
 
-#include "simd.h"
+#include "dot.h"
 
 namespace quant2e {
 
@@ -52,6 +52,29 @@ ALWAYS_INLINE void interleave(B* to, const uint8_t* const (&rows)[4], int n) {
       for (int i = 0; i < 4; ++i) mixed[4 * c + i] = v * kLanes + c < n ? (int8_t)rows[i][v * kLanes + c] : 0;
     to[v] = load_weights(mixed);
   }
+#endif
+}
+
+// As `interleave`, of bytes that are operands of many products.
+template <int V>
+ALWAYS_INLINE void interleave_widened(Widened* to, const uint8_t* const (&rows)[4], int n) {
+#ifdef ADDS_PAIRS
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    __m128i r[4];
+    if (V > 2 && n < (v + 1) * kLanes) {
+      uint8_t some[4][kLanes] = {};
+      for (int i = 0; i < 4; ++i) std::memcpy(some[i], rows[i] + v * kLanes, std::max(n - v * kLanes, 0));
+      for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128((const __m128i*)some[i]);
+    } else {
+      for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128((const __m128i*)(rows[i] + v * kLanes));
+    }
+    const __m128i even[2] = {_mm_unpacklo_epi8(r[0], r[2]), _mm_unpackhi_epi8(r[0], r[2])};
+    const __m128i odd[2] = {_mm_unpacklo_epi8(r[1], r[3]), _mm_unpackhi_epi8(r[1], r[3])};
+    for (int h = 0; h < 2; ++h) to[v].half[h] = {_mm256_cvtepu8_epi16(even[h]), _mm256_cvtepu8_epi16(odd[h])};
+  }
+#else
+  interleave<V>(to, rows, n);
 #endif
 }
 
