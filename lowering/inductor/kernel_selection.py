@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from lowering.inductor.kernels.engines import ENGINES, WEIGHT_ONLY, Engine, Kern
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import ACTIVATION_DQ, CONVOLUTION, activation_of, float_weight, weight_of
-from lowering.native.engine import NATIVE, Native
+from lowering.native.engine import NATIVE, Native, together
+from lowering.native.units.values import integers_of
+from quant2e.cpu import detect
 from quant2e.errors import LoweringError
 from quant2e.graph.attributes import tensor_at
 from quant2e.graph.constants import Constants
@@ -37,7 +39,7 @@ Engines = str | Mapping[str, str]
 WITH_NATIVE: tuple[Engine, ...] = (Native(), *ENGINES)
 """In order of preference, where int8 regions can be cut out of the graph."""
 
-_FLOAT, _MEASURED = "float", "measured"
+_FLOAT, _ONEDNN, _MEASURED = "float", "onednn", "measured"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +118,32 @@ def choose_native(
     _check(wanted, engines, {**quantized, **alone})
     if isinstance(wanted, str) and wanted not in (_MEASURED, NATIVE):
         return {}, wanted
-    products = {name: product_of(node) for name, node in quantized.items()}
-    found = {name: _choice(name, product, wanted, engines) for name, product in products.items() if product is not None}
+    found = {}
+    for name, node in quantized.items():
+        if (product := product_of(node)) is not None:
+            product = replace(product, together=_together(gm, node))
+            found[name] = _choice(name, product, wanted, engines)
     rest = _MEASURED if isinstance(wanted, str) else {name: e for name, e in wanted.items() if e != NATIVE}
     return found, rest
+
+
+def _together(gm: GraphModule, node: Node) -> int:
+    """`Product.together` of a product as it stands in a Q/DQ graph."""
+    weight, activation = dequantize_behind(weight_of(node)), dequantize_behind(activation_of(node))
+    value, x = tensor_at(gm, weight.args[0]) if weight is not None else None, integers_of(activation)
+    if value is None or value.dtype is not torch.int8 or x is None:
+        return 1
+    if is_transposed(node):
+        value = TransposedConvolution.of(node, tuple(value.shape)).plain_weight(value)
+    elif node.target not in CONVOLUTION and node.target is not aten.linear.default:
+        value = value.t()
+    return together(value, x)
+
+
+def _exact(engines: Sequence[Engine], product: Product) -> tuple[Engine, ...]:
+    """The engines without oneDNN where its products may saturate; those of depthwise convolutions are exact."""
+    wrong = detect().saturates and product.together == 1 and product.groups != product.weight[0]
+    return tuple(engine for engine in engines if not (wrong and engine.name == _ONEDNN))
 
 
 def _has_integers(node: Node) -> bool:
@@ -140,13 +164,13 @@ def _choice(name: str, product: Product, wanted: Engines, engines: Sequence[Engi
         if reads is not None:
             return KernelChoice(engine=reads.name, product=product, seconds={})
     if named == _MEASURED:
-        return fastest(product, engines)
+        return fastest(product, _exact(engines, product))
     (engine,) = (engine for engine in engines if engine.name == named)
     if engine.computes(product):
         return KernelChoice(engine=named, product=product, seconds={})
     if not isinstance(wanted, str):
         raise LoweringError(f"engines gives '{name}' to '{named}', which cannot compute a {product}")
-    return fastest(product, engines)  # the engine for all, which knows nothing of this kind
+    return fastest(product, _exact(engines, product))  # the engine for all, which knows nothing of this kind
 
 
 def _check(wanted: Engines, engines: Sequence[Engine], products: Mapping[str, Node]) -> None:

@@ -5,17 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lowering.inductor.kernels.engines import Product, Run
-from lowering.native.kernels.op import load_region_op
-from lowering.native.kernels.plan import RegionConstants, RegionStep, RegionTensor, StepKind, region_plan
+from lowering.native.kernels.op import instruction_set, load_region_op
+from lowering.native.kernels.plan import Arithmetic, RegionConstants, RegionStep, RegionTensor, StepKind, region_plan
+from lowering.native.units.arithmetic import arithmetic_of
 from lowering.native.units.packed import add_numbers, border_of, packed_steps
 from lowering.native.units.values import Integers
 from lowering.native.units.windows import POINT, Pair, ResultPart, plain_window, transposed_parts
 
 NATIVE = "native"
 
-_X = Integers(scale=0.02, zero=3, low=0, high=255)
+_RANGES = {4: (127, 64), 2: (255, 64), 1: (255, 127)}
+"""Products that fit together into 16 bits → the largest activation and the largest weight of a measurement."""
+
+_TOGETHER = {Arithmetic.SEVEN: 4, Arithmetic.BOUNDED: 2}
+
+
+def together(weight: Tensor, x: Integers) -> int:
+    """`Product.together` of an int8 weight, output channels first; 4 where the instruction set makes no difference."""
+    return 4 if instruction_set() != "avx2" else _TOGETHER.get(arithmetic_of(weight, x), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +47,10 @@ class Native:
         outputs = _outputs(product)
         inputs = product.x[1] // product.groups
         sizes = (outputs, inputs, *product.weight[2:])
-        weight = torch.randint(-127, 128, sizes, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-        packed = packed_steps(constants, weight, _X, parts, product.groups)
+        high, most = _RANGES[product.together]
+        x = Integers(scale=0.02, zero=3, low=0, high=high)
+        weight = torch.randint(-most, most + 1, sizes, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+        packed = packed_steps(constants, weight, x, parts, product.groups)
         numbers = torch.full((outputs,), 1e-3)
         add_numbers(constants, packed, numbers, numbers)
         steps = [one.step for one in packed]
@@ -51,7 +63,7 @@ class Native:
         n, (h, w), (height, width) = 1 if product.is_linear else product.x[0], _image(product), _result(product)
         values = [
             RegionTensor(floats=False, h=h, w=w, c=product.x[1], argument=0),
-            RegionTensor(floats=False, h=h, w=w, c=product.x[1], pad=border_of(packed), zero=_X.zero),
+            RegionTensor(floats=False, h=h, w=w, c=product.x[1], pad=border_of(packed), zero=x.zero),
             RegionTensor(floats=not product.integers, h=height, w=width, c=outputs),
         ]
         plan = region_plan(values, [RegionStep(kind=StepKind.CONCAT, x=0, y=1), *steps], constants, 1, [], 0)

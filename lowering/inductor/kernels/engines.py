@@ -43,7 +43,8 @@ class Product:
     ``integers``: whether the result is wanted as integers. ``float_rows``: the activation is float, and only the weight
     is quantized; then ``group``: inputs that share a scale, ``group_bytes``: of that scale and its zero point,
     ``bits``: of a weight, ``int8_rows``: whether the rows are dequantized from int8 with a scale each, and ``varies``:
-    whether the number of rows does, ``x`` being an example.
+    whether the number of rows does, ``x`` being an example. ``together``: how many products of its integers are proven
+    to fit into 16 bits, 4, 2 or 1, where our kernels are faster for it, and oneDNN's right.
     """
 
     x: tuple[int, ...]
@@ -61,6 +62,7 @@ class Product:
     bits: int = 8
     int8_rows: bool = False
     varies: bool = False
+    together: int = 4
 
     @property
     def is_linear(self) -> bool:
