@@ -20,7 +20,7 @@ from lowering.inductor.kernels.engines import ENGINES, WEIGHT_ONLY, Engine, Kern
 from lowering.inductor.kernels.transposed import TransposedConvolution, is_transposed
 from lowering.inductor.rewrites.weight_only import Rows, compute_by_rows, rows_of
 from lowering.inductor.rewrites.weights import ACTIVATION_DQ, CONVOLUTION, activation_of, float_weight, weight_of
-from lowering.native.engine import NATIVE, Native, together
+from lowering.native.engine import NATIVE, Native, products_together
 from lowering.native.units.values import integers_of
 from quant2e.cpu import detect
 from quant2e.errors import LoweringError
@@ -137,7 +137,7 @@ def _together(gm: GraphModule, node: Node) -> int:
         value = TransposedConvolution.of(node, tuple(value.shape)).plain_weight(value)
     elif node.target not in CONVOLUTION and node.target is not aten.linear.default:
         value = value.t()
-    return together(value, x)
+    return products_together(value, x)
 
 
 def _exact(engines: Sequence[Engine], product: Product) -> tuple[Engine, ...]:

@@ -93,6 +93,16 @@ def test_a_shape_is_measured_once(monkeypatch):
     assert calls == [a, b]
 
 
+@pytest.mark.parametrize(("again", "winner"), [(40e-6, "first"), (1e-3, "second")])
+def test_one_slow_measurement_of_the_preferred_engine_decides_nothing(monkeypatch, again, winner):
+    measured = [{"first": 1e-3, "second": 50e-6}, {"first": again, "second": 60e-6}]
+    monkeypatch.setattr(engines, "_KNOWN", {})
+    monkeypatch.setattr(engines, "timed", lambda given, product: measured.pop(0))
+    choice = fastest(Product(x=(1, 8), weight=(8, 8)), ())
+    assert choice.engine == winner
+    assert choice.seconds == {"first": again, "second": 50e-6}
+
+
 PRODUCTS = [
     Product(x=(3, 16), weight=(8, 16)),
     Product(x=(3, 16), weight=(8, 16), bias=False, integers=True),

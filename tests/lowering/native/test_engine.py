@@ -1,4 +1,4 @@
-"""What is measured of the native kernels where an instruction set has several ways to sum: the one a layer will take."""
+"""What is measured of the native kernels where an instruction set has several ways to sum: that of the layer."""
 
 import pytest
 import torch
@@ -10,9 +10,9 @@ from lowering.inductor.kernels import engines
 from lowering.inductor.kernels.engines import Product
 from lowering.inductor.rewrites.graph import private_copy
 from lowering.native import engine
-from lowering.native.engine import Native, together
+from lowering.native.engine import Native, products_together
 from lowering.native.kernels.op import load_region_op
-from lowering.native.kernels.plan import Arithmetic
+from lowering.native.kernels.plan import Arithmetic, StepKind, region_plan
 from lowering.native.units import packed
 from lowering.native.units.values import Integers
 from quant2e import capture, convert_pt2e, prepare_pt2e
@@ -34,12 +34,14 @@ def avx2(monkeypatch):
 @pytest.mark.parametrize(("high", "most", "count"), [(127, 64, 4), (255, 64, 2), (255, 127, 1), (127, 127, 2)])
 def test_how_many_products_fit_into_16_bits(avx2, high, most, count):
     weight = torch.full((3, 8), most, dtype=torch.int8)
-    assert together(weight, Integers(scale=1.0, zero=0, low=0, high=high)) == count
+    assert products_together(weight, Integers(scale=1.0, zero=0, low=0, high=high)) == count
 
 
 def test_other_instruction_sets_have_one_way(monkeypatch):
     monkeypatch.setattr(engine, "instruction_set", lambda: "avx512_vnni")
-    assert together(torch.full((3, 8), 127, dtype=torch.int8), Integers(scale=1.0, zero=0, low=0, high=255)) == 4
+    assert (
+        products_together(torch.full((3, 8), 127, dtype=torch.int8), Integers(scale=1.0, zero=0, low=0, high=255)) == 4
+    )
 
 
 @pytest.mark.parametrize("count", WAYS)
@@ -52,6 +54,19 @@ def test_that_way_is_measured(avx2, monkeypatch, count, shape):
     sizes = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)} if len(shape["x"]) > 2 else {}
     Native().prepare(Product(**shape, **sizes, together=count))()
     assert [one.step.arithmetic for one in seen] == [WAYS[count]]
+
+
+@pytest.mark.parametrize(
+    ("padding", "kinds"), [(0, [StepKind.CONVOLUTION]), (1, [StepKind.CONCAT, StepKind.CONVOLUTION])]
+)
+def test_nothing_is_copied_that_a_region_would_not_copy(monkeypatch, padding, kinds):
+    if load_region_op() is None:
+        pytest.skip("no C++ compiler")
+    steps = []
+    monkeypatch.setattr(engine, "region_plan", lambda *args: steps.extend(args[1]) or region_plan(*args))
+    sizes = {"stride": (1, 1), "padding": (padding, padding), "dilation": (1, 1)}
+    Native().prepare(Product(x=(3, 7, 5, 5), weight=(8, 7, 3, 3), integers=True, **sizes))()
+    assert [step.kind for step in steps] == kinds
 
 
 class Net(nn.Module):
