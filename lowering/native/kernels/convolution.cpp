@@ -30,7 +30,8 @@ struct Layer {
   const int8_t* weights;  // packed, of the first output of this block
   const int32_t* init;
   int64_t inner, taps;
-  int64_t step;  // bytes of four inputs' weights: of all the outputs that are packed together
+  int64_t step;   // bytes of four inputs' weights: of all the outputs that are packed together
+  int64_t apart;  // bytes from the weights of 16 outputs to those of the next, for the same inputs
   const int64_t* offsets;  // of each tap, in bytes from a pixel's first
   Epilogue epilogue;
   Ending ending;
@@ -146,7 +147,7 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
   I sums[2][V];
   for (int v = 0; v < V; ++v) sums[0][v] = load_int(layer.init + v * kLanes), sums[1][v] = set_int(0);
   const int8_t* w = layer.weights;
-  const int64_t step = kWhole ? 64 * V : layer.step;
+  const int64_t step = layer.step, apart = layer.apart;
   for (int64_t t = 0; t < layer.taps; ++t) {
     const uint8_t* p = x[0] + layer.offsets[t];
     int64_t k = 0;
@@ -157,14 +158,15 @@ __attribute__((noinline)) void row(const Layer& layer, const uint8_t* const* x, 
       for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v)
-          sums[half][v] = dot<kHow>(sums[half][v], load_weights(w + step * half + 64 * v), four[half]);
-      for (int line = 0; line < 2 * V; ++line) __builtin_prefetch(w + 8192 + 64 * line);
+          sums[half][v] = dot<kHow>(sums[half][v], load_weights(w + step * half + apart * v), four[half]);
+      for (int half = 0; half < 2; ++half)
+        for (int v = 0; v < V; ++v) __builtin_prefetch(w + step * (32 + half) + apart * v);
       w += 2 * step;
     }
     if (k < layer.inner) {
       int32_t four;
       std::memcpy(&four, p + k, 4);
-      for (int v = 0; v < V; ++v) sums[0][v] = dot<kHow>(sums[0][v], load_weights(w + 64 * v), four);
+      for (int v = 0; v < V; ++v) sums[0][v] = dot<kHow>(sums[0][v], load_weights(w + apart * v), four);
       w += step;
     }
   }
@@ -304,9 +306,10 @@ void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t
     const int64_t count = std::min(panel, pixels - at);
     for (int64_t n = from_block * 64; n < std::min(padded, to_block * 64);) {
       const int64_t left = padded - n;
-      const int strip = left >= 64 ? 4 : left >= 32 ? 2 : 1;       // packed together, in lanes
-      const int v = kWhole || count == 1 ? strip : 1;              // computed together
-      layer.step = 64 * strip;
+      const int most = left >= 64 ? 4 : left >= 32 ? 2 : 1, packed = step.strip == 64 ? most : 1;  // together, in lanes
+      const int v = count == 1 ? most : kWhole ? packed : 1;                                       // computed together
+      const int strip = std::max(packed, v);
+      layer.step = 64 * packed, layer.apart = packed == 1 ? kLanes * bytes : 64;
       for (int part = 0; part < strip; part += v) {
         const int64_t at_output = n + part * kLanes;
         layer.weights = weights + n * bytes + 64 * part;
@@ -366,7 +369,7 @@ void convolution(const Run& run, const Step& step) {
   const int64_t pixels = out.pixels(), padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
   const Blocks compute = blocks_for(step.arithmetic);
   for (int64_t g = 0; g < step.groups; ++g) {
-    Layer layer{nullptr, nullptr, step.inner, step.taps, 0, offsets, epilogue_of(run, step), linear_ending_of(run, step), nullptr, 0};
+    Layer layer{nullptr, nullptr, step.inner, step.taps, 0, 0, offsets, epilogue_of(run, step), linear_ending_of(run, step), nullptr, 0};
     layer.weights = run.constant<int8_t>(step.weight) + g * padded * step.inner * step.taps;
     layer.init = run.constant<int32_t>(step.init) + (g + (kShifts && step.arithmetic == kSigned ? step.groups : 0)) * padded;
     layer.epilogue.scale += g * padded, layer.epilogue.bias += g * padded;

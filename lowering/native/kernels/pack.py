@@ -39,11 +39,14 @@ def padded(count: int, to: int = LANES) -> int:
     return -(-count // to) * to
 
 
-def pack_convolution(weight: Tensor, zero_point: int, groups: int, *, rows: bool, arithmetic: Arithmetic) -> Packed:
+def pack_convolution(
+    weight: Tensor, zero_point: int, groups: int, *, rows: bool, arithmetic: Arithmetic, strip: int = STRIP
+) -> Packed:
     """Pack an int8 weight ``[outputs, inputs of a group, height, width]`` for activations with this zero point.
 
     ``rows``: whether a tap is a row of the kernel, whose bytes lie side by side in the image. Of each group, strips of
-    64 outputs (then 32, then 16) hold for each tap and each four inputs the four bytes of every output.
+    64 outputs (then 32, then 16), or of ``strip`` at the most, hold for each tap and each four inputs the four bytes of
+    every output.
     """
     outputs, _, height, width = weight.shape
     by_tap = weight.permute(0, 2, 3, 1)  # [outputs, height, width, inputs]
@@ -53,18 +56,18 @@ def pack_convolution(weight: Tensor, zero_point: int, groups: int, *, rows: bool
     zeros = (zero_point, zero_point - SHIFT) if arithmetic is Arithmetic.SIGNED else (zero_point,)
     init = torch.stack([_init(by_tap.flatten(2), zero) for zero in zeros])
     filled = pad(by_tap, (0, inner - by_tap.shape[3], 0, 0, 0, padded(outputs // groups) - outputs // groups))
-    parts = [strip for group in filled for strip in _strips(group)]
+    parts = [part for group in filled for part in _strips(group, strip)]
     init = pad(init, (0, padded(init.shape[2]) - init.shape[2])).flatten()
     return Packed(weight=torch.cat(parts), init=init, taps=taps, inner=inner)
 
 
-def _strips(group: Tensor) -> list[Tensor]:
+def _strips(group: Tensor, most: int) -> list[Tensor]:
     """``[outputs, taps, inner]`` as strips of outputs, each ``[taps, inner / 4, outputs of the strip, 4]``, flat."""
     made, at = [], 0
     outputs, taps, inner = group.shape
     while at < outputs:
         left = outputs - at
-        wide = next(width for width in (STRIP, STRIP // 2, LANES) if width <= left)
+        wide = next(width for width in (STRIP, STRIP // 2, LANES) if width <= min(left, most))
         strip = group[at : at + wide].reshape(wide, taps, inner // 4, 4)
         made.append(strip.permute(1, 2, 0, 3).flatten())
         at += wide

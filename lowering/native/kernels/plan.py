@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 2
+VERSION = 3
 """Of the layout of plans, as in ``region.h``."""
 
 ALIGNMENT = 64
@@ -103,7 +103,8 @@ class RegionStep:
 
     ``x`` … ``fourth``: values that are read, ``y``: written as integers, ``z``: as floats. ``weight`` … ``init``: bytes
     into the constants. ``inverse``, ``zero``, ``low``, ``high``: of ``y``, with ``inverse`` one divided by its scale.
-    ``every_h`` … ``from_w``: rows and columns that a convolution writes; others are written by other steps.
+    ``every_h`` … ``from_w``: rows and columns that a convolution writes; others are written by other steps. ``strip``:
+    outputs whose weights are packed together, 64 (and fewer at the end) or 16.
     """
 
     kind: StepKind
@@ -159,6 +160,7 @@ class RegionStep:
     softmax_zero: int = 0
     softmax_low: int = 0
     softmax_high: int = 255
+    strip: int = 64
 
     def numbers(self) -> tuple[int, ...]:
         """The fields of C++'s ``RegionStep``."""

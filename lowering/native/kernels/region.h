@@ -9,7 +9,7 @@
 
 namespace quant2e {
 
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 enum Type : int64_t { kUint8 = 0, kFloat = 1 };
 
@@ -42,6 +42,7 @@ struct Step {
   int64_t third_scale_bits, third_zero;
   int64_t x_first, other_first, third_first;  // channel of a tensor at which its heads begin
   int64_t softmax_scale_bits, softmax_zero, softmax_low, softmax_high;  // of probabilities; a scale of 0: left as floats
+  int64_t strip;  // outputs whose weights are packed together: 64 (then 32, then 16), or 16
 
   static float number(int64_t bits) {
     double value;

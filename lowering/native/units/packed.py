@@ -111,7 +111,8 @@ def packed_step(constants: RegionConstants, weight: Tensor, x: Integers, window:
     step.groups, step.inputs, step.outputs = groups, weight.shape[1], weight.shape[0] // groups
     rows = groups == 1 and window.dilation[1] == 1
     step.arithmetic = arithmetic_of(weight, x) if instruction_set() == "avx2" else Arithmetic.EXACT
-    packed = pack_convolution(weight, x.zero, groups, rows=rows, arithmetic=step.arithmetic)
+    step.strip = STRIP if instruction_set() == "avx512_vnni" else LANES  # what the registers hold the sums of
+    packed = pack_convolution(weight, x.zero, groups, rows=rows, arithmetic=step.arithmetic, strip=step.strip)
     _add(constants, step, packed)
     return PackedStep(step=step, groups=groups, lanes=LANES, border=window.border)
 

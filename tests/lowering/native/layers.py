@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from lowering.native.kernels.op import load_region_op
-from lowering.native.kernels.pack import pack_convolution
+from lowering.native.kernels.pack import LANES, STRIP, pack_convolution
 from lowering.native.kernels.plan import (
     Arithmetic,
     RegionConstants,
@@ -88,7 +88,8 @@ def planned(
 ) -> tuple[RegionPlan, RegionStep]:
     """The plan that makes bytes of floats, and floats of the sums, ``scale`` times as large; and the product's step.
 
-    ``rows``: of a matrix, at a time. ``arithmetic``: instead of the one that is chosen.
+    ``rows``: of a matrix, at a time. ``arithmetic``: instead of the one that is chosen; weights are then packed as
+    other instruction sets want them, which every one reads.
     """
     (h, w), (height, width), inputs, constants = layer.image, layer.sizes, layer.inputs, RegionConstants()
     ready = packed_step(constants, layer.weight, layer.integers, layer.window(), layer.groups)
@@ -100,7 +101,10 @@ def planned(
     ]
     if arithmetic is not None and step.kind is StepKind.CONVOLUTION:
         by_rows = layer.groups == 1 and layer.dilation[1] == 1
-        packed = pack_convolution(layer.weight, layer.zero, layer.groups, rows=by_rows, arithmetic=arithmetic)
+        step.strip = LANES if step.strip == STRIP else STRIP
+        packed = pack_convolution(
+            layer.weight, layer.zero, layer.groups, rows=by_rows, arithmetic=arithmetic, strip=step.strip
+        )
         step.arithmetic, step.weight, step.init = arithmetic, constants.add(packed.weight), constants.add(packed.init)
     step.x, step.z = 1, 2
     add_numbers(constants, [ready], torch.full((outputs,), scale), torch.zeros(outputs))

@@ -74,7 +74,7 @@ def test_a_plan_spelled_out():
         [*values, RegionTensor(floats=True, h=1, w=2, c=3, argument=1)], [step], RegionConstants(), 1, [(2, 3)], 0
     )
     numbers = plan.numbers.tolist()
-    assert numbers[:HEADER] == [2, 3, 1, plan.arena, 1, 1, 0, 0]
+    assert numbers[:HEADER] == [3, 3, 1, plan.arena, 1, 1, 0, 0]
     assert numbers[HEADER : HEADER + 2 * FIELDS_OF_VALUES] == [-1, 1, 1, 2, 3, 0, 0, 0, 0, 0, 0, 1, 2, 3, 0, 0, 7, 0]
     assert len(numbers) == HEADER + 3 * FIELDS_OF_VALUES + len(fields(RegionStep))
     assert plan.outputs == (3, 1, 2, 3)

@@ -173,7 +173,7 @@ def test_inductor_measures_each_of_them():
     program = to_inductor(model)
     timed = {name: choice.seconds for name, choice in program.report.engines.items() if name.startswith("conv")}
     assert len(timed) == 5
-    assert all(set(seconds) >= {"native", "onednn"} for seconds in timed.values())
+    assert all(set(seconds) >= {"native", "float"} for seconds in timed.values())
 
 
 def test_lengths_that_vary_end_a_region():
