@@ -199,9 +199,17 @@ class Interrupts:
         signal.raise_signal(signal.SIGINT)
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler: shells start what runs in the background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("nested", [False, True])
-def test_an_interrupt_that_python_loses_ends_a_stage_all_the_same(nested):
+def test_an_interrupt_that_python_loses_ends_a_stage_all_the_same(nested, interruptible):
     usual, end = sys.unraisablehook, time.monotonic() + 30
 
     def work(until):
