@@ -2,8 +2,8 @@
 
 Its kernels are those of x86 (u8 activations, s8 weights per output channel), and one more: the product of queries and
 keys in attention, on s8 with one scale each, inside of the kernel that computes the softmax and the values as well.
-One op reads integers and computes in float, an image that each channel of is scaled (squeeze and excitation): were it
-to read floats, the convolution that makes the image would write floats, for all of its readers.
+One op reads integers and computes in float, the product of an image and one factor per channel (squeeze and
+excitation): were it to read floats, the convolution that makes the image would write floats, for all of its readers.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ class OpenVINOQuantizer(X86InductorQuantizer):
     }
 
     def table(self, config: Any) -> Sequence[Rule]:
-        """The rules of x86, and those of scores."""
+        """The rules of x86, and those of scores and of factors per channel."""
         rules, activation = super().table(config), config.input_activation
         static = activation is not None and not activation.is_dynamic and group_size_of(config.weight) is None
         if not static:
             return rules
-        own = (_scaled_channels(config),) if self._isa.saturates else (*_scores(config), _scaled_channels(config))
-        return (*rules, *own)
+        scores = () if self._isa.saturates else _scores(config)
+        return (*rules, *scores, _scaled_channels(config))
 
     @classmethod
     def quantization_capabilities(cls) -> Mapping[str, Sequence[str]]:

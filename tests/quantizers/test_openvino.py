@@ -72,9 +72,12 @@ IMAGE = (torch.linspace(-3, 3, 2 * 4 * 6 * 6).reshape(2, 4, 6, 6).sin(),)
 class Squeezed(Of):
     """An image times a gate for each of its channels, as in squeeze and excitation."""
 
-    def __init__(self, product=lambda image, gate: image * gate, pool=None):
-        super().__init__(lambda m, x: self.product(image := m.conv(x).relu(), m.gate(self.pool(image)).sigmoid()))
-        self.product, self.pool = product, pool or (lambda image: F.adaptive_avg_pool2d(image, 1))
+    def __init__(self, product=lambda image, gate: image * gate):
+        def forward(m, x):
+            image = m.conv(x).relu()
+            return product(image, m.gate(F.adaptive_avg_pool2d(image, 1)).sigmoid())
+
+        super().__init__(forward)
         self.conv, self.gate = torch.nn.Conv2d(4, 4, 1), torch.nn.Conv2d(4, 4, 1)
 
 

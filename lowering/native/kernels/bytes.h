@@ -8,6 +8,20 @@ namespace quant2e {
 
 constexpr int kStrip = 64;  // channels at a time
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// 16 channels of four rows, those from v * 16 on; the first `n` bytes of a row may be read, with V of 1 or 2 also more.
+template <int V>
+ALWAYS_INLINE void load_rows(__m128i (&r)[4], const uint8_t* const (&rows)[4], int v, int n) {
+  for (int i = 0; i < 4; ++i) {
+    uint8_t some[kLanes] = {};
+    const uint8_t* from = rows[i] + v * kLanes;
+    const int left = n - v * kLanes;
+    if (V > 2 && left < kLanes) std::memcpy(some, from, std::max(left, 0)), from = some;
+    r[i] = _mm_loadu_si128((const __m128i*)from);
+  }
+}
+#endif
+
 // Interleaves four rows of up to V * 16 channels, byte by byte: [V][16 channels][4 rows]. The first `n` bytes of each
 // row are read; with V of 1 or 2 also those up to V * 16, which no one uses.
 template <int V>
@@ -32,14 +46,8 @@ ALWAYS_INLINE void interleave(B* to, const uint8_t* const (&rows)[4], int n) {
 #elif defined(__AVX2__)
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
-    const int left = n - v * kLanes;
     __m128i r[4];
-    for (int i = 0; i < 4; ++i) {
-      uint8_t some[kLanes] = {};
-      const uint8_t* from = rows[i] + v * kLanes;
-      if (V > 2 && left < kLanes) std::memcpy(some, from, std::max(left, 0)), from = some;
-      r[i] = _mm_loadu_si128((const __m128i*)from);
-    }
+    load_rows<V>(r, rows, v, n);
     const __m128i low = _mm_unpacklo_epi8(r[0], r[1]), low2 = _mm_unpacklo_epi8(r[2], r[3]);
     const __m128i high = _mm_unpackhi_epi8(r[0], r[1]), high2 = _mm_unpackhi_epi8(r[2], r[3]);
     to[v] = {_mm256_set_m128i(_mm_unpackhi_epi16(low, low2), _mm_unpacklo_epi16(low, low2)),
@@ -62,13 +70,7 @@ ALWAYS_INLINE void interleave_widened(Widened* to, const uint8_t* const (&rows)[
 #pragma GCC unroll 4
   for (int v = 0; v < V; ++v) {
     __m128i r[4];
-    if (V > 2 && n < (v + 1) * kLanes) {
-      uint8_t some[4][kLanes] = {};
-      for (int i = 0; i < 4; ++i) std::memcpy(some[i], rows[i] + v * kLanes, std::max(n - v * kLanes, 0));
-      for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128((const __m128i*)some[i]);
-    } else {
-      for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_si128((const __m128i*)(rows[i] + v * kLanes));
-    }
+    load_rows<V>(r, rows, v, n);
     const __m128i even[2] = {_mm_unpacklo_epi8(r[0], r[2]), _mm_unpackhi_epi8(r[0], r[2])};
     const __m128i odd[2] = {_mm_unpacklo_epi8(r[1], r[3]), _mm_unpackhi_epi8(r[1], r[3])};
     for (int h = 0; h < 2; ++h) to[v].half[h] = {_mm256_cvtepu8_epi16(even[h]), _mm256_cvtepu8_epi16(odd[h])};
