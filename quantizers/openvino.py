@@ -16,10 +16,10 @@ import torch
 from torch.fx import Node
 
 from quant2e.annotation.pattern import Match, op, roots, short_name
-from quant2e.annotation.specs import ANNOTATION, group_size_of
+from quant2e.annotation.specs import group_size_of
 from quant2e.graph.data_movement import Effect, When, movement
 from quantizers.kit import families as f
-from quantizers.kit.conditions import in_eval_mode, value
+from quantizers.kit.conditions import in_eval_mode, reads_integers, value
 from quantizers.kit.rule import Follow, Rule
 from quantizers.x86.quantizer import X86InductorQuantizer, get_default_x86_inductor_quantization_config
 from quantizers.x86.rules import capabilities
@@ -98,8 +98,7 @@ def _one_image(match: Match) -> bool | str:
     sizes, factors = value(image).shape, value(factor).shape
     if len(sizes) < 3 or len(factors) != len(sizes) or factors[1:] != (sizes[1], *[1] * (len(sizes) - 2)):
         return f"'{factor.name}' is not one factor for each channel of '{image.name}'"
-    notes = (user.meta.get(ANNOTATION) for user in image.users if user is not product)
-    read = any(note is not None and note.input_qspec_map.get(image) is not None for note in notes)
+    read = any(reads_integers(user, image) for user in image.users if user is not product)
     return read or f"nothing else reads '{image.name}' as integers"
 
 

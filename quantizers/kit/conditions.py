@@ -1,4 +1,4 @@
-"""Match conditions that the rules of several backends share. Each answers True, or the reason why not."""
+"""Match conditions that the rules of several backends share. Most answer True, or the reason why not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from quant2e.annotation.pattern import Match
+from quant2e.annotation.specs import ANNOTATION
 from quant2e.graph.dataflow import literal, operand
 from quant2e.graph.fake_values import node_tensor
 
@@ -15,6 +16,12 @@ def value(node: Node) -> Tensor:
     tensor = node.meta.get("val")
     assert isinstance(tensor, Tensor), f"'{node.name}' produces {tensor!r}"
     return tensor
+
+
+def reads_integers(user: Node, node: Node) -> bool:
+    """Whether an op, as it is annotated, reads a node as integers whose scale is known before it runs."""
+    spec = getattr(user.meta.get(ANNOTATION), "input_qspec_map", {}).get(node)
+    return spec is not None and not getattr(spec, "is_dynamic", False)
 
 
 def unscaled(node: Node) -> bool | str:

@@ -28,6 +28,7 @@ from quant2e.graph.fake_values import is_float, node_tensor
 from quant2e.graph.mutation import ObservableWrite, observable_writes
 from quant2e.graph.qdq_ops import DEQUANTIZE
 from quant2e.passes.train_batch_norm import trainable_norms
+from quantizers.kit.conditions import reads_integers
 from quantizers.kit.explanation import APPLIED, MATCHED, NEARLY, Trial, Trials
 from quantizers.kit.rule import ChosenConfig, Follow, Rule, parts
 from quantizers.kit.value_source import Source, ValueSources
@@ -306,8 +307,7 @@ class _Pass:
         while waiting:
             current = waiting.pop()
             for user in current.users:
-                spec = getattr(user.meta.get(ANNOTATION), "input_qspec_map", {}).get(current)
-                if spec is not None and not getattr(spec, "is_dynamic", False):
+                if reads_integers(user, current):
                     return True
                 continues = user.target in self.following or user in self.folded
                 if continues and ANNOTATION not in user.meta and user not in seen:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from quantizers import OpenVINOQuantizer
 from quantizers.conformance import check
+from quantizers.x86.quantizer import get_default_x86_inductor_quantization_config
 from tests.quantizers.models import TOKENS, Attention, Of, annotated, annotations, reasons
 
 HEADS = (torch.linspace(-3, 3, 2 * 4 * 6 * 8).reshape(2, 4, 6, 8).sin(),)
@@ -101,6 +102,18 @@ def test_an_image_whose_pool_computes_floats_stays_float():
     quantizer = static().set_operator_type(torch.nn.functional.adaptive_avg_pool2d, None)
     assert not any(line.startswith("mul: ") for line in lines(Squeezed(), IMAGE, quantizer))
     assert "nothing else reads 'relu' as integers" in explained(Squeezed(), quantizer)
+
+
+def test_an_image_whose_other_reader_finds_its_scale_at_run_time_stays_float():
+    def forward(module, x):
+        image = module.conv(x).relu()
+        return module.linear(image) + image * module.gate
+
+    model = Of(forward)
+    model.conv, model.linear, model.gate = torch.nn.Conv2d(4, 4, 1), torch.nn.Linear(6, 6), torch.ones(1, 4, 1, 1)
+    dynamic = get_default_x86_inductor_quantization_config(is_dynamic=True)
+    quantizer = static().set_operator_type(torch.nn.functional.linear, dynamic)
+    assert not any(line.startswith("mul: ") for line in lines(model, IMAGE, quantizer))
 
 
 @pytest.mark.parametrize(
