@@ -56,7 +56,8 @@ def capture(
     ``torch.export.export``; sizes not named there are fixed to those of the example. ``dynamic_batch``: the first size
     of every input varies, together: to any (True), or to that many samples at most.
     An `ExportedProgram` or an already captured graph is copied, and the example inputs are checked against it.
-    The model, its flags and buffers, and the random state are left as they were, also on failure.
+    The model, its flags and buffers, and the random state are left as they were, also on failure. Several threads may
+    capture one model; none may run it meanwhile, since torch.export puts fake tensors into it while it traces.
     Raises `CaptureError` when the inputs do not fit ``forward``, or the model cannot be exported.
     """
     args, keywords = example_call(example_inputs, kwargs)
@@ -75,8 +76,9 @@ def capture(
         return captured
     if not isinstance(model, Module):
         raise CaptureError(f"cannot capture a {type(model).__name__}: give an nn.Module, whose forward is captured")
-    _check_signature(model, args, keywords)
-    _check_values(model)
+    with tracing():  # while another thread captures the model, its tensors are torch's fakes
+        _check_signature(model, args, keywords)
+        _check_values(model)
     # With gradients, whatever the caller's mode: where there are none, export does not see who switches them off.
     with stage("capture"), tracing(), _untouched(model), torch.inference_mode(False), torch.enable_grad():
         try:
