@@ -78,16 +78,18 @@ format: $(INSTALLED)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-# For the same reason the tests run even when lint fails. Coverage, which makes them half as fast, belongs to the long
-# target; it has a floor when all tests run.
+# For the same reason the tests run even when lint fails: beside it, and what lint says stands behind what they say.
+# Coverage, which makes them half as fast, belongs to the long target; it has a floor when all tests run.
 test: MARKED := -m "not slow" $(PYTEST_ARGS)
 test-all: MARKED := --cov --cov-report=term $(or $(PYTEST_ARGS),--cov-fail-under=$(COVERAGE))
 test test-all: $(INSTALLED)
-	@lint=0; $(MAKE) --no-print-directory lint || lint=1; \
-	echo "==> pytest on $(WORKERS) workers"; \
+	@said=$$(mktemp); $(MAKE) --no-print-directory lint >"$$said" 2>&1 & linting=$$!; \
+	trap 'kill $$linting 2>/dev/null; rm -f "$$said"' EXIT; \
+	echo "==> pytest on $(WORKERS) workers, and lint beside it"; \
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(MARKED); \
 	tests=$$?; \
-	[ $$lint = 0 ] || echo "==> lint failed: see above the tests"; \
+	wait $$linting; lint=$$?; cat "$$said"; \
+	[ $$lint = 0 ] || echo "==> lint failed: see above"; \
 	[ $$lint = 0 ] && [ $$tests = 0 ]
 
 # Lint and types are those of the oldest: what differs between the releases is what tests find.

@@ -259,7 +259,8 @@ void attention(const Run& run, const Step& s) {
   if (a.bytes_of_scores) a.scale *= a.q.first.scale * a.k.first.scale;
   a.rows = rows_of_block(run, a);
   const int64_t blocks = (a.q.first.count + a.rows - 1) / a.rows, shared = a.q.count / a.k.count;
-  in_parallel(run, a.q.count * blocks, 1, [&](int64_t from, int64_t to) {
+  const int64_t most = a.q.count * a.q.first.count * a.keys() * (s.outputs + s.inner) / kPartProducts;
+  in_parallel(run, a.q.count * blocks, 1, most, [&](int64_t from, int64_t to) {
     const Room room(a);
     for (int64_t item = from, packed = -1; item < to; ++item) {
       const int64_t h = item / blocks, begin = item % blocks * a.rows;

@@ -129,22 +129,72 @@ ALWAYS_INLINE void largest_of_window(uint8_t* __restrict__ to, const Window& w, 
 #endif
 }
 
+constexpr int64_t kMostBytes = 257;  // whose sum is a number of 16 bits, whatever they are
+
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+// Of V * 16 channels; of the last 16 there are `n`.
+template <int V>
+ALWAYS_INLINE void add_window(int32_t* sums, const uint8_t* data, const Window& w, int n) {
+  __m256i words[V];
+  const auto hand_over = [&] {
+#pragma GCC unroll 8
+    for (int half = 0; half < 2 * V; ++half) {
+      __m256i* to = (__m256i*)sums + half;
+      const __m128i eight = half % 2 ? _mm256_extracti128_si256(words[half / 2], 1) : _mm256_castsi256_si128(words[half / 2]);
+      _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), _mm256_cvtepu16_epi32(eight)));
+    }
+    for (int v = 0; v < V; ++v) words[v] = _mm256_setzero_si256();
+  };
+  std::memset(sums, 0, V * kLanes * sizeof(int32_t));
+  for (int v = 0; v < V; ++v) words[v] = _mm256_setzero_si256();
+  int64_t left = kMostBytes;
+  for (int64_t p = 0; p < w.rows; ++p) {
+    const uint8_t* from = data + p * w.row;
+    for (int64_t q = 0; q < w.columns; ++q, from += w.column) {
+      uint8_t some[kLanes] = {};
+      if (V == 1 && n < kLanes) std::memcpy(some, from, n);
+      const uint8_t* bytes = V == 1 && n < kLanes ? some : from;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+        words[v] = _mm256_add_epi16(words[v], _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(bytes + kLanes * v))));
+      if (--left == 0) hand_over(), left = kMostBytes;
+    }
+  }
+  hand_over();
+}
+#endif
+
 // The sum of each of `n` channels in a window, up to 64; what is behind them in `sums` may be overwritten.
 ALWAYS_INLINE void sum_of_window(int32_t* __restrict__ sums, const Window& w, int n) {
 #if defined(__AVX512VNNI__)
   const __mmask64 mask = bits(n);
-  __m512i total[4];
+  __m512i total[4], words[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int v = 0; v < 4; ++v) total[v] = _mm512_setzero_si512();
+  const auto hand_over = [&] {
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      const __m256i half = v % 2 ? _mm512_extracti64x4_epi64(words[v / 2], 1) : _mm512_castsi512_si256(words[v / 2]);
+      total[v] = _mm512_add_epi32(total[v], _mm512_cvtepu16_epi32(half));
+    }
+    for (int v = 0; v < 2; ++v) words[v] = _mm512_setzero_si512();
+  };
+  int64_t left = kMostBytes;
   for (int64_t p = 0; p < w.rows; ++p) {
     const uint8_t* from = w.data + p * w.row;
-    for (int64_t q = 0; q < w.columns; ++q, from += w.column)
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) {
-        const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)(mask >> 16 * v), from + 16 * v);
-        total[v] = _mm512_add_epi32(total[v], _mm512_cvtepu8_epi32(bytes));
+    for (int64_t q = 0; q < w.columns; ++q, from += w.column) {
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const __m256i bytes = _mm256_maskz_loadu_epi8((__mmask32)(mask >> 32 * v), from + 32 * v);
+        words[v] = _mm512_add_epi16(words[v], _mm512_cvtepu8_epi16(bytes));
       }
+      if (--left == 0) hand_over(), left = kMostBytes;
+    }
   }
+  hand_over();
   for (int v = 0; v < 4; ++v) _mm512_storeu_si512(sums + kLanes * v, total[v]);
+#elif defined(__AVX2__)
+  if (n == kStrip) return add_window<4>(sums, w.data, w, kLanes);
+  for (int c = 0; c < n; c += kLanes) add_window<1>(sums + c, w.data + c, w, std::min(kLanes, n - c));
 #else
   for (int i = 0; i < n; ++i) sums[i] = 0;
   for (int64_t p = 0; p < w.rows; ++p)

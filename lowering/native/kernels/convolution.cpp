@@ -291,8 +291,7 @@ void pixels_by_outputs(Layer layer, Walk walk, int64_t count, int n) {
 }
 
 template <int kHow>
-void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t pixels, int64_t from_block,
-            int64_t to_block) {
+void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t pixels, int64_t from, int64_t to) {
   const int64_t outputs = step.outputs, padded = (outputs + 15) / 16 * 16;
   const int64_t bytes = layer.inner * layer.taps;
   const int64_t panels = pixels * layer.inner / panel_bytes() + 1;
@@ -303,8 +302,8 @@ void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t
   const int64_t channel = places.channel_out;
   for (int64_t at = 0; at < pixels; at += panel) {
     const int64_t count = std::min(panel, pixels - at);
-    for (int64_t n = from_block * 64; n < std::min(padded, to_block * 64);) {
-      const int64_t left = padded - n;
+    for (int64_t n = from; n < to;) {
+      const int64_t left = to - n;
       const int most = left >= 64 ? 4 : left >= 32 ? 2 : 1, packed = step.strip == 64 ? most : 1;  // together, in lanes
       const int v = count == 1 ? most : kWhole ? packed : 1;                                       // computed together
       const int strip = std::max(packed, v);
@@ -318,7 +317,7 @@ void blocks(const Step& step, Layer layer, Places places, int64_t pixel, int64_t
         const Walk walk(places, pixel + at);
         const int some = (int)std::min<int64_t>(v * kLanes, outputs - at_output);
         layer.next = (const char*)weights + (n + strip * kLanes) * bytes;
-        layer.next_step = count > 1 && part == 0 && n + strip * kLanes < padded ? 64 : 0;
+        layer.next_step = count > 1 && part == 0 && n + strip * kLanes < to ? 64 : 0;
         if (v == 4) pixels_by_outputs<4, kHow>(layer, walk, count, some);
         else if (v == 2) pixels_by_outputs<2, kHow>(layer, walk, count, some);
         else pixels_by_outputs<1, kHow>(layer, walk, count, some);
@@ -343,6 +342,15 @@ Blocks blocks_for(int64_t arithmetic) {
 Blocks blocks_for(int64_t) { return blocks<kExact>; }
 #endif
 
+// Whether each thread computes some of the outputs of all pixels, for which it reads its own weights only, and not all
+// outputs of some pixels: where there are few pixels, or more weights than there is to read of the image.
+bool share_outputs(const Run& run, const Step& step, const View& x, int64_t pixels) {
+  if (pixels < 24 * run.threads) return true;
+  const int64_t weights = step.outputs * step.inner * step.taps, image = x.h * x.w * step.inputs;
+  const int64_t strips = (step.outputs + step.strip - 1) / step.strip;
+  return weights > 2 * image && (strips % run.threads == 0 || strips >= 8 * run.threads);
+}
+
 }  // namespace
 
 Epilogue epilogue_of(const Run& run, const Step& step) {
@@ -365,7 +373,7 @@ void convolution(const Run& run, const Step& step) {
   const int64_t across = step.taps == step.kernel_h ? 1 : step.kernel_w;
   for (int64_t t = 0; t < step.taps; ++t)
     offsets[t] = t / across * step.dilation_h * x.row() + t % across * step.dilation_w * x.c;
-  const int64_t pixels = out.pixels(), padded = (step.outputs + 15) / 16 * 16, strips = (step.outputs + 63) / 64;
+  const int64_t pixels = out.pixels(), padded = (step.outputs + 15) / 16 * 16, strip = step.strip;
   const Blocks compute = blocks_for(step.arithmetic);
   for (int64_t g = 0; g < step.groups; ++g) {
     Layer layer{nullptr, nullptr, step.inner, step.taps, 0, 0, offsets, epilogue_of(run, step), linear_ending_of(run, step), nullptr, 0};
@@ -374,13 +382,14 @@ void convolution(const Run& run, const Step& step) {
     layer.epilogue.scale += g * padded, layer.epilogue.bias += g * padded;
     const Places places{x, y, z, added, out.w, step.stride_h, step.stride_w, step.top, step.left, g * step.inputs,
                         g * step.outputs};
-    if (pixels >= 24 * run.threads)
-      in_parallel(run, pixels, 12, [&](int64_t begin, int64_t end) {
-        compute(step, layer, places, begin, end - begin, 0, strips);
+    const int64_t most = pixels * padded * step.inner * step.taps / kPartProducts;
+    if (share_outputs(run, step, x, pixels))
+      in_parallel(run, padded, strip, most, [&](int64_t begin, int64_t end) {
+        compute(step, layer, places, 0, pixels, begin, end);
       });
     else
-      in_parallel(run, strips, 1, [&](int64_t begin, int64_t end) {
-        compute(step, layer, places, 0, pixels, begin, end);
+      in_parallel(run, pixels, 12, most, [&](int64_t begin, int64_t end) {
+        compute(step, layer, places, begin, end - begin, 0, padded);
       });
   }
 }

@@ -16,7 +16,8 @@ void depthwise(const Run& run, const Step& step) {
   const bool three = step.inner > 0 && step.kernel_w == 3;
   const auto kernel_of = [&](int n) { return three ? three_by_three(step, n) : any_size(step, n); };
   const int64_t rows = kernel_of(kStrip).rows, strips = (x.c + kStrip - 1) / kStrip;
-  in_parallel(run, (out.h + rows - 1) / rows * strips, 1, [&](int64_t begin, int64_t end) {
+  const int64_t most = out.pixels() * x.c / kPartValues;
+  in_parallel(run, (out.h + rows - 1) / rows * strips, 1, most, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t i = at / strips * rows, channel = at % strips * kStrip;
       const int n = (int)std::min<int64_t>(kStrip, x.c - channel);

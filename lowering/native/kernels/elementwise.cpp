@@ -78,7 +78,7 @@ void binary(const Run& run, const Step& s) {
   const Output out{y, z, s.y >= 0, s.z >= 0, Range(s.zero, s.low, s.high), set(s.inverse()), s.activation, s.a(), s.b()};
   const View& shape = s.y >= 0 ? y : z;
   const auto compute = s.mode == kAdd ? combine<kAdd> : s.mode == kMultiply ? combine<kMultiply> : combine<kSubtract>;
-  in_parallel(run, shape.pixels(), 4, [&](int64_t begin, int64_t end) {
+  in_parallel(run, shape.pixels(), 4, shape.pixels() * shape.c / kPartValues, [&](int64_t begin, int64_t end) {
     constexpr int64_t kPixels = 64;  // whose other channels are still in the cache
     for (; begin < end; begin += kPixels)
       for (int64_t c = 0; c < shape.c; c += kStrip)
@@ -93,7 +93,7 @@ void unary(const Run& run, const Step& s) {
   const uint8_t* table = run.constant<uint8_t>(s.weight);
   const Operand a{x, run.tensors[s.x].type == kUint8, s.x_scale(), (float)s.x_zero};
   const Output out{y, z, s.y >= 0, s.z >= 0, Range(s.zero, s.low, s.high), set(s.inverse()), s.activation, s.a(), s.b()};
-  in_parallel(run, x.pixels(), 4, [&](int64_t begin, int64_t end) {
+  in_parallel(run, x.pixels(), 4, x.pixels() * x.c / kPartValues, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t i = at / x.w, j = at % x.w;
       if (table) {

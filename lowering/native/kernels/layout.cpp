@@ -80,7 +80,7 @@ void quantize(const Run& run, const Step& step) {
     const Given& given = run.given[-1 - run.tensors[step.x].place];
     source.channel = given.channel, source.row = given.row, source.column = given.column;
   }
-  in_parallel(run, y.h * y.w, y.h > 1 ? y.w : 16, [&](int64_t begin, int64_t end) {
+  in_parallel(run, y.h * y.w, y.h > 1 ? y.w : 16, y.pixels() * y.c / kPartValues, [&](int64_t begin, int64_t end) {
     if (y.h > 1)
       for (int64_t i = begin / y.w; i < end / y.w; ++i) quantize_row(step, source, y, i);
     else {
@@ -93,7 +93,7 @@ void quantize(const Run& run, const Step& step) {
 void dequantize(const Run& run, const Step& step) {
   const View x = run.view(step.x), z = run.view(step.z);
   const F scale = set(step.x_scale()), zero = set((float)step.x_zero);
-  in_parallel(run, x.pixels(), 1, [&](int64_t begin, int64_t end) {
+  in_parallel(run, x.pixels(), 1, x.pixels() * x.c / kPartValues, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const uint8_t* from = x.bytes(at / x.w, at % x.w);
       float* to = z.floats(at / x.w, at % x.w);

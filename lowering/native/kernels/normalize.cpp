@@ -107,7 +107,7 @@ void layer_norm(const Run& run, const Step& s) {
   const Affine affine{run.constant<float>(s.scale), run.constant<float>(s.bias), Range(s.zero, s.low, s.high), s.inverse()};
   const float n = (float)x.c;
   const int64_t row = x.c + kLanes;
-  in_parallel(run, x.pixels(), kLeastPixels, [&](int64_t begin, int64_t end) {
+  in_parallel(run, x.pixels(), kLeastPixels, x.pixels() * x.c / kPartValues, [&](int64_t begin, int64_t end) {
     float* room = (float*)memory.of(kTogether * row * 4);
     for (int64_t at = begin; at < end; at += kTogether) {
       const int count = (int)std::min<int64_t>(kTogether, end - at);
@@ -130,7 +130,7 @@ void softmax(const Run& run, const Step& s) {
   const View y = s.y >= 0 ? run.view(s.y) : none, z = s.z >= 0 ? run.view(s.z) : none;
   const Output out{y, z};
   const Affine affine{nullptr, nullptr, Range(s.zero, s.low, s.high), s.inverse()};
-  in_parallel(run, x.pixels(), kLeastPixels, [&](int64_t begin, int64_t end) {
+  in_parallel(run, x.pixels(), kLeastPixels, x.pixels() * x.c / kPartValues, [&](int64_t begin, int64_t end) {
     float* room = (float*)memory.of((x.c + kLanes) * 4);
     for (int64_t at = begin; at < end; ++at) {
       const int64_t i = at / x.w, j = at % x.w;

@@ -18,19 +18,12 @@ Part part_of(int64_t begin, int64_t kernel, int64_t dilation, int64_t size) {
   return {first, std::max<int64_t>(0, end - first)};
 }
 
-// The part of the window of an output that lies in the image.
-Window window_of(const Step& s, const View& x, int64_t i, int64_t j) {
+// The part of the window of an output that lies in the image, from channel `c` on.
+Window window_of(const Step& s, const View& x, int64_t i, int64_t j, int64_t c) {
   const int64_t h = i * s.stride_h - s.top, w = j * s.stride_w - s.left;
   const Part rows = part_of(h, s.kernel_h, s.dilation_h, x.h), columns = part_of(w, s.kernel_w, s.dilation_w, x.w);
-  const uint8_t* data = (const uint8_t*)x.at(h + rows.first * s.dilation_h, w + columns.first * s.dilation_w);
-  return {data, rows.count, columns.count, s.dilation_h * x.row() * x.size, s.dilation_w * x.c * x.size};
-}
-
-void largest_of(const Step& s, const View& x, const View& y, int64_t i, int64_t j) {
-  uint8_t* to = y.bytes(i, j);
-  Window window = window_of(s, x, i, j);
-  for (int64_t c = 0; c < x.c; c += kStrip, window.data += kStrip)
-    largest_of_window(to + c, window, (int)std::min<int64_t>(kStrip, x.c - c));
+  const char* data = x.at(h + rows.first * s.dilation_h, w + columns.first * s.dilation_w) + c * x.size;
+  return {(const uint8_t*)data, rows.count, columns.count, s.dilation_h * x.row() * x.size, s.dilation_w * x.c * x.size};
 }
 
 void add_floats(const Window& window, int n, float* totals) {
@@ -54,24 +47,20 @@ void add_integers(const Step& s, const Window& window, int n, float* totals) {
     store(totals + v * kLanes, (to_float(load_int(sums + v * kLanes)) - zeros) * set(s.x_scale()), kLanes);
 }
 
-// `mode` 2: divided by the pixels of the image in the window; 1: by all pixels of the window, or by `extra`.
-void average_of(const Step& s, const View& x, const View& y, const View& z, int64_t i, int64_t j) {
-  Window window = window_of(s, x, i, j);
-  const int64_t inside = window.rows * window.columns;
-  const float count = (float)(s.mode == 2 ? inside : s.extra);
-  for (int64_t c = 0; c < x.c; c += kStrip, window.data += kStrip * x.size) {
-    const int n = (int)std::min<int64_t>(kStrip, x.c - c);
-    alignas(64) float totals[kStrip];
-    if (x.size == 4) add_floats(window, n, totals);
-    else add_integers(s, window, n, totals);
-    for (int v = 0; v * kLanes < n; ++v) {
-      const int lanes_here = std::min(kLanes, n - v * kLanes);
-      const F value = activated(load(totals + v * kLanes) * set(1.0f / count), s.activation, s.a(), s.b());
-      if (s.z >= 0) store(z.floats(i, j) + c + v * kLanes, value, lanes_here);
-      if (s.y < 0) continue;
-      const I integers = rounded(clamped(value * set(s.inverse()), -1e9f, 1e9f));
-      store_bytes<1>(y.bytes(i, j) + c + v * kLanes, &integers, Range(s.zero, s.low, s.high), lanes_here);
-    }
+// Of `n` channels, up to 64, as bytes, as floats or both. `mode` 2: divided by the pixels of the image in the window; 1: by all pixels of
+// the window, or by `extra`.
+void average_of(const Step& s, bool floats, const Window& window, uint8_t* y, float* z, int n) {
+  const float count = (float)(s.mode == 2 ? window.rows * window.columns : s.extra);
+  alignas(64) float totals[kStrip];
+  if (floats) add_floats(window, n, totals);
+  else add_integers(s, window, n, totals);
+  for (int v = 0; v * kLanes < n; ++v) {
+    const int some = std::min(kLanes, n - v * kLanes);
+    const F value = activated(load(totals + v * kLanes) * set(1.0f / count), s.activation, s.a(), s.b());
+    if (z) store(z + v * kLanes, value, some);
+    if (!y) continue;
+    const I integers = rounded(clamped(value * set(s.inverse()), -1e9f, 1e9f));
+    store_bytes<1>(y + v * kLanes, &integers, Range(s.zero, s.low, s.high), some);
   }
 }
 
@@ -81,10 +70,15 @@ void average_of(const Step& s, const View& x, const View& y, const View& z, int6
 void pool(const Run& run, const Step& s) {
   const View x = run.view(s.x), none{};
   const View y = s.y >= 0 ? run.view(s.y) : none, z = s.z >= 0 ? run.view(s.z) : none, &out = s.y >= 0 ? y : z;
-  in_parallel(run, out.pixels(), 1, [&](int64_t begin, int64_t end) {
+  const int64_t strips = (x.c + kStrip - 1) / kStrip;
+  const int64_t most = out.pixels() * s.kernel_h * s.kernel_w * x.c / (4 * kPartValues);
+  in_parallel(run, out.pixels() * strips, 1, most, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
-      if (s.mode == 0) largest_of(s, x, y, at / out.w, at % out.w);
-      else average_of(s, x, y, z, at / out.w, at % out.w);
+      const int64_t i = at / strips / out.w, j = at / strips % out.w, c = at % strips * kStrip;
+      const int n = (int)std::min<int64_t>(kStrip, x.c - c);
+      const Window window = window_of(s, x, i, j, c);
+      if (s.mode == 0) largest_of_window(y.bytes(i, j) + c, window, n);
+      else average_of(s, x.size == 4, window, y.data ? y.bytes(i, j) + c : nullptr, z.data ? z.floats(i, j) + c : nullptr, n);
     }
   });
 }

@@ -32,6 +32,7 @@ struct Header {
 };
 
 thread_local Memory arena;
+std::atomic<bool> shares_all{false};
 
 // What lies around an image holds its zero point.
 void fill_border(const Run& run, int64_t tensor) {
@@ -70,22 +71,34 @@ struct Region {
   Run run;
   int64_t images, samples;
 
-  void image(int64_t at, int64_t threads) const {
+  void image(int64_t at, int64_t threads, Team* team) const {
     Run own = run;
-    own.image = at, own.threads = threads, own.arena = arena.of(header.arena);
+    own.image = at, own.threads = threads, own.team = team, own.arena = arena.of(header.arena);
     if (header.rows) own.image = at * header.rows, own.rows = std::min(header.rows, samples - own.image);
     for (int64_t s = 0; s < header.steps; ++s) run_step(own, steps[s]);
   }
 };
 
 // Every thread has whole images while there are enough; the others are computed by all threads together.
+struct Images {
+  const Region& region;
+  int64_t threads, alone;
+
+  void compute(Team* team) const {
+    if (team && alone)
+      team->share(threads, [](const void* given, int64_t part) {
+        const Images& all = *(const Images*)given;
+        const int64_t each = all.alone / all.threads;
+        for (int64_t i = part * each; i < (part + 1) * each; ++i) all.region.image(i, 1, nullptr);
+      }, this);
+    for (int64_t i = team ? alone : 0; i < region.images; ++i) region.image(i, threads, team);
+  }
+};
+
 void run_images(const Region& region, int64_t threads) {
-  const int64_t alone = region.images / threads * threads;
-  if (threads > 1 && alone)
-    torch_parallel_for(0, alone, 1, [](int64_t begin, int64_t end, void* given) {
-      for (int64_t i = begin; i < end; ++i) ((const Region*)given)->image(i, 1);
-    }, (void*)&region);
-  for (int64_t i = threads > 1 ? alone : 0; i < region.images; ++i) region.image(i, threads);
+  const Images all{region, threads, region.images / threads * threads};
+  if (threads == 1) return all.compute(nullptr);
+  Team(threads).run([](const void* given, Team& team) { ((const Images*)given)->compute(&team); }, &all);
 }
 
 Given given_of(Handle tensor) {
@@ -168,7 +181,7 @@ void int8_region(uint64_t* stack, uint64_t, uint64_t) {
   }
   uint32_t threads = 1;
   must(torch_get_num_threads(&threads));
-  Run run{tensors, given.data(), constants.data<char>(), nullptr, 0, 0, 1};
+  Run run{tensors, given.data(), constants.data<char>(), nullptr, 0, 0, 1, nullptr, shares_all};
   const int64_t images = header.rows ? (samples + header.rows - 1) / header.rows : samples;
   const Region region{header, (const Step*)(tensors + header.tensors), run, images, samples};
   run_images(region, threads);
@@ -177,6 +190,9 @@ void int8_region(uint64_t* stack, uint64_t, uint64_t) {
 
 }  // namespace
 }  // namespace quant2e
+
+// For tests, whose steps are small: whether all are computed by several threads.
+extern "C" __attribute__((visibility("default"))) void quant2e_share_all(int wish) { quant2e::shares_all = wish; }
 
 // Gives the op, which op.py has declared as quant2e::`name`, to torch; returns 0, or the step that failed.
 extern "C" __attribute__((visibility("default"))) int quant2e_register(const char* name) {

@@ -4,8 +4,11 @@
 // it as the bits of doubles. The fields are those of `plan.py`, in the same order.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+
+#include "team.h"
 
 namespace quant2e {
 
@@ -84,13 +87,15 @@ struct Given {
   int64_t image, channel, row, column;
 };
 
-// What a step needs beside its plan. `threads`: that may work on it.
+// What a step needs beside its plan. `threads`: that may work on it, as a team where they are several.
 struct Run {
   const Tensor* tensors;
   const Given* given;
   const char* constants;
   char* arena;
   int64_t image, rows, threads;
+  Team* team;
+  bool shares_all;  // steps are computed by several threads however small they are
 
   View view(int64_t tensor) const {
     const Tensor& t = tensors[tensor];
@@ -107,10 +112,13 @@ struct Run {
   }
 };
 
-// Calls `work(begin, end)` for parts of [0, count), on as many threads as the run has. Each part is a multiple of
-// `least` long, the last excepted.
+// What a part has at least, or another thread gains nothing: products, or values that are read or written one by one.
+constexpr int64_t kPartProducts = 65536, kPartValues = 2048;
+
+// Calls `work(begin, end)` for parts of [0, count), on as many threads as the run has and no more than `most`. Each part
+// is a multiple of `least` long, the last excepted.
 template <class Work>
-void in_parallel(const Run& run, int64_t count, int64_t least, const Work& work);
+void in_parallel(const Run& run, int64_t count, int64_t least, int64_t most, const Work& work);
 
 void convolution(const Run&, const Step&);
 void depthwise(const Run&, const Step&);
@@ -126,24 +134,20 @@ void softmax(const Run&, const Step&);
 
 }  // namespace quant2e
 
-extern "C" int32_t torch_parallel_for(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
-
 namespace quant2e {
 
 template <class Work>
-void in_parallel(const Run& run, int64_t count, int64_t least, const Work& work) {
-  const int64_t blocks = (count + least - 1) / least, parts = blocks < run.threads ? blocks : run.threads;
+void in_parallel(const Run& run, int64_t count, int64_t least, int64_t most, const Work& work) {
+  const int64_t blocks = (count + least - 1) / least, parts = std::min({blocks, run.threads, run.shares_all ? blocks : most});
   if (parts <= 1) return work(0, count);
   struct Context {
     const Work& work;
     int64_t count, least, blocks, parts;
   } context{work, count, least, blocks, parts};
-  torch_parallel_for(0, parts, 1, [](int64_t from, int64_t to, void* given) {
+  run.team->share(parts, [](const void* given, int64_t part) {
     const Context& c = *(const Context*)given;
-    for (int64_t part = from; part < to; ++part) {
-      const int64_t begin = c.blocks * part / c.parts * c.least, end = c.blocks * (part + 1) / c.parts * c.least;
-      c.work(begin, end < c.count ? end : c.count);
-    }
+    const int64_t begin = c.blocks * part / c.parts * c.least, end = c.blocks * (part + 1) / c.parts * c.least;
+    c.work(begin, end < c.count ? end : c.count);
   }, &context);
 }
 

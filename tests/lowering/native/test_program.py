@@ -69,18 +69,14 @@ def test_where_only_weights_are_quantized_they_are_read_as_they_are_stored(recip
     assert torch.allclose(program(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_any_batch_and_any_number_of_threads_give_the_same_bits():
+def test_any_batch_and_any_number_of_threads_give_the_same_bits(torch_threads):
     model, _ = quantized(dynamic=True)
     program = lowering.to_native(model)
     x = torch.randn(7, 3, 24, 20)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            found += [program(x), torch.cat([program(part) for part in x.split([1, 3, 2, 1])])]
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for count in (1, 2, 3):
+        torch_threads(count)
+        found += [program(x), torch.cat([program(part) for part in x.split([1, 3, 2, 1])])]
     assert all(torch.equal(one, found[0]) for one in found)
 
 

@@ -180,7 +180,7 @@ def test_any_batch_and_number_of_threads_give_the_same_bits(torch_threads):
     program = lowering.to_native(quantized(Layer("eager"), dynamic_batch=True))
     x, mask = inputs(5)
     found = []
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         torch_threads(threads)
         found += [program(x, mask), torch.cat([program(x[i : i + 1], mask[i : i + 1]) for i in range(5)])]
     assert all(torch.equal(one, found[0]) for one in found)
