@@ -47,8 +47,8 @@ void add_integers(const Step& s, const Window& window, int n, float* totals) {
     store(totals + v * kLanes, (to_float(load_int(sums + v * kLanes)) - zeros) * set(s.x_scale()), kLanes);
 }
 
-// Of `n` channels, up to 64, as bytes, as floats or both. `mode` 2: divided by the pixels of the image in the window; 1: by all pixels of
-// the window, or by `extra`.
+// Of `n` channels, up to 64, as bytes, as floats or both. `mode` 2: divided by the pixels of the image in the window; 1:
+// by all pixels of the window, or by `extra`.
 void average_of(const Step& s, bool floats, const Window& window, uint8_t* y, float* z, int n) {
   const float count = (float)(s.mode == 2 ? window.rows * window.columns : s.extra);
   alignas(64) float totals[kStrip];

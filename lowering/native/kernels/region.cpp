@@ -77,6 +77,26 @@ struct Region {
     if (header.rows) own.image = at * header.rows, own.rows = std::min(header.rows, samples - own.image);
     for (int64_t s = 0; s < header.steps; ++s) run_step(own, steps[s]);
   }
+
+  // How many of the `threads` have something to do: as many as the largest step has parts, or the steps of all images.
+  int64_t worth(int64_t threads) const {
+    if (threads == 1 || run.shares_all) return threads;
+    Run own = run;
+    own.rows = std::min(header.rows, samples);
+    const auto values = [&](int64_t tensor) {
+      if (tensor < 0) return int64_t(0);
+      const View view = own.view(tensor);
+      return view.pixels() * view.c;
+    };
+    int64_t largest = 0, all = 0;
+    for (int64_t i = 0; i < header.steps; ++i) {
+      const Step& s = steps[i];
+      const int64_t out = std::max(values(s.y), values(s.z));
+      const int64_t parts = s.kind == kConvolution ? out * s.inner * s.taps / kPartProducts : std::max(out, values(s.x)) / kPartValues;
+      largest = std::max(largest, parts), all += parts;
+    }
+    return std::max<int64_t>(1, std::min(threads, images < threads ? largest : all * images));
+  }
 };
 
 // Every thread has whole images while there are enough; the others are computed by all threads together.
@@ -95,7 +115,8 @@ struct Images {
   }
 };
 
-void run_images(const Region& region, int64_t threads) {
+void run_images(const Region& region, int64_t given) {
+  const int64_t threads = region.worth(given);
   const Images all{region, threads, region.images / threads * threads};
   if (threads == 1) return all.compute(nullptr);
   Team(threads).run([](const void* given, Team& team) { ((const Images*)given)->compute(&team); }, &all);
