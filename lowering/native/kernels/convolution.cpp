@@ -1,7 +1,8 @@
 // Convolutions, and linear layers as 1 x 1 convolutions: unsigned bytes times signed bytes, summed in 32 bits.
 //
 // A block is up to 6 pixels by 64 outputs (or more pixels by fewer outputs; without AVX-512 5 pixels by 16). Its sums
-// stay in registers while the bytes of its inputs go by, four at a time: see README.md for how weights are packed. Each pixel has a pointer, so that strides, borders and dilations are a matter of addresses.
+// stay in registers while the bytes of its inputs go by, four at a time: see README.md for how weights are packed. Each
+// pixel has a pointer, so that strides, borders and dilations are a matter of addresses.
 
 #include "dot.h"
 #include <unistd.h>

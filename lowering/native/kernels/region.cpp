@@ -91,8 +91,8 @@ struct Region {
     int64_t largest = 0, all = 0;
     for (int64_t i = 0; i < header.steps; ++i) {
       const Step& s = steps[i];
-      const int64_t out = std::max(values(s.y), values(s.z));
-      const int64_t parts = s.kind == kConvolution ? out * s.inner * s.taps / kPartProducts : std::max(out, values(s.x)) / kPartValues;
+      const int64_t out = std::max(values(s.y), values(s.z)), most = std::max(out, values(s.x));
+      const int64_t parts = s.kind == kConvolution ? out * s.inner * s.taps / kPartProducts : most / kPartValues;
       largest = std::max(largest, parts), all += parts;
     }
     return std::max<int64_t>(1, std::min(threads, images < threads ? largest : all * images));
